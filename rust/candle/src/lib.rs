@@ -1,0 +1,1 @@
+//! The value head for candle.
