@@ -1,0 +1,57 @@
+"""Every environment variable that the package reads, in one place.
+
+| variable | meaning |
+|---|---|
+| `VHEAD_PLAIN_TORCH` | `1`: run everything through plain torch operations, never through a native kernel |
+| `VHEAD_NUM_THREADS` | threads of the native CPU kernels; unset: as many as torch has been told to use |
+| `VHEAD_TENSOR_VIEW` | `attributes`: read tensors by their Python attributes even where torch offers DLPack's C table |
+
+They are read once, when `vhead.ops` is imported.
+"""
+
+import os
+from dataclasses import dataclass
+
+from vhead.errors import VheadError
+
+
+class EnvironmentVariableError(VheadError, ValueError):
+    """An environment variable of this package holds something it cannot mean."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for."""
+
+    plain_torch: bool
+    num_threads: int | None
+    tensor_view: str
+
+
+def read_settings() -> Settings:
+    """Reads the environment.
+
+    Raises:
+        EnvironmentVariableError: A variable has a value that is not in the table above.
+    """
+    return Settings(
+        plain_torch=_choice("VHEAD_PLAIN_TORCH", ("0", "1")) == "1",
+        num_threads=_positive("VHEAD_NUM_THREADS"),
+        tensor_view=_choice("VHEAD_TENSOR_VIEW", ("exchange", "attributes")),
+    )
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise EnvironmentVariableError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _positive(name: str) -> int | None:
+    value = os.environ.get(name)
+    if not value:
+        return None
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise EnvironmentVariableError(f"{name}: expected a positive integer, got {value!r}")
+    return int(value)
