@@ -1,0 +1,38 @@
+//! Everything that can be wrong with a call, as one enum.
+
+/// Why a kernel refused its arguments. Nothing is written when one of these is returned.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A buffer or dimension has the wrong size.
+    #[error("{what}: expected {expected} elements, got {actual}")]
+    Length {
+        /// Which argument.
+        what: &'static str,
+        /// The size that the other arguments imply.
+        expected: usize,
+        /// The size that came.
+        actual: usize,
+    },
+    /// A dropout probability outside `[0, 1)`.
+    #[error("dropout probability must lie in [0, 1), got {0}")]
+    Probability(f64),
+    /// A standard deviation that is negative or not finite.
+    #[error("standard deviation must be finite and not negative, got {0}")]
+    StandardDeviation(f32),
+    /// Strides and sizes that reach outside the buffer, or do not fit together.
+    #[error("{what}: sizes {sizes:?} with strides {strides:?} do not fit a buffer of {length} elements")]
+    Layout {
+        /// Which argument.
+        what: &'static str,
+        /// Sizes of the outer dimensions.
+        sizes: Vec<usize>,
+        /// Strides of the outer dimensions, in elements.
+        strides: Vec<isize>,
+        /// Elements in the buffer.
+        length: usize,
+    },
+}
+
+/// A kernel's result.
+pub type Result<T> = std::result::Result<T, Error>;

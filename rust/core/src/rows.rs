@@ -1,0 +1,77 @@
+//! A checked view of hidden states: rows of `H` contiguous elements, anywhere in a buffer.
+use crate::{Error, Result};
+use std::marker::PhantomData;
+
+/// `[..., H]` hidden states whose last dimension is contiguous; the outer dimensions may have any stride.
+///
+/// Rows are numbered in row-major order of the outer dimensions; that number is the dropout mask's row.
+#[derive(Debug, Clone)]
+pub struct Rows<'a, T> {
+    data: *const T,
+    columns: usize,
+    count: usize,
+    outer: Vec<(usize, isize)>,
+    owner: PhantomData<&'a [T]>,
+}
+
+// SAFETY: a `Rows` is a shared borrow of a slice of `T`; it hands out reads only.
+unsafe impl<T: Sync> Sync for Rows<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Send for Rows<'_, T> {}
+
+impl<'a, T: Copy> Rows<'a, T> {
+    /// Contiguous `[rows, columns]`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `data` has `rows * columns` elements.
+    pub fn contiguous(data: &'a [T], rows: usize, columns: usize) -> Result<Self> {
+        if rows.checked_mul(columns) != Some(data.len()) {
+            return Err(Error::Length { what: "hidden", expected: rows.saturating_mul(columns), actual: data.len() });
+        }
+        Ok(Self { data: data.as_ptr(), columns, count: rows, outer: vec![(rows, columns.cast_signed())], owner: PhantomData })
+    }
+
+    /// A view of memory that somebody else keeps alive.
+    ///
+    /// `sizes` and `strides` (in elements) describe the outer dimensions; neighbours that can be walked as one are merged.
+    ///
+    /// # Safety
+    /// Every element that sizes, strides and `columns` reach from `data` must be readable and unchanged for `'a`.
+    /// `data` need not be aligned to `T`.
+    #[must_use]
+    pub unsafe fn from_raw(data: *const T, sizes: &[usize], strides: &[isize], columns: usize) -> Self {
+        let mut outer: Vec<(usize, isize)> = Vec::with_capacity(sizes.len());
+        for (&size, &stride) in sizes.iter().zip(strides).filter(|(size, _)| **size != 1) {
+            match outer.last_mut() {
+                Some(last) if last.1 == stride * size.cast_signed() => *last = (last.0 * size, stride),
+                _ => outer.push((size, stride)),
+            }
+        }
+        let count = sizes.iter().product();
+        Self { data, columns, count, outer, owner: PhantomData }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Elements in a row: `H`.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Where row `index` starts; valid for `columns` unaligned reads while `index < count`.
+    #[must_use]
+    #[inline]
+    pub fn row(&self, index: usize) -> *const T {
+        let (mut index, mut offset) = (index, 0);
+        for &(size, stride) in self.outer.iter().rev() {
+            offset += (index % size).cast_signed() * stride;
+            index /= size;
+        }
+        self.data.wrapping_offset(offset)
+    }
+}
