@@ -9,6 +9,14 @@ class HeadError(VheadError, ValueError):
     """A head is missing, misnamed, misshapen or of an unknown kind."""
 
 
+class HeadMismatchError(HeadError):
+    """A checkpoint holds something like a head that does not fit; the message lists what was found and expected."""
+
+
+class HeadFileError(HeadError):
+    """A file that should hold a head is missing, truncated, malformed or hostile."""
+
+
 class RecordError(VheadError, ValueError):
     """A record of the input cannot be scored.
 
@@ -25,3 +33,47 @@ class RecordError(VheadError, ValueError):
 
 class KernelPanicError(VheadError, RuntimeError):
     """A kernel failed inside: a defect of this package, never of the caller's arguments."""
+
+
+class FieldError(RecordError):
+    """One field of a record holds something that cannot be scored.
+
+    Attributes:
+        record: Which record: its id, or its position in the input; None while it has no name yet.
+        field: Which field of it.
+        expected: What would have been right.
+        got: What came instead.
+    """
+
+    def __init__(self, record: str | int | None, field: str, *, expected: str, got: str) -> None:
+        name = "" if record is None else f"record {record!r}: " if isinstance(record, int) else f"{record}: "
+        super().__init__(f"{name}{field}: expected {expected}, got {got}", record=record, field=field)
+        self.expected = expected
+        self.got = got
+
+    def of(self, record: str | int) -> "FieldError":
+        """The same error about a record that has a name now."""
+        return FieldError(record, self.field or "", expected=self.expected, got=self.got)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _field_error, (self.record, self.field, self.expected, self.got)
+
+
+def _field_error(record: str | int | None, field: str, expected: str, got: str) -> FieldError:
+    return FieldError(record, field, expected=expected, got=got)
+
+
+class FileFormatError(VheadError, ValueError):
+    """A file does not hold what its name promises, or cannot hold what is to be written."""
+
+
+class MissingExtraError(VheadError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; it comes with: pip install 'vhead[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MissingExtraError, (self.package, self.extra)
