@@ -1,0 +1,40 @@
+"""What every test shares: no network, one thread, fixed seeds, and two Hypothesis profiles."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+
+# Read when torch and huggingface_hub are first imported, so set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# `fast` runs the same examples every time; HYPOTHESIS_PROFILE=slow searches new ones.
+hypothesis.settings.register_profile("fast", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("slow", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Seeds torch's generator, without importing torch for the tests that do not use it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_python() -> Callable[[str], str]:
+    """Runs code in a new interpreter and returns what it printed; fails with its traceback."""
+
+    def run(code: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run

@@ -1,0 +1,287 @@
+"""The rules of the source tree. Each rule is a function from source to offences, tried on a bad example as well."""
+
+import ast
+import importlib
+import inspect
+import pickle
+import pkgutil
+import re
+import statistics
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import vhead
+from vhead.errors import VheadError
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "vhead"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
+LAYERS = [
+    {"errors", "_native"},
+    {"env"},
+    {"ops", "candle", "backbone", "checkpoint"},
+    {"heads", "formats", "reference_model"},
+    {"modeling"},
+    {"scoring", "demo"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
+NATIVE_IMPORTERS = {"ops", "candle"}
+
+LONGEST_FUNCTION = 60
+MEDIAN_FUNCTION = 10
+
+
+def module_of(path: Path) -> str:
+    """The name below `vhead`: `cli` for `vhead/cli/score.py`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every dotted name that a source imports, `from a import b` as `a.b`, `import_module("a.b")` included."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                yield from (f"{'.' * level}{module or ''}.{alias.name}" for alias in names)
+            case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
+                yield name
+
+
+def own_imports(source: str) -> set[str]:
+    """The `vhead` modules that a source imports, by the name below `vhead`."""
+    return {name.split(".")[1] for name in imports(source) if name.startswith("vhead.")}
+
+
+def upward_imports(module: str, source: str) -> list[str]:
+    """Imports of `module` that do not point down the layers."""
+    return [
+        f"{module} imports {target}"
+        for target in sorted(own_imports(source) - {module})
+        if RANK.get(target, len(LAYERS)) >= RANK[module]
+    ]
+
+
+def native_imports(module: str, source: str) -> list[str]:
+    return [] if module in NATIVE_IMPORTERS else [f"{module} imports it" for t in own_imports(source) if t == "_native"]
+
+
+def third_party(source: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(source)}
+
+
+def relative_imports(source: str) -> list[str]:
+    return [name for name in imports(source) if name.startswith(".")]
+
+
+def prints(source: str) -> list[int]:
+    """Lines that call `print`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def function_lengths(source: str) -> dict[str, int]:
+    """Lines of each function from `def` to its end, docstring left out."""
+    lengths = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_overload(node):
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            doc_lines = first.end_lineno - first.lineno + 1 if documented else 0
+            lengths[f"{node.name}:{node.lineno}"] = node.end_lineno - node.lineno + 1 - doc_lines
+    return lengths
+
+
+def is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
+
+
+def unnamed_rust_files(crate: Path) -> set[Path]:
+    """Files below a crate's `src` that no `mod` declaration reaches from `lib.rs`."""
+    reached, queue = set(), [crate / "src" / "lib.rs"]
+    while queue:
+        file = queue.pop()
+        reached.add(file)
+        folder = file.parent if file.name in {"lib.rs", "mod.rs"} else file.with_suffix("")
+        names = re.findall(r"^\s*(?:pub(?:\([^)]*\))?\s+)?mod\s+(\w+);", file.read_text(), re.MULTILINE)
+        candidates = [path for n in names for path in (folder / f"{n}.rs", folder / n / "mod.rs")]
+        queue += [path for path in candidates if path.exists() and path not in reached]
+    return set((crate / "src").rglob("*.rs")) - reached
+
+
+def crates_below(package: str) -> set[str]:
+    """Every crate that `package` is built on."""
+    command = ["cargo", "tree", "--offline", "--locked", "--package", package, "--edges", "normal", "--prefix", "none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {line.split()[0] for line in done.stdout.splitlines() if line}
+
+
+def example_arguments(cls: type) -> dict[str, object]:
+    """A value for each argument that an exception class requires."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    named = [p for p in parameters if p.name != "self" and p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    return {p.name: f"some {p.name}" for p in named}
+
+
+@pytest.fixture(params=SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def source(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {module_of(path) for path in SOURCES} - {"__init__"} <= set(RANK)
+
+
+def test_python_layers_point_one_way(source: Path) -> None:
+    if source != PACKAGE / "__init__.py":
+        assert upward_imports(module_of(source), source.read_text()) == []
+
+
+def test_layer_rule_can_fail() -> None:
+    assert upward_imports("heads", "from vhead.modeling import AutoModelForCausalLMWithValueHead")
+    assert upward_imports("formats", "def load():\n    import vhead.scoring")
+    assert upward_imports("ops", "from vhead import formats")
+    assert upward_imports("cli", "from vhead import __version__")
+    assert not upward_imports("modeling", "from vhead.heads import ValueHead\nfrom vhead import ops")
+
+
+def test_only_ops_and_candle_import_the_extension(source: Path) -> None:
+    assert native_imports(module_of(source), source.read_text()) == []
+
+
+def test_extension_rule_can_fail() -> None:
+    assert native_imports("heads", "from vhead import _native")
+    assert native_imports("heads", "from vhead._native import forward")
+    assert native_imports("heads", "import importlib\nimportlib.import_module('vhead._native')")
+    assert not native_imports("ops", "from vhead import _native")
+
+
+def test_trl_is_never_imported(source: Path) -> None:
+    assert "trl" not in third_party(source.read_text())
+
+
+def test_trl_rule_can_fail() -> None:
+    assert "trl" in third_party("def peer():\n    from trl.experimental import ppo")
+    assert "trl" not in third_party("import trlx")
+
+
+def test_imports_are_absolute(source: Path) -> None:
+    assert relative_imports(source.read_text()) == []
+
+
+def test_absolute_import_rule_can_fail() -> None:
+    assert relative_imports("from . import ops")
+    assert relative_imports("from .ops import value_head")
+
+
+def test_only_the_command_line_prints(source: Path) -> None:
+    if module_of(source) != "cli":
+        assert prints(source.read_text()) == []
+
+
+def test_print_rule_can_fail() -> None:
+    assert prints("x = 1\nprint(x)") == [2]
+
+
+def test_functions_are_short() -> None:
+    lengths = {f"{path.name}:{name}": n for path in SOURCES for name, n in function_lengths(path.read_text()).items()}
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
+    assert statistics.median(lengths.values()) <= MEDIAN_FUNCTION
+
+
+def test_length_rule_can_fail() -> None:
+    body = "\n".join("    x = 1" for _ in range(70))
+    assert function_lengths(f'def long():\n    """Doc."""\n{body}') == {"long:1": 71}
+
+
+@pytest.mark.parametrize("crate", ["core", "candle", "python"])
+def test_every_rust_file_is_compiled(crate: str) -> None:
+    assert unnamed_rust_files(ROOT / "rust" / crate) == set()
+
+
+def test_rust_file_rule_can_fail(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    (source / "named").mkdir(parents=True)
+    (source / "lib.rs").write_text("//! mod orphan;\npub(crate) mod named;\n")
+    (source / "named.rs").write_text("mod inner;\n")
+    (source / "named" / "inner.rs").touch()
+    (source / "orphan.rs").touch()
+    assert unnamed_rust_files(tmp_path) == {source / "orphan.rs"}
+
+
+def test_core_knows_neither_python_nor_candle() -> None:
+    foreign = {"pyo3", "candle-core", "vhead-candle", "vhead-python"}
+    assert crates_below("vhead-core") & foreign == set()
+    assert crates_below("vhead-candle") & {"pyo3", "vhead-python"} == set()
+
+
+def test_crate_rule_can_fail() -> None:
+    assert {"pyo3", "candle-core", "vhead-core"} <= crates_below("vhead-python")
+
+
+def exceptions() -> Iterator[type[Exception]]:
+    """Every exception class that a module of the package defines."""
+    for name in ["vhead", *(m.name for m in pkgutil.walk_packages(vhead.__path__, "vhead.")), "vhead._native"]:
+        if not name.endswith("__main__"):
+            for thing in vars(importlib.import_module(name)).values():
+                if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == name:
+                    yield thing
+
+
+class LostError(VheadError):
+    """Cannot be rebuilt from its `args`, as pickle would."""
+
+    def __init__(self, record: str, *, field: str) -> None:
+        super().__init__(f"{record}: {field}")
+
+
+def pickling_offence(cls: type[Exception]) -> str | None:
+    """What an exception of class `cls` loses on its way between two processes."""
+    error = cls(**example_arguments(cls)) if example_arguments(cls) else cls("some message")
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301, our own bytes
+    except TypeError as problem:
+        return f"{cls.__name__}: {problem}"
+    same = type(copy) is cls and str(copy) == str(error) and vars(copy) == vars(error)
+    return None if same else f"{cls.__name__}: {error!r} came back as {copy!r}"
+
+
+def test_exceptions_survive_pickling() -> None:
+    assert [offence for cls in exceptions() if (offence := pickling_offence(cls))] == []
+
+
+def test_pickling_rule_can_fail() -> None:
+    assert pickling_offence(LostError)
+
+
+def test_every_exception_has_the_one_base() -> None:
+    assert [cls.__name__ for cls in exceptions() if not issubclass(cls, VheadError)] == []
+    assert VheadError in exceptions()
+
+
+def test_version_is_written_once() -> None:
+    workspace = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    assert version("vhead") == workspace
+    manifests = [tomllib.loads(path.read_text())["package"] for path in (ROOT / "rust").glob("*/Cargo.toml")]
+    assert [package["version"] for package in manifests] == [{"workspace": True}] * 3
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert [path.name for path in SOURCES if workspace in path.read_text()] == []
+
+
+REQUIRED = ["py.typed", "_native.pyi", "demo/model/config.json", "demo/model/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_the_wheel_s_files_exist_and_are_tracked(name: str) -> None:
+    assert (PACKAGE / name).is_file()
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", "-q", PACKAGE / name], cwd=ROOT, check=False)
+    assert ignored.returncode == 1, "maturin leaves out what git ignores"
