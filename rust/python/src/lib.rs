@@ -1,5 +1,27 @@
 //! The PyO3 module `vhead._native`: the list of what it exports, nothing else.
 use pyo3::prelude::*;
 
+mod backends;
+mod dlpack;
+mod gate;
+mod head;
+mod init;
+mod tensor;
+mod threads;
+mod torch;
+
 #[pymodule(gil_used = false)]
-mod _native {}
+mod _native {
+    #[pymodule_export]
+    use super::backends::{backends, build_info, configure, panic_on_purpose, worker_threads};
+    #[pymodule_export]
+    use super::head::{try_value_head, value_head, value_head_backward};
+    #[pymodule_export]
+    use super::init::{dropout_mask, init_linear, init_normal};
+
+    #[pymodule_init]
+    fn prepare(_module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
+        super::threads::watch_forks();
+        Ok(())
+    }
+}

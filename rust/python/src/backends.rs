@@ -1,0 +1,99 @@
+//! What runs where, and what this binary is: for `vhead env` and for the registration of torch ops.
+use crate::torch::{self, Dtype, Torch};
+use crate::{gate, threads};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use vhead_core::{Error, Level};
+
+/// A device that has native kernels.
+struct Backend {
+    /// torch's device type.
+    device: &'static str,
+    /// torch's dispatch key.
+    dispatch_key: &'static str,
+    /// Dtypes of the hidden states.
+    dtypes: &'static [Dtype],
+}
+
+/// A new device is a new row.
+const BACKENDS: &[Backend] = &[Backend { device: "cpu", dispatch_key: "CPU", dtypes: &Dtype::FLOATS }];
+
+/// One dictionary a device that has native kernels.
+#[pyfunction]
+pub(crate) fn backends(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    BACKENDS.iter().map(|backend| describe(py, backend)).collect()
+}
+
+fn describe<'py>(py: Python<'py>, backend: &Backend) -> PyResult<Bound<'py, PyDict>> {
+    let threads = threads::Threads::now(py)?;
+    let row = PyDict::new(py);
+    row.set_item("device", backend.device)?;
+    row.set_item("dispatch_key", backend.dispatch_key)?;
+    row.set_item("dtypes", backend.dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>())?;
+    row.set_item("simd", Level::best().name())?;
+    row.set_item("simd_available", Level::available().into_iter().map(Level::name).collect::<Vec<_>>())?;
+    row.set_item("threads", threads.executor().threads())?;
+    row.set_item("thread_source", threads.source())?;
+    row.set_item("tensor_view", if Torch::get(py)?.exchange().is_some() { "exchange" } else { "attributes" })?;
+    Ok(row)
+}
+
+/// Version, profile and target of this binary.
+#[pyfunction]
+pub(crate) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+    Ok(info)
+}
+
+/// Says how to run: where libtorch_cpu lies (to use its threads), how many threads, how to read tensors.
+#[pyfunction]
+#[pyo3(signature = (*, libtorch_cpu=None, num_threads=None, read_attributes=false))]
+pub(crate) fn configure(libtorch_cpu: Option<&str>, num_threads: Option<usize>, read_attributes: bool) {
+    if let Some(path) = libtorch_cpu {
+        threads::find_torch(path);
+    }
+    threads::ask(num_threads);
+    torch::read_attributes(read_attributes);
+}
+
+/// Runs `tasks` short naps as a kernel's pieces are run; the operating system's ids of the threads that ran them.
+#[pyfunction]
+pub(crate) fn worker_threads(py: Python<'_>, tasks: usize) -> PyResult<Vec<u64>> {
+    let threads = threads::Threads::now(py)?;
+    let ids: Vec<std::sync::atomic::AtomicU64> = (0..tasks).map(|_| 0.into()).collect();
+    gate::run(py, usize::MAX, || {
+        threads.executor().run(tasks, &|index| {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            if let Some(id) = ids.get(index) {
+                id.store(thread_id(), std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        Ok::<(), Error>(())
+    })?;
+    Ok(ids.into_iter().map(std::sync::atomic::AtomicU64::into_inner).collect())
+}
+
+#[cfg(target_os = "linux")]
+fn thread_id() -> u64 {
+    // SAFETY: the call has no arguments and cannot fail.
+    u64::from(unsafe { libc::gettid() }.cast_unsigned())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn thread_id() -> u64 {
+    // SAFETY: as above.
+    unsafe { libc::pthread_self() as u64 }
+}
+
+/// Fails inside, on one of the threads that run pieces: for tests of what a caller sees then.
+#[pyfunction]
+pub(crate) fn panic_on_purpose(py: Python<'_>, tasks: usize) -> PyResult<()> {
+    let threads = threads::Threads::now(py)?;
+    gate::run(py, usize::MAX, || {
+        threads.executor().run(tasks, &|index| assert!(index != tasks / 2, "on purpose"));
+        Ok(())
+    })
+}

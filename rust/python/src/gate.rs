@@ -1,0 +1,47 @@
+//! The one gate between Python and the kernels: releases the GIL, catches panics, maps errors.
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+pyo3::import_exception!(vhead.errors, KernelPanicError);
+
+/// Elements that a kernel streams through in about 20 microseconds. Below that, releasing the GIL costs other threads'
+/// turns more than it gives them.
+pub(crate) const SMALL: usize = 1 << 16;
+/// How many plain elements one element under dropout is worth.
+pub(crate) const DROPOUT_COST: usize = 4;
+
+/// Runs `kernel`, which streams through about `elements` elements.
+///
+/// # Errors
+/// The kernel's own error as the Python exception that fits it; `vhead.errors.KernelPanicError` for a panic.
+pub(crate) fn run<T, K>(py: Python<'_>, elements: usize, kernel: K) -> PyResult<T>
+where
+    T: Send,
+    K: FnOnce() -> vhead_core::Result<T> + Send,
+{
+    let caught = || catch_unwind(AssertUnwindSafe(kernel));
+    let outcome = if elements > SMALL { py.detach(caught) } else { caught() };
+    match outcome {
+        Ok(result) => result.map_err(to_python),
+        Err(panic) => Err(KernelPanicError::new_err(format!("a kernel failed inside: {}", message(panic.as_ref())))),
+    }
+}
+
+/// The Python exception for a kernel's error.
+pub(crate) fn to_python(error: vhead_core::Error) -> PyErr {
+    use vhead_core::Error;
+    let text = error.to_string();
+    match error {
+        Error::Length { .. } | Error::Layout { .. } | Error::Probability(_) | Error::StandardDeviation(_) => {
+            PyValueError::new_err(text)
+        }
+        _ => PyRuntimeError::new_err(text),
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}

@@ -1,0 +1,147 @@
+//! What is asked of the running torch once: its types, its dtypes, how it lends tensors.
+use crate::dlpack::{self, Exchange};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The dtypes that cross this boundary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    Float32,
+    BFloat16,
+    Float16,
+    Int64,
+}
+
+impl Dtype {
+    pub(crate) const FLOATS: [Self; 3] = [Self::Float32, Self::BFloat16, Self::Float16];
+    const ALL: [Self; 4] = [Self::Float32, Self::BFloat16, Self::Float16, Self::Int64];
+
+    /// torch's name for it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::BFloat16 => "bfloat16",
+            Self::Float16 => "float16",
+            Self::Int64 => "int64",
+        }
+    }
+
+    /// DLPack's description of it.
+    pub(crate) fn dlpack(self) -> dlpack::DataType {
+        let (code, bits) = match self {
+            Self::Float32 => (2, 32),
+            Self::BFloat16 => (4, 16),
+            Self::Float16 => (2, 16),
+            Self::Int64 => (0, 64),
+        };
+        dlpack::DataType { code, bits, lanes: 1 }
+    }
+
+    /// The dtype that DLPack describes so, if it is one of ours.
+    pub(crate) fn from_dlpack(dtype: dlpack::DataType) -> Option<Self> {
+        Self::ALL.into_iter().find(|candidate| candidate.dlpack() == dtype)
+    }
+}
+
+/// The running torch.
+#[derive(Debug)]
+pub(crate) struct Torch {
+    tensor: Py<PyType>,
+    parameter: Py<PyType>,
+    exchange: Option<Exchange>,
+    dtypes: [Py<PyAny>; 4],
+    strided: Py<PyAny>,
+    default_dispatch: Py<PyAny>,
+    empty: Py<PyAny>,
+    get_num_threads: Py<PyAny>,
+}
+
+static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+static READ_ATTRIBUTES: AtomicBool = AtomicBool::new(false);
+
+/// Reads tensors by their attributes even where torch offers DLPack's table.
+pub(crate) fn read_attributes(yes: bool) {
+    READ_ATTRIBUTES.store(yes, Ordering::Relaxed);
+}
+
+impl Torch {
+    /// The running torch, imported where it is not yet.
+    pub(crate) fn get(py: Python<'_>) -> PyResult<&Self> {
+        TORCH.get_or_try_init(py, || Self::read(py))
+    }
+
+    fn read(py: Python<'_>) -> PyResult<Self> {
+        let torch = py.import("torch")?;
+        let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
+        let parameter = torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?;
+        let [float32, bfloat16, float16, int64] = Dtype::ALL.map(|dtype| torch.getattr(dtype.name()));
+        Ok(Self {
+            exchange: Exchange::of(&tensor),
+            default_dispatch: tensor.getattr("__torch_dispatch__")?.unbind(),
+            tensor: tensor.unbind(),
+            parameter: parameter.unbind(),
+            dtypes: [float32?.unbind(), bfloat16?.unbind(), float16?.unbind(), int64?.unbind()],
+            strided: torch.getattr("strided")?.unbind(),
+            empty: torch.getattr("empty")?.unbind(),
+            get_num_threads: torch.getattr("get_num_threads")?.unbind(),
+        })
+    }
+
+    /// DLPack's table, where torch has one and the settings allow it.
+    pub(crate) fn exchange(&self) -> Option<&Exchange> {
+        self.exchange.as_ref().filter(|_| !READ_ATTRIBUTES.load(Ordering::Relaxed))
+    }
+
+    /// Whether `object` is exactly a `torch.Tensor` or a `torch.nn.Parameter`.
+    pub(crate) fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
+        let kind = object.get_type_ptr();
+        [&self.tensor, &self.parameter].into_iter().any(|plain| plain.as_ptr() == kind.cast())
+    }
+
+    /// Whether `object` is a tensor whose data is its own: no subclass that intercepts operations (fake tensors,
+    /// `DTensor`), whose storage is somewhere else or nowhere.
+    pub(crate) fn holds_data(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if self.is_plain(object) {
+            return Ok(true);
+        }
+        let dispatch = object.get_type().getattr("__torch_dispatch__")?;
+        Ok(dispatch.is(self.default_dispatch.bind(object.py())))
+    }
+
+    /// Whether `object` is a tensor of any kind.
+    pub(crate) fn is_tensor(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        object.is_instance(self.tensor.bind(object.py()))
+    }
+
+    /// Whether `layout` is `torch.strided`.
+    pub(crate) fn is_strided(&self, layout: &Bound<'_, PyAny>) -> bool {
+        layout.is(self.strided.bind(layout.py()))
+    }
+
+    /// Which of our dtypes the torch dtype `object` is.
+    pub(crate) fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Dtype> {
+        let position = self.dtypes.iter().position(|dtype| object.is(dtype.bind(object.py())))?;
+        Dtype::ALL.get(position).copied()
+    }
+
+    /// A new contiguous CPU tensor, not initialised, from torch's own allocator.
+    pub(crate) fn empty<'py>(&self, py: Python<'py>, sizes: &[i64], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
+        if let Some(exchange) = self.exchange() {
+            return exchange.empty(py, sizes, dtype.dlpack());
+        }
+        let keywords = pyo3::types::PyDict::new(py);
+        if let Some(object) = Dtype::ALL.iter().position(|other| *other == dtype).and_then(|i| self.dtypes.get(i)) {
+            keywords.set_item("dtype", object)?;
+        }
+        // A default device (`with torch.device("meta")`) must not reach a kernel's output.
+        keywords.set_item("device", "cpu")?;
+        self.empty.bind(py).call((sizes.to_vec(),), Some(&keywords))
+    }
+
+    /// `torch.get_num_threads()`.
+    pub(crate) fn num_threads(&self, py: Python<'_>) -> PyResult<usize> {
+        self.get_num_threads.bind(py).call0()?.extract()
+    }
+}
