@@ -1,0 +1,119 @@
+//! Heads in safetensors files: which names make one, and the bytes.
+use crate::{Error, Result};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Where a head may lie in a file, and whether a bias must lie beside the weight there: a TRL head always has one, so
+/// that its absence means half a head.
+const PREFIXES: [(&str, bool); 3] = [("v_head.summary.", true), ("summary.", true), ("", false)];
+const EXPECTED: &str = "one head: v_head.summary.weight and v_head.summary.bias, summary.weight and summary.bias, or weight \
+                        (and perhaps bias)";
+
+/// A head as it lies in a file, widened to float32.
+pub(crate) struct Parameters {
+    pub(crate) weight: Vec<f32>,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) outputs: usize,
+    pub(crate) columns: usize,
+}
+
+/// The bytes of a file, which must not be truncated while they are in use.
+pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: the mapping is private and dropped once the head has been copied out. A file that another process cuts
+    // short in that time is a bus error, as for every reader that maps; ours are replaced by renaming, never cut.
+    Ok(unsafe { Mmap::map(&file) }?)
+}
+
+/// The one head among the tensors of a safetensors file.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Parameters> {
+    let tensors = SafeTensors::deserialize(bytes)?;
+    let present: Vec<_> = PREFIXES.iter().filter(|(prefix, _)| holds_part(&tensors, prefix)).collect();
+    let &[&(prefix, needs_bias)] = present.as_slice() else { return Err(keys(&tensors)) };
+    let [weight_name, bias_name] = names(prefix);
+    let weight = tensors.tensor(&weight_name).map_err(|_| keys(&tensors))?;
+    let (outputs, columns) = match *weight.shape() {
+        [outputs, columns] if outputs > 0 && columns > 0 => (outputs, columns),
+        _ => return Err(unfit(&weight_name, "shape [K, H], neither zero", format!("{:?}", weight.shape()))),
+    };
+    let bias = match tensors.tensor(&bias_name) {
+        Ok(bias) if bias.shape() == [outputs] => Some(widen(&bias_name, &bias)?),
+        Ok(bias) => return Err(unfit(&bias_name, &format!("shape [{outputs}]"), format!("{:?}", bias.shape()))),
+        Err(_) if needs_bias => return Err(keys(&tensors)),
+        Err(_) => None,
+    };
+    Ok(Parameters { weight: widen(&weight_name, &weight)?, bias, outputs, columns })
+}
+
+/// A head in the bytes that `safetensors.torch.save_file` writes with metadata `{"format": "pt"}`.
+pub(crate) fn serialize(weight: &[f32], bias: &[f32], columns: usize) -> Result<Vec<u8>> {
+    let [weight_name, bias_name] = names(PREFIXES[0].0);
+    let (weight_bytes, bias_bytes) = (little_endian(weight), little_endian(bias));
+    let weight = TensorView::new(Dtype::F32, vec![bias.len(), columns], &weight_bytes)?;
+    let bias = TensorView::new(Dtype::F32, vec![bias.len()], &bias_bytes)?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    Ok(safetensors::serialize([(weight_name, weight), (bias_name, bias)], Some(metadata))?)
+}
+
+/// Writes `bytes` beside `path` and renames: a reader sees the old file or the new one, whole.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = beside(path);
+    let written = write_new(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // The first error is the one to report; what is left over is only a file nobody names.
+        let _ = fs::remove_file(&temporary);
+    }
+    Ok(written?)
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// A name in the same folder that no other thread or process takes.
+fn beside(path: &Path) -> PathBuf {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    name.into()
+}
+
+fn names(prefix: &str) -> [String; 2] {
+    [format!("{prefix}weight"), format!("{prefix}bias")]
+}
+
+fn holds_part(tensors: &SafeTensors<'_>, prefix: &str) -> bool {
+    names(prefix).iter().any(|name| tensors.tensor(name).is_ok())
+}
+
+fn keys(tensors: &SafeTensors<'_>) -> Error {
+    Error::Keys { expected: EXPECTED.to_owned(), found: tensors.names().into_iter().map(str::to_owned).collect() }
+}
+
+fn unfit(name: &str, expected: &str, found: String) -> Error {
+    Error::Tensor { name: name.to_owned(), expected: expected.to_owned(), found }
+}
+
+/// Little-endian numbers, wherever they lie, as float32: exact for each of the three dtypes.
+fn widen(name: &str, tensor: &TensorView<'_>) -> Result<Vec<f32>> {
+    let (pairs, quads) = (tensor.data().as_chunks().0, tensor.data().as_chunks().0);
+    match tensor.dtype() {
+        Dtype::F32 => Ok(quads.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+        Dtype::BF16 => Ok(pairs.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect()),
+        Dtype::F16 => Ok(pairs.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect()),
+        other => Err(unfit(name, "dtype F32, BF16 or F16", format!("{other:?}"))),
+    }
+}
+
+fn little_endian(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+}
