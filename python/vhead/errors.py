@@ -77,3 +77,7 @@ class MissingExtraError(VheadError, ImportError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return MissingExtraError, (self.package, self.extra)
+
+
+class HeadNotFoundError(HeadError):
+    """A trained head is needed and there is none."""

@@ -1,0 +1,237 @@
+"""The last hidden state of a language model: without its logits, or beside them, and never the states of every layer.
+
+How it is reached depends on the architecture, and is decided from the model's structure alone:
+
+* **base model** (every decoder-only model, and encoder-decoders like BART): the model's `base_model` returns the state
+  that the language-model head reads.
+* **encoder-decoder** (the T5 family): there is no base model of its own, but the encoder and the decoder can be called
+  one after the other, and the decoder's output is that state before T5 scales it for its head.
+* **full forward** (FSMT, whose base model projects to the vocabulary itself, prompt-learning adapters, whose virtual
+  tokens only the adapter's forward adds, and anything unknown): the whole model runs.
+
+The input of the language-model head is deliberately not used: some models scale or reshape it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vhead.errors import VheadError
+
+
+class Route(Enum):
+    """How the last hidden state is reached when no logits are wanted."""
+
+    BASE_MODEL = "base model"
+    ENCODER_DECODER = "encoder, then decoder"
+    FULL_FORWARD = "full forward"
+
+
+class Retention(Enum):
+    """How the last hidden state is kept while the whole model runs."""
+
+    CAPTURE = "the output of the base model or decoder"
+    SELECT = "output_hidden_states=-1"
+    ALL_LAYERS = "output_hidden_states=True"
+
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """Which way is used for one architecture; plain data, so that it can be printed, copied and sent.
+
+    Attributes:
+        architecture: The class of the model that the plan was made for.
+        route: How the last hidden state is reached without logits.
+        retention: How it is kept beside logits.
+        compiled_retention: The same under `torch.compile`, which cannot trace a capture. It is not the usual way where
+            transformers offers it, because the hooks that transformers then leaves in the model cannot be pickled.
+        takes_position_ids: Whether left padding can be corrected by position ids.
+        is_encoder_decoder: Whether the values are those of decoder positions.
+    """
+
+    architecture: type
+    route: Route
+    retention: Retention
+    compiled_retention: Retention
+    takes_position_ids: bool
+    is_encoder_decoder: bool
+
+
+def plan_for(model: nn.Module) -> BackbonePlan:
+    """Decides how a language model's last hidden state is reached and kept."""
+    language_model = without_adapter(model)
+    route = _route(language_model)
+    retention = Retention.ALL_LAYERS if route is Route.FULL_FORWARD else Retention.CAPTURE
+    selects = retention is Retention.CAPTURE and _selects_hidden_states(_trunk(language_model, route))
+    is_encoder_decoder = bool(getattr(language_model.config, "is_encoder_decoder", False))
+    adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return BackbonePlan(
+        architecture=type(model),
+        route=Route.FULL_FORWARD if adds_tokens else route,
+        retention=retention,
+        compiled_retention=Retention.SELECT if selects else retention,
+        takes_position_ids=not (is_encoder_decoder or adds_tokens) and _takes_position_ids(language_model, route),
+        is_encoder_decoder=is_encoder_decoder,
+    )
+
+
+def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **inputs: object) -> Tensor:
+    """Runs a language model up to its last hidden state, after the final normalisation; no logits are built.
+
+    Where every row of a two-dimensional `attention_mask` may start with padding and the model takes `position_ids`,
+    they are derived from the mask, so that a left-padded row gets the states of the unpadded one.
+
+    Args:
+        model: A language model, or one wrapped by peft.
+        plan: Its plan; None makes one.
+        **inputs: What the model's forward takes: `input_ids`, `attention_mask`, `decoder_input_ids`, ...
+
+    Returns:
+        The states `[B, T, H]` in the model's dtype: of the decoder's positions for an encoder-decoder.
+
+    Raises:
+        VheadError: An encoder-decoder came without `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.
+    """
+    plan = plan_for(model) if plan is None else plan
+    inputs = {"use_cache": False, **_accepted(inputs)}
+    if plan.takes_position_ids and inputs.get("position_ids") is None:
+        inputs |= _position_ids(inputs)
+    if plan.route is Route.FULL_FORWARD:
+        return run(model, plan, inputs)[1]
+    language_model = without_adapter(model)
+    inputs = _without_logits_arguments(language_model, inputs)
+    if plan.route is Route.ENCODER_DECODER:
+        return _run_encoder_decoder(language_model, inputs)
+    state: Tensor = language_model.base_model(**inputs, return_dict=True).last_hidden_state
+    return state
+
+
+def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tuple[ModelOutput, Tensor]:
+    """Runs the whole model and keeps one hidden state.
+
+    Returns:
+        The model's output and its last hidden state `[B, T, H]`.
+    """
+    inputs = {**_accepted(inputs), "return_dict": True}
+    retention = plan.compiled_retention if torch.compiler.is_compiling() else plan.retention
+    if retention is Retention.CAPTURE:
+        language_model = without_adapter(model)
+        with _captured_output(_trunk(language_model, _route(language_model))) as captured:
+            output = model(**inputs)
+        return output, captured()
+    output = model(**inputs, output_hidden_states=-1 if retention is Retention.SELECT else True)
+    states = output.decoder_hidden_states if plan.is_encoder_decoder else output.hidden_states
+    if states is None or states[-1] is None:
+        raise VheadError(f"{type(model).__name__} returned no last hidden state by {retention.value}")
+    return output, states[-1]
+
+
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """The language model inside a peft wrapper, whose adapter layers stay in place; any other model as it is."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def _accepted(inputs: dict[str, object]) -> dict[str, object]:
+    # Callers of TRL's class pass these to every model; which states are kept is this module's business.
+    return {name: value for name, value in inputs.items() if name not in ("output_hidden_states", "return_dict")}
+
+
+def _route(model: PreTrainedModel) -> Route:
+    base_model = getattr(model, "base_model", model)
+    if base_model is not model:
+        projects_to_vocabulary = any(module is model.get_output_embeddings() for module in base_model.modules())
+        return Route.FULL_FORWARD if projects_to_vocabulary else Route.BASE_MODEL
+    has_both = all(isinstance(getattr(model, name, None), nn.Module) for name in ("encoder", "decoder"))
+    return Route.ENCODER_DECODER if has_both and hasattr(model, "lm_head") else Route.FULL_FORWARD
+
+
+def _trunk(model: PreTrainedModel, route: Route) -> nn.Module:
+    """The module whose `last_hidden_state` is wanted."""
+    trunk: nn.Module = model.decoder if route is Route.ENCODER_DECODER else model.base_model
+    return trunk
+
+
+def _selects_hidden_states(trunk: nn.Module) -> bool:
+    """Whether transformers keeps only the chosen hidden states of this module, as its newer models do."""
+    try:
+        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401, PLC0415, probed
+    except ImportError:
+        return False
+    records = getattr(trunk, "_can_record_outputs", None) or {}
+    return "hidden_states" in records and isinstance(getattr(trunk.config, "num_hidden_layers", None), int)
+
+
+def _takes_position_ids(model: PreTrainedModel, route: Route) -> bool:
+    module = model if route is Route.FULL_FORWARD else _trunk(model, route)
+    # Multimodal rotary positions are not a count of tokens: such models derive their own from the mask.
+    return not hasattr(module, "get_rope_index") and "position_ids" in signature(module.forward).parameters
+
+
+def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Counts positions from each row's first real token, which for a right-padded row is what models do themselves."""
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
+        return {}
+    leading = mask.ne(0).long().argmax(dim=-1, keepdim=True)
+    positions = torch.arange(mask.shape[1], device=mask.device) - leading
+    return {"position_ids": positions.clamp(min=0)[:, -tokens.shape[1] :]}
+
+
+def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        raise VheadError("decoder_input_ids: an encoder-decoder's values need the decoder's tokens, got none")
+    encoder_states = inputs.get("encoder_outputs")
+    if encoder_states is None:
+        encoder_states = model.encoder(**_named(inputs, "input_ids", "inputs_embeds", "attention_mask"))
+    decoder_inputs = {
+        "input_ids": inputs.get("decoder_input_ids"),
+        "inputs_embeds": inputs.get("decoder_inputs_embeds"),
+        "attention_mask": inputs.get("decoder_attention_mask"),
+        "encoder_hidden_states": encoder_states[0],
+        "encoder_attention_mask": inputs.get("attention_mask"),
+        **_named(inputs, "past_key_values", "use_cache"),
+    }
+    state: Tensor = model.decoder(**decoder_inputs, return_dict=True).last_hidden_state
+    return state
+
+
+def _without_logits_arguments(model: PreTrainedModel, inputs: dict[str, object]) -> dict[str, object]:
+    """Drops what only the language-model head uses; labels leave the decoder tokens that they imply."""
+    labels = inputs.get("labels")
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
+    has_decoder_inputs = _named(inputs, "decoder_input_ids", "decoder_inputs_embeds")
+    if labels is None or has_decoder_inputs or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return inputs
+    return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+
+
+def _named(inputs: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+@contextmanager
+def _captured_output(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Keeps the last hidden state that a module returns to this thread while the block runs."""
+    states: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(_module: nn.Module, _args: object, output: ModelOutput) -> None:
+        if threading.get_ident() == thread:
+            states[:] = [output[0]]
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield lambda: states[0]
+    finally:
+        handle.remove()

@@ -1,0 +1,187 @@
+"""The tensors of a checkpoint, in a local folder or on the hub, each read only when it is asked for.
+
+Names come from the safetensors header or the shard index, so that finding two tensors costs two tensors, never the
+whole checkpoint. Files are untrusted: whatever is wrong with one is a `HeadFileError` that names it.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict, Unpack
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vhead.errors import HeadFileError
+
+
+class LocationArguments(TypedDict, total=False):
+    """The arguments of `from_pretrained` that say where files are, and therefore hold for the head's as well."""
+
+    cache_dir: str | None
+    force_download: bool | None
+    local_files_only: bool | None
+    revision: str | None
+    subfolder: str | None
+    token: str | bool | None
+    use_safetensors: bool | None
+    variant: str | None
+
+
+class Checkpoint:
+    """Where a checkpoint's files are and which tensor is in which of them.
+
+    Args:
+        location: A folder, one file of tensors, or a hub repository's id. What exists is never looked up on the hub.
+        **arguments: Where and which files to look for; None means the hub's default. `use_safetensors` None looks for
+            safetensors first, `variant` is the one in names like `model.fp16.safetensors`.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        **arguments: Unpack[LocationArguments],
+    ) -> None:
+        self.location = str(location)
+        self._variant = arguments.pop("variant", None)
+        self._use_safetensors = arguments.pop("use_safetensors", None)
+        self._subfolder = arguments.pop("subfolder", None) or ""
+        self._hub_arguments: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
+        self._opened: dict[Path, SafetensorsFile | PickledFile] = {}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """The name of each of the model's tensors and the file that holds it; empty where there are no weights."""
+        if Path(self.location).is_file():
+            return self.names_in(Path(self.location).name)
+        for name, index_name in self._weight_files():
+            if self.path(name) is not None:
+                return self.names_in(name)
+            index = self.path(index_name)
+            if index is not None:
+                return _read_index(index)
+        return {}
+
+    def path(self, name: str) -> Path | None:
+        """The local path of one of the checkpoint's files, downloaded if need be, or None if there is no such file."""
+        root = Path(self.location)
+        if root.is_file():
+            return root if root.name == name else None
+        if root.is_dir():
+            path = root / self._subfolder / name
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.location, name, subfolder=self._subfolder or None, **self._hub_arguments))
+        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            # Where the repository itself is missing, the body's loader says so in its own words.
+            return None
+
+    def names_in(self, name: str) -> dict[str, str]:
+        """The tensors of one file, as `weight_map` lists them."""
+        return dict.fromkeys(self._open(name).shapes, name)
+
+    def shape(self, tensor: str, file_name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header."""
+        shapes = self._open(file_name).shapes
+        if tensor not in shapes:
+            raise HeadFileError(f"{self.describe(file_name)}: the index places {tensor} here, but it is missing")
+        return shapes[tensor]
+
+    def read(self, tensor: str, file_name: str) -> Tensor:
+        """Reads one tensor."""
+        self.shape(tensor, file_name)
+        return self._open(file_name).read(tensor)
+
+    def describe(self, file_name: str) -> str:
+        """The place of a file, for messages: below the folder or the repository."""
+        root = Path(self.location)
+        return str(root) if root.is_file() else str(PurePosixPath(self.location, self._subfolder, file_name))
+
+    def _weight_files(self) -> Iterable[tuple[str, str]]:
+        kinds = (("model", "safetensors", True), ("pytorch_model", "bin", False))
+        variant = f".{self._variant}" if self._variant else ""
+        for stem, extension, is_safetensors in kinds:
+            if self._use_safetensors in (None, is_safetensors):
+                yield f"{stem}{variant}.{extension}", f"{stem}.{extension}.index{variant}.json"
+
+    def _open(self, name: str) -> "SafetensorsFile | PickledFile":
+        path = self.path(name)
+        if path is None:
+            raise HeadFileError(f"{self.describe(name)}: the index names this file, but it is missing")
+        if path not in self._opened:
+            self._opened[path] = (SafetensorsFile if name.endswith(".safetensors") else PickledFile)(path)
+        return self._opened[path]
+
+
+class SafetensorsFile:
+    """A safetensors file; the library checks the whole header before any tensor is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no iterator
+        except (SafetensorError, OSError, ValueError) as error:
+            raise HeadFileError(f"{self.path}: expected a safetensors file, got: {error}") from error
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into memory of its own."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise HeadFileError(f"{self.path}: cannot read {name}: {error}") from error
+        return tensor.clone()
+
+
+class PickledFile:
+    """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into memory of its own."""
+        return self._tensors[name].detach().clone()
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        try:
+            with self.path.open("rb") as file:
+                is_zip = file.read(2) == b"PK"
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except Exception as error:  # Unpickling what somebody else wrote can raise anything.
+            raise HeadFileError(f"{self.path}: expected pickled tensors, got: {error}") from error
+        if not isinstance(state, dict):
+            raise HeadFileError(f"{self.path}: expected a dictionary of tensors, got a {type(state).__name__}")
+        return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file_name) for name, file_name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HeadFileError(f'{path}: expected an index with a "weight_map", got: {error!r}') from error
+    for file_name in set(entries.values()):
+        if PurePosixPath(file_name).name != file_name:
+            raise HeadFileError(f"{path}: expected the names of files beside the index, got {file_name!r}")
+    return entries

@@ -1,0 +1,429 @@
+"""Language models with a value head: TRL's classes, maintained.
+
+What carries over from TRL 1.12 is its surface: constructor, `from_pretrained`, the outputs of `forward`, and the names
+in checkpoints. Deliberate differences: the head is in the body's train/eval mode after loading, a state dict goes back
+in strictly, also inside a parent module, only the last hidden state is kept, and a head that does not fit its
+checkpoint is an error.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, GenerationConfig, PreTrainedModel
+
+from vhead import backbone
+from vhead.checkpoint import LocationArguments
+from vhead.errors import HeadError, HeadMismatchError, VheadError
+from vhead.formats import WEIGHT_KEY, HeadWeights, find_head
+from vhead.heads import HeadArguments, ValueHead
+from vhead.load_report import quiet_about
+
+logger = logging.getLogger("vhead")
+
+BODY = "pretrained_model"
+
+
+class ValueHeadOutput(NamedTuple):
+    """What `forward` returns: unpacks as TRL's `(lm_logits, loss, value)`, and names its items as transformers does.
+
+    Attributes:
+        logits: `[B, T, V]`, float32.
+        loss: The language model's loss, or None without labels.
+        value: `[B, T]`, float32: the value of the state after each token.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    value: Tensor
+
+    @property
+    def lm_logits(self) -> Tensor | None:
+        """The logits, by TRL's name."""
+        return self.logits
+
+
+class ValueHeadOutputWithCache(NamedTuple):
+    """What `forward` returns with `return_past_key_values=True`: the items of `ValueHeadOutput`, then the cache."""
+
+    logits: Tensor | None
+    loss: Tensor | None
+    value: Tensor
+    past_key_values: Cache
+
+    @property
+    def lm_logits(self) -> Tensor | None:
+        """The logits, by TRL's name."""
+        return self.logits
+
+
+class _OfBody:
+    """An attribute that is the wrapped model's, unless it is set on the wrapper itself."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:  # noqa: ANN401, the body's type
+        return self if instance is None else getattr(instance.pretrained_model, self._name)
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A language model and a value head on its last hidden state.
+
+    Args:
+        pretrained_model: The language model.
+        score_module: A reward head, for models with a reward adapter.
+        supports_rm_adapter: Whether the model has a reward adapter.
+        rm_adapter_name: The reward adapter's name.
+        **kwargs: The head's arguments, see `ValueHead`.
+
+    Attributes:
+        v_head: The head.
+        plan: How the last hidden state is reached and kept on this architecture.
+        head_source: The file that the head's weights were read from, or None for a head that was drawn.
+
+    Raises:
+        HeadError: The head's arguments or the model's configuration do not give a head.
+        TypeError: An argument is not one of the head's.
+    """
+
+    transformers_parent_class: ClassVar[Any] = None
+    pretrained_model: PreTrainedModel
+
+    supported_args: ClassVar[tuple[str, ...]] = (
+        "summary_dropout_prob",
+        "v_head_initializer_range",
+        "v_head_init_strategy",
+    )
+    supported_modules: ClassVar[tuple[str, ...]] = ("v_head",)
+    supported_rm_modules: ClassVar[tuple[str, ...]] = ("score",)
+
+    # TRL's new PPOTrainer reaches a value model's trunk by this name, and its head as `score`.
+    base_model_prefix = "backbone"
+
+    _keys_to_ignore_on_save = _OfBody()
+    _no_split_modules = _OfBody()
+    add_model_tags = _OfBody()
+    can_generate = _OfBody()
+    config = _OfBody()
+    device = _OfBody()
+    disable_input_require_grads = _OfBody()
+    dtype = _OfBody()
+    enable_input_require_grads = _OfBody()
+    get_input_embeddings = _OfBody()
+    get_output_embeddings = _OfBody()
+    gradient_checkpointing_disable = _OfBody()
+    gradient_checkpointing_enable = _OfBody()
+    hf_device_map = _OfBody()
+    is_gradient_checkpointing = _OfBody()
+    main_input_name = _OfBody()
+    name_or_path = _OfBody()
+    prepare_inputs_for_generation = _OfBody()
+    set_input_embeddings = _OfBody()
+    set_output_embeddings = _OfBody()
+    tie_weights = _OfBody()
+    warnings_issued = _OfBody()
+
+    def __init__(
+        self,
+        pretrained_model: nn.Module,
+        score_module: nn.Module | None = None,
+        supports_rm_adapter: bool = False,  # noqa: FBT001, FBT002, TRL's signature
+        rm_adapter_name: str | None = None,
+        **kwargs: Unpack[HeadArguments],
+    ) -> None:
+        super().__init__()
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(pretrained_model.config, hidden_size=_head_width(pretrained_model), **kwargs)
+        self.plan = backbone.plan_for(pretrained_model)
+        self.head_source: str | None = None
+        self.is_peft_model = hasattr(pretrained_model, "get_base_model")
+        self.is_loaded_in_8bit: bool = getattr(pretrained_model, "is_loaded_in_8bit", False)
+        self.is_loaded_in_4bit: bool = getattr(pretrained_model, "is_loaded_in_4bit", False)
+        self.is_sequential_parallel = False
+        self.current_device = self._get_current_device()
+        self.supports_rm_adapter = supports_rm_adapter
+        self.rm_adapter_name = rm_adapter_name
+        self.policy_adapter_name = "default"
+        if score_module is not None:
+            self.add_module("score", score_module)
+        self._follow_body()
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | nn.Module, *model_args: object, **kwargs: object
+    ) -> Self:
+        """Loads a language model and its value head, or wraps a language model that is loaded already.
+
+        The head is sought in the checkpoint, local folder before hub, by reading its two tensors alone. A plain
+        language model gets a fresh head, which one line of the log says. A model that was loaded from a path is in
+        evaluation mode, head and body alike; a given object keeps its mode, and the head takes it over.
+
+        Args:
+            pretrained_model_name_or_path: A folder, a hub repository's id, or a language model.
+            *model_args: Passed to transformers.
+            **kwargs: The head's arguments (`supported_args`); everything else is passed to transformers untouched.
+
+        Raises:
+            HeadMismatchError: The checkpoint holds something like a head that does not fit.
+            HeadFileError: A file that should hold the head is truncated, malformed or hostile.
+            HeadError: The head's arguments, or the first argument, are not what they must be.
+        """
+        head_arguments, model_arguments = cls._split_arguments(kwargs)
+        if isinstance(pretrained_model_name_or_path, nn.Module):
+            return cls._wrap_object(pretrained_model_name_or_path, head_arguments)
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise HeadError(
+                "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "
+                f"got a {type(pretrained_model_name_or_path).__name__}"
+            )
+        location = os.fspath(pretrained_model_name_or_path)
+        head = find_head(location, **_head_location_arguments(model_arguments))
+        with quiet_about("v_head"):
+            body = cls.transformers_parent_class.from_pretrained(location, *model_args, **model_arguments)
+        model = cls(body, **head_arguments)
+        if head is None:
+            logger.info("%s holds no value head: starting from a fresh one", location)
+        else:
+            model._load_head(head)
+        return model
+
+    @classmethod
+    def _split_arguments(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Divides `from_pretrained`'s keyword arguments into the head's and the language model's."""
+        unsupported = {name for name in ("peft_config", "reward_adapter") if arguments.get(name) is not None}
+        if unsupported:
+            raise VheadError(
+                f"{', '.join(sorted(unsupported))}: adapters are not supported yet; wrap a loaded PeftModel"
+            )
+        ignored = ("peft_config", "reward_adapter", "reward_adapter_name", "is_trainable")
+        head = {name: value for name, value in arguments.items() if name in cls.supported_args}
+        model = {name: value for name, value in arguments.items() if name not in (*cls.supported_args, *ignored)}
+        return head, model
+
+    @classmethod
+    def _wrap_object(cls, body: nn.Module, head_arguments: Mapping[str, Any]) -> Self:
+        if not isinstance(body, PreTrainedModel) and not hasattr(body, "get_base_model"):
+            raise HeadError(
+                "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "
+                f"got a {type(body).__name__}"
+            )
+        logger.info("%s was given as an object: starting from a fresh value head", type(body).__name__)
+        return cls(body, **head_arguments)
+
+    def _load_head(self, head: HeadWeights) -> None:
+        summary = self.v_head.summary
+        if head.weight.shape != summary.weight.shape:
+            raise HeadMismatchError(
+                f"{head.source}: found {WEIGHT_KEY} {list(head.weight.shape)}, "
+                f"expected {list(summary.weight.shape)} for a {type(self.pretrained_model).__name__}"
+            )
+        with torch.no_grad():
+            summary.weight.copy_(head.weight)
+            summary.bias.copy_(head.bias)
+        self.head_source = head.source
+
+    def _follow_body(self) -> None:
+        """Puts the head where the body's last hidden state is, in the body's train or eval mode."""
+        self.training = self.pretrained_model.training
+        self.v_head.train(self.training)
+        device = _output_device(self.pretrained_model)
+        if device is not None and device.type not in ("cpu", "meta"):
+            self.v_head.to(device)
+
+    @classmethod
+    def _get_current_device(cls) -> int | str:
+        return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+
+    # Computing
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,  # noqa: FBT001, FBT002, TRL's signature
+        **kwargs: object,
+    ) -> ValueHeadOutput | ValueHeadOutputWithCache:
+        """Runs the language model with its logits, and the value head; keeps the last hidden state only.
+
+        Inputs reach the language model as they are. In particular no `position_ids` are derived for left padding, as in
+        TRL: pass them, or use `values`.
+
+        Args:
+            input_ids: Token ids `[B, T]`.
+            past_key_values: A cache of earlier positions.
+            attention_mask: `[B, T]`, 1 for tokens, 0 for padding.
+            return_past_key_values: Whether the cache is returned as a fourth item.
+            **kwargs: Passed to the language model, for instance `labels`, `position_ids` or `logits_to_keep`.
+                `output_hidden_states` and `return_dict` are accepted and change nothing.
+
+        Returns:
+            The logits (float32), the loss (None without labels), the values `[B, T]` (float32), the cache if asked for.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+        output, hidden_states = backbone.run(self.pretrained_model, self._current_plan(), inputs)
+        logits = None if output.logits is None else output.logits.float()
+        result = ValueHeadOutput(logits, getattr(output, "loss", None), self.v_head(hidden_states).squeeze(-1))
+        return ValueHeadOutputWithCache(*result, output.past_key_values) if return_past_key_values else result
+
+    def values(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        """Computes values without building logits.
+
+        A left-padded row gets the values of the unpadded one also on models with absolute positions: `position_ids`
+        are derived from a two-dimensional `attention_mask` where the model takes them and none are given.
+
+        Args:
+            input_ids: Token ids `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens, 0 for padding.
+            **kwargs: Passed to the language model; `decoder_input_ids` or `labels` for an encoder-decoder.
+
+        Returns:
+            The values `[B, T]`, float32; those of the decoder's positions for an encoder-decoder.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        states = backbone.last_hidden_state(self.pretrained_model, plan=self._current_plan(), **inputs)
+        values: Tensor = self.v_head(states).squeeze(-1)
+        return values
+
+    def generate(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401, as transformers declares it
+        """Generates with the language model's own `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def _current_plan(self) -> backbone.BackbonePlan:
+        """The plan, made anew once an adapter has been put around the body or taken off it."""
+        if self.plan.architecture is not type(self.pretrained_model):
+            self.plan = backbone.plan_for(self.pretrained_model)
+        return self.plan
+
+    # State
+
+    def state_dict(  # type: ignore[override]  # torch overloads what is one signature
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The weights as checkpoints name them: the body's without a prefix, the head's as `v_head.summary.*`.
+
+        Of a model with adapters it is the head alone, since adapters are saved by peft.
+        """
+        state: dict[str, Any] = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[arg-type]
+        own_names = [name for name in state if name.startswith(tuple(f"{prefix}{child}." for child in self._modules))]
+        for name in own_names:
+            # Every name is put back, in order: the body's parameters stay before the head's.
+            value, path = state.pop(name), name.removeprefix(prefix)
+            if not (path.startswith(f"{BODY}.") and self.is_peft_model):
+                state[prefix + path.removeprefix(f"{BODY}.")] = value
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            own_name = prefix + self._module_name(name.removeprefix(prefix))
+            if own_name != name:
+                state_dict[own_name] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: object,
+        state_dict: Mapping[str, Any] | None = None,
+        **kwargs: object,
+    ) -> object:
+        """Saves body and head in one checkpoint, which TRL and plain transformers read as well.
+
+        Args:
+            save_directory: The folder, made if need be.
+            *args: Passed to the language model's `save_pretrained`.
+            state_dict: The weights to save, in any of the layouts that `load_state_dict` accepts. None: this model's.
+            **kwargs: Passed to the language model's `save_pretrained`, for instance `max_shard_size`.
+        """
+        state = self.state_dict() if state_dict is None else dict(self._checkpoint_items(state_dict))
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        return self.pretrained_model.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+
+    def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in state_dict.items():
+            yield self._module_name(name).removeprefix(f"{BODY}."), value
+
+    def _module_name(self, name: str) -> str:
+        """Turns a name of any layout (checkpoint, raw module, wrapped in `module.`) into this module's own."""
+        first = name.partition(".")[0]
+        if first == "module" and not hasattr(self.pretrained_model, "module"):
+            return self._module_name(name.removeprefix("module."))
+        return name if first in self._modules else f"{BODY}.{name}"
+
+    # The surface of a transformers model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The language model without its head, or the whole of it where there is no such part."""
+        has_base_model = self._current_plan().route is backbone.Route.BASE_MODEL
+        model: nn.Module = self.pretrained_model
+        return backbone.without_adapter(model).base_model if has_base_model else model
+
+    @property
+    def score(self) -> nn.Module:
+        """The reward adapter's head where there is one, else the value head."""
+        module: nn.Module = self._modules.get("score") or self.v_head
+        return module
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The language model's generation configuration, which `generate` uses."""
+        return self.pretrained_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self.pretrained_model.generation_config = value
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A causal language model with a value head."""
+
+    transformers_parent_class = AutoModelForCausalLM
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder language model with a value head on the decoder's last hidden state."""
+
+    transformers_parent_class = AutoModelForSeq2SeqLM
+    lm_head_namings: ClassVar[tuple[str, ...]] = ("lm_head", "embed_out", "output_projection")
+
+    def __init__(self, pretrained_model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, passed on
+        if not self._has_lm_head(pretrained_model):
+            raise HeadError(
+                "The model does not have a language model head, please use a model that has one: "
+                f"expected one of {', '.join(self.lm_head_namings)} in a {type(pretrained_model).__name__}"
+            )
+        super().__init__(pretrained_model, *args, **kwargs)
+        self.is_encoder_decoder = True
+
+    @classmethod
+    def _has_lm_head(cls, model: nn.Module) -> bool:
+        names = [name for name, _ in model.named_modules()]
+        return any(naming in name for name in names for naming in cls.lm_head_namings)
+
+
+def _head_width(model: nn.Module) -> int | None:
+    """What the language-model head reads, or None where it does not say."""
+    embeddings = backbone.without_adapter(model).get_output_embeddings()
+    width = getattr(embeddings, "in_features", None)
+    return width if isinstance(width, int) else None
+
+
+def _output_device(model: nn.Module) -> torch.device | None:
+    """Where the last hidden state is: with the output embeddings, else with the last parameter."""
+    embeddings = backbone.without_adapter(model).get_output_embeddings()
+    module = model if embeddings is None else embeddings
+    return next((parameter.device for parameter in reversed(list(module.parameters()))), None)
+
+
+def _head_location_arguments(model_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: model_arguments[name] for name in LocationArguments.__annotations__ if name in model_arguments}
