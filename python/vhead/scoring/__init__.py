@@ -1,0 +1,20 @@
+"""Scoring rollouts: per-token values, log-probabilities and entropies, and one reward each."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vhead.scoring.rollout import Rollout
+    from vhead.scoring.scorer import Scorer
+    from vhead.scoring.scores import Score, Scores
+
+__all__ = ["Rollout", "Score", "Scorer", "Scores"]
+
+_HOME = {"Rollout": "rollout", "Score": "scores", "Scorer": "scorer", "Scores": "scores"}
+
+
+def __getattr__(name: str) -> object:
+    """Imports on first use, as only `Scorer` needs torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'vhead.scoring' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vhead.scoring.{_HOME[name]}"), name)

@@ -1,0 +1,87 @@
+"""How a language model turns its last hidden state into logits, found once and checked against the model itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vhead.backbone import BackbonePlan, last_hidden_state
+
+# Large enough for a soft cap of any size in use (30, 50) to bend the probe's logits visibly.
+_PROBE_PEAK = 50.0
+_PROBE_TOKENS = 8
+_FLOAT32_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class LogitsRule:
+    """Logits as `cap * tanh(scale * lm_head(hidden) / cap)`, the cap only where there is one.
+
+    Attributes:
+        lm_head: The model's output projection.
+        scale: 1, Cohere's `logit_scale`, or 1 / Granite's `logits_scaling`.
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+    """
+
+    lm_head: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[N, V]`, float32, of hidden states `[N, H]`."""
+        logits = self.lm_head(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh_(logits / self.softcap) * self.softcap
+        return logits
+
+
+def find_logits_rule(model: nn.Module, plan: BackbonePlan) -> LogitsRule | None:
+    """The rule that gives this model's own logits, or None when it computes them in another way.
+
+    The model runs on a few tokens with the input of its `lm_head` scaled up, so that also a soft cap shows, and its
+    logits are compared with the rule's. The model has to be in evaluation mode.
+    """
+    lm_head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(lm_head, nn.Module):
+        return None
+    config: Any = model.config
+    rule = _rule_of(lm_head, config.get_text_config() if hasattr(config, "get_text_config") else config)
+    with torch.inference_mode():
+        return rule if _agrees(rule, lm_head, model, plan) else None
+
+
+def _rule_of(lm_head: nn.Module, config: object) -> LogitsRule:
+    multiplier, divisor = _number(config, "logit_scale"), _number(config, "logits_scaling")
+    return LogitsRule(
+        lm_head=lm_head,
+        scale=multiplier if multiplier is not None else 1.0 if divisor is None else 1.0 / divisor,
+        softcap=_number(config, "final_logit_softcapping"),
+    )
+
+
+def _number(config: object, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and value else None
+
+
+def _agrees(rule: LogitsRule, lm_head: nn.Module, model: nn.Module, plan: BackbonePlan) -> bool:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    tokens = torch.arange(1, 1 + _PROBE_TOKENS, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
+    hidden = last_hidden_state(model, plan=plan, input_ids=tokens)
+    peak = lm_head(hidden).abs().max().item()
+    factor = _PROBE_PEAK / peak if 0.0 < peak < float("inf") else 1.0
+    handle = lm_head.register_forward_pre_hook(lambda _module, args: (args[0] * factor, *args[1:]))
+    try:
+        own = model(input_ids=tokens, use_cache=False).logits.float()
+        ours = rule(hidden[0])  # The hook scales this call as well.
+    finally:
+        handle.remove()
+    if own.shape[1:] != ours.shape:
+        return False
+    tolerance = _FLOAT32_TOLERANCE if hidden.dtype == torch.float32 else _HALF_TOLERANCE
+    return bool((own[0] - ours).abs().max() <= tolerance * own.abs().max())

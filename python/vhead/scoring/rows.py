@@ -1,0 +1,86 @@
+"""Records of a file: which of their fields make a rollout, and how they are carried through to the output."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from vhead.errors import FieldError
+from vhead.scoring.rollout import Rollout, shown, token_ids
+
+PAIRS = (("prompt_ids", "completion_ids"), ("prompt", "completion"))
+MESSAGES = "messages"
+INPUT_FIELDS = ("id", MESSAGES, *(name for pair in PAIRS for name in pair))
+
+_EXPECTED_FIELDS = "`prompt` and `completion`, or `prompt_ids` and `completion_ids`, or `messages`"
+
+
+class Row(Protocol):
+    """One record of an input file."""
+
+    @property
+    def where(self) -> str:
+        """The record's place in the file, such as `line 12`."""
+
+    @property
+    def position(self) -> int:
+        """How much of the file is read with this record, in the units of the reader's `size`."""
+
+    def rollout(self) -> Rollout:
+        """What is to be scored.
+
+        Raises:
+            RecordError: The record does not hold a rollout.
+        """
+
+    def json_object(self) -> str:
+        """The whole record as one JSON object without a line break."""
+
+    def columns(self) -> dict[str, Any]:
+        """The whole record as Python objects."""
+
+
+def rollout_of(record: Mapping[str, Any], where: str) -> Rollout:
+    """The rollout in a record's fields: token ids where both are there, else text, else messages.
+
+    Raises:
+        FieldError: A field is missing or holds something else; the error names `where` and the record's id.
+    """
+    name = where if record.get("id") is None else f"{where} (id {record['id']!r})"
+    try:
+        return _rollout(record)
+    except FieldError as error:
+        raise error.of(name) from None
+
+
+def check_reserved(names: Iterable[str], reserved: Iterable[str], where: str) -> None:
+    """Scores never overwrite a column that came with the input.
+
+    Raises:
+        FieldError: A column of the input has one of the reserved names.
+    """
+    for name in sorted(set(names) & set(reserved)):
+        raise FieldError(where, name, expected="no such column in the input, as the scores go there", got="one")
+
+
+def _rollout(record: Mapping[str, Any]) -> Rollout:
+    present = {name for name in INPUT_FIELDS if record.get(name) is not None}
+    for first, second in PAIRS:
+        if {first, second} <= present:
+            return _pair(record, first, second)
+    if MESSAGES in present:
+        return Rollout.from_messages(record[MESSAGES], record.get("id"))
+    for first, second in PAIRS:
+        for here, missing in ((first, second), (second, first)):
+            if here in present:
+                raise FieldError(None, missing, expected=f"the field that goes with `{here}`", got="nothing")
+    raise FieldError(None, "prompt", expected=_EXPECTED_FIELDS, got=f"the fields {', '.join(sorted(record)) or 'none'}")
+
+
+def _pair(record: Mapping[str, Any], first: str, second: str) -> Rollout:
+    for name in (first, second):
+        if name.endswith("_ids"):
+            token_ids(record[name], name)
+        elif not isinstance(record[name], str):
+            raise FieldError(None, name, expected=f"text (token ids go in `{name}_ids`)", got=shown(record[name]))
+        elif not record[name]:
+            raise FieldError(None, name, expected="text", got="an empty text")
+    return Rollout(record[first], record[second], record.get("id"))

@@ -1,0 +1,265 @@
+"""Scoring rollouts: values, log-probabilities, entropies and rewards from one backbone pass."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from vhead.errors import HeadNotFoundError, RecordError
+from vhead.formats import HeadWeights, find_head
+from vhead.scoring.batches import token_budget_batches
+from vhead.scoring.encode import Encoded, Encoder, IdRegistry
+from vhead.scoring.engine import Engine
+from vhead.scoring.progress import ScoringProgress
+from vhead.scoring.rollout import Rollout
+from vhead.scoring.scores import Score, Scores, check_fields
+from vhead.scoring.window import Results, windows
+
+logger = logging.getLogger("vhead")
+
+DEFAULT_RETURNS = ("values", "logprobs", "reward")
+
+_CPU_TOKEN_BUDGET = 4096
+_DEVICE_TOKEN_BUDGET = 16384
+_BATCHES_PER_WINDOW = 16
+_REMEMBERED_IDS = 65536
+
+ErrorHandler = Callable[[RecordError], None]
+Naming = Callable[[int, Rollout], str]
+
+
+def default_name(index: int, rollout: Rollout) -> str:
+    """What errors call a rollout: its position in the input, and its id where it has one."""
+    name = getattr(rollout, "id", None)
+    return f"record {index}" if name is None else f"record {index} (id {name!r})"
+
+
+class Scorer:
+    """Gives values, log-probabilities, entropies and rewards of rollouts.
+
+    The value of completion token t is the head's output at the position that predicts it; the reward is the head's
+    output at the last completion token itself. Dropout is off while scoring, whatever mode the model is in.
+
+    Args:
+        model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
+        tokenizer: Needed for rollouts of text or messages.
+        token_budget: Tokens of a padded batch; None: 4096 on a CPU, 16384 elsewhere.
+        num_threads: Torch's threads while scoring; None leaves them as they are.
+
+    Attributes:
+        model: As given.
+        token_budget: As given or chosen.
+
+    Raises:
+        HeadError: The model has no value head.
+        VheadError: The model is an encoder-decoder.
+        ValueError: The budget or the number of threads is below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,  # noqa: ANN401, any tokenizer of transformers
+        *,
+        token_budget: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        for name, number in (("token_budget", token_budget), ("num_threads", num_threads)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        self.model = model
+        self._engine = Engine(model, num_threads)
+        self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, self._engine.context_length)
+        is_cpu = self._engine.device.type == "cpu"
+        self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        head: str | Path | None = None,
+        token_budget: int | None = None,
+        num_threads: int | None = None,
+        allow_random_head: bool = False,
+    ) -> Self:
+        """Loads a model, its trained head and its tokenizer.
+
+        Args:
+            path: A folder or a hub repository's id.
+            dtype: The language model's, such as `"bfloat16"`; None: the checkpoint's own. The head stays float32.
+            device: Where the model goes; None: CUDA where there is one, else the CPU.
+            head: A file, folder or repository with the head, where `path` does not hold it.
+            token_budget: As in the constructor.
+            num_threads: As in the constructor.
+            allow_random_head: Whether a checkpoint without a head gets a new, untrained one.
+
+        Raises:
+            HeadNotFoundError: There is no trained head, and a random one is not allowed.
+            HeadError: There is a head that does not fit, or its file is broken.
+            OSError: The model cannot be found or read.
+        """
+        weights = find_head(path if head is None else head)
+        if weights is None and (head is not None or not allow_random_head):
+            raise HeadNotFoundError(
+                f"{path if head is None else head}: expected a trained value head, found none; "
+                "allow_random_head=True (--allow-random-head) scores with a new, untrained one"
+            )
+        model = _load(path, dtype)
+        if head is not None and weights is not None:
+            _replace_head(model, weights)
+        model.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model, _tokenizer(path), token_budget=token_budget, num_threads=num_threads)
+
+    def score(
+        self,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] = DEFAULT_RETURNS,
+        temperature: float = 1.0,
+        *,
+        progress: bool = False,
+    ) -> Scores:
+        """Scores all rollouts.
+
+        Args:
+            rollouts: In any order of length; the scores come in the same order.
+            returns: Some of values, logprobs, entropy, reward.
+            temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            progress: Whether to show progress on standard error when that is a terminal.
+
+        Returns:
+            Flat float32 arrays with offsets; empty for no rollouts.
+
+        Raises:
+            RecordError: A rollout cannot be scored; the error names it and the field.
+            ValueError: `returns` or `temperature` is out of range.
+        """
+        rollouts = list(rollouts)
+        fields = check_fields(returns)
+        parts = [Results([], fields).before_first_error()]
+        with ScoringProgress(total=len(rollouts), shown=progress) as display:
+            for part in self.windows(rollouts, fields, temperature, remembered_ids=None):
+                parts.append(part)
+                display.advance(part)
+        return Scores.concat(parts)
+
+    def stream(
+        self,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] = DEFAULT_RETURNS,
+        temperature: float = 1.0,
+        *,
+        on_error: ErrorHandler | None = None,
+    ) -> Iterator[Score]:
+        """Scores rollouts as they come, in input order, in memory that does not grow with their number.
+
+        The arguments are those of `windows`.
+
+        Yields:
+            One `Score` per rollout; its `index` is the rollout's position in the input.
+        """
+        for window in self.windows(rollouts, returns, temperature, on_error=on_error):
+            yield from window
+
+    def windows(
+        self,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] = DEFAULT_RETURNS,
+        temperature: float = 1.0,
+        *,
+        on_error: ErrorHandler | None = None,
+        name_of: Naming = default_name,
+        remembered_ids: int | None = _REMEMBERED_IDS,
+    ) -> Iterator[Scores]:
+        """Scores rollouts as they come, some thousand at a time, batched by length among themselves.
+
+        Args:
+            rollouts: Read no further ahead than one window.
+            returns: Some of values, logprobs, entropy, reward.
+            temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            on_error: Told of each rollout that cannot be scored, which is then left out; None: the first one is raised,
+                after everything before it has been given.
+            name_of: What errors call a rollout.
+            remembered_ids: How many of the last ids are compared with each new one, None for all.
+
+        Yields:
+            The scores of consecutive rollouts, in input order.
+
+        Raises:
+            RecordError: A rollout cannot be scored, and `on_error` is None.
+            ValueError: `returns` or `temperature` is out of range.
+        """
+        fields = check_fields(returns)
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        encoded = self._encoded(rollouts, on_error, name_of, IdRegistry(remembered_ids))
+        for window, failure in windows(encoded, self.token_budget * _BATCHES_PER_WINDOW):
+            results = self._score(window, fields, temperature)
+            yield from _report(results, on_error)
+            if failure is not None:
+                raise failure
+
+    def _encoded(
+        self, rollouts: Iterable[Rollout], on_error: ErrorHandler | None, name_of: Naming, ids: IdRegistry
+    ) -> Iterator[Encoded]:
+        for index, rollout in enumerate(rollouts):
+            try:
+                name = name_of(index, rollout)
+                encoded = self._encoder.encode(index, rollout, name)
+                ids.add(encoded.id, name)
+            except RecordError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+            else:
+                yield encoded
+
+    def _score(self, window: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Results:
+        results = Results(window, fields)
+        budget = self._engine.batch_budget(self.token_budget, fields)
+        for places in token_budget_batches([len(rollout) for rollout in window], budget):
+            results.put(places, self._engine.score([window[place] for place in places], fields, temperature))
+        return results
+
+
+def _report(results: Results, on_error: ErrorHandler | None) -> Iterator[Scores]:
+    """The good scores; the errors between them go to `on_error`, or the first one ends it."""
+    if on_error is not None:
+        for error in results.errors:
+            on_error(error)
+        yield from results.good()
+        return
+    scores = results.before_first_error()
+    if len(scores):
+        yield scores
+    for error in results.errors:
+        raise error
+
+
+def _load(path: str | Path, dtype: torch.dtype | str | None) -> nn.Module:
+    from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
+
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
+    model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
+    return model.eval()
+
+
+def _replace_head(model: Any, head: HeadWeights) -> None:  # noqa: ANN401, the class is imported on use
+    model._load_head(head)
+
+
+def _tokenizer(path: str | Path) -> Any:  # noqa: ANN401, any tokenizer of transformers
+    """The model's tokenizer, or None where it has none: token ids can be scored without."""
+    from transformers import AutoTokenizer  # noqa: PLC0415, slow, and only needed to load
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning("%s: no tokenizer, so that only token ids can be scored: %s", path, error)
+        return None
