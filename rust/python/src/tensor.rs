@@ -196,9 +196,9 @@ impl<'py> Output<'py> {
     /// What torch raises when it cannot allocate.
     pub(crate) fn new(py: Python<'py>, sizes: &[i64], dtype: Dtype) -> PyResult<Self> {
         let object = Torch::get(py)?.empty(py, sizes, dtype)?;
-        let view = TensorView::new("output", &object, &[dtype])?;
-        let (data, count) = (view.data.cast_mut(), view.count());
-        Ok(Self { object, data, count })
+        let address: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let count = sizes.iter().map(|&size| unsigned(size)).product();
+        Ok(Self { object, data: std::ptr::with_exposed_provenance_mut(address), count })
     }
 
     /// The elements, to be written. `T` must be the dtype that the tensor was made with.

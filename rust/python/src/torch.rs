@@ -2,7 +2,7 @@
 use crate::dlpack::{self, Exchange};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyDict, PyTuple, PyType};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The dtypes that cross this boundary.
@@ -45,13 +45,32 @@ impl Dtype {
     }
 }
 
+/// One of torch's dtype objects.
+#[derive(Debug)]
+struct TorchDtype {
+    dtype: Dtype,
+    object: Py<PyAny>,
+    /// `dtype` and `device` for `torch.empty`. The device is said, since a default device (`with torch.device("meta")`)
+    /// must not reach a kernel's output.
+    keywords: Py<PyDict>,
+}
+
+impl TorchDtype {
+    fn read(torch: &Bound<'_, PyModule>, dtype: Dtype) -> PyResult<Self> {
+        let (object, keywords) = (torch.getattr(dtype.name())?, PyDict::new(torch.py()));
+        keywords.set_item("dtype", &object)?;
+        keywords.set_item("device", torch.getattr("device")?.call1(("cpu",))?)?;
+        Ok(Self { dtype, object: object.unbind(), keywords: keywords.unbind() })
+    }
+}
+
 /// The running torch.
 #[derive(Debug)]
 pub(crate) struct Torch {
     tensor: Py<PyType>,
     parameter: Py<PyType>,
     exchange: Option<Exchange>,
-    dtypes: [Py<PyAny>; 4],
+    dtypes: Vec<TorchDtype>,
     strided: Py<PyAny>,
     default_dispatch: Py<PyAny>,
     empty: Py<PyAny>,
@@ -76,13 +95,12 @@ impl Torch {
         let torch = py.import("torch")?;
         let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
         let parameter = torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?;
-        let [float32, bfloat16, float16, int64] = Dtype::ALL.map(|dtype| torch.getattr(dtype.name()));
         Ok(Self {
             exchange: Exchange::of(&tensor),
             default_dispatch: tensor.getattr("__torch_dispatch__")?.unbind(),
             tensor: tensor.unbind(),
             parameter: parameter.unbind(),
-            dtypes: [float32?.unbind(), bfloat16?.unbind(), float16?.unbind(), int64?.unbind()],
+            dtypes: Dtype::ALL.into_iter().map(|dtype| TorchDtype::read(&torch, dtype)).collect::<PyResult<_>>()?,
             strided: torch.getattr("strided")?.unbind(),
             empty: torch.getattr("empty")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
@@ -122,22 +140,15 @@ impl Torch {
 
     /// Which of our dtypes the torch dtype `object` is.
     pub(crate) fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Dtype> {
-        let position = self.dtypes.iter().position(|dtype| object.is(dtype.bind(object.py())))?;
-        Dtype::ALL.get(position).copied()
+        let known = self.dtypes.iter().find(|known| object.is(known.object.bind(object.py())))?;
+        Some(known.dtype)
     }
 
     /// A new contiguous CPU tensor, not initialised, from torch's own allocator.
     pub(crate) fn empty<'py>(&self, py: Python<'py>, sizes: &[i64], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
-        if let Some(exchange) = self.exchange() {
-            return exchange.empty(py, sizes, dtype.dlpack());
-        }
-        let keywords = pyo3::types::PyDict::new(py);
-        if let Some(object) = Dtype::ALL.iter().position(|other| *other == dtype).and_then(|i| self.dtypes.get(i)) {
-            keywords.set_item("dtype", object)?;
-        }
-        // A default device (`with torch.device("meta")`) must not reach a kernel's output.
-        keywords.set_item("device", "cpu")?;
-        self.empty.bind(py).call((sizes.to_vec(),), Some(&keywords))
+        let known = self.dtypes.iter().find(|known| known.dtype == dtype);
+        let keywords = known.map(|known| known.keywords.bind(py));
+        self.empty.bind(py).call((PyTuple::new(py, sizes)?,), keywords)
     }
 
     /// `torch.get_num_threads()`.

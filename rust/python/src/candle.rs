@@ -1,0 +1,209 @@
+//! `CandleValueHead`: the candle crate's head for arrays that are already in memory, without torch.
+//!
+//! The candle head loads, holds and saves the weights. Hidden states never become a candle tensor, whose storage owns its
+//! memory, so that this would copy them: the head's kernels read them where the array's library keeps them.
+use crate::gate;
+use array::{ArrayView, Dtype, Output};
+use half::{bf16, f16};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+use std::path::PathBuf;
+use std::sync::Arc;
+use vhead_candle::candle_core::{Device, Tensor};
+use vhead_candle::vhead_core::{Element, threads::Pool};
+use vhead_candle::{Error, ValueHead};
+
+mod array;
+
+pyo3::import_exception!(vhead.errors, HeadFileError);
+pyo3::import_exception!(vhead.errors, HeadMismatchError);
+
+/// A value head on the CPU: hidden states `[..., H]` to float32 values `[...]`, or `[..., K]` where `K > 1`.
+#[pyclass(frozen, module = "vhead._native", name = "CandleValueHead")]
+#[derive(Debug)]
+pub(crate) struct CandleValueHead {
+    head: ValueHead,
+    num_threads: Option<usize>,
+}
+
+#[pymethods]
+impl CandleValueHead {
+    #[new]
+    #[pyo3(signature = (weight, bias = None, device = "cpu", num_threads = None))]
+    fn new(
+        weight: &Bound<'_, PyAny>,
+        bias: Option<&Bound<'_, PyAny>>,
+        device: &str,
+        num_threads: Option<usize>,
+    ) -> PyResult<Self> {
+        let (py, device) = (weight.py(), parse_device(device)?);
+        let weight = ArrayView::new("weight", weight)?;
+        let (outputs, columns) = match *weight.sizes() {
+            [columns] => (1, columns),
+            [outputs, columns] => (outputs, columns),
+            ref sizes => return Err(wrong_shape("weight", "[K, H] or [H]", sizes)),
+        };
+        let weight = Tensor::from_vec(weight.floats(), (outputs, columns), &device).map_err(candle_error)?;
+        let bias = bias.map(|bias| ArrayView::new("bias", bias)).transpose()?;
+        let to_tensor = |bias: ArrayView<'_>| Tensor::from_vec(bias.floats(), bias.sizes(), &device);
+        let bias = bias.map(to_tensor).transpose().map_err(candle_error)?;
+        Self::with_threads(py, ValueHead::new(weight, bias).map_err(to_python)?, num_threads)
+    }
+
+    #[classmethod]
+    #[pyo3(signature = (path, device = "cpu", *, num_threads = None))]
+    fn load(kind: &Bound<'_, PyType>, path: PathBuf, device: &str, num_threads: Option<usize>) -> PyResult<Self> {
+        let device = parse_device(device)?;
+        let head = gate::run(kind.py(), usize::MAX, || Ok(ValueHead::load(path, &device)))?;
+        Self::with_threads(kind.py(), head.map_err(to_python)?, num_threads)
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        gate::run(py, usize::MAX, || Ok(self.head.save(path)))?.map_err(to_python)
+    }
+
+    fn __call__<'py>(&self, hidden: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let hidden = ArrayView::new("hidden", hidden)?;
+        if hidden.sizes().last() != Some(&self.head.in_features()) {
+            return Err(wrong_shape("hidden", &format!("[..., {}]", self.head.in_features()), hidden.sizes()));
+        }
+        match hidden.dtype() {
+            Dtype::Float32 => self.values::<f32>(&hidden),
+            Dtype::BFloat16 => self.values::<bf16>(&hidden),
+            Dtype::Float16 => self.values::<f16>(&hidden),
+        }
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyType>, Parts<'py>)> {
+        let this = slf.get();
+        let parts = (this.weight(slf.py())?, this.bias(slf.py())?, this.device(), this.num_threads);
+        Ok((slf.get_type(), parts))
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "CandleValueHead(in_features={}, out_features={}, bias={}, device='{}')",
+            self.in_features(),
+            self.out_features(),
+            if self.head.bias().is_some() { "True" } else { "False" },
+            self.device()
+        )
+    }
+
+    #[getter]
+    fn in_features(&self) -> usize {
+        self.head.in_features()
+    }
+
+    #[getter]
+    fn out_features(&self) -> usize {
+        self.head.out_features()
+    }
+
+    #[getter]
+    fn device(&self) -> &'static str {
+        CPU
+    }
+
+    #[getter]
+    fn weight<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_numpy(py, self.head.weight())
+    }
+
+    #[getter]
+    fn bias<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.head.bias().map(|bias| to_numpy(py, bias)).transpose()
+    }
+}
+
+const CPU: &str = "cpu";
+/// What the constructor takes.
+type Parts<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, &'static str, Option<usize>);
+
+impl CandleValueHead {
+    /// `num_threads`, else `VHEAD_NUM_THREADS`, else the cores that this process may use.
+    fn with_threads(py: Python<'_>, head: ValueHead, num_threads: Option<usize>) -> PyResult<Self> {
+        if num_threads == Some(0) {
+            return Err(PyValueError::new_err("num_threads: expected a positive integer, got 0"));
+        }
+        let threads = match num_threads {
+            Some(threads) => Some(threads),
+            None => py.import("vhead.env")?.call_method0("read_settings")?.getattr("num_threads")?.extract()?,
+        };
+        let head = match threads {
+            Some(threads) => head.with_executor(Arc::new(Pool::new(threads))),
+            None => head,
+        };
+        Ok(Self { head, num_threads })
+    }
+
+    fn values<'py, T: Element>(&self, hidden: &ArrayView<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let py = hidden.py();
+        let mut sizes = hidden.sizes().to_vec();
+        sizes.pop();
+        sizes.extend((self.out_features() > 1).then_some(self.out_features()));
+        let mut output = Output::new(py, &sizes)?;
+        let mut copy = Vec::new();
+        let (rows, values) = (hidden.rows::<T>(&mut copy), output.elements());
+        let elements = rows.count().saturating_mul(self.in_features()).saturating_mul(self.out_features());
+        gate::run(py, elements, || Ok(self.head.forward_rows(&rows, values)))?.map_err(to_python)?;
+        Ok(output.into_array())
+    }
+}
+
+fn parse_device(device: &str) -> PyResult<Device> {
+    if device == CPU {
+        return Ok(Device::Cpu);
+    }
+    Err(PyValueError::new_err(format!("device: expected 'cpu', got '{device}': this wheel's candle has no CUDA")))
+}
+
+fn to_numpy<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
+    let numbers: Vec<f32> = tensor.flatten_all().and_then(|flat| flat.to_vec1()).map_err(candle_error)?;
+    let mut output = Output::new(py, tensor.dims())?;
+    output.elements().copy_from_slice(&numbers);
+    Ok(output.into_array())
+}
+
+fn wrong_shape(name: &str, expected: &str, actual: &[usize]) -> PyErr {
+    PyValueError::new_err(format!("{name}: expected shape {expected}, got {actual:?}"))
+}
+
+fn candle_error(error: vhead_candle::candle_core::Error) -> PyErr {
+    to_python(error.into())
+}
+
+/// The Python exception for an error of the candle crate.
+fn to_python(error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::File { path, source } => match *source {
+            Error::Io(error) => match error.raw_os_error() {
+                // Python chooses FileNotFoundError and its like by the number.
+                Some(number) => PyOSError::new_err((number, os_message(&error), path)),
+                None => PyOSError::new_err(text),
+            },
+            source => to_python_with(source, text),
+        },
+        error => to_python_with(error, text),
+    }
+}
+
+fn to_python_with(error: Error, text: String) -> PyErr {
+    match error {
+        Error::Format(_) => HeadFileError::new_err(text),
+        Error::Keys { .. } | Error::Tensor { .. } => HeadMismatchError::new_err(text),
+        Error::Dtype { .. } => PyTypeError::new_err(text),
+        Error::Shape { .. } | Error::Strides { .. } | Error::Device { .. } => PyValueError::new_err(text),
+        Error::Kernel(error) => gate::to_python(error),
+        Error::Io(error) => error.into(),
+        _ => PyRuntimeError::new_err(text),
+    }
+}
+
+/// "No such file or directory", without the number that Rust adds and Python adds again.
+fn os_message(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_owned()
+}

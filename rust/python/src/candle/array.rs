@@ -1,0 +1,279 @@
+//! Arrays of numpy and of whoever speaks DLPack, as rows of hidden states where they lie; and new numpy arrays.
+use crate::dlpack;
+use half::{bf16, f16};
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyCapsule, PyDict, PyType};
+use pyo3::intern;
+use vhead_candle::vhead_core::{Element, Rows};
+
+/// What hidden states and weights may consist of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dtype {
+    Float32,
+    BFloat16,
+    Float16,
+}
+
+impl Dtype {
+    const EXPECTED: &str = "float32 or bfloat16 or float16";
+
+    fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "float32" => Some(Self::Float32),
+            "bfloat16" => Some(Self::BFloat16),
+            "float16" => Some(Self::Float16),
+            _ => None,
+        }
+    }
+
+    fn size(self) -> isize {
+        if self == Self::Float32 { 4 } else { 2 }
+    }
+}
+
+/// A CPU array of at least one dimension, kept alive by this view.
+#[derive(Debug)]
+pub(super) struct ArrayView<'py> {
+    /// The array, or the capsule that it exported: either keeps the memory.
+    owner: Bound<'py, PyAny>,
+    data: *const u8,
+    dtype: Dtype,
+    sizes: Vec<usize>,
+    /// In elements.
+    strides: Vec<isize>,
+}
+
+impl<'py> ArrayView<'py> {
+    /// A view of `array`, which errors call `name`.
+    ///
+    /// # Errors
+    /// `TypeError` for what is no array or has another dtype, `ValueError` for a scalar or another device, and what the
+    /// array's own library raises when it cannot export it.
+    pub(super) fn new(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let py = array.py();
+        let view = if array.is_instance(ndarray(py)?)? {
+            Self::from_numpy(name, array)?
+        } else if array.hasattr(intern!(py, "__dlpack__"))? {
+            Self::from_dlpack(name, array)?
+        } else {
+            let got = array.get_type().qualname()?;
+            return Err(PyTypeError::new_err(format!("{name}: expected a numpy array or a DLPack tensor, got {got}")));
+        };
+        if view.sizes.is_empty() {
+            return Err(PyValueError::new_err(format!("{name}: expected at least one dimension, got a scalar")));
+        }
+        Ok(view)
+    }
+
+    fn from_numpy(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let py = array.py();
+        let dtype = numpy_dtype(name, &array.getattr(intern!(py, "dtype"))?)?;
+        let interface = array.getattr(intern!(py, "__array_interface__"))?.cast_into::<PyDict>()?;
+        let item = |key: &str| interface.get_item(key)?.ok_or_else(|| PyTypeError::new_err(format!("{name}: no {key}")));
+        let (address, _read_only): (usize, bool) = item("data")?.extract()?;
+        let sizes: Vec<usize> = item("shape")?.extract()?;
+        let bytes: Option<Vec<isize>> = interface.get_item("strides")?.and_then(|strides| strides.extract().ok());
+        let strides = match bytes {
+            // A field of packed records: its elements are not whole elements apart.
+            Some(bytes) if bytes.iter().any(|stride| stride % dtype.size() != 0) => {
+                let copy = py.import("numpy")?.call_method1("ascontiguousarray", (array,))?;
+                return Self::from_numpy(name, &copy);
+            }
+            Some(bytes) => bytes.iter().map(|stride| stride / dtype.size()).collect(),
+            None => contiguous(&sizes),
+        };
+        let data = std::ptr::with_exposed_provenance(address);
+        Ok(Self { owner: array.clone(), data, dtype, sizes, strides })
+    }
+
+    fn from_dlpack(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let (device, _index): (i32, i64) = array.call_method0(intern!(array.py(), "__dlpack_device__"))?.extract()?;
+        if device != dlpack::CPU {
+            return Err(PyValueError::new_err(format!("{name}: expected an array on the CPU, got DLPack device {device}")));
+        }
+        let owner = export(array)?;
+        let tensor = exported(&owner)?;
+        let dtype = dlpack_dtype(name, tensor.dtype)?;
+        let dimensions = usize::try_from(tensor.dimensions)?;
+        // SAFETY: the exporter describes `dimensions` sizes and strides, and the capsule keeps them.
+        let (sizes, strides) = unsafe { (numbers(tensor.sizes, dimensions), numbers(tensor.strides, dimensions)) };
+        let sizes: Vec<usize> = sizes.unwrap_or_default().iter().map(|&size| usize::try_from(size)).collect::<Result<_, _>>()?;
+        let strides = strides.map_or_else(|| contiguous(&sizes), |strides| strides.iter().map(|&s| s as isize).collect());
+        let data = tensor.data.cast_const().cast::<u8>().wrapping_add(usize::try_from(tensor.byte_offset)?);
+        Ok(Self { owner: owner.into_any(), data, dtype, sizes, strides })
+    }
+
+    pub(super) fn py(&self) -> Python<'py> {
+        self.owner.py()
+    }
+
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Size of each dimension, at least one.
+    pub(super) fn sizes(&self) -> &[usize] {
+        &self.sizes
+    }
+
+    /// The rows, where they lie; gathered into `copy` where the last dimension has gaps. `T` must be the dtype.
+    pub(super) fn rows<'a, T: Element>(&'a self, copy: &'a mut Vec<T>) -> Rows<'a, T> {
+        let (&columns, outer) = self.sizes.split_last().unwrap_or((&0, &[]));
+        let (&step, strides) = self.strides.split_last().unwrap_or((&1, &[]));
+        let data = self.data.cast::<T>();
+        if step == 1 || columns <= 1 {
+            // SAFETY: the array's library promises that sizes and strides stay inside its memory, which the owner keeps.
+            // Another thread that writes to it meanwhile makes the values unspecified, as in the library's own functions.
+            return unsafe { Rows::from_raw(data, outer, strides, columns) };
+        }
+        // SAFETY: as above, for the first element of each row.
+        let starts = unsafe { Rows::from_raw(data, outer, strides, 1) };
+        copy.clear();
+        for row in 0..starts.count() {
+            // SAFETY: as above, for every element of the row.
+            let read = |h: usize| unsafe { starts.row(row).wrapping_offset(h.cast_signed() * step).read_unaligned() };
+            copy.extend((0..columns).map(read));
+        }
+        // SAFETY: `copy` has been filled with that many rows and stays borrowed.
+        unsafe { Rows::from_raw(copy.as_ptr(), &[starts.count()], &[columns.cast_signed()], columns) }
+    }
+
+    /// All elements in row-major order as float32, exactly.
+    pub(super) fn floats(&self) -> Vec<f32> {
+        match self.dtype {
+            Dtype::Float32 => self.widened::<f32>(),
+            Dtype::BFloat16 => self.widened::<bf16>(),
+            Dtype::Float16 => self.widened::<f16>(),
+        }
+    }
+
+    fn widened<T: Element>(&self) -> Vec<f32> {
+        // SAFETY: as in `rows`, with rows of one element.
+        let rows = unsafe { Rows::<T>::from_raw(self.data.cast(), &self.sizes, &self.strides, 1) };
+        // SAFETY: a row is valid for one unaligned read.
+        (0..rows.count()).map(|row| unsafe { rows.row(row).read_unaligned() }.to_f32()).collect()
+    }
+}
+
+/// A new float32 numpy array that nobody else can see yet.
+#[derive(Debug)]
+pub(super) struct Output<'py> {
+    array: Bound<'py, PyAny>,
+    data: *mut f32,
+    count: usize,
+}
+
+impl<'py> Output<'py> {
+    pub(super) fn new(py: Python<'py>, sizes: &[usize]) -> PyResult<Self> {
+        static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let array = EMPTY.import(py, "numpy", "empty")?.call1((sizes, intern!(py, "float32")))?;
+        let view = ArrayView::from_numpy("output", &array)?;
+        let (data, count) = (view.data.cast_mut().cast(), view.sizes.iter().product());
+        Ok(Self { array, data, count })
+    }
+
+    /// The elements, to be written.
+    pub(super) fn elements(&mut self) -> &mut [f32] {
+        if self.count == 0 {
+            return &mut [];
+        }
+        // SAFETY: numpy allocated `count` aligned float32 elements, and this is the only reference to them.
+        unsafe { std::slice::from_raw_parts_mut(self.data, self.count) }
+    }
+
+    pub(super) fn into_array(self) -> Bound<'py, PyAny> {
+        self.array
+    }
+}
+
+/// `numpy.ndarray`.
+fn ndarray(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
+    static NDARRAY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    NDARRAY.import(py, "numpy", "ndarray")
+}
+
+fn numpy_dtype(name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<Dtype> {
+    let py = dtype.py();
+    let (actual, native) = (dtype.getattr(intern!(py, "name"))?, dtype.getattr(intern!(py, "isnative"))?);
+    match Dtype::from_name(&actual.extract::<String>()?) {
+        Some(dtype) if native.is_truthy()? => Ok(dtype),
+        Some(_) => Err(wrong_dtype(name, &format!("{actual} of the other byte order"))),
+        None => Err(wrong_dtype(name, &actual.to_string())),
+    }
+}
+
+fn dlpack_dtype(name: &str, dtype: dlpack::DataType) -> PyResult<Dtype> {
+    const KINDS: [&str; 7] = ["int", "uint", "float", "handle", "bfloat", "complex", "bool"];
+    let dlpack::DataType { code, bits, lanes } = dtype;
+    let actual = match KINDS.get(usize::from(code)) {
+        Some(kind) if lanes == 1 => format!("{kind}{bits}"),
+        _ => format!("DLPack dtype {code} of {bits} bits in {lanes} lanes"),
+    };
+    Dtype::from_name(&actual).ok_or_else(|| wrong_dtype(name, &actual))
+}
+
+fn wrong_dtype(name: &str, actual: &str) -> PyErr {
+    PyTypeError::new_err(format!("{name}: expected {}, got {actual}", Dtype::EXPECTED))
+}
+
+/// Strides of a C-contiguous array.
+fn contiguous(sizes: &[usize]) -> Vec<isize> {
+    let mut strides = vec![1; sizes.len()];
+    for i in (1..sizes.len()).rev() {
+        strides[i - 1] = strides[i] * sizes[i].cast_signed();
+    }
+    strides
+}
+
+/// The capsule of `array.__dlpack__()`, versioned where the library knows versions.
+///
+/// The capsule is not consumed: one that keeps its name frees its tensor when it goes, so it serves as the owner.
+fn export<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyCapsule>> {
+    let py = array.py();
+    let method = array.getattr(intern!(py, "__dlpack__"))?;
+    let arguments = PyDict::new(py);
+    arguments.set_item(intern!(py, "max_version"), (1, 3))?;
+    let capsule = match method.call((), Some(&arguments)) {
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => method.call0()?,
+        answer => answer?,
+    };
+    Ok(capsule.cast_into()?)
+}
+
+/// `DLManagedTensorVersioned` up to the tensor.
+#[repr(C)]
+struct Versioned {
+    major: u32,
+    minor: u32,
+    context: *const u8,
+    deleter: *const u8,
+    flags: u64,
+    tensor: dlpack::Tensor,
+}
+
+fn exported(capsule: &Bound<'_, PyCapsule>) -> PyResult<dlpack::Tensor> {
+    let Ok(versioned) = capsule.pointer_checked(Some(c"dltensor_versioned")) else {
+        // `DLManagedTensor` starts with the tensor.
+        let tensor = capsule.pointer_checked(Some(c"dltensor"))?.cast::<dlpack::Tensor>();
+        // SAFETY: DLPack promises this structure behind a capsule of this name.
+        return Ok(unsafe { *tensor.as_ref() });
+    };
+    // SAFETY: as above; the version comes first in every version, and is looked at first.
+    let major = unsafe { *versioned.cast::<u32>().as_ref() };
+    if major != 1 {
+        return Err(PyBufferError::new_err(format!("expected a DLPack 1 tensor, got version {major}")));
+    }
+    // SAFETY: as above.
+    Ok(unsafe { versioned.cast::<Versioned>().as_ref() }.tensor)
+}
+
+/// `count` numbers at `pointer`; none where it is null.
+///
+/// # Safety
+/// `pointer` is null or good for `count` reads.
+unsafe fn numbers(pointer: *const i64, count: usize) -> Option<Vec<i64>> {
+    // SAFETY: as the caller promises.
+    (!pointer.is_null()).then(|| unsafe { std::slice::from_raw_parts(pointer, count) }.to_vec())
+}
