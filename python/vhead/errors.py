@@ -17,6 +17,10 @@ class HeadFileError(HeadError):
     """A file that should hold a head is missing, truncated, malformed or hostile."""
 
 
+class ReferenceModelError(VheadError, ValueError):
+    """A reference model cannot be made as asked."""
+
+
 class RecordError(VheadError, ValueError):
     """A record of the input cannot be scored.
 
