@@ -10,12 +10,20 @@
 //! * `grad_bias[k]`: [`reduce::sum`] of `g[.., k]`.
 //!
 //! Every column is independent and no order depends on threads or grids: run to run, CPU and CUDA, the bits are the same.
+use crate::forward::check;
+use crate::simd::gradient::{BLOCK, Gradient};
+use crate::simd::keep::Keep;
+use crate::simd::project::Weights;
+use crate::threads::{Shared, advise_huge_pages, for_each_chunk};
 use crate::{Dropout, Element, Error, Executor, Head, Level, Result, Rows, reduce};
+use std::ops::Range;
 
 /// Rows whose weight gradients form one chain of additions.
 pub const CHUNK: usize = 128;
 /// Slots that chunks are dealt to, in turn.
 pub const SLOTS: usize = 8;
+/// Chunks whose partial sums are held at once: it bounds the memory of a call, and is a multiple of [`SLOTS`].
+const WAVE: usize = 256;
 
 /// Where gradients go; `None` is not computed. Everything is overwritten.
 #[derive(Debug)]
@@ -56,50 +64,121 @@ pub fn backward_with<T: Element>(
     gradients: Gradients<'_, T>,
     executor: &dyn Executor,
 ) -> Result<()> {
-    let _ = (level, executor); // placeholder until the SIMD kernels land
     let (rows, columns, outputs) = (hidden.count(), hidden.columns(), head.outputs());
-    let check = |what, expected, actual| if expected == actual { Ok(()) } else { Err(Error::Length { what, expected, actual }) };
-    check("weight", columns, head.columns())?;
-    check("grad_values", rows * outputs, grad_values.len())?;
+    check(level, hidden, head, "grad_values", grad_values.len(), rows * outputs)?;
+    check_lengths(&gradients, rows, columns, outputs)?;
     let scale = dropout.map_or(1.0, Dropout::scale);
-    let keep = |n: usize, h: usize| dropout.is_none_or(|d| d.keep(n as u64, (h / 8) as u32)[h % 8]);
-    if let Some(out) = gradients.hidden {
-        check("grad_hidden", rows * columns, out.len())?;
-        for n in 0..rows {
-            for h in 0..columns {
-                let mut sum = 0.0;
-                for k in 0..outputs {
-                    let (gs, w) = (grad_values[n * outputs + k] * scale, if keep(n, h) { head.weight(k)[h] } else { 0.0 });
-                    sum = if k == 0 { gs * w } else { gs.mul_add(w, sum) };
-                }
-                out[n * columns + h] = T::from_f32(sum);
-            }
-        }
+    let scaled: Vec<f32> = grad_values.iter().map(|g| g * scale).collect();
+    let keep = dropout.map(|dropout| Keep::new(dropout, columns));
+    let Gradients { hidden: mut grad_hidden, weight: grad_weight, bias: grad_bias } = gradients;
+    if let Some(to) = &mut grad_hidden {
+        advise_huge_pages(to);
     }
-    if let Some(out) = gradients.weight {
-        check("grad_weight", outputs * columns, out.len())?;
-        for k in 0..outputs {
-            for h in 0..columns {
-                let mut slots = [0.0_f32; SLOTS];
-                for chunk in 0..rows.div_ceil(CHUNK) {
-                    let mut partial = 0.0_f32;
-                    for n in chunk * CHUNK..rows.min((chunk + 1) * CHUNK) {
-                        // SAFETY: `h` is below the row's length.
-                        let x = unsafe { hidden.row(n).add(h).read_unaligned() }.to_f32();
-                        let gs = if keep(n, h) { grad_values[n * outputs + k] * scale } else { 0.0 };
-                        partial = gs.mul_add(x, partial);
-                    }
-                    slots[chunk % SLOTS] += partial;
-                }
-                out[k * columns + h] = reduce::fold_halves(&mut slots);
-            }
-        }
+    let tiles = Tiles {
+        level,
+        hidden,
+        weights: Weights::new(head),
+        outputs,
+        keep,
+        scaled,
+        grad_hidden: grad_hidden.map(Shared::new),
+    };
+    match grad_weight {
+        Some(to) => tiles.run_with_weight(to, executor),
+        None if tiles.grad_hidden.is_some() => tiles.run(0..rows.div_ceil(CHUNK), None, executor),
+        None => {}
     }
-    if let Some(out) = gradients.bias {
-        check("grad_bias", outputs, out.len())?;
-        for (k, out) in out.iter_mut().enumerate() {
-            *out = reduce::sum((0..rows).map(|n| grad_values[n * outputs + k]));
+    if let Some(to) = grad_bias {
+        for (k, to) in to.iter_mut().enumerate() {
+            *to = reduce::sum((0..rows).map(|n| grad_values[n * outputs + k]));
         }
     }
     Ok(())
+}
+
+fn check_lengths<T>(gradients: &Gradients<'_, T>, rows: usize, columns: usize, outputs: usize) -> Result<()> {
+    let lengths = [
+        ("grad_hidden", gradients.hidden.as_ref().map(|to| to.len()), rows * columns),
+        ("grad_weight", gradients.weight.as_ref().map(|to| to.len()), outputs * columns),
+        ("grad_bias", gradients.bias.as_ref().map(|to| to.len()), outputs),
+    ];
+    match lengths.into_iter().find(|(_, actual, expected)| actual.is_some_and(|actual| actual != *expected)) {
+        Some((what, Some(actual), expected)) => Err(Error::Length { what, expected, actual }),
+        _ => Ok(()),
+    }
+}
+
+/// The hidden states cut into tiles of one chunk of rows by one block of columns.
+struct Tiles<'a, T> {
+    level: Level,
+    hidden: &'a Rows<'a, T>,
+    weights: Weights<'a>,
+    outputs: usize,
+    keep: Option<Keep>,
+    scaled: Vec<f32>,
+    grad_hidden: Option<Shared<'a, T>>,
+}
+
+impl<T: Element> Tiles<'_, T> {
+    /// Length of a tile's partial sums: those of a whole block.
+    fn sums(&self) -> usize {
+        self.outputs * BLOCK.min(self.hidden.columns().next_multiple_of(crate::simd::WIDTH))
+    }
+
+    /// Every tile of some chunks; partial sums go to `partials`, chunk by chunk and block by block.
+    fn run(&self, chunks: Range<usize>, partials: Option<&mut [f32]>, executor: &dyn Executor) {
+        let (rows, columns) = (self.hidden.count(), self.hidden.columns());
+        let blocks = columns.div_ceil(BLOCK);
+        let partials = partials.map(Shared::new);
+        executor.run(chunks.len() * blocks, &|tile| {
+            let (chunk, block) = (chunks.start + tile / blocks, tile % blocks);
+            let columns = block * BLOCK..columns.min((block + 1) * BLOCK);
+            let sums = self.outputs * columns.len().next_multiple_of(crate::simd::WIDTH);
+            self.level.run(Gradient {
+                hidden: self.hidden,
+                weights: &self.weights,
+                outputs: self.outputs,
+                keep: self.keep.as_ref(),
+                scaled: &self.scaled,
+                rows: chunk * CHUNK..rows.min((chunk + 1) * CHUNK),
+                columns,
+                grad_hidden: self.grad_hidden.as_ref().map(Shared::as_mut_ptr),
+                // SAFETY: each tile has its own partial sums.
+                grad_weight: partials.as_ref().map(|all| unsafe { all.slice(tile * self.sums(), sums) }),
+            });
+        });
+    }
+
+    /// [`Tiles::run`] on all chunks, wave by wave, and the sums of their partial sums.
+    fn run_with_weight(&self, to: &mut [f32], executor: &dyn Executor) {
+        let (columns, chunks) = (self.hidden.columns(), self.hidden.count().div_ceil(CHUNK));
+        let blocks = columns.div_ceil(BLOCK);
+        let mut partials = vec![0.0_f32; chunks.min(WAVE) * blocks * self.sums()];
+        let mut slots = vec![[0.0_f32; SLOTS]; to.len()];
+        for first in (0..chunks).step_by(WAVE) {
+            let wave = first..chunks.min(first + WAVE);
+            self.run(wave.clone(), Some(&mut partials), executor);
+            for_each_chunk(executor, &mut slots, BLOCK, |start, slots| {
+                self.deal(start * BLOCK, slots, wave.len(), &partials)
+            });
+        }
+        for (to, slots) in to.iter_mut().zip(&mut slots) {
+            *to = reduce::fold_halves(slots);
+        }
+    }
+
+    /// Adds a wave's partial sums to the slots of the weights from number `first` on.
+    fn deal(&self, first: usize, slots: &mut [[f32; SLOTS]], chunks: usize, partials: &[f32]) {
+        let columns = self.hidden.columns();
+        let blocks = columns.div_ceil(BLOCK);
+        for (i, slots) in slots.iter_mut().enumerate() {
+            let (output, column) = ((first + i) / columns, (first + i) % columns);
+            let block = column / BLOCK;
+            let stride = BLOCK.min(columns - block * BLOCK).next_multiple_of(crate::simd::WIDTH);
+            let start = block * self.sums() + output * stride + column % BLOCK;
+            for chunk in 0..chunks {
+                slots[chunk % SLOTS] += partials[chunk * blocks * self.sums() + start];
+            }
+        }
+    }
 }

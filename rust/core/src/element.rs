@@ -1,8 +1,11 @@
 //! The dtypes hidden states come in: float32, bfloat16, float16.
+use crate::simd::Lanes;
 use half::{bf16, f16};
 
 /// One hidden-state element: exact conversion to float32, one rounding (to nearest, ties to even) back.
-pub trait Element: Copy + Send + Sync + 'static {
+///
+/// The kernels are written for these three; other crates cannot add a fourth.
+pub trait Element: Copy + Send + Sync + Lanes + 'static {
     /// The dtype's name as torch spells it.
     const NAME: &'static str;
     /// Exact value in float32.

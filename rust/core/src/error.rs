@@ -20,6 +20,9 @@ pub enum Error {
     /// A standard deviation that is negative or not finite.
     #[error("standard deviation must be finite and not negative, got {0}")]
     StandardDeviation(f32),
+    /// An instruction set that this processor does not have.
+    #[error("instruction set {0} is not available on this processor")]
+    Level(&'static str),
     /// Strides and sizes that reach outside the buffer, or do not fit together.
     #[error("{what}: sizes {sizes:?} with strides {strides:?} do not fit a buffer of {length} elements")]
     Layout {

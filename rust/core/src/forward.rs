@@ -1,5 +1,13 @@
 //! `value[n, k] = bias[k] + scale * sum_h keep(n, h) * hidden[n, h] * weight[k, h]`.
+use crate::simd::keep::Keep;
+use crate::simd::project::{Project, Weights};
+use crate::threads::for_each_chunk;
 use crate::{Dropout, Element, Error, Executor, Level, Result, Rows};
+
+/// Bytes of hidden states that are worth waking a thread for.
+const SERIAL_BYTES: usize = 64 << 10;
+/// Bytes of hidden states in a task: enough to forget the cost of a task, few enough to share out evenly.
+const TASK_BYTES: usize = 256 << 10;
 
 /// The weights of a value head: `weight` is `[K, H]` row-major, `bias` is `[K]`.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +45,12 @@ impl<'a> Head<'a> {
     #[must_use]
     pub fn columns(&self) -> usize {
         self.weight.len() / self.outputs
+    }
+
+    /// All weights, `[K, H]` row-major.
+    #[must_use]
+    pub fn weights(&self) -> &'a [f32] {
+        self.weight
     }
 
     /// The weights of output `k`.
@@ -78,31 +92,44 @@ pub fn forward_with<T: Element>(
     values: &mut [f32],
     executor: &dyn Executor,
 ) -> Result<()> {
-    let _ = (level, executor); // placeholder until the SIMD kernels land
-    let expected = hidden.count() * head.outputs();
-    if hidden.columns() != head.columns() {
-        return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: head.columns() });
-    }
-    if values.len() != expected {
-        return Err(Error::Length { what: "values", expected, actual: values.len() });
-    }
-    for (row, values) in values.chunks_exact_mut(head.outputs()).enumerate() {
-        for (k, value) in values.iter_mut().enumerate() {
-            *value = project(hidden, row, head, k, dropout);
-        }
-    }
+    check(level, hidden, head, "values", values.len(), hidden.count() * head.outputs())?;
+    let weights = Weights::new(head);
+    let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns()));
+    let scale = dropout.map_or(1.0, Dropout::scale);
+    let rows = rows_in_task(hidden, executor);
+    for_each_chunk(executor, values, rows * head.outputs(), |task, values| {
+        level.run(Project { hidden, head, weights: &weights, keep: keep.as_ref(), scale, first: task * rows, values });
+    });
     Ok(())
 }
 
-fn project<T: Element>(hidden: &Rows<'_, T>, row: usize, head: &Head<'_>, output: usize, dropout: Option<&Dropout>) -> f32 {
-    let mut lanes = [0.0_f32; crate::reduce::LANES];
-    let pointer = hidden.row(row);
-    for (h, &weight) in head.weight(output).iter().enumerate() {
-        let keep = dropout.is_none_or(|d| d.keep(row as u64, (h / 8) as u32)[h % 8]);
-        // SAFETY: `h` is below the row's length.
-        let x = unsafe { pointer.add(h).read_unaligned() }.to_f32();
-        let lane = &mut lanes[h % crate::reduce::LANES];
-        *lane = x.mul_add(if keep { weight } else { 0.0 }, *lane);
+/// Rows that one task takes; all of them where threads would not pay.
+fn rows_in_task<T: Element>(hidden: &Rows<'_, T>, executor: &dyn Executor) -> usize {
+    let row = (hidden.columns() * size_of::<T>()).max(1);
+    if executor.threads() == 1 || hidden.count().saturating_mul(row) < SERIAL_BYTES {
+        return hidden.count().max(1);
     }
-    crate::reduce::finish(crate::reduce::fold(&lanes), dropout.map_or(1.0, Dropout::scale), head.bias(output))
+    let even = hidden.count().div_ceil(4 * executor.threads());
+    even.min(TASK_BYTES / row).max(1)
+}
+
+/// What every kernel asks of its arguments.
+pub(crate) fn check<T: Element>(
+    level: Level,
+    hidden: &Rows<'_, T>,
+    head: &Head<'_>,
+    what: &'static str,
+    actual: usize,
+    expected: usize,
+) -> Result<()> {
+    if !level.is_available() {
+        return Err(Error::Level(level.name()));
+    }
+    if hidden.columns() != head.columns() {
+        return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: head.columns() });
+    }
+    if actual != expected {
+        return Err(Error::Length { what, expected, actual });
+    }
+    Ok(())
 }

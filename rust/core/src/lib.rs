@@ -21,11 +21,11 @@ pub mod rows;
 pub mod simd;
 pub mod threads;
 
-pub use backward::{Gradients, backward};
+pub use backward::{CHUNK, Gradients, SLOTS, backward, backward_with};
 pub use dropout::Dropout;
 pub use element::Element;
 pub use error::{Error, Result};
-pub use forward::{Head, forward};
+pub use forward::{Head, forward, forward_with};
 pub use rows::Rows;
 pub use simd::Level;
-pub use threads::{Executor, Serial};
+pub use threads::{Executor, Pool, Serial};

@@ -1,6 +1,6 @@
 //! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random bits as a function.
 
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Rounds of the recommended variant.
 pub const ROUNDS: usize = 10;
@@ -35,12 +35,14 @@ pub fn philox4x32_10(counter: [u32; 4], seed: u64) -> [u32; 4] {
 #[expect(clippy::cast_possible_truncation, reason = "a seed is two 32-bit words")]
 pub fn round_keys(seed: u64) -> [[u32; 2]; ROUNDS] {
     let (low, high) = (seed as u32, (seed >> 32) as u32);
-    std::array::from_fn(|i| [low.wrapping_add(WEYL[0].wrapping_mul(i as u32)), high.wrapping_add(WEYL[1].wrapping_mul(i as u32))])
+    std::array::from_fn(|i| {
+        [low.wrapping_add(WEYL[0].wrapping_mul(i as u32)), high.wrapping_add(WEYL[1].wrapping_mul(i as u32))]
+    })
 }
 
 #[inline]
 #[expect(clippy::cast_possible_truncation, reason = "splits a 64-bit product")]
-fn multiply(a: u32, b: u32) -> (u32, u32) {
+pub(crate) fn multiply(a: u32, b: u32) -> (u32, u32) {
     let product = u64::from(a) * u64::from(b);
     ((product >> 32) as u32, product as u32)
 }

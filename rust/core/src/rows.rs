@@ -28,7 +28,13 @@ impl<'a, T: Copy> Rows<'a, T> {
         if rows.checked_mul(columns) != Some(data.len()) {
             return Err(Error::Length { what: "hidden", expected: rows.saturating_mul(columns), actual: data.len() });
         }
-        Ok(Self { data: data.as_ptr(), columns, count: rows, outer: vec![(rows, columns.cast_signed())], owner: PhantomData })
+        Ok(Self {
+            data: data.as_ptr(),
+            columns,
+            count: rows,
+            outer: vec![(rows, columns.cast_signed())],
+            owner: PhantomData,
+        })
     }
 
     /// A view of memory that somebody else keeps alive.
@@ -67,11 +73,41 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[must_use]
     #[inline]
     pub fn row(&self, index: usize) -> *const T {
+        if let [(_, stride)] = self.outer[..] {
+            return self.data.wrapping_offset(index.cast_signed() * stride);
+        }
         let (mut index, mut offset) = (index, 0);
         for &(size, stride) in self.outer.iter().rev() {
             offset += (index % size).cast_signed() * stride;
             index /= size;
         }
         self.data.wrapping_offset(offset)
+    }
+
+    /// One element.
+    ///
+    /// # Panics
+    /// Outside the view.
+    #[must_use]
+    #[inline]
+    pub fn get(&self, row: usize, column: usize) -> T {
+        assert!(row < self.count && column < self.columns, "[{row}, {column}] of [{}, {}]", self.count, self.columns);
+        // SAFETY: the element lies inside the view.
+        unsafe { self.row(row).add(column).read_unaligned() }
+    }
+
+    /// Copies the elements of a row from column `start` on to the front of `to`.
+    ///
+    /// # Panics
+    /// Where `row` or `start` lies outside the view, or `to` is too short.
+    #[inline]
+    pub(crate) fn read_tail(&self, row: usize, start: usize, to: &mut [T]) {
+        assert!(row < self.count && start <= self.columns);
+        let to = &mut to[..self.columns - start];
+        // SAFETY: the elements lie inside the view; a copy of bytes needs no alignment.
+        unsafe {
+            let from = self.row(row).add(start).cast::<u8>();
+            from.copy_to_nonoverlapping(to.as_mut_ptr().cast(), size_of_val(to));
+        }
     }
 }
