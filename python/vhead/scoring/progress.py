@@ -1,75 +1,90 @@
 """Progress on standard error: rollouts, tokens per second, and the time that is left."""
 
+import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from vhead.errors import MissingExtraError
 from vhead.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class ScoringProgress:
-    """A progress bar on standard error while it is entered; silent when not shown or when that is no terminal.
+    """Counts what is scored, and shows it on standard error while it is entered, if asked to and that is a terminal.
 
     Args:
         total: All there is to do, in the units that `advance` is told; None: unknown.
-        shown: Whether to show anything.
+        shown: Whether to show a bar.
 
     Attributes:
         rollouts: Rollouts scored so far.
         tokens: Their tokens, prompts included.
+
+    Raises:
+        MissingExtraError: A bar is to be shown and rich is not installed.
     """
 
     def __init__(self, total: float | None = None, *, shown: bool = True) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("scoring"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%" if total else ""),
-            TextColumn("{task.fields[rollouts]:,} rollouts"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not (shown and console.is_terminal),
-        )
-        self._task = self._progress.add_task("", total=total, rollouts=0, rate=0.0)
-        self._started = time.monotonic()
         self.rollouts = 0
         self.tokens = 0
+        self._started = time.monotonic()
+        self._bar = _bar() if shown and sys.stderr.isatty() else None
+        self._task = None if self._bar is None else self._bar.add_task("scoring", total=total, rollouts=0, rate=0.0)
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Since it was entered."""
         return time.monotonic() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second so far."""
+        return self.tokens / max(self.seconds, 1e-9)
 
     def advance(self, scores: Scores, completed: float | None = None) -> None:
         """Counts finished rollouts.
 
         Args:
             scores: Theirs.
-            completed: How much of the total is done; None: as many units as rollouts so far.
+            completed: How much of the total is done; None: the rollouts so far.
         """
         self.rollouts += len(scores)
         self.tokens += scores.token_count + int(scores.prompt_lengths.sum())
-        self._progress.update(
-            self._task,
-            completed=self.rollouts if completed is None else completed,
-            rollouts=self.rollouts,
-            rate=self.tokens / max(self.seconds, 1e-9),
-        )
+        done = self.rollouts if completed is None else completed
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, rollouts=self.rollouts, rate=self.rate)
 
     def __enter__(self) -> Self:
-        self._progress.start()
         self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar() -> "Progress":
+    try:
+        from rich import progress  # noqa: PLC0415, an optional dependency
+        from rich.console import Console  # noqa: PLC0415, an optional dependency
+    except ImportError as error:
+        raise MissingExtraError("rich", "cli") from error
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[rollouts]:,} rollouts, {task.fields[rate]:,.0f} tokens/s,"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("elapsed,"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
+        console=Console(stderr=True),
+        transient=True,
+    )

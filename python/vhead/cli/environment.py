@@ -1,0 +1,66 @@
+"""`vhead env`: what is installed, what runs where, and what the environment asks for."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+
+import typer
+
+from vhead.cli.failure import reported
+
+_PACKAGES = ("vhead", "torch", "transformers", "safetensors", "numpy", "pyarrow", "peft")
+_VARIABLES = (
+    "VHEAD_",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_",
+)
+
+
+def environment() -> None:
+    """Show versions, backends, threads and environment variables: what a bug report needs."""
+    with reported():
+        for name, value in _facts():
+            typer.echo(f"{name:<24} {value}")
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    yield "platform", platform.platform()
+    yield from ((name, _version(name)) for name in _PACKAGES)
+    yield from _torch_facts()
+    yield from _backend_facts()
+    yield from sorted((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _torch_facts() -> Iterator[tuple[str, str]]:
+    import torch  # noqa: PLC0415, for a fast --help
+
+    yield "cpu cores", str(os.cpu_count())
+    yield "torch threads", str(torch.get_num_threads())
+    count = torch.cuda.device_count()
+    yield "cuda devices", ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"
+
+
+def _backend_facts() -> Iterator[tuple[str, str]]:
+    from vhead.ops import backends  # noqa: PLC0415, imports torch
+
+    yield from _flat("backend", backends())
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{name} {key}", item)
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list | tuple | set | frozenset) else str(value)

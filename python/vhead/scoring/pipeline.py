@@ -1,0 +1,87 @@
+"""From a file of rollouts to a file of scores."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from vhead.errors import RecordError
+from vhead.scoring.files import OutputFile, Reader
+from vhead.scoring.progress import ScoringProgress
+from vhead.scoring.rollout import Rollout
+from vhead.scoring.rows import Row
+from vhead.scoring.scorer import ErrorHandler, Scorer
+from vhead.scoring.scores import Scores
+
+
+def score_file(
+    scorer: Scorer,
+    reader: Reader,
+    output: OutputFile,
+    *,
+    returns: Sequence[str],
+    temperature: float,
+    progress: ScoringProgress,
+    limit: int | None = None,
+    on_error: ErrorHandler | None = None,
+) -> None:
+    """Scores the records of a file in input order; each is written with its scores as soon as they are there.
+
+    Args:
+        scorer: The model.
+        reader: The records.
+        output: Where they go.
+        returns: Some of values, logprobs, entropy, reward.
+        temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+        progress: Told of every record that is written.
+        limit: Only the first so many records; None: all.
+        on_error: Told of each record that cannot be scored, which is then left out; None: the first one is raised,
+            after everything before it has been written.
+
+    Raises:
+        RecordError: A record cannot be scored, and `on_error` is None.
+        FileFormatError: The file is broken.
+        OSError: Reading or writing failed.
+    """
+    waiting = WaitingRows(reader, limit, on_error)
+    scored = scorer.windows(waiting.rollouts(), returns, temperature, on_error=on_error, name_of=waiting.name_of)
+    for scores in scored:
+        rows = waiting.take(scores)
+        output.write(rows, scores)
+        progress.advance(scores, None if limit is not None else rows[-1].position)
+
+
+class WaitingRows:
+    """Rows that were read and whose scores are not there yet, by the index of their rollout."""
+
+    def __init__(self, reader: Reader, limit: int | None, on_error: ErrorHandler | None) -> None:
+        self._reader = reader
+        self._limit = limit
+        self._on_error = on_error
+        self._rows: dict[int, Row] = {}
+
+    def rollouts(self) -> Iterator[Rollout]:
+        """The rollouts of the rows that hold one."""
+        count = 0
+        for row in islice(self._reader, self._limit):
+            try:
+                rollout = row.rollout()
+            except RecordError as error:
+                if self._on_error is None:
+                    raise
+                self._on_error(error)
+                continue
+            self._rows[count] = row
+            count += 1
+            yield rollout
+
+    def name_of(self, index: int, rollout: Rollout) -> str:
+        """What errors call a rollout: its place in the file, and its id where it has one."""
+        where = self._rows[index].where
+        return where if rollout.id is None else f"{where} (id {rollout.id!r})"
+
+    def take(self, scores: Scores) -> list[Row]:
+        """The rows of these rollouts, which wait no more, and neither do rows before them that got no scores."""
+        indices = scores.indices.tolist()
+        rows = [self._rows[index] for index in indices]
+        for index in [index for index in self._rows if index <= indices[-1]]:
+            del self._rows[index]
+        return rows
