@@ -11,15 +11,28 @@ use pyo3::types::PyType;
 use std::path::PathBuf;
 use std::sync::Arc;
 use vhead_candle::candle_core::{Device, Tensor};
-use vhead_candle::vhead_core::{Element, threads::Pool};
 use vhead_candle::{Error, ValueHead};
+use vhead_core::{Element, threads::Pool};
 
 mod array;
 
 pyo3::import_exception!(vhead.errors, HeadFileError);
 pyo3::import_exception!(vhead.errors, HeadMismatchError);
 
-/// A value head on the CPU: hidden states `[..., H]` to float32 values `[...]`, or `[..., K]` where `K > 1`.
+/// A value head without torch: hidden states [..., H] to float32 values [...], or [..., K] where K > 1.
+///
+/// The weights lie in candle tensors, the hidden states wherever their library keeps them: nothing is copied. A row's value
+/// is the one that `vhead.ops.value_head` gives, bit for bit.
+///
+/// Args:
+///     weight: [K, H] or [H], float32, bfloat16 or float16 (widened to float32, exactly): a numpy array or a DLPack tensor.
+///     bias: [K], likewise.
+///     device: "cpu".
+///     num_threads: Threads for large inputs; VHEAD_NUM_THREADS, else the cores that this process may use.
+///
+/// Raises:
+///     TypeError: No array, or another dtype.
+///     ValueError: Another shape, another device, or no threads.
 #[pyclass(frozen, module = "vhead._native", name = "CandleValueHead")]
 #[derive(Debug)]
 pub(crate) struct CandleValueHead {
@@ -51,6 +64,15 @@ impl CandleValueHead {
         Self::with_threads(py, ValueHead::new(weight, bias).map_err(to_python)?, num_threads)
     }
 
+    /// The head in a safetensors file, which is memory-mapped: a whole language model may lie beside the head.
+    ///
+    /// Takes v_head.summary.weight and .bias (a model with a value head), summary.* (a value head alone), or weight and
+    /// perhaps bias (a linear layer alone), float32, bfloat16 or float16.
+    ///
+    /// Raises:
+    ///     OSError: The file cannot be read; FileNotFoundError where there is none.
+    ///     HeadFileError: It is no whole safetensors file.
+    ///     HeadMismatchError: It holds no head, half a head, several heads, or one that does not fit together.
     #[classmethod]
     #[pyo3(signature = (path, device = "cpu", *, num_threads = None))]
     fn load(kind: &Bound<'_, PyType>, path: PathBuf, device: &str, num_threads: Option<usize>) -> PyResult<Self> {
@@ -59,10 +81,25 @@ impl CandleValueHead {
         Self::with_threads(kind.py(), head.map_err(to_python)?, num_threads)
     }
 
+    /// Writes v_head.summary.weight and .bias the way safetensors.torch does, beside `path`, and renames.
+    ///
+    /// In that format a head has a bias: one without it is saved with zeros, which changes no value.
+    ///
+    /// Raises:
+    ///     OSError: The file cannot be written; what was there before is untouched.
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         gate::run(py, usize::MAX, || Ok(self.head.save(path)))?.map_err(to_python)
     }
 
+    /// The value of each row of hidden states [..., H], as a new float32 numpy array [...], or [..., K] where K > 1.
+    ///
+    /// Takes numpy arrays and whatever has `__dlpack__` on the CPU: float32, float16 or bfloat16, read-only or not, any
+    /// strides; only a last dimension that is not contiguous is copied. NaN and infinities reach the values.
+    ///
+    /// Raises:
+    ///     TypeError: No array, or another dtype.
+    ///     ValueError: The last dimension is not H, or the array is on another device.
+    ///     BufferError: Its library refuses to export it, as torch does for tensors that require grad.
     fn __call__<'py>(&self, hidden: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let hidden = ArrayView::new("hidden", hidden)?;
         if hidden.sizes().last() != Some(&self.head.in_features()) {
@@ -91,26 +128,31 @@ impl CandleValueHead {
         )
     }
 
+    /// Elements in a row of hidden states: H.
     #[getter]
     fn in_features(&self) -> usize {
         self.head.in_features()
     }
 
+    /// Numbers a row: K, 1 for a critic.
     #[getter]
     fn out_features(&self) -> usize {
         self.head.out_features()
     }
 
+    /// Where the weights are: "cpu".
     #[getter]
     fn device(&self) -> &'static str {
         CPU
     }
 
+    /// A copy of the weight, float32 [K, H].
     #[getter]
     fn weight<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         to_numpy(py, self.head.weight())
     }
 
+    /// A copy of the bias, float32 [K]; None without one.
     #[getter]
     fn bias<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.head.bias().map(|bias| to_numpy(py, bias)).transpose()

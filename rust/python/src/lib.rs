@@ -2,6 +2,7 @@
 use pyo3::prelude::*;
 
 mod backends;
+mod candle;
 mod dlpack;
 mod gate;
 mod head;
@@ -14,6 +15,8 @@ mod torch;
 mod _native {
     #[pymodule_export]
     use super::backends::{backends, build_info, configure, panic_on_purpose, worker_threads};
+    #[pymodule_export]
+    use super::candle::CandleValueHead;
     #[pymodule_export]
     use super::head::{try_value_head, value_head, value_head_backward};
     #[pymodule_export]

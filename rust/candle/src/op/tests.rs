@@ -3,8 +3,9 @@ use super::*;
 use crate::ValueHead;
 use candle_core::{D, Device, Var};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use vhead_core::philox::{Stream, philox4x32_10};
-use vhead_core::{Serial, reference};
+use vhead_core::{Executor, Serial, reference};
 
 const SEED: u64 = 0x5eed;
 
@@ -307,4 +308,29 @@ fn weights_may_be_views() {
     let copied = ValueHead::new(weight.contiguous().unwrap(), Some(bias.copy().unwrap())).unwrap();
     assert_eq!(bits(&head.forward(&hidden).unwrap()), bits(&copied.forward(&hidden).unwrap()));
     assert_eq!(head.forward(&hidden).unwrap().dim(D::Minus1).unwrap(), 3);
+}
+
+/// Counts what it is given; runs it on the calling thread.
+struct Counting(AtomicUsize);
+
+impl Executor for Counting {
+    fn threads(&self) -> usize {
+        4
+    }
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.0.fetch_add(tasks, Ordering::Relaxed);
+        Serial.run(tasks, task);
+    }
+}
+
+#[test]
+fn work_runs_on_the_executor_of_the_caller() {
+    let (hidden, weight) =
+        (tensor((512, 1024), 1, DType::F32), Var::from_tensor(&tensor((1, 1024), 2, DType::F32)).unwrap());
+    let executor = Arc::new(Counting(AtomicUsize::new(0)));
+    let head = ValueHead::new(weight.as_tensor().clone(), None).unwrap().with_executor(executor.clone());
+    let values = head.forward(&hidden).unwrap();
+    let forward = executor.0.load(Ordering::Relaxed);
+    values.sum_all().unwrap().backward().unwrap();
+    assert!(forward > 0 && executor.0.load(Ordering::Relaxed) > forward);
 }

@@ -2,11 +2,11 @@
 use crate::dlpack;
 use half::{bf16, f16};
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyType};
-use pyo3::intern;
-use vhead_candle::vhead_core::{Element, Rows};
+use vhead_core::{Element, Rows};
 
 /// What hidden states and weights may consist of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,10 +71,11 @@ impl<'py> ArrayView<'py> {
         let py = array.py();
         let dtype = numpy_dtype(name, &array.getattr(intern!(py, "dtype"))?)?;
         let interface = array.getattr(intern!(py, "__array_interface__"))?.cast_into::<PyDict>()?;
-        let item = |key: &str| interface.get_item(key)?.ok_or_else(|| PyTypeError::new_err(format!("{name}: no {key}")));
+        let item =
+            |key: &str| interface.get_item(key)?.ok_or_else(|| PyTypeError::new_err(format!("{name}: no {key}")));
         let (address, _read_only): (usize, bool) = item("data")?.extract()?;
         let sizes: Vec<usize> = item("shape")?.extract()?;
-        let bytes: Option<Vec<isize>> = interface.get_item("strides")?.and_then(|strides| strides.extract().ok());
+        let bytes: Option<Vec<isize>> = item("strides")?.extract()?;
         let strides = match bytes {
             // A field of packed records: its elements are not whole elements apart.
             Some(bytes) if bytes.iter().any(|stride| stride % dtype.size() != 0) => {
@@ -91,7 +92,9 @@ impl<'py> ArrayView<'py> {
     fn from_dlpack(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
         let (device, _index): (i32, i64) = array.call_method0(intern!(array.py(), "__dlpack_device__"))?.extract()?;
         if device != dlpack::CPU {
-            return Err(PyValueError::new_err(format!("{name}: expected an array on the CPU, got DLPack device {device}")));
+            return Err(PyValueError::new_err(format!(
+                "{name}: expected an array on the CPU, got one on DLPack device {device}"
+            )));
         }
         let owner = export(array)?;
         let tensor = exported(&owner)?;
@@ -99,8 +102,10 @@ impl<'py> ArrayView<'py> {
         let dimensions = usize::try_from(tensor.dimensions)?;
         // SAFETY: the exporter describes `dimensions` sizes and strides, and the capsule keeps them.
         let (sizes, strides) = unsafe { (numbers(tensor.sizes, dimensions), numbers(tensor.strides, dimensions)) };
-        let sizes: Vec<usize> = sizes.unwrap_or_default().iter().map(|&size| usize::try_from(size)).collect::<Result<_, _>>()?;
-        let strides = strides.map_or_else(|| contiguous(&sizes), |strides| strides.iter().map(|&s| s as isize).collect());
+        let sizes: Vec<usize> =
+            sizes.unwrap_or_default().iter().map(|&size| usize::try_from(size)).collect::<Result<_, _>>()?;
+        let strides =
+            strides.map_or_else(|| contiguous(&sizes), |strides| strides.iter().map(|&s| s as isize).collect());
         let data = tensor.data.cast_const().cast::<u8>().wrapping_add(usize::try_from(tensor.byte_offset)?);
         Ok(Self { owner: owner.into_any(), data, dtype, sizes, strides })
     }
@@ -220,9 +225,9 @@ fn wrong_dtype(name: &str, actual: &str) -> PyErr {
 
 /// Strides of a C-contiguous array.
 fn contiguous(sizes: &[usize]) -> Vec<isize> {
-    let mut strides = vec![1; sizes.len()];
+    let mut strides = vec![1_isize; sizes.len()];
     for i in (1..sizes.len()).rev() {
-        strides[i - 1] = strides[i] * sizes[i].cast_signed();
+        strides[i - 1] = strides[i].saturating_mul(sizes[i].cast_signed());
     }
     strides
 }
