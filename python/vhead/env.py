@@ -12,11 +12,7 @@ They are read once, when `vhead.ops` is imported.
 import os
 from dataclasses import dataclass
 
-from vhead.errors import VheadError
-
-
-class EnvironmentVariableError(VheadError, ValueError):
-    """An environment variable of this package holds something it cannot mean."""
+from vhead.errors import EnvironmentVariableError
 
 
 @dataclass(frozen=True)

@@ -85,3 +85,7 @@ class MissingExtraError(VheadError, ImportError):
 
 class HeadNotFoundError(HeadError):
     """A trained head is needed and there is none."""
+
+
+class EnvironmentVariableError(VheadError, ValueError):
+    """An environment variable of this package holds something it cannot mean."""

@@ -171,7 +171,7 @@ pub(crate) fn value_head_backward<'py>(
     weight: &Bound<'py, PyAny>,
     dropout_p: f64,
     seed: Option<&Bound<'py, PyAny>>,
-    needed: (bool, bool, bool),
+    needed: [bool; 3],
 ) -> PyResult<(Gradient<'py>, Gradient<'py>, Gradient<'py>)> {
     let py = hidden.py();
     let arguments = Arguments::new(hidden, weight, None, dropout(dropout_p, seed)?)?;
@@ -191,11 +191,11 @@ pub(crate) fn value_head_backward<'py>(
     Ok((hidden.map(Output::into_tensor), weight.map(Output::into_tensor), bias.map(Output::into_tensor)))
 }
 
-fn allocate<'py>(py: Python<'py>, arguments: &Arguments<'py>, needed: (bool, bool, bool)) -> PyResult<Outputs<'py>> {
+fn allocate<'py>(py: Python<'py>, arguments: &Arguments<'py>, needed: [bool; 3]) -> PyResult<Outputs<'py>> {
     let output = |needed: bool, sizes: &[i64], dtype| needed.then(|| Output::new(py, sizes, dtype)).transpose();
     Ok(Outputs {
-        hidden: output(needed.0, arguments.hidden.sizes(), arguments.hidden.dtype())?,
-        weight: output(needed.1, arguments.weight.sizes(), Dtype::Float32)?,
-        bias: output(needed.2, &[arguments.outputs() as i64], Dtype::Float32)?,
+        hidden: output(needed[0], arguments.hidden.sizes(), arguments.hidden.dtype())?,
+        weight: output(needed[1], arguments.weight.sizes(), Dtype::Float32)?,
+        bias: output(needed[2], &[arguments.outputs() as i64], Dtype::Float32)?,
     })
 }

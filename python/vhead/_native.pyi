@@ -1,0 +1,100 @@
+"""The compiled extension: kernels on torch's CPU tensors. Only `vhead.ops` and `vhead.candle` import it."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Protocol, final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = [
+    "CandleValueHead",
+    "backends",
+    "build_info",
+    "configure",
+    "dropout_mask",
+    "init_linear",
+    "init_normal",
+    "panic_on_purpose",
+    "try_value_head",
+    "value_head",
+    "value_head_backward",
+    "worker_threads",
+]
+
+def value_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """The kernel of `vhead::value_head`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32.
+
+    Raises:
+        TypeError: An argument is no tensor with data of its own, or its dtype is not float32, bfloat16 or float16.
+        ValueError: Shapes do not fit, a tensor is not a dense one on the CPU, or `dropout_p` lies outside [0, 1).
+        KernelPanicError: A kernel failed inside.
+    """
+
+def try_value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_enabled: bool) -> Tensor | None:
+    """`value_head` where every argument is a plain CPU tensor that fits and needs no gradient; None otherwise."""
+
+def value_head_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for (hidden, weight, bias), each where needed: hidden's in its dtype, the others float32."""
+
+def init_linear(sizes: Sequence[int], columns: int, parameter: str, seed: int) -> Tensor:
+    """New float32 numbers from `nn.Linear(columns, _)`'s default distribution; `parameter` is "weight" or "bias"."""
+
+def init_normal(sizes: Sequence[int], std: float, parameter: str, seed: int) -> Tensor:
+    """New float32 numbers from N(0, `std`); `parameter` is "weight" or "bias"."""
+
+def dropout_mask(rows: int, columns: int, dropout_p: float, seed: int) -> bytes:
+    """The mask of `[rows, columns]` elements, row-major, one byte each: 1 is kept."""
+
+def configure(
+    *, libtorch_cpu: str | None = None, num_threads: int | None = None, read_attributes: bool = False
+) -> None:
+    """Says where libtorch_cpu lies (to use its threads), how many threads to use, and how to read tensors."""
+
+def backends() -> list[dict[str, object]]:
+    """One dictionary for each device that has native kernels."""
+
+def build_info() -> dict[str, str]:
+    """Version, profile and target of this binary."""
+
+def worker_threads(tasks: int) -> list[int]:
+    """Runs short naps as a kernel's pieces are run; the system's ids of the threads that ran them."""
+
+def panic_on_purpose(tasks: int) -> None:
+    """Fails inside a piece of work, for tests of what a caller sees then."""
+
+class _SupportsDLPack(Protocol):
+    def __dlpack__(self) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+@final
+class CandleValueHead:
+    def __new__(
+        cls,
+        weight: _SupportsDLPack,
+        bias: _SupportsDLPack | None = None,
+        device: str = "cpu",
+        num_threads: int | None = None,
+    ) -> CandleValueHead: ...
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], device: str = "cpu", *, num_threads: int | None = None
+    ) -> CandleValueHead: ...
+    def save(self, path: str | PathLike[str]) -> None: ...
+    def __call__(self, hidden: _SupportsDLPack) -> NDArray[np.float32]: ...
+    def __reduce__(self) -> tuple[type[CandleValueHead], tuple[object, ...]]: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def weight(self) -> NDArray[np.float32]: ...
+    @property
+    def bias(self) -> NDArray[np.float32] | None: ...
