@@ -13,7 +13,7 @@ The input of the language-model head is deliberately not used: some models scale
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -71,7 +71,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
     language_model = without_adapter(model)
     route = _route(language_model)
     retention = Retention.ALL_LAYERS if route is Route.FULL_FORWARD else Retention.CAPTURE
-    selects = retention is Retention.CAPTURE and _selects_hidden_states(_trunk(language_model, route))
+    selects = retention is Retention.CAPTURE and _selects_hidden_states(_sources(language_model)[-1])
     is_encoder_decoder = bool(getattr(language_model.config, "is_encoder_decoder", False))
     adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     return BackbonePlan(
@@ -102,13 +102,12 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
         VheadError: An encoder-decoder came without `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.
     """
     plan = plan_for(model) if plan is None else plan
-    inputs = {"use_cache": False, **_accepted(inputs)}
     if plan.takes_position_ids and inputs.get("position_ids") is None:
         inputs |= _position_ids(inputs)
     if plan.route is Route.FULL_FORWARD:
         return run(model, plan, inputs)[1]
     language_model = without_adapter(model)
-    inputs = _without_logits_arguments(language_model, inputs)
+    inputs = {"use_cache": False, **_without_logits_arguments(language_model, _accepted(inputs))}
     if plan.route is Route.ENCODER_DECODER:
         return _run_encoder_decoder(language_model, inputs)
     state: Tensor = language_model.base_model(**inputs, return_dict=True).last_hidden_state
@@ -125,7 +124,7 @@ def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tupl
     retention = plan.compiled_retention if torch.compiler.is_compiling() else plan.retention
     if retention is Retention.CAPTURE:
         language_model = without_adapter(model)
-        with _captured_output(_trunk(language_model, _route(language_model))) as captured:
+        with _captured_state(_sources(language_model)) as captured:
             output = model(**inputs)
         return output, captured()
     output = model(**inputs, output_hidden_states=-1 if retention is Retention.SELECT else True)
@@ -155,24 +154,28 @@ def _route(model: PreTrainedModel) -> Route:
     return Route.ENCODER_DECODER if has_both and hasattr(model, "lm_head") else Route.FULL_FORWARD
 
 
-def _trunk(model: PreTrainedModel, route: Route) -> nn.Module:
-    """The module whose `last_hidden_state` is wanted."""
-    trunk: nn.Module = model.decoder if route is Route.ENCODER_DECODER else model.base_model
-    return trunk
+def _sources(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that return the wanted `last_hidden_state`: the base model, and the decoder inside it.
+
+    Some models (OPT, BART as a decoder) pass their base model by and call its decoder; T5 has no base model.
+    """
+    base_model = getattr(model, "base_model", model)
+    decoder = getattr(base_model, "decoder", None)
+    return [module for module in (base_model, decoder) if isinstance(module, nn.Module) and module is not model]
 
 
-def _selects_hidden_states(trunk: nn.Module) -> bool:
+def _selects_hidden_states(source: nn.Module) -> bool:
     """Whether transformers keeps only the chosen hidden states of this module, as its newer models do."""
     try:
         from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401, PLC0415, probed
     except ImportError:
         return False
-    records = getattr(trunk, "_can_record_outputs", None) or {}
-    return "hidden_states" in records and isinstance(getattr(trunk.config, "num_hidden_layers", None), int)
+    records = getattr(source, "_can_record_outputs", None) or {}
+    return "hidden_states" in records and isinstance(getattr(source.config, "num_hidden_layers", None), int)
 
 
 def _takes_position_ids(model: PreTrainedModel, route: Route) -> bool:
-    module = model if route is Route.FULL_FORWARD else _trunk(model, route)
+    module = model if route is Route.FULL_FORWARD else model.base_model
     # Multimodal rotary positions are not a count of tokens: such models derive their own from the mask.
     return not hasattr(module, "get_rope_index") and "position_ids" in signature(module.forward).parameters
 
@@ -221,8 +224,8 @@ def _named(inputs: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _captured_output(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Keeps the last hidden state that a module returns to this thread while the block runs."""
+def _captured_state(modules: Sequence[nn.Module]) -> Iterator[Callable[[], Tensor]]:
+    """Keeps the last hidden state that the outermost of these modules returns to this thread while the block runs."""
     states: list[Tensor] = []
     thread = threading.get_ident()
 
@@ -230,8 +233,15 @@ def _captured_output(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
         if threading.get_ident() == thread:
             states[:] = [output[0]]
 
-    handle = module.register_forward_hook(keep)
+    def captured() -> Tensor:
+        if not states:
+            names = " and ".join(type(module).__name__ for module in modules)
+            raise VheadError(f"the model passed {names} by, so that its last hidden state is not known")
+        return states[0]
+
+    handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        yield lambda: states[0]
+        yield captured
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

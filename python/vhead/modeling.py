@@ -62,13 +62,25 @@ class ValueHeadOutputWithCache(NamedTuple):
 
 
 class _OfBody:
-    """An attribute that is the wrapped model's, unless it is set on the wrapper itself."""
+    """An attribute that is the wrapped model's, unless it is set on the wrapper itself.
+
+    Args:
+        newer_name: What newer versions of transformers call it.
+    """
+
+    def __init__(self, newer_name: str | None = None) -> None:
+        self._newer_name = newer_name
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:  # noqa: ANN401, the body's type
-        return self if instance is None else getattr(instance.pretrained_model, self._name)
+        if instance is None:
+            return self
+        body = instance.pretrained_model
+        if self._newer_name and hasattr(body, self._newer_name):
+            return getattr(body, self._newer_name)
+        return getattr(body, self._name)
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -101,6 +113,7 @@ class PreTrainedModelWrapper(nn.Module):
     )
     supported_modules: ClassVar[tuple[str, ...]] = ("v_head",)
     supported_rm_modules: ClassVar[tuple[str, ...]] = ("score",)
+    supported_pretrained_model_architectures: ClassVar[tuple[type, ...]] = (PreTrainedModel,)
 
     # TRL's new PPOTrainer reaches a value model's trunk by this name, and its head as `score`.
     base_model_prefix = "backbone"
@@ -119,7 +132,7 @@ class PreTrainedModelWrapper(nn.Module):
     gradient_checkpointing_disable = _OfBody()
     gradient_checkpointing_enable = _OfBody()
     hf_device_map = _OfBody()
-    is_gradient_checkpointing = _OfBody()
+    is_gradient_checkpointing = _OfBody(newer_name="is_activation_checkpointing")
     main_input_name = _OfBody()
     name_or_path = _OfBody()
     prepare_inputs_for_generation = _OfBody()
@@ -209,7 +222,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def _wrap_object(cls, body: nn.Module, head_arguments: Mapping[str, Any]) -> Self:
-        if not isinstance(body, PreTrainedModel) and not hasattr(body, "get_base_model"):
+        if not isinstance(body, cls.supported_pretrained_model_architectures) and not hasattr(body, "get_base_model"):
             raise HeadError(
                 "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "
                 f"got a {type(body).__name__}"
