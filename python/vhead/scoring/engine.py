@@ -65,9 +65,24 @@ class Engine:
         return min(token_budget, max(1, _FULL_LOGITS_BYTES // (_FLOAT32_BYTES * self.vocabulary_size)))
 
     def score(self, batch: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Fields:
-        """The fields of a batch's rollouts, one after the other in the batch's order, float32."""
+        """The fields of a batch's rollouts, one after the other in the batch's order, float32.
+
+        Raises:
+            VheadError: The device has not enough memory for the batch.
+        """
+        tokens, mask = _padded(batch)
+        try:
+            return self._score(batch, tokens, mask, fields, temperature)
+        except torch.OutOfMemoryError as error:
+            raise VheadError(
+                f"out of memory with a batch of {list(tokens.shape)} tokens; a smaller token_budget "
+                f"(--token-budget) needs less: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _score(
+        self, batch: Sequence[Encoded], tokens: Tensor, mask: Tensor, fields: Sequence[str], temperature: float
+    ) -> Fields:
         with self._computing():
-            tokens, mask = _padded(batch)
             inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
             predicting, last = _rows(batch, tokens.shape[1])
             hidden, logits_of = self._forward(inputs, predicting, fields)

@@ -75,7 +75,7 @@ class ParquetReader:
         except pa.ArrowInvalid as error:
             raise FileFormatError(f"{path}: not a readable Parquet file: {error}") from None
         self.size: int | None = self._file.metadata.num_rows
-        check_reserved(self._file.schema_arrow.names, reserved, str(path))
+        check_reserved(self._file.schema_arrow.names, reserved, None)
 
     def __iter__(self) -> Iterator[Row]:
         position = 0

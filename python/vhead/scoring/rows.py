@@ -51,7 +51,7 @@ def rollout_of(record: Mapping[str, Any], where: str) -> Rollout:
         raise error.of(name) from None
 
 
-def check_reserved(names: Iterable[str], reserved: Iterable[str], where: str) -> None:
+def check_reserved(names: Iterable[str], reserved: Iterable[str], where: str | None) -> None:
     """Scores never overwrite a column that came with the input.
 
     Raises:

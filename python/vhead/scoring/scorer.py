@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from vhead.errors import HeadNotFoundError, RecordError
+from vhead.errors import HeadNotFoundError, RecordError, VheadError
 from vhead.formats import HeadWeights, find_head
 from vhead.scoring.batches import token_budget_batches
 from vhead.scoring.encode import Encoded, Encoder, IdRegistry
@@ -103,8 +104,9 @@ class Scorer:
         Raises:
             HeadNotFoundError: There is no trained head, and a random one is not allowed.
             HeadError: There is a head that does not fit, or its file is broken.
-            OSError: The model cannot be found or read.
+            VheadError: The model cannot be found, read, or moved to the device.
         """
+        _check_config(path)
         weights = find_head(path if head is None else head)
         if weights is None and (head is not None or not allow_random_head):
             raise HeadNotFoundError(
@@ -114,7 +116,7 @@ class Scorer:
         model = _load(path, dtype)
         if head is not None and weights is not None:
             _replace_head(model, weights)
-        model.to(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        _move(model, device)
         return cls(model, _tokenizer(path), token_budget=token_budget, num_threads=num_threads)
 
     def score(
@@ -246,8 +248,43 @@ def _load(path: str | Path, dtype: torch.dtype | str | None) -> nn.Module:
     from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
 
     options = {} if dtype is None else {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
-    model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
+    with _named(path):
+        model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
     return model.eval()
+
+
+def _check_config(path: str | Path) -> None:
+    """A folder that is no model's, or a name with a typing mistake, is found before anything is said about heads."""
+    from transformers import AutoConfig  # noqa: PLC0415, slow, and only needed to load
+
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return
+    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith(".")):
+        raise VheadError(f"{path}: expected the folder of a model, found no such folder")
+    with _named(path):
+        AutoConfig.from_pretrained(path)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Errors of transformers say which model they are about."""
+    try:
+        yield
+    except VheadError:
+        raise
+    except (OSError, ValueError) as error:
+        raise VheadError(f"{path}: the model cannot be loaded: {error}") from error
+
+
+def _move(model: nn.Module, device: torch.device | str | None) -> None:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        # Torch explains itself over many lines; the first one says what is wrong.
+        raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
 def _replace_head(model: Any, head: HeadWeights) -> None:  # noqa: ANN401, the class is imported on use

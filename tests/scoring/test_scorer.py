@@ -1,0 +1,343 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, critic, reference, rollouts, worst
+
+from vhead import Rollout, Scorer
+from vhead.errors import FieldError, HeadError, VheadError
+from vhead.scoring import engine, logits, statistics
+from vhead.scoring.scores import FIELDS
+from vhead.scoring.statistics import row_chunks, token_statistics
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return critic()
+
+
+@pytest.fixture(scope="module")
+def scorer(model):
+    return Scorer(model, token_budget=200)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_field_equals_one_rollout_at_a_time(architecture):
+    model = critic(architecture)
+    scorer = Scorer(model, token_budget=150)
+    assert scorer._engine.selects_rows
+    scores = scorer.score(rollouts(), FIELDS, temperature=0.8)
+    assert worst(model, rollouts(), scores, temperature=0.8) < TOLERANCE
+
+
+def test_the_comparison_sees_a_shift_by_one(model, monkeypatch):
+    rows = engine._rows
+    monkeypatch.setattr(engine, "_rows", lambda *args: tuple(index - 1 for index in rows(*args)))
+    records = rollouts()[1:]
+    scores = Scorer(model).score(records, FIELDS)
+    assert worst(model, records, scores) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt"])
+def test_the_comparison_sees_padding_that_is_not_masked(architecture, monkeypatch):
+    def padded_left(batch):
+        tokens, mask = padded(batch)
+        shifts = [tokens.shape[1] - len(rollout) for rollout in batch]
+        moved = torch.stack([row.roll(shift) for row, shift in zip(tokens, shifts, strict=True)])
+        return moved, torch.ones_like(mask)
+
+    def rows_at_the_right(batch, width):
+        predicting, last = rows(batch, width)
+        shifts = torch.tensor([width - len(rollout) for rollout in batch])
+        counts = torch.tensor([rollout.completion_length for rollout in batch])
+        return predicting + shifts.repeat_interleave(counts), last + shifts
+
+    padded, rows = engine._padded, engine._rows
+    monkeypatch.setattr(engine, "_padded", padded_left)
+    monkeypatch.setattr(engine, "_rows", rows_at_the_right)
+    model = critic(architecture)
+    scores = Scorer(model).score(rollouts(), FIELDS)
+    assert worst(model, rollouts(), scores) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_only_what_is_asked_for_is_returned(model, scorer, name):
+    scores = scorer.score(rollouts(), [name])
+    assert scores.fields == (name,)
+    assert worst(model, rollouts(), scores) < TOLERANCE
+
+
+def test_values_and_rewards_never_touch_the_lm_head(model, scorer):
+    calls = []
+    handle = model.pretrained_model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        scorer.score(rollouts(), ["values", "reward"])
+        assert not calls
+        scorer.score(rollouts(), ["logprobs"])
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_logits_exist_for_completion_tokens_only_and_a_few_rows_at_a_time(model, scorer, monkeypatch):
+    monkeypatch.setattr(statistics, "_LOGITS_BYTES", 4 * VOCABULARY * 7)
+    seen = []
+    handle = model.pretrained_model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[0]))
+    try:
+        scores = scorer.score(rollouts(), ["logprobs", "entropy"])
+    finally:
+        handle.remove()
+    assert max(seen) == 7
+    assert sum(seen) == scores.token_count
+    assert worst(model, rollouts(), scores) < TOLERANCE
+
+
+def test_row_chunks_cover_all_rows_once():
+    chunks = list(row_chunks(1000, 151_936))
+    assert [row for chunk in chunks for row in range(1000)[chunk]] == list(range(1000))
+    assert max(chunk.stop - chunk.start for chunk in chunks) * 151_936 * 4 <= 32 * 2**20
+    assert list(row_chunks(2, 2**40)) == [slice(0, 1), slice(1, 2)]
+
+
+def test_token_statistics_of_impossible_tokens():
+    rows = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 0.0, 0.0]])
+    logprobs, entropy = token_statistics(
+        lambda chunk: rows[chunk].clone(), iter([slice(0, 2)]), torch.tensor([2, 1]), 1.0, entropy=True
+    )
+    distribution = torch.log_softmax(rows[0, [0, 2]].double(), 0)
+    assert entropy[0].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=1e-6)
+    assert logprobs[0].item() == pytest.approx(distribution[1].item(), abs=1e-6)
+    assert entropy[1].item() == pytest.approx(np.log(3), abs=1e-6)
+
+
+class TestLogitsRule:
+    @pytest.mark.parametrize(("architecture", "change"), [("gemma2", {"softcap": None}), ("cohere", {"scale": 1.0})])
+    def test_a_wrong_rule_is_noticed(self, architecture, change, monkeypatch):
+        rule_of = logits._rule_of
+        monkeypatch.setattr(logits, "_rule_of", lambda *args: dataclasses.replace(rule_of(*args), **change))
+        assert not Scorer(critic(architecture))._engine.selects_rows
+
+    @pytest.mark.parametrize("cap", [30.0, 50.0])
+    def test_a_missing_soft_cap_is_noticed_though_the_logits_are_small(self, cap, monkeypatch):
+        model = critic("gemma2", final_logit_softcapping=cap)
+        with torch.no_grad():
+            model.pretrained_model.lm_head.weight.mul_(1e-3)
+        assert Scorer(model)._engine._rule.softcap == cap
+        rule_of = logits._rule_of
+        monkeypatch.setattr(logits, "_rule_of", lambda *args: dataclasses.replace(rule_of(*args), softcap=None))
+        assert not Scorer(model)._engine.selects_rows
+
+    def test_without_a_rule_the_model_s_own_logits_are_used(self, model, monkeypatch):
+        monkeypatch.setattr(engine, "find_logits_rule", lambda *_: None)
+        monkeypatch.setattr(engine, "_FULL_LOGITS_BYTES", 4 * VOCABULARY * 80)
+        scorer = Scorer(model, token_budget=500)
+        assert scorer._engine.batch_budget(500, ["logprobs"]) == 80
+        assert scorer._engine.batch_budget(500, ["values"]) == 500
+        assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS, temperature=1.3), 1.3) < TOLERANCE
+
+
+class TestState:
+    def test_dropout_is_off_and_the_mode_is_kept(self):
+        model = critic("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+        expected = Scorer(model).score(rollouts(), FIELDS)
+        model.train()
+        model.v_head.eval()
+        modes = [module.training for module in model.modules()]
+        scores = Scorer(model).score(rollouts(), FIELDS)
+        assert [module.training for module in model.modules()] == modes
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(scores, name), getattr(expected, name))
+
+    def test_threads_are_as_before(self, model, monkeypatch):
+        used = []
+        set_num_threads = torch.set_num_threads
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: (used.append(count), set_num_threads(count)))
+        before = torch.get_num_threads()
+        Scorer(model, num_threads=before + 1).score(rollouts(2))
+        assert torch.get_num_threads() == before
+        assert set(used) == {before, before + 1}
+
+    def test_new_weights_count_at_once(self):
+        model = critic()
+        scorer = Scorer(model)
+        with torch.no_grad():
+            model.v_head.summary.weight.mul_(-2.0)
+            model.pretrained_model.lm_head.weight.mul_(0.5)
+        assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS)) < TOLERANCE
+
+    def test_no_gradients_are_kept(self, model, scorer):
+        scorer.score(rollouts(2))
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TestBatching:
+    @pytest.mark.parametrize("budget", [1, 60, 10_000])
+    def test_the_budget_changes_no_numbers(self, model, budget):
+        scores = Scorer(model, token_budget=budget).score(rollouts(30), FIELDS)
+        assert worst(model, rollouts(30), scores) < TOLERANCE
+
+    def test_batches_keep_to_the_budget(self, model):
+        shapes = []
+        handle = model.pretrained_model.model.embed_tokens.register_forward_hook(
+            lambda _m, args, _o: shapes.append(args[0].shape)
+        )
+        try:
+            Scorer(model, token_budget=120).score(rollouts(40), ["values"])
+        finally:
+            handle.remove()
+        assert max(shape.numel() for shape in shapes[1:]) <= 120
+        assert len(shapes) < 30
+
+    def test_order_is_the_input_s(self, model, scorer):
+        records = rollouts(25)
+        scores = scorer.score(records, ["values"])
+        assert list(scores.ids) == [record.id for record in records]
+        assert scores.indices.tolist() == list(range(25))
+        assert scores.prompt_lengths.tolist() == [len(record.prompt) for record in records]
+
+    def test_no_rollouts(self, scorer):
+        scores = scorer.score([])
+        assert len(scores) == 0
+        assert scores.fields == ("values", "logprobs", "reward")
+
+
+class TestStream:
+    def test_the_same_as_score(self, scorer):
+        scores = scorer.score(rollouts(40), FIELDS)
+        streamed = list(scorer.stream(iter(rollouts(40)), FIELDS))
+        assert [score.index for score in streamed] == list(range(40))
+        for got, want in zip(streamed, scores, strict=True):
+            assert got.id == want.id
+            np.testing.assert_allclose(got.logprobs, want.logprobs, atol=TOLERANCE)
+
+    def test_reads_no_further_than_a_window(self, scorer):
+        read = []
+
+        def endless():
+            for index in itertools.count():
+                read.append(index)
+                yield Rollout([5] * 10, [6, 7], id=index)
+
+        stream = scorer.stream(endless(), ["reward"])
+        assert [next(stream).id for _ in range(5)] == list(range(5))
+        window = 16 * scorer.token_budget // 12 + 1
+        assert len(read) <= window
+        for _ in range(3 * window):
+            next(stream)
+        assert len(read) <= 5 * window
+
+    def test_good_records_before_a_bad_one_are_given_first(self, scorer):
+        records = rollouts(10)
+        records[6] = Rollout([VOCABULARY], [1], id="bad")
+        given = []
+        with pytest.raises(FieldError, match=r"^record 6 \(id 'bad'\): prompt: expected token ids below"):
+            given.extend(scorer.stream(records))
+        assert [score.index for score in given] == list(range(6))
+
+    def test_an_error_of_the_input_comes_after_what_was_read(self, scorer):
+        def broken():
+            yield from rollouts(4)
+            raise OSError("the disk is gone")
+
+        given = []
+        with pytest.raises(OSError, match="the disk is gone"):
+            given.extend(scorer.stream(broken()))
+        assert len(given) == 4
+
+    def test_bad_records_can_be_left_out(self, model, scorer):
+        records = rollouts(10)
+        records[0] = Rollout([VOCABULARY], [1], id="bad")
+        records[6] = Rollout("some", "text", id="text")
+        errors = []
+        given = list(scorer.stream(records, FIELDS, on_error=errors.append))
+        assert [score.index for score in given] == [1, 2, 3, 4, 5, 7, 8, 9]
+        assert [error.record for error in errors] == ["record 0 (id 'bad')", "record 6 (id 'text')"]
+        expected = reference(model, records[7])
+        np.testing.assert_allclose(given[5].values, expected["values"], atol=TOLERANCE)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            (
+                Rollout([VOCABULARY], [1]),
+                f"record 1: prompt: .* below the vocabulary's {VOCABULARY}, got {VOCABULARY} at position 0",
+            ),
+            (Rollout([1], [5, 10**15]), "record 1: completion: .*got 1000000000000000 at position 1"),
+            (
+                Rollout([1] * 40, [1] * 25, id=3),
+                rf"record 1 \(id 3\): completion: expected at most the model's {CONTEXT} tokens .*got 40 \+ 25 = 65",
+            ),
+            (Rollout("a", "b"), "record 1: prompt: expected token ids, as the scorer has no tokenizer, got text"),
+            ("text", "record 1: rollout: expected a Rollout, got str"),
+            (
+                Rollout([1], [2], id="r0"),
+                r"record 1 \(id 'r0'\): id: expected an id of its own, got the id of record 0 \(id 'r0'\)",
+            ),
+        ],
+        ids=["prompt range", "completion range", "context", "no tokenizer", "type", "duplicate"],
+    )
+    def test_the_record_and_the_field_are_named(self, scorer, record, message):
+        with pytest.raises(FieldError, match=message):
+            scorer.score([rollouts(1)[0], record])
+
+    def test_the_context_can_be_full(self, model, scorer):
+        record = Rollout([5] * 40, [6] * (CONTEXT - 40))
+        assert worst(model, [record], scorer.score([record], FIELDS)) < TOLERANCE
+
+    @pytest.mark.parametrize("fields", [["values"], ["logprobs"], ["entropy"], ["reward"], FIELDS])
+    def test_nan_names_the_record_and_harms_no_other(self, fields):
+        model = critic()
+        scorer = Scorer(model, token_budget=500)
+        with torch.no_grad():
+            model.pretrained_model.model.embed_tokens.weight[50] = torch.nan
+        records = [Rollout([5, 6], [7, 8, 9], id=f"r{index}") for index in range(4)]
+        records[2] = Rollout([5, 50], [7, 8], id="nan")
+        with pytest.raises(FieldError, match=rf"record 2 \(id 'nan'\): {fields[0]}: expected finite numbers .*got nan"):
+            scorer.score(records, fields)
+        errors = []
+        given = list(scorer.stream(records, fields, on_error=errors.append))
+        assert [score.id for score in given] == ["r0", "r1", "r3"]
+        assert len(errors) == 1
+        assert worst(model, [records[0], records[1], records[3]], given) < TOLERANCE
+
+    def test_a_stream_remembers_a_bounded_number_of_ids(self, scorer):
+        records = [Rollout([5], [6], id=name) for name in (1, 2, 3, 1)]
+        assert len(list(scorer.windows(records, ["reward"], remembered_ids=2))) == 1
+        with pytest.raises(FieldError, match="an id of its own"):
+            list(scorer.windows(records, ["reward"], remembered_ids=3))
+
+    @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+    def test_temperature(self, scorer, temperature):
+        with pytest.raises(ValueError, match="temperature: expected a positive number"):
+            scorer.score(rollouts(1), temperature=temperature)
+
+    @pytest.mark.parametrize("returns", [[], ["value"], ["values", "kl"], "kl"])
+    def test_returns(self, scorer, returns):
+        with pytest.raises(ValueError, match="returns: expected some of values, logprobs, entropy, reward, got"):
+            scorer.score(rollouts(1), returns)
+
+    def test_one_field_may_come_as_text(self, scorer):
+        assert scorer.score(rollouts(2), "values").fields == ("values",)
+
+    def test_a_model_without_a_head(self, model):
+        with pytest.raises(HeadError, match="expected a language model with a value head, got a LlamaForCausalLM"):
+            Scorer(model.pretrained_model)
+
+    @pytest.mark.parametrize("argument", ["token_budget", "num_threads"])
+    def test_arguments_below_one(self, model, argument):
+        with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0"):
+            Scorer(model, **{argument: 0})
+
+    def test_out_of_memory_names_the_way_out(self, model, scorer, monkeypatch):
+        def fail(*_args, **_kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+        monkeypatch.setattr(engine, "last_hidden_state", fail)
+        with pytest.raises(VheadError, match=r"out of memory with a batch of \[1, 2\] tokens; .*smaller token_budget"):
+            scorer.score(rollouts(1))
