@@ -5,6 +5,7 @@ whole checkpoint. Files are untrusted: whatever is wrong with one is a `HeadFile
 """
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vhead.errors import HeadFileError
+
+_SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
 
 class LocationArguments(TypedDict, total=False):
@@ -182,6 +185,6 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HeadFileError(f'{path}: expected an index with a "weight_map", got: {error!r}') from error
     for file_name in set(entries.values()):
-        if PurePosixPath(file_name).name != file_name:
-            raise HeadFileError(f"{path}: expected the names of files beside the index, got {file_name!r}")
+        if not _SHARD_NAME.fullmatch(file_name):
+            raise HeadFileError(f"{path}: expected the names of shards beside the index, got {file_name!r}")
     return entries

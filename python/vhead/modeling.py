@@ -139,7 +139,6 @@ class PreTrainedModelWrapper(nn.Module):
     set_input_embeddings = _OfBody()
     set_output_embeddings = _OfBody()
     tie_weights = _OfBody()
-    warnings_issued = _OfBody()
 
     def __init__(
         self,
@@ -159,6 +158,8 @@ class PreTrainedModelWrapper(nn.Module):
         self.is_loaded_in_4bit: bool = getattr(pretrained_model, "is_loaded_in_4bit", False)
         self.is_sequential_parallel = False
         self.current_device = self._get_current_device()
+        # Trainers write into it; newer versions of transformers have none.
+        self.warnings_issued: dict[str, bool] = getattr(pretrained_model, "warnings_issued", {})
         self.supports_rm_adapter = supports_rm_adapter
         self.rm_adapter_name = rm_adapter_name
         self.policy_adapter_name = "default"
