@@ -1,6 +1,7 @@
 //! Arrays of numpy and of whoever speaks DLPack, as rows of hidden states where they lie; and new numpy arrays.
 use crate::dlpack;
 use half::{bf16, f16};
+use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -174,8 +175,13 @@ impl<'py> Output<'py> {
     pub(super) fn new(py: Python<'py>, sizes: &[usize]) -> PyResult<Self> {
         static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let array = EMPTY.import(py, "numpy", "empty")?.call1((sizes, intern!(py, "float32")))?;
-        let view = ArrayView::from_numpy("output", &array)?;
-        let (data, count) = (view.data.cast_mut().cast(), view.sizes.iter().product());
+        let (data, count) = if sizes.is_empty() {
+            // PyO3 refuses the buffer of a scalar array, which has no sizes to point at.
+            (ArrayView::from_numpy("output", &array)?.data.cast_mut().cast(), 1)
+        } else {
+            let buffer = PyUntypedBuffer::get(&array)?;
+            (buffer.buf_ptr().cast(), buffer.item_count())
+        };
         Ok(Self { array, data, count })
     }
 
@@ -201,11 +207,16 @@ fn ndarray(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
 
 fn numpy_dtype(name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     let py = dtype.py();
-    let (actual, native) = (dtype.getattr(intern!(py, "name"))?, dtype.getattr(intern!(py, "isnative"))?);
-    match Dtype::from_name(&actual.extract::<String>()?) {
-        Some(dtype) if native.is_truthy()? => Ok(dtype),
+    // numpy puts names together in Python, which takes longer than a small projection; its own dtypes have letters.
+    let actual = match dtype.getattr(intern!(py, "char"))?.extract::<char>()? {
+        'f' => "float32".to_owned(),
+        'e' => "float16".to_owned(),
+        _ => dtype.getattr(intern!(py, "name"))?.extract()?,
+    };
+    match Dtype::from_name(&actual) {
+        Some(dtype_of_array) if dtype.getattr(intern!(py, "isnative"))?.is_truthy()? => Ok(dtype_of_array),
         Some(_) => Err(wrong_dtype(name, &format!("{actual} of the other byte order"))),
-        None => Err(wrong_dtype(name, &actual.to_string())),
+        None => Err(wrong_dtype(name, &actual)),
     }
 }
 
