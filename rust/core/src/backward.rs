@@ -10,6 +10,7 @@
 //! * `grad_bias[k]`: [`reduce::sum`] of `g[.., k]`.
 //!
 //! Every column is independent and no order depends on threads or grids: run to run, CPU and CUDA, the bits are the same.
+use crate::buffer::Buffer;
 use crate::forward::check;
 use crate::simd::gradient::{BLOCK, Gradient};
 use crate::simd::keep::Keep;
@@ -112,7 +113,7 @@ fn check_lengths<T>(gradients: &Gradients<'_, T>, rows: usize, columns: usize, o
 struct Tiles<'a, T> {
     level: Level,
     hidden: &'a Rows<'a, T>,
-    weights: Weights<'a>,
+    weights: Weights,
     outputs: usize,
     keep: Option<Keep>,
     scaled: Vec<f32>,
@@ -153,7 +154,7 @@ impl<T: Element> Tiles<'_, T> {
     fn run_with_weight(&self, to: &mut [f32], executor: &dyn Executor) {
         let (columns, chunks) = (self.hidden.columns(), self.hidden.count().div_ceil(CHUNK));
         let blocks = columns.div_ceil(BLOCK);
-        let mut partials = vec![0.0_f32; chunks.min(WAVE) * blocks * self.sums()];
+        let mut partials = Buffer::new(chunks.min(WAVE) * blocks * self.sums());
         let mut slots = vec![[0.0_f32; SLOTS]; to.len()];
         for first in (0..chunks).step_by(WAVE) {
             let wave = first..chunks.min(first + WAVE);

@@ -9,6 +9,7 @@
 //! * the dropout mask is a function of (seed, row, column), never stored ([`dropout`]);
 //! * hidden states are read in their own dtype and accumulated in float32 ([`element`]).
 mod backward;
+mod buffer;
 pub mod dropout;
 pub mod element;
 mod error;

@@ -96,14 +96,13 @@ impl<'a, T: Copy> Rows<'a, T> {
         unsafe { self.row(row).add(column).read_unaligned() }
     }
 
-    /// Copies the elements of a row from column `start` on to the front of `to`.
+    /// Copies the elements of a row from column `start` on, as many as `to` holds.
     ///
     /// # Panics
-    /// Where `row` or `start` lies outside the view, or `to` is too short.
+    /// Where they lie outside the view.
     #[inline]
-    pub(crate) fn read_tail(&self, row: usize, start: usize, to: &mut [T]) {
-        assert!(row < self.count && start <= self.columns);
-        let to = &mut to[..self.columns - start];
+    pub(crate) fn read_part(&self, row: usize, start: usize, to: &mut [T]) {
+        assert!(row < self.count && start <= self.columns && to.len() <= self.columns - start);
         // SAFETY: the elements lie inside the view; a copy of bytes needs no alignment.
         unsafe {
             let from = self.row(row).add(start).cast::<u8>();

@@ -104,7 +104,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn splat_u64(self, value: u32) -> Self::U64 {
         // SAFETY: see the head of this block.
-        unsafe { [_mm256_set1_epi64x(i64::from(value)); 2] }
+        unsafe { [_mm256_set1_epi32(value.cast_signed()); 2] }
     }
     #[inline(always)]
     unsafe fn load_u64(self, from: *const u64) -> Self::U64 {

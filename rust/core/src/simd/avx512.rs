@@ -105,7 +105,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn splat_u64(self, value: u32) -> __m512i {
         // SAFETY: see the head of this block.
-        unsafe { _mm512_set1_epi64(i64::from(value)) }
+        unsafe { _mm512_set1_epi32(value.cast_signed()) }
     }
     #[inline(always)]
     unsafe fn load_u64(self, from: *const u64) -> __m512i {
@@ -125,7 +125,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn high_xor(self, product: __m512i, b: __m512i, c: __m512i) -> __m512i {
         // SAFETY: see the head of this block.
-        unsafe { _mm512_ternarylogic_epi64::<0x96>(_mm512_srli_epi64::<32>(product), b, c) }
+        unsafe { _mm512_ternarylogic_epi32::<0x96>(_mm512_srli_epi64::<32>(product), b, c) }
     }
     #[inline(always)]
     fn not_below(self, words: [__m512i; 4], threshold: u16) -> u64 {

@@ -1,16 +1,16 @@
 //! The projection of rows: the forward kernel.
 use super::keep::{self, Keep};
 use super::{Kernel, Simd, WIDTH};
+use crate::buffer::Buffer;
 use crate::forward::Head;
 use crate::reduce::{self, LANES, OCTETS};
 use crate::{Element, Rows};
-use std::borrow::Cow;
 
 /// Writes the values of the rows from `first` on, as many as `values` holds.
 pub(crate) struct Project<'a, T> {
     pub(crate) hidden: &'a Rows<'a, T>,
     pub(crate) head: &'a Head<'a>,
-    pub(crate) weights: &'a Weights<'a>,
+    pub(crate) weights: &'a Weights,
     pub(crate) keep: Option<&'a Keep>,
     pub(crate) scale: f32,
     pub(crate) first: usize,
@@ -18,22 +18,24 @@ pub(crate) struct Project<'a, T> {
 }
 
 /// The weights of each output, followed by zeros up to whole tiles of [`LANES`] columns.
-pub(crate) struct Weights<'a> {
-    data: Cow<'a, [f32]>,
+pub(crate) struct Weights {
+    data: Buffer,
     stride: usize,
 }
 
-impl<'a> Weights<'a> {
-    pub(crate) fn new(head: &Head<'a>) -> Self {
+impl Weights {
+    pub(crate) fn new(head: &Head<'_>) -> Self {
         let (columns, stride) = (head.columns(), head.columns().next_multiple_of(LANES));
-        if columns == stride {
-            return Self { data: Cow::Borrowed(head.weights()), stride };
-        }
-        let mut data = vec![0.0; head.outputs() * stride];
+        let mut data = Buffer::new(head.outputs() * stride);
         for (output, padded) in data.chunks_exact_mut(stride).enumerate() {
             padded[..columns].copy_from_slice(head.weight(output));
         }
-        Self { data: Cow::Owned(data), stride }
+        Self { data, stride }
+    }
+
+    /// Padded weights of an output: how far apart two outputs are.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
     }
 
     /// The padded weights of an output.
@@ -84,7 +86,7 @@ impl<T: Element> Project<'_, T> {
             if let (true, Some(keep)) = (DROP, self.keep) {
                 keep.fill(simd, (self.first + i) as u64, 0, &mut bits[..drawn], row.cast(), size_of::<T>());
             }
-            self.hidden.read_tail(self.first + i, columns - columns % LANES, &mut tail);
+            self.hidden.read_part(self.first + i, columns - columns % LANES, &mut tail[..columns % LANES]);
             for (output, value) in values.iter_mut().enumerate() {
                 let tiles = Tiles { row, full: columns / LANES, tail: tail.as_ptr(), count: columns.div_ceil(LANES) };
                 let weights = self.weights.output(output).as_ptr();

@@ -58,7 +58,7 @@ pub trait Simd: Copy {
     /// `to` is valid for `GROUPS * 2` writes.
     unsafe fn fold_octets<const GROUPS: usize>(self, lanes: &[Self::F32; GROUPS], to: *mut f32);
 
-    /// `value` in the low half of all lanes.
+    /// `value` in the low half of all lanes; the high halves hold anything.
     fn splat_u64(self, value: u32) -> Self::U64;
     /// 8 words.
     ///
