@@ -247,10 +247,17 @@ def _report(results: Results, on_error: ErrorHandler | None) -> Iterator[Scores]
 def _load(path: str | Path, dtype: torch.dtype | str | None) -> nn.Module:
     from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
 
-    options = {} if dtype is None else {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
+    options = {} if dtype is None else {"dtype": _dtype(dtype)}
     with _named(path):
         model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
     return model.eval()
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype of torch, got {dtype!r}")
+    return found
 
 
 def _check_config(path: str | Path) -> None:

@@ -1,0 +1,187 @@
+"""Text, chats, and scorers that are loaded from a folder."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from scoring_models import critic
+
+from vhead import Rollout, Scorer
+from vhead.errors import FieldError, HeadError, HeadNotFoundError, VheadError
+from vhead.scoring.encode import Encoder
+from vhead.scoring.scores import FIELDS
+
+BYTE_SHIFT = 3
+
+
+@pytest.fixture(scope="module")
+def scorer(critic_folder):
+    return Scorer.from_pretrained(critic_folder, device="cpu")
+
+
+def ids_of(text):
+    """ByT5's token ids, without its end-of-sequence token."""
+    return [byte + BYTE_SHIFT for byte in text.encode()]
+
+
+def test_text_is_the_token_ids_of_its_parts(scorer):
+    text = scorer.score([Rollout("Why? ", "Because: ä.")], FIELDS)
+    ids = scorer.score([Rollout(ids_of("Why? "), ids_of("Because: ä."))], FIELDS)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(text, name), getattr(ids, name))
+
+
+class Bracketed:
+    """A tokenizer that puts one special token before a text and one behind it."""
+
+    chat_template = None
+
+    def __call__(self, text, *, add_special_tokens, return_special_tokens_mask=False, verbose=True):
+        ids = [ord(letter) % 50 + 10 for letter in text if letter != "_"]
+        mask = [0] * len(ids)
+        if add_special_tokens:
+            ids, mask = [1, *ids, 2], [1, *mask, 1]
+        return {"input_ids": ids, "special_tokens_mask": mask}
+
+
+def test_the_prompt_gets_the_special_tokens_in_front_and_the_completion_none():
+    encoded = Encoder(Bracketed(), 60, None).encode(0, Rollout("ab", "c"), "record 0")
+    assert encoded.tokens.tolist() == [1, 57, 58, 59]
+    assert (encoded.prompt_length, encoded.completion_length) == (3, 1)
+
+
+def test_text_without_any_token():
+    with pytest.raises(FieldError, match="line 4: completion: expected at least one token, got a text without any"):
+        Encoder(Bracketed(), 60, None).encode(0, Rollout("ab", "__"), "line 4")
+
+
+class TestChat:
+    def test_the_template_s_difference_is_the_completion(self, scorer):
+        chat = Rollout.from_messages(
+            [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+            ]
+        )
+        plain = Rollout("<system>Be short.</s><user>Why?</s><assistant>", "So.</s>")
+        a, b = (
+            scorer.score([chat], FIELDS),
+            scorer.score([Rollout(*map(tokens_of, (plain.prompt, plain.completion)))], FIELDS),
+        )
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+    def test_no_template(self):
+        with pytest.raises(FieldError, match="messages: expected a tokenizer with a chat template, got one without"):
+            Encoder(Bracketed(), 60, None).encode(0, CHAT, "record 0")
+
+    def test_a_template_that_changes_the_prompt(self, critic_folder, tokenizer, monkeypatch):
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }} messages")
+        with pytest.raises(FieldError, match="messages: expected a chat template that leaves the prompt as it is"):
+            Encoder(tokenizer, 259, None).encode(0, CHAT, "record 0")
+
+    def test_a_template_that_refuses(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
+        with pytest.raises(
+            FieldError, match="messages: expected a chat that the template takes, got no system role here"
+        ):
+            Encoder(tokenizer, 259, None).encode(0, CHAT, "record 0")
+
+
+CHAT = Rollout.from_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def tokens_of(text):
+    """As `ids_of`, with ByT5's `</s>` as one token."""
+    parts = [ids_of(part) for part in text.split("</s>")]
+    return [token for part in parts[:-1] for token in (*part, 1)] + parts[-1]
+
+
+class TestFromPretrained:
+    def test_the_saved_head_is_used(self, scorer, critic_folder):
+        weights = load_file(critic_folder / "model.safetensors")
+        assert torch.equal(scorer.model.v_head.summary.weight, weights["v_head.summary.weight"])
+
+    def test_a_model_without_a_head_is_an_error(self, plain_folder):
+        with pytest.raises(
+            HeadNotFoundError, match=r"plain0: expected a trained value head, found none; .*--allow-random-head"
+        ):
+            Scorer.from_pretrained(plain_folder)
+
+    def test_unless_a_random_head_is_allowed(self, plain_folder):
+        scores = Scorer.from_pretrained(plain_folder, allow_random_head=True, device="cpu").score([Rollout("a", "b")])
+        assert np.isfinite(scores.values).all()
+
+    def test_a_head_from_a_file(self, scorer, plain_folder, critic_folder, tmp_path):
+        head = {name: part for name, part in load_file(critic_folder / "model.safetensors").items() if "v_head" in name}
+        save_file(head, tmp_path / "value_head.safetensors")
+        other = Scorer.from_pretrained(plain_folder, head=tmp_path / "value_head.safetensors", device="cpu")
+        records = [Rollout("a", "bcd")]
+        np.testing.assert_array_equal(other.score(records).values, scorer.score(records).values)
+
+    def test_a_head_that_does_not_fit(self, plain_folder, tmp_path):
+        save_file(
+            {"v_head.summary.weight": torch.randn(1, 7), "v_head.summary.bias": torch.randn(1)},
+            tmp_path / "value_head.safetensors",
+        )
+        with pytest.raises(HeadError, match=r"\[1, 7\].*expected \[1, 32\]"):
+            Scorer.from_pretrained(plain_folder, head=tmp_path / "value_head.safetensors")
+
+    def test_a_file_without_a_head_is_an_error_even_if_a_random_one_is_allowed(self, plain_folder, critic_folder):
+        with pytest.raises(HeadNotFoundError, match="plain0: expected a trained value head"):
+            Scorer.from_pretrained(critic_folder, head=plain_folder, allow_random_head=True)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+    def test_dtype_is_the_language_model_s(self, critic_folder, scorer, dtype):
+        half = Scorer.from_pretrained(critic_folder, dtype=dtype, device="cpu")
+        assert half.model.pretrained_model.dtype == torch.bfloat16
+        assert half.model.v_head.summary.weight.dtype == torch.float32
+        assert half._engine.selects_rows
+        records = [Rollout("some prompt", "some completion")]
+        a, b = half.score(records, FIELDS), scorer.score(records, FIELDS)
+        assert a.values.dtype == np.float32
+        np.testing.assert_allclose(a.values, b.values, atol=0.2)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.5)
+
+    @pytest.mark.parametrize("dtype", ["float33", "nn", "int64"])
+    def test_unknown_dtype(self, critic_folder, dtype):
+        with pytest.raises(ValueError, match=f"dtype: expected a floating-point dtype of torch, got '{dtype}'"):
+            Scorer.from_pretrained(critic_folder, dtype=dtype)
+
+    def test_unknown_device(self, critic_folder):
+        with pytest.raises(VheadError, match="device: the model cannot go to 'nowhere'"):
+            Scorer.from_pretrained(critic_folder, device="nowhere")
+
+    def test_no_such_folder(self, tmp_path):
+        with pytest.raises(VheadError, match="nothing: expected the folder of a model, found no such folder"):
+            Scorer.from_pretrained(tmp_path / "nothing")
+
+    def test_a_folder_that_is_no_model_s(self, tmp_path):
+        with pytest.raises(VheadError, match="the model cannot be loaded"):
+            Scorer.from_pretrained(tmp_path)
+
+    def test_token_ids_need_no_tokenizer(self, critic_folder, tmp_path, caplog):
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(critic_folder / name, tmp_path)
+        scorer = Scorer.from_pretrained(tmp_path, device="cpu")
+        assert "no tokenizer, so that only token ids can be scored" in caplog.text
+        assert len(scorer.score([Rollout([5], [6])])) == 1
+        with pytest.raises(FieldError, match="prompt: expected token ids, as the scorer has no tokenizer"):
+            scorer.score([Rollout("a", "b")])
+
+    def test_an_encoder_decoder_is_refused(self):
+        class Wrapper(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.v_head = critic().v_head
+                config = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+                self.pretrained_model = transformers.T5ForConditionalGeneration(config)
+
+        with pytest.raises(
+            VheadError, match="expected a decoder-only language model, got the T5ForConditionalGeneration"
+        ):
+            Scorer(Wrapper())
