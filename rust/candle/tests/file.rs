@@ -236,6 +236,16 @@ fn saving_replaces_the_file_and_leaves_nothing_else() {
 }
 
 #[test]
+fn saving_never_writes_into_the_old_file() {
+    let folder = Folder::new("old");
+    let (path, old) = (folder.0.join("v_head.safetensors"), folder.0.join("still_mapped"));
+    std::fs::write(&path, "old").unwrap();
+    std::fs::hard_link(&path, &old).unwrap();
+    head(Some(&BIAS)).save(&path).unwrap();
+    assert_eq!(std::fs::read(&old).unwrap(), b"old");
+}
+
+#[test]
 fn a_failed_save_leaves_nothing_behind() {
     let folder = Folder::new("failed");
     let path = folder.0.join("taken");

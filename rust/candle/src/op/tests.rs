@@ -107,6 +107,44 @@ fn a_strided_last_dimension_is_copied_by_the_head_and_refused_by_the_op() {
     assert!(message.contains("contiguous last dimension") && message.contains("[5, 64]"), "{message}");
 }
 
+#[test]
+fn layouts_that_reach_outside_the_storage_are_refused() {
+    let data = random(24, 1);
+    let layout = |sizes: &[usize], strides: &[usize], offset| Layout::new(sizes.into(), strides.to_vec(), offset);
+    for (sizes, strides, offset, fits) in [
+        (vec![4, 6], vec![6, 1], 0, true),
+        (vec![4, 6], vec![6, 1], 1, false),
+        (vec![3, 6], vec![6, 1], 6, true),
+        (vec![5, 6], vec![6, 1], 0, false),
+        (vec![19, 6], vec![1, 1], 0, true),
+        (vec![9, 6], vec![0, 1], 18, true),
+        (vec![2, 6], vec![usize::MAX, 1], 0, false),
+        (vec![usize::MAX, 6], vec![usize::MAX, 1], 0, false),
+        (vec![0, 6], vec![6, 1], 99, true),
+        (vec![4, 6], vec![1, 4], 0, false),
+        (vec![24, 1], vec![1, 7], 0, true),
+    ] {
+        assert_eq!(
+            rows::<f32>(&data, &layout(&sizes, &strides, offset)).is_ok(),
+            fits,
+            "{sizes:?} {strides:?} {offset}"
+        );
+    }
+}
+
+#[test]
+fn foreign_rows_have_the_values_of_tensors() {
+    let (hidden, bias) = (tensor((5, 64), 1, DType::BF16), tensor(3, 3, DType::F32));
+    let head = ValueHead::new(tensor((3, 64), 2, DType::F32), Some(bias)).unwrap();
+    let data = elements::<bf16>(&hidden);
+    let mut values = vec![0.0; 15];
+    head.forward_rows(&Rows::contiguous(&data, 5, 64).unwrap(), &mut values).unwrap();
+    let expected = bits(&head.forward(&hidden).unwrap());
+    assert_eq!(values.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), expected);
+    let error = head.forward_rows(&Rows::contiguous(&data, 5, 64).unwrap(), &mut values[1..]).unwrap_err();
+    assert_eq!(error.to_string(), "values: expected 15 elements, got 14");
+}
+
 /// An op with a dropout mask, its three arguments as variables, and the gradient of its values.
 struct Case {
     op: Projection,
