@@ -368,6 +368,15 @@ def _distributed_like(parameter: Tensor, numbers: Tensor) -> Tensor:
     return cast("Tensor", sharding.distribute_tensor(numbers, parameter.device_mesh, parameter.placements))
 
 
+def _replicated_like(hidden: Tensor, keep: Tensor) -> Tensor:
+    """A mask that every rank computed whole, as a DTensor where `hidden` is one; ranks must have the same seed."""
+    sharding = _sharding()
+    if sharding is None or not isinstance(hidden, sharding.DTensor):
+        return keep
+    placements = [sharding.Replicate()] * hidden.device_mesh.ndim
+    return cast("Tensor", sharding.DTensor.from_local(keep, hidden.device_mesh, placements, run_check=False))
+
+
 def _sharding() -> Any:  # noqa: ANN401, a module that only sharding programs import
     return sys.modules.get("torch.distributed.tensor")
 
@@ -436,7 +445,7 @@ def _keep(hidden: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     octet = torch.arange((columns + _OCTET - 1) // _OCTET, device=hidden.device)[None, :]
     words = torch.stack(_philox((octet, row & _WORD, row >> 32, torch.zeros_like(row)), seed), -1)
     bits = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(-3)
-    return (bits[:, :columns] >= _threshold(dropout_p)).reshape(hidden.shape)
+    return _replicated_like(hidden, (bits[:, :columns] >= _threshold(dropout_p)).reshape(hidden.shape))
 
 
 def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, ...]:

@@ -111,12 +111,13 @@ struct Outputs<'py> {
 }
 
 fn dropout(p: f64, seed: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Dropout>> {
-    let seed = match seed {
-        Some(seed) => TensorView::new("seed", seed, &[Dtype::Int64])?.seed()?,
-        None if p > 0.0 => return Err(PyValueError::new_err("seed: expected an int64 tensor with dropout, got None")),
-        None => 0,
-    };
-    Dropout::new(p, seed).map_err(gate::to_python)
+    let number = seed.map_or(Ok(0), |seed| TensorView::new("seed", seed, &[Dtype::Int64])?.seed())?;
+    match Dropout::new(p, number).map_err(gate::to_python)? {
+        Some(_) if seed.is_none() => {
+            Err(PyValueError::new_err("seed: expected an int64 tensor with dropout, got None"))
+        }
+        dropout => Ok(dropout),
+    }
 }
 
 /// The kernel of `vhead::value_head`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32.
