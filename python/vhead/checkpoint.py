@@ -1,12 +1,16 @@
 """The tensors of a checkpoint, in a local folder or on the hub, each read only when it is asked for.
 
 Names come from the safetensors header or the shard index, so that finding two tensors costs two tensors, never the
-whole checkpoint. Files are untrusted: whatever is wrong with one is a `HeadFileError` that names it.
+whole checkpoint. Files are untrusted: whatever is wrong with one is a `HeadFileError` that names it. `quiet_about`
+keeps transformers from reporting the same tensors as unexpected when it reads the files in its turn.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, Unpack
@@ -25,6 +29,10 @@ from torch import Tensor
 from vhead.errors import HeadFileError
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
+
+_LOADING_LOGGER = "transformers.modeling_utils"
+_TABLE_STATUS = re.compile(r"\b(?:UNEXPECTED|MISSING|MISMATCH|CONVERSION)\b")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class LocationArguments(TypedDict, total=False):
@@ -188,3 +196,42 @@ def _read_index(path: Path) -> dict[str, str]:
         if not _SHARD_NAME.fullmatch(file_name):
             raise HeadFileError(f"{path}: expected the names of shards beside the index, got {file_name!r}")
     return entries
+
+
+@contextmanager
+def quiet_about(tensor_root: str) -> Iterator[None]:
+    """Drops this thread's load reports that are about tensors below `tensor_root` and about nothing else.
+
+    A filter on transformers' own logger does it, for as long as the block runs. A report that has any other row is
+    shown in full.
+    """
+    report_filter = _ReportFilter(tensor_root)
+    logger = logging.getLogger(_LOADING_LOGGER)
+    logger.addFilter(report_filter)
+    try:
+        yield
+    finally:
+        logger.removeFilter(report_filter)
+
+
+class _ReportFilter(logging.Filter):
+    def __init__(self, tensor_root: str) -> None:
+        super().__init__()
+        self._root = tensor_root
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self._thread:
+            return True
+        subjects = _reported_tensors(_ANSI.sub("", record.getMessage()))
+        return not subjects or not all(self._root in re.split(r"[.{]", name) for name in subjects)
+
+
+def _reported_tensors(message: str) -> list[str]:
+    """The tensors that a load report is about: the rows of transformers 5's table or the list of transformers 4."""
+    if "LOAD REPORT" in message:
+        rows = (line for line in message.splitlines() if "|" in line and _TABLE_STATUS.search(line.partition("|")[2]))
+        return [row.partition("|")[0].strip() for row in rows]
+    if message.startswith("Some weights of the model checkpoint") and "were not used" in message:
+        return re.findall(r"'([^']+)'", message.partition("[")[2].partition("]")[0])
+    return []

@@ -81,6 +81,19 @@ def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> Hea
     return None
 
 
+def save_beside_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the head of a model with adapters where TRL looks for it: pickled, in `pytorch_model.bin`.
+
+    Args:
+        state: The model's state dict; only its two head tensors are written.
+        folder: The adapter's folder, which exists.
+    """
+    head = {name: state[name].detach().cpu() for name in (WEIGHT_KEY, BIAS_KEY)}
+    unfinished = folder / ".pytorch_model.bin.unfinished"
+    torch.save(head, unfinished)
+    unfinished.replace(folder / "pytorch_model.bin")
+
+
 def _sniff_trl(checkpoint: Checkpoint) -> bool:
     return any(_TRL_ROOT.match(name) for name in checkpoint.weight_map)
 

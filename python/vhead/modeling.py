@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, GenerationConfig, PreTrainedModel
 
 from vhead import backbone
-from vhead.checkpoint import LocationArguments
+from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import HeadError, HeadMismatchError, VheadError
-from vhead.formats import WEIGHT_KEY, HeadWeights, find_head
+from vhead.formats import WEIGHT_KEY, HeadWeights, find_head, save_beside_adapter
 from vhead.heads import HeadArguments, ValueHead
-from vhead.load_report import quiet_about
 
 logger = logging.getLogger("vhead")
 
@@ -96,7 +95,7 @@ class PreTrainedModelWrapper(nn.Module):
     Attributes:
         v_head: The head.
         plan: How the last hidden state is reached and kept on this architecture.
-        head_source: The file that the head's weights were read from, or None for a head that was drawn.
+        head_source: Where the head's weights were read, or None for a head that was drawn.
 
     Raises:
         HeadError: The head's arguments or the model's configuration do not give a head.
@@ -198,12 +197,12 @@ class PreTrainedModelWrapper(nn.Module):
                 f"got a {type(pretrained_model_name_or_path).__name__}"
             )
         location = os.fspath(pretrained_model_name_or_path)
-        head = find_head(location, **_head_location_arguments(model_arguments))
+        head = cls._find_head(location, model_arguments)
         with quiet_about("v_head"):
             body = cls.transformers_parent_class.from_pretrained(location, *model_args, **model_arguments)
         model = cls(body, **head_arguments)
         if head is None:
-            logger.info("%s holds no value head: starting from a fresh one", location)
+            logger.warning("%s holds no value head: starting from a fresh one", location)
         else:
             model._load_head(head)
         return model
@@ -220,6 +219,14 @@ class PreTrainedModelWrapper(nn.Module):
         head = {name: value for name, value in arguments.items() if name in cls.supported_args}
         model = {name: value for name, value in arguments.items() if name not in (*cls.supported_args, *ignored)}
         return head, model
+
+    @classmethod
+    def _find_head(cls, location: str, model_arguments: Mapping[str, Any]) -> HeadWeights | None:
+        names = LocationArguments.__annotations__
+        where: Any = {name: value for name, value in model_arguments.items() if name in names}
+        if Checkpoint(location, **where).path("adapter_config.json") is not None:
+            raise VheadError(f"{location}: adapters are not supported yet; load the PeftModel and pass the object")
+        return find_head(location, **where)
 
     @classmethod
     def _wrap_object(cls, body: nn.Module, head_arguments: Mapping[str, Any]) -> Self:
@@ -341,6 +348,8 @@ class PreTrainedModelWrapper(nn.Module):
             own_name = prefix + self._module_name(name.removeprefix(prefix))
             if own_name != name:
                 state_dict[own_name] = state_dict.pop(name)
+        if f"{prefix}{WEIGHT_KEY}" in state_dict:
+            self.head_source = "load_state_dict"
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save_pretrained(
@@ -352,6 +361,8 @@ class PreTrainedModelWrapper(nn.Module):
     ) -> object:
         """Saves body and head in one checkpoint, which TRL and plain transformers read as well.
 
+        Of a model with adapters, peft saves the adapter; the head lies beside it in a file of its own, as TRL has it.
+
         Args:
             save_directory: The folder, made if need be.
             *args: Passed to the language model's `save_pretrained`.
@@ -360,6 +371,9 @@ class PreTrainedModelWrapper(nn.Module):
         """
         state = self.state_dict() if state_dict is None else dict(self._checkpoint_items(state_dict))
         Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if self.is_peft_model:
+            save_beside_adapter(state, Path(save_directory))
+            return self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)
         return self.pretrained_model.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
     def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -437,7 +451,3 @@ def _output_device(model: nn.Module) -> torch.device | None:
     embeddings = backbone.without_adapter(model).get_output_embeddings()
     module = model if embeddings is None else embeddings
     return next((parameter.device for parameter in reversed(list(module.parameters()))), None)
-
-
-def _head_location_arguments(model_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: model_arguments[name] for name in LocationArguments.__annotations__ if name in model_arguments}

@@ -78,6 +78,8 @@ def test_the_head_alone_loads_as_llama_factory_does_it():
     result = other.load_state_dict(head, strict=False)
     assert not result.unexpected_keys
     assert same(model.v_head, other.v_head)
+    assert model.head_source is None
+    assert other.head_source == "load_state_dict"
 
 
 class Parent(torch.nn.Module):
