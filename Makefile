@@ -61,6 +61,7 @@ python-test: $(VENV)/.dev $(VENV)/.built
 
 bench: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py
 
 format: $(VENV)/.dev

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from vhead import ops
 
-Exact = tuple[Tensor, Tensor, Tensor, Tensor]
+Exact = tuple[Tensor, Tensor, Tensor]
 
 
 def exact(hidden: Tensor, weights: Weights, grad_values: Tensor, keep: Tensor | float = 1.0) -> Exact:
     """Values and the gradients of hidden states, weight and bias in float64; `keep` is mask and scale in one."""
     x, w, g = hidden.double(), weights.weight.double().flatten(), grad_values.double()
     kept = x * keep
-    return kept @ w + weights.bias.double(), g[:, None] * w * keep, g @ kept, g.sum()[None]
+    return kept @ w + weights.bias.double(), g[:, None] * w * keep, g @ kept
 
 
 def computed(peer: Peer, hidden: Tensor, grad_values: Tensor, dropout: float) -> tuple[Tensor, ...]:
-    """What a peer gives for the same four."""
+    """What a peer gives for the same three."""
     leaf = hidden.clone().requires_grad_()
     values = peer.at(dropout)(leaf)
-    return values.detach(), *torch.autograd.grad(values, (leaf, *peer.parameters), grad_values.view_as(values))
+    return values.detach(), *torch.autograd.grad(values, (leaf, peer.parameters[0]), grad_values.view_as(values))
 
 
 def torch_mask(hidden: Tensor, dropout: float, seed: int, dtype: torch.dtype) -> Tensor:
@@ -56,8 +56,19 @@ def errors(peer: Peer, hidden: Tensor, weights: Weights, dropout: float, seed: i
     torch.manual_seed(seed)
     got = computed(peer, hidden, grad_values, dropout)
     want = exact(hidden, weights, grad_values, keep)
-    names = ("values", "grad_hidden", "grad_weight", "grad_bias")
+    names = ("values", "grad_hidden", "grad_weight")
     return [_row(name, a, b) for name, a, b in zip(names, got, want, strict=True)]
+
+
+def bias_errors(peer: Peer, hidden: Tensor, dropout: float, draws: int) -> dict[str, object]:
+    """Error of the bias's gradient over many draws: it is a single number, and one draw says nothing."""
+    got, want = [], []
+    for seed in range(draws):
+        grad_values = torch.randn(hidden.shape[0], generator=torch.Generator().manual_seed(seed))
+        values = peer.at(dropout)(hidden)
+        got += torch.autograd.grad(values, peer.parameters[1], grad_values.view_as(values))
+        want.append(grad_values.double().sum())
+    return _row("grad_bias", torch.cat(got), torch.stack(want))
 
 
 def _row(name: str, got: Tensor, want: Tensor) -> dict[str, object]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accuracy import errors, saved_bytes
+from accuracy import bias_errors, errors, saved_bytes
 from measure import interleaved, load_average, provenance, quantiles
 from peers import DROPOUT, Forward, Peer, Weights, all_peers, read_passes
 from torch import Tensor
@@ -18,6 +18,7 @@ SHAPES = ((8192, 2048), (8192, 896), (8192, 4096), (1, 2048), (1, 4096))
 TINY = (4, 16)
 TRAINED_SHAPES = ((8192, 2048), (8192, 896), (8192, 4096))
 SEEDS = (1, 2, 3)
+BIAS_DRAWS = 300
 RESULTS = Path(__file__).parent / "results" / "head.json"
 
 Row = dict[str, object]
@@ -89,7 +90,11 @@ def memory(case: Case) -> Iterator[Row]:
 
 def accuracy(case: Case) -> Iterator[Row]:
     """Errors against float64 without dropout and with each peer's own mask."""
+    narrow = case.hidden[:, : TINY[1]].contiguous()
     for dropout in (0.0, DROPOUT):
+        for peer in all_peers(Weights.draw(TINY[1])):
+            row = bias_errors(peer, narrow, dropout, BIAS_DRAWS)
+            yield {**case.label, "dropout": dropout, "seed": None, "implementation": peer.name, **row}
         for seed in SEEDS:
             for peer in case.peers:
                 for row in errors(peer, case.hidden, case.weights, dropout, seed):

@@ -1,0 +1,103 @@
+"""Writes results/head.md from results/head.json: the figures that this project set out to reach, and all times."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from results import Results
+
+SHAPE = (8192, 2048)
+DTYPES = ("float32", "bfloat16", "float16")
+INFERENCE_GOALS = {"float32": 1.0, "bfloat16": 20.0, "float16": 20.0}
+TRAINING_GOALS = {"float32": 12.0, "bfloat16": 20.0}
+READ_GOAL = 1.3
+CALL_GOAL_US = 3.0
+QUANTITIES = ("values", "grad_hidden", "grad_weight", "grad_bias")
+
+
+def main() -> None:
+    """Writes the report."""
+    results = Results.load()
+    sections = [list(part(results)) for part in (source, goals, times, errors)]
+    text = "\n\n".join("\n".join(lines) for lines in sections)
+    (Path(__file__).parent / "results" / "head.md").write_text(text + "\n")
+
+
+def source(results: Results) -> Iterator[str]:
+    """Where the figures come from."""
+    p = results.provenance
+    yield "<!-- Written by benchmarks/report.py from head.json. -->"
+    yield (
+        f"{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; "
+        f"torch {p['torch']}, trl {p['trl']}, Python {p['python']}; commit {str(p['commit'])[:12]}"
+        f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; {p['rounds']} rounds; "
+        f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after."
+    )
+
+
+def goals(results: Results) -> Iterator[str]:
+    """Each goal and what was measured."""
+    yield from ("| figure | goal | measured | reached |", "|---|---|---|---|")
+    for dtype in DTYPES:
+        t = results.milliseconds("inference", SHAPE, dtype)
+        yield goal(f"inference {dtype}: speed over TRL", INFERENCE_GOALS[dtype], t["trl"] / t["vhead"])
+        yield ceiling(f"inference {dtype}: time over a reading pass", READ_GOAL, t["vhead"] / t["read"], "×")
+    for dtype, least in TRAINING_GOALS.items():
+        t = results.milliseconds("training", SHAPE, dtype)
+        yield goal(f"training {dtype}, dropout 0.1: speed over TRL", least, t["trl"] / t["vhead"])
+    for dtype in DTYPES:
+        kept = results.kept(SHAPE, dtype)
+        name = f"training {dtype}: bytes kept beyond the hidden states (TRL: {kept['trl']:,})"
+        yield ceiling(name, 8, kept["vhead"], " bytes, a seed")
+    call = results.milliseconds("call", (4, 16), "float32")
+    added = (call["vhead.ops"] - call["linear"]) * 1e3
+    yield ceiling("`ops.value_head` on [4, 16]: added to a call of `F.linear`", CALL_GOAL_US, added, " µs")
+    yield from accuracy_goals(results)
+
+
+def accuracy_goals(results: Results) -> Iterator[str]:
+    """Our error over TRL's, the worst of every dtype, dropout and seed."""
+    for what in QUANTITIES:
+        for measure, name in (("max_error", "largest"), ("rms_error", "root mean square")):
+            ratios = []
+            for dtype in DTYPES:
+                for dropout in (0.0, 0.1):
+                    e = results.worst(SHAPE, dtype, dropout, what, measure)
+                    ratios.append(e["vhead"] / e["trl"])
+            yield ceiling(f"{what}: {name} error over TRL's, worst case", 1.0, max(ratios), "×")
+
+
+def goal(name: str, least: float, measured: float) -> str:
+    """A row for a figure that should be high."""
+    return f"| {name} | ≥ {least:g}× | {measured:.3g}× | {'yes' if measured >= least else '**no**'} |"
+
+
+def ceiling(name: str, most: float, measured: float, unit: str) -> str:
+    """A row for a figure that should be low."""
+    return f"| {name} | ≤ {most:g}{unit} | {measured:.3g}{unit} | {'yes' if measured <= most else '**no**'} |"
+
+
+def times(results: Results) -> Iterator[str]:
+    """Every median."""
+    names = ("trl", "torch", "vhead", "vhead.ops", "linear", "read")
+    yield from (f"| median, ms | hidden | dtype | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|")
+    cases = dict.fromkeys((r["mode"], tuple(r["shape"]), r["dtype"]) for r in results.times)
+    for mode, shape, dtype in sorted(cases, key=lambda case: case[:2]):
+        t = results.milliseconds(mode, shape, dtype)
+        cells = " | ".join(f"{t[name]:.3g}" if name in t else "" for name in names)
+        yield f"| {mode} | {list(shape)} | {dtype} | {cells} |"
+
+
+def errors(results: Results) -> Iterator[str]:
+    """Largest and root-mean-square errors against float64."""
+    names = ("trl", "torch", "vhead")
+    yield from (f"| error against float64, max (rms) | dtype | dropout | {' | '.join(names)} |", "|---" * 6 + "|")
+    for what in QUANTITIES:
+        for dtype in DTYPES:
+            for dropout in (0.0, 0.1):
+                worst, rms = (results.worst(SHAPE, dtype, dropout, what, m) for m in ("max_error", "rms_error"))
+                cells = " | ".join(f"{worst[name]:.2g} ({rms[name]:.2g})" for name in names)
+                yield f"| {what} | {dtype} | {dropout:g} | {cells} |"
+
+
+if __name__ == "__main__":
+    main()
