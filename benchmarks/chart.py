@@ -1,3 +1,4 @@
+"""Draws docs/images/head.png, the README chart, from results/head.json."""
 
 from pathlib import Path
 
