@@ -224,7 +224,7 @@ class TestStream:
 
         stream = scorer.stream(endless(), ["reward"])
         assert [next(stream).id for _ in range(5)] == list(range(5))
-        window = 16 * scorer.token_budget // 12 + 1
+        window = 8 * scorer.token_budget // 12 + 1
         assert len(read) <= window
         for _ in range(3 * window):
             next(stream)

@@ -84,7 +84,7 @@ class ParquetReader:
                 for at in range(batch.num_rows):
                     position += 1
                     yield ParquetRow(batch, at, position)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise FileFormatError(f"the Parquet file is broken after row {position}: {error}") from None
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def score_file(
         output: Where they go.
         returns: Some of values, logprobs, entropy, reward.
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
-        progress: Told of every record that is written.
+        progress: Told of every batch that is computed.
         limit: Only the first so many records; None: all.
         on_error: Told of each record that cannot be scored, which is then left out; None: the first one is raised,
             after everything before it has been written.
@@ -42,11 +42,16 @@ def score_file(
         OSError: Reading or writing failed.
     """
     waiting = WaitingRows(reader, limit, on_error)
-    scored = scorer.windows(waiting.rollouts(), returns, temperature, on_error=on_error, name_of=waiting.name_of)
-    for scores in scored:
-        rows = waiting.take(scores)
-        output.write(rows, scores)
-        progress.advance(scores, None if limit is not None else rows[-1].position)
+
+    def on_batch(rollouts: int, tokens: int) -> None:
+        if waiting.expected is not None:
+            progress.expect(waiting.expected)
+        progress.advance(rollouts, tokens)
+
+    for scores in scorer.windows(
+        waiting.rollouts(), returns, temperature, on_error=on_error, on_batch=on_batch, name_of=waiting.name_of
+    ):
+        output.write(waiting.take(scores), scores)
 
 
 class WaitingRows:
@@ -57,11 +62,22 @@ class WaitingRows:
         self._limit = limit
         self._on_error = on_error
         self._rows: dict[int, Row] = {}
+        self._read = 0
+        self._position = 0
+
+    @property
+    def expected(self) -> float | None:
+        """How many records there are: an estimate from what was read so far, or None before that and for a pipe."""
+        if self._reader.size is None or not self._position:
+            return self._limit
+        expected = self._read * self._reader.size / self._position
+        return expected if self._limit is None else min(expected, self._limit)
 
     def rollouts(self) -> Iterator[Rollout]:
         """The rollouts of the rows that hold one."""
         count = 0
         for row in islice(self._reader, self._limit):
+            self._read, self._position = self._read + 1, row.position
             try:
                 rollout = row.rollout()
             except RecordError as error:

@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from vhead.errors import MissingExtraError
-from vhead.scoring.scores import Scores
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -16,7 +15,7 @@ class ScoringProgress:
     """Counts what is scored, and shows it on standard error while it is entered, if asked to and that is a terminal.
 
     Args:
-        total: All there is to do, in the units that `advance` is told; None: unknown.
+        total: How many rollouts there are; None: unknown.
         shown: Whether to show a bar.
 
     Attributes:
@@ -44,18 +43,17 @@ class ScoringProgress:
         """Tokens per second so far."""
         return self.tokens / max(self.seconds, 1e-9)
 
-    def advance(self, scores: Scores, completed: float | None = None) -> None:
-        """Counts finished rollouts.
-
-        Args:
-            scores: Theirs.
-            completed: How much of the total is done; None: the rollouts so far.
-        """
-        self.rollouts += len(scores)
-        self.tokens += scores.token_count + int(scores.prompt_lengths.sum())
-        done = self.rollouts if completed is None else completed
+    def expect(self, total: float) -> None:
+        """A better estimate of how many rollouts there are."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, rollouts=self.rollouts, rate=self.rate)
+            self._bar.update(self._task, total=total)
+
+    def advance(self, rollouts: int, tokens: int) -> None:
+        """Counts rollouts that are computed, and their tokens."""
+        self.rollouts += rollouts
+        self.tokens += tokens
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.rollouts, rollouts=self.rollouts, rate=self.rate)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()

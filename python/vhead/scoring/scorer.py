@@ -24,12 +24,15 @@ logger = logging.getLogger("vhead")
 
 DEFAULT_RETURNS = ("values", "logprobs", "reward")
 
-_CPU_TOKEN_BUDGET = 4096
+_CPU_TOKEN_BUDGET = 2048
 _DEVICE_TOKEN_BUDGET = 16384
-_BATCHES_PER_WINDOW = 16
+# A window is sorted by length and written as a whole: long enough to fill batches evenly, short enough that even a slow
+# model finishes one in seconds.
+_BATCHES_PER_WINDOW = 8
 _REMEMBERED_IDS = 65536
 
 ErrorHandler = Callable[[RecordError], None]
+BatchHandler = Callable[[int, int], None]
 Naming = Callable[[int, Rollout], str]
 
 
@@ -48,7 +51,7 @@ class Scorer:
     Args:
         model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
         tokenizer: Needed for rollouts of text or messages.
-        token_budget: Tokens of a padded batch; None: 4096 on a CPU, 16384 elsewhere.
+        token_budget: Tokens of a padded batch; None: 2048 on a CPU, 16384 elsewhere.
         num_threads: Torch's threads while scoring; None leaves them as they are.
 
     Attributes:
@@ -146,9 +149,7 @@ class Scorer:
         fields = check_fields(returns)
         parts = [Results([], fields).before_first_error()]
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
-            for part in self.windows(rollouts, fields, temperature, remembered_ids=None):
-                parts.append(part)
-                display.advance(part)
+            parts += self.windows(rollouts, fields, temperature, remembered_ids=None, on_batch=display.advance)
         return Scores.concat(parts)
 
     def stream(
@@ -176,6 +177,7 @@ class Scorer:
         temperature: float = 1.0,
         *,
         on_error: ErrorHandler | None = None,
+        on_batch: BatchHandler | None = None,
         name_of: Naming = default_name,
         remembered_ids: int | None = _REMEMBERED_IDS,
     ) -> Iterator[Scores]:
@@ -187,6 +189,7 @@ class Scorer:
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
             on_error: Told of each rollout that cannot be scored, which is then left out; None: the first one is raised,
                 after everything before it has been given.
+            on_batch: Told of each batch that is computed: how many rollouts, how many tokens, prompts included.
             name_of: What errors call a rollout.
             remembered_ids: How many of the last ids are compared with each new one, None for all.
 
@@ -202,7 +205,7 @@ class Scorer:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         encoded = self._encoded(rollouts, on_error, name_of, IdRegistry(remembered_ids))
         for window, failure in windows(encoded, self.token_budget * _BATCHES_PER_WINDOW):
-            results = self._score(window, fields, temperature)
+            results = self._score(window, fields, temperature, on_batch)
             yield from _report(results, on_error)
             if failure is not None:
                 raise failure
@@ -222,11 +225,16 @@ class Scorer:
             else:
                 yield encoded
 
-    def _score(self, window: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Results:
+    def _score(
+        self, window: Sequence[Encoded], fields: Sequence[str], temperature: float, on_batch: BatchHandler | None
+    ) -> Results:
         results = Results(window, fields)
         budget = self._engine.batch_budget(self.token_budget, fields)
         for places in token_budget_batches([len(rollout) for rollout in window], budget):
-            results.put(places, self._engine.score([window[place] for place in places], fields, temperature))
+            batch = [window[place] for place in places]
+            results.put(places, self._engine.score(batch, fields, temperature))
+            if on_batch is not None:
+                on_batch(len(batch), sum(map(len, batch)))
         return results
 
 
