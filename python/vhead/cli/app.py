@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.score import score
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     epilog="Example: `vhead score rollouts.jsonl --model ./critic --output scores.parquet`",
 )
 app.command("score")(score)
+app.command("demo")(demo)
 app.command("env")(environment)
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -111,8 +111,8 @@ def score(
             reader = open_reader(source, fields)
         with _loading(model, quiet=quiet):
             scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
-        progress = ScoringProgress(reader.size if limit is None else limit, shown=not quiet)
-        with _kept(OutputFile(output)) as destination, progress, _naming(source):
+        progress = ScoringProgress(shown=not quiet)
+        with closing(reader), _kept(OutputFile(output)) as destination, progress, _naming(source):
             score_file(
                 scorer,
                 reader,
