@@ -60,4 +60,22 @@ impl Dropout {
         let words = philox4x32_10([octet, row as u32, (row >> 32) as u32, Stream::Dropout as u32], self.seed);
         std::array::from_fn(|j| (words[j / 2] >> (16 * (j % 2))) as u16 >= self.threshold)
     }
+
+    /// Writes the keep mask of `[N, columns]` to `mask`, row-major: what the kernels compute and never store.
+    ///
+    /// # Errors
+    /// [`Error::Length`] unless `mask` is whole rows of `columns`.
+    #[expect(clippy::cast_possible_truncation, reason = "a counter word numbers the octets")]
+    pub fn mask(&self, columns: usize, mask: &mut [bool]) -> Result<()> {
+        let rows = mask.len().checked_div(columns).unwrap_or(0);
+        if rows * columns != mask.len() {
+            return Err(Error::Length { what: "mask", expected: rows.max(1) * columns, actual: mask.len() });
+        }
+        for (row, mask) in mask.chunks_exact_mut(columns.max(1)).enumerate() {
+            for (octet, mask) in mask.chunks_mut(OCTET).enumerate() {
+                mask.copy_from_slice(&self.keep(row as u64, octet as u32)[..mask.len()]);
+            }
+        }
+        Ok(())
+    }
 }

@@ -24,7 +24,7 @@ impl<'a> Head<'a> {
     /// [`Error::Length`] where `weight` is not whole rows of `columns`, or `bias` is not one number an output.
     pub fn new(weight: &'a [f32], bias: Option<&'a [f32]>, columns: usize) -> Result<Self> {
         let outputs = weight.len().checked_div(columns).unwrap_or(0);
-        if columns == 0 || outputs * columns != weight.len() {
+        if outputs == 0 || outputs * columns != weight.len() {
             return Err(Error::Length { what: "weight", expected: outputs.max(1) * columns, actual: weight.len() });
         }
         match bias {

@@ -1,4 +1,5 @@
 //! The plain float64 twin: what the kernels should compute, written once, for tests and benchmarks.
+use crate::reduce::OCTET;
 use crate::{Dropout, Element, Head, Rows};
 
 /// [`crate::forward`] in float64: `[N, K]`.
@@ -7,7 +8,7 @@ pub fn forward<T: Element>(hidden: &Rows<'_, T>, head: &Head<'_>, dropout: Optio
     let mut values = Vec::with_capacity(hidden.count() * head.outputs());
     for n in 0..hidden.count() {
         let row = row(hidden, n, dropout);
-        let scale = dropout.map_or(1.0, |d| 65536.0 / (65536.0 - f64::from(d.threshold())));
+        let scale = scale(dropout);
         for k in 0..head.outputs() {
             let products = row.iter().zip(head.weight(k)).map(|(x, w)| x * f64::from(*w));
             values.push(products.fold(0.0, |a, b| a + b) * scale + f64::from(head.bias(k)));
@@ -16,10 +17,56 @@ pub fn forward<T: Element>(hidden: &Rows<'_, T>, head: &Head<'_>, dropout: Optio
     values
 }
 
+/// Gradients in float64.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// `[N, H]`.
+    pub hidden: Vec<f64>,
+    /// `[K, H]`.
+    pub weight: Vec<f64>,
+    /// `[K]`.
+    pub bias: Vec<f64>,
+}
+
+/// [`crate::backward`] in float64; `grad_values` is `[N, K]`.
+#[must_use]
+pub fn backward<T: Element>(
+    hidden: &Rows<'_, T>,
+    head: &Head<'_>,
+    dropout: Option<&Dropout>,
+    grad_values: &[f32],
+) -> Gradients {
+    let (columns, outputs) = (hidden.columns(), head.outputs());
+    let mut gradients = Gradients {
+        hidden: vec![0.0; hidden.count() * columns],
+        weight: vec![0.0; outputs * columns],
+        bias: vec![0.0; outputs],
+    };
+    for n in 0..hidden.count() {
+        let row = row(hidden, n, dropout);
+        for k in 0..outputs {
+            let grad = f64::from(grad_values[n * outputs + k]);
+            gradients.bias[k] += grad;
+            for (h, x) in row.iter().enumerate() {
+                let kept = f64::from(u8::from(keep(dropout, n, h)));
+                gradients.weight[k * columns + h] += grad * scale(dropout) * x;
+                gradients.hidden[n * columns + h] += grad * scale(dropout) * f64::from(head.weight(k)[h]) * kept;
+            }
+        }
+    }
+    gradients
+}
+
+fn scale(dropout: Option<&Dropout>) -> f64 {
+    dropout.map_or(1.0, |dropout| 65536.0 / (65536.0 - f64::from(dropout.threshold())))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a counter word numbers the octets")]
+fn keep(dropout: Option<&Dropout>, row: usize, column: usize) -> bool {
+    dropout.is_none_or(|dropout| dropout.keep(row as u64, (column / OCTET) as u32)[column % OCTET])
+}
+
 fn row<T: Element>(hidden: &Rows<'_, T>, n: usize, dropout: Option<&Dropout>) -> Vec<f64> {
-    let pointer = hidden.row(n);
-    let keep = |h: usize| dropout.is_none_or(|d| d.keep(n as u64, (h / 8) as u32)[h % 8]);
-    // SAFETY: `h` is below the row's length.
-    let read = |h: usize| f64::from(unsafe { pointer.add(h).read_unaligned() }.to_f32());
-    (0..hidden.columns()).map(|h| read(h) * f64::from(u8::from(keep(h)))).collect()
+    let element = |h| f64::from(hidden.get(n, h).to_f32()) * f64::from(u8::from(keep(dropout, n, h)));
+    (0..hidden.columns()).map(element).collect()
 }

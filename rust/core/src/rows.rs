@@ -37,6 +37,29 @@ impl<'a, T: Copy> Rows<'a, T> {
         })
     }
 
+    /// A view into a slice: row 0 starts at element `offset`, `sizes` and `strides` (in elements) describe the outer
+    /// dimensions.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] where there is not one stride a size, or a row would reach outside `data`.
+    pub fn strided(data: &'a [T], offset: usize, sizes: &[usize], strides: &[isize], columns: usize) -> Result<Self> {
+        let wrong =
+            || Error::Layout { what: "hidden", sizes: sizes.to_vec(), strides: strides.to_vec(), length: data.len() };
+        if sizes.len() != strides.len() || sizes.iter().try_fold(1_usize, |n, size| n.checked_mul(*size)).is_none() {
+            return Err(wrong());
+        }
+        let (mut first, mut end) = (offset as i128, offset as i128 + columns as i128);
+        for (size, stride) in sizes.iter().zip(strides) {
+            let reach = (*size as i128 - 1) * *stride as i128;
+            (first, end) = (first + reach.min(0), end + reach.max(0));
+        }
+        if !sizes.contains(&0) && (first < 0 || end > data.len() as i128) {
+            return Err(wrong());
+        }
+        // SAFETY: the lowest and the highest element of all rows lie inside `data`, which lives for `'a`.
+        Ok(unsafe { Self::from_raw(data.as_ptr().wrapping_add(offset), sizes, strides, columns) })
+    }
+
     /// A view of memory that somebody else keeps alive.
     ///
     /// `sizes` and `strides` (in elements) describe the outer dimensions; neighbours that can be walked as one are merged.

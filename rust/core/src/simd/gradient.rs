@@ -48,7 +48,7 @@ impl<T: Element> Kernel for Gradient<'_, T> {
         }
         for row in self.rows.clone() {
             if let Some(keep) = self.keep {
-                keep.fill_scalar(row as u64, self.columns.start / keep::COLUMNS, &mut bits);
+                keep.fill_scalar(row as u64, self.columns.start / keep::COLUMNS, &mut bits[..stride / WIDTH]);
             }
             let scaled = &self.scaled[row * self.outputs..][..self.outputs];
             for (i, h) in self.columns.clone().enumerate() {
