@@ -107,6 +107,8 @@ def init_normal_(weight: Tensor, bias: Tensor | None, std: float) -> None:
     Raises:
         ValueError: `std` is negative or not finite.
     """
+    if not (math.isfinite(std) and std >= 0.0):
+        raise ValueError(f"std: expected a finite number that is not negative, got {std}")
     _fill({"weight": weight}, lambda sizes, name, seed: _native.init_normal(sizes, std, name, seed))
     if bias is not None:
         bias.zero_()

@@ -34,7 +34,8 @@ def test_gradients_are_as_exact_as_the_twin_s(case, dtype, outputs, p) -> None:
         gradients(value_head_plain, c.double()),
     )
     for mine, twin, true in zip(ours, plain, exact, strict=True):
-        assert mine.dtype == twin.dtype and mine.shape == true.shape
+        assert mine.dtype == twin.dtype
+        assert mine.shape == true.shape
         assert rms(mine - true) <= 1.5 * rms(twin - true) + 2e-7 * rms(true)
 
 
@@ -81,7 +82,8 @@ def test_gradients_do_not_depend_on_strides_or_threads(case, p, two_threads) -> 
     value_head(strided, leaves.weight, leaves.bias, dropout_p=p, seed=2).sin().sum().backward()
     other = differentiate(value_head, c, dropout_p=p, seed=3)
     for a, b, d in zip(one.gradients(), many.gradients(), (strided.grad, *leaves.gradients()[1:]), strict=True):
-        assert same_bits(a, b) and same_bits(a.contiguous(), d.contiguous())
+        assert same_bits(a, b)
+        assert same_bits(a.contiguous(), d.contiguous())
     assert not same_bits(other.weight.grad, one.weight.grad) or p == 0
 
 
@@ -89,7 +91,8 @@ def test_gradients_do_not_depend_on_strides_or_threads(case, p, two_threads) -> 
 def test_no_rows(case, sizes) -> None:
     c = differentiate(value_head, case(*sizes), dropout_p=0.5, seed=1)
     assert c.hidden.grad.shape == sizes
-    assert torch.equal(c.weight.grad, torch.zeros(1, 5)) and torch.equal(c.bias.grad, torch.zeros(1))
+    assert torch.equal(c.weight.grad, torch.zeros(1, 5))
+    assert torch.equal(c.bias.grad, torch.zeros(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

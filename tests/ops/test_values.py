@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ops.conftest import DTYPES, HALVES, Case, rms, same_bits
 from vhead import _native
@@ -95,7 +95,7 @@ def error(values: Tensor, c: Case) -> float:
 
 def trl_head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What TRL's ValueHead computes in eval mode."""
-    return F.linear(hidden.to(weight.dtype), weight, bias).squeeze(-1)
+    return linear(hidden.to(weight.dtype), weight, bias).squeeze(-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,7 +215,8 @@ def test_a_seed_is_a_number_or_a_tensor(case) -> None:
 def test_negative_views_are_read_as_they_mean() -> None:
     negative = torch.randn(5, 40, dtype=torch.complex64).conj().imag
     weight = torch.randn(1, 40, dtype=torch.complex64).conj().imag
-    assert negative.is_neg() and weight.is_neg()
+    assert negative.is_neg()
+    assert weight.is_neg()
     plain = value_head(negative.clone(), weight.clone())
     assert same_bits(value_head(negative, weight), plain)
     leaf = weight.clone().requires_grad_()
@@ -226,6 +227,7 @@ def test_negative_views_are_read_as_they_mean() -> None:
 def test_results_are_ordinary_tensors(case) -> None:
     with torch.device("meta"):
         values = value_head(torch.ones(3, 4, device="cpu"), torch.randn(1, 4, device="cpu"))
-    assert values.device.type == "cpu" and values.untyped_storage().resizable()
+    assert values.device.type == "cpu"
+    assert values.untyped_storage().resizable()
     with torch.inference_mode():
         assert value_head(*case(3, 4).tensors).is_inference()
