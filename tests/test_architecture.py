@@ -58,8 +58,9 @@ def imports(source: str) -> Iterator[str]:
 
 
 def own_imports(source: str) -> set[str]:
-    """The `vhead` modules that a source imports, by the name below `vhead`."""
-    return {name.split(".")[1] for name in imports(source) if name.startswith("vhead.")}
+    """The `vhead` modules that a source imports, by the name below `vhead`; a public name counts as its home."""
+    names = {name.split(".")[1] for name in imports(source) if name.startswith("vhead.")}
+    return {vhead._HOME.get(name, name) for name in names - {"__version__"}}
 
 
 def upward_imports(module: str, source: str) -> list[str]:
@@ -150,7 +151,9 @@ def test_layer_rule_can_fail() -> None:
     assert upward_imports("heads", "from vhead.modeling import AutoModelForCausalLMWithValueHead")
     assert upward_imports("formats", "def load():\n    import vhead.scoring")
     assert upward_imports("ops", "from vhead import formats")
-    assert upward_imports("cli", "from vhead import __version__")
+    assert upward_imports("heads", "from vhead import Scorer")
+    assert upward_imports("cli", "from vhead import something_new")
+    assert not upward_imports("cli", "from vhead import Scorer, __version__")
     assert not upward_imports("modeling", "from vhead.heads import ValueHead\nfrom vhead import ops")
 
 

@@ -1,0 +1,91 @@
+"""The README does what it says: its Python runs, its commands and its files exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """The words of every call of a program in the shell blocks, comments cut."""
+    lines = [line.split("#")[0] for block in blocks(text, "bash") for line in block.splitlines()]
+    return [line.split() for line in lines if line.split()[:1] == [program]]
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links and images of a page that lead nowhere."""
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+
+
+def run_blocks(python: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs code blocks one after the other in one interpreter, as a reader would."""
+    script = folder / "readme.py"
+    script.write_text("\n".join(python))
+    return subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def vhead_help(*words: str) -> str:
+    wide = os.environ | {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "vhead", *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """The options of a call of `vhead` that its help does not name."""
+    known = vhead_help(words[1])
+    return [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", known)]
+
+
+def test_python_blocks_run(tmp_path: Path) -> None:
+    python = blocks((ROOT / "README.md").read_text(), "python")
+    assert len(python) >= 4
+    done = run_blocks(python, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_python_block_is_seen(tmp_path: Path) -> None:
+    assert run_blocks(["import vhead\n", "vhead.AutoModelForEverything\n"], tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("words", commands((ROOT / "README.md").read_text(), "vhead"), ids=" ".join)
+def test_vhead_commands_exist(words: list[str]) -> None:
+    assert unknown_options(words) == []
+
+
+def test_an_unknown_option_is_seen() -> None:
+    assert unknown_options(["vhead", "score", "--model", "--colour-of-paper"]) == ["--colour-of-paper"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    assert {words[1] for words in commands(page.read_text(), "make")} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("![chart](docs/none.png) [self](page.md#top) [far](https://example.org/x)")
+    assert broken_links(page) == ["docs/none.png"]
+
+
+def test_two_commands_are_on_the_first_screen() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
+    assert {"demo", "test"} <= {words[1] for words in commands("\n".join(first_screen), "make")}
