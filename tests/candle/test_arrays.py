@@ -1,5 +1,6 @@
 """What hidden states may be: numpy arrays and DLPack tensors of any strides, and what is refused."""
 
+import ctypes
 import sys
 
 import numpy as np
@@ -170,6 +171,55 @@ class Broken(Legacy):
 def test_dlpack_tensors_that_cannot_be_read_are_errors(head, kind, error, message):
     with pytest.raises(error, match=message):
         head(kind(random_floats(2, COLUMNS)))
+
+
+class Edited(Legacy):
+    """A library that writes what numpy never does into the fields of DLPack's C structure."""
+
+    # Byte positions in `DLManagedTensor`, which starts with its `DLTensor`.
+    SIZES, STRIDES, BYTE_OFFSET = 24, 32, 40
+
+    def __init__(self, array, edit):
+        super().__init__(array)
+        self.edit = edit
+
+    def __dlpack__(self, stream=None):
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self.edit(pointer(capsule, b"dltensor"))
+        return capsule
+
+
+def field(address):
+    return ctypes.c_int64.from_address(address)
+
+
+def test_the_byte_offset_of_a_dlpack_tensor_is_applied(head):
+    hidden = random_floats(5, COLUMNS)
+
+    def skip_two_rows(tensor):
+        field(tensor + Edited.BYTE_OFFSET).value = 2 * COLUMNS * 4
+        field(field(tensor + Edited.SIZES).value).value = 3
+
+    assert bits(head(Edited(hidden, skip_two_rows))) == bits(head(hidden[2:]))
+
+
+def test_a_dlpack_tensor_without_strides_is_contiguous(head):
+    hidden = random_floats(4, 3, COLUMNS)
+
+    def forget_strides(tensor):
+        field(tensor + Edited.STRIDES).value = 0
+
+    assert bits(head(Edited(hidden, forget_strides))) == bits(head(hidden))
+
+
+def test_a_dlpack_tensor_of_negative_size_is_an_error(head):
+    def shrink(tensor):
+        field(field(tensor + Edited.SIZES).value).value = -1
+
+    with pytest.raises(ValueError, match="hidden: expected sizes that are not negative"):
+        head(Edited(random_floats(4, COLUMNS), shrink))
 
 
 def test_a_capsule_that_was_consumed_before_is_an_error(head):

@@ -103,8 +103,9 @@ impl<'py> ArrayView<'py> {
         let dimensions = usize::try_from(tensor.dimensions)?;
         // SAFETY: the exporter describes `dimensions` sizes and strides, and the capsule keeps them.
         let (sizes, strides) = unsafe { (numbers(tensor.sizes, dimensions), numbers(tensor.strides, dimensions)) };
-        let sizes: Vec<usize> =
-            sizes.unwrap_or_default().iter().map(|&size| usize::try_from(size)).collect::<Result<_, _>>()?;
+        let sizes = sizes.unwrap_or_default().into_iter().map(usize::try_from).collect::<Result<Vec<_>, _>>();
+        let sizes =
+            sizes.map_err(|_| PyValueError::new_err(format!("{name}: expected sizes that are not negative")))?;
         let strides =
             strides.map_or_else(|| contiguous(&sizes), |strides| strides.iter().map(|&s| s as isize).collect());
         let data = tensor.data.cast_const().cast::<u8>().wrapping_add(usize::try_from(tensor.byte_offset)?);
