@@ -23,8 +23,10 @@ _VARIABLES = (
 def environment() -> None:
     """Show versions, backends, threads and environment variables: what a bug report needs."""
     with reported():
-        for name, value in _facts():
-            typer.echo(f"{name:<24} {value}")
+        facts = list(_facts())
+        width = max(len(name) for name, _ in facts)
+        for name, value in facts:
+            typer.echo(f"{name:<{width}}  {value}")
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -61,6 +63,6 @@ def _backend_facts() -> Iterator[tuple[str, str]]:
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _flat(f"{name} {key}", item)
+            yield from _flat(f"{name} {key}".replace("_", " "), item)
     else:
         yield name, ", ".join(map(str, value)) if isinstance(value, list | tuple | set | frozenset) else str(value)

@@ -107,22 +107,20 @@ def score(
         from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
         skipped = SkippedRecords(source)
-        with _naming(source):
-            reader = open_reader(source, fields)
-        with _loading(model, quiet=quiet):
-            scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
-        progress = ScoringProgress(shown=not quiet)
-        with closing(reader), _kept(OutputFile(output)) as destination, progress, _naming(source):
-            score_file(
-                scorer,
-                reader,
-                destination,
-                returns=fields,
-                temperature=temperature,
-                progress=progress,
-                limit=limit,
-                on_error=skipped if on_error is OnError.SKIP else None,
-            )
+        with _naming(source), closing(open_reader(source, fields)) as reader:
+            with _loading(model, quiet=quiet):
+                scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
+            with _kept(OutputFile(output)) as destination, ScoringProgress(shown=not quiet) as progress:
+                score_file(
+                    scorer,
+                    reader,
+                    destination,
+                    returns=fields,
+                    temperature=temperature,
+                    progress=progress,
+                    limit=limit,
+                    on_error=skipped if on_error is OnError.SKIP else None,
+                )
         if not quiet:
             _summarise(progress, skipped.count, output)
 
@@ -204,8 +202,8 @@ def _kept(output: "OutputFile") -> Iterator["OutputFile"]:
         with output:
             yield output
     except BaseException:
-        if output.partial is not None and output.count:
-            say(f"{output.count:,} scored records are kept in {output.partial}")
+        if output.partial is not None and output.partial.exists():
+            say(f"what was scored is kept in {output.partial}")
         raise
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
@@ -33,8 +34,8 @@ class Writer(Protocol):
     def write(self, rows: Sequence[Row], scores: Scores) -> None:
         """Appends records with their scores."""
 
-    def finish(self) -> None:
-        """Makes what was written a readable file."""
+    def finish(self, *, complete: bool) -> None:
+        """Makes what was written a readable file; writes nothing if nothing was and more was to come."""
 
 
 def format_of(name: str) -> str:
@@ -86,7 +87,6 @@ class OutputFile:
         suffix = format_of(name)
         self.path = None if name == STANDARD_STREAM else Path(name)
         self.partial = None if self.path is None else self.path.with_name(f"{self.path.name}.partial")
-        self.count = 0
         if suffix == ".parquet":
             from vhead.scoring.parquet import ParquetWriter  # noqa: PLC0415, pyarrow only when used
 
@@ -99,7 +99,6 @@ class OutputFile:
     def write(self, rows: Sequence[Row], scores: Scores) -> None:
         """Appends records with their scores."""
         self._writer.write(rows, scores)
-        self.count += len(rows)
 
     def __enter__(self) -> Self:
         return self
@@ -107,20 +106,25 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        complete = kind is None
         try:
-            if self.count or kind is None:
-                self._writer.finish()
+            self._writer.finish(complete=complete)
+            self._stream.flush()
+            if complete and self.partial is not None:
+                os.fsync(self._stream.fileno())
+        except BaseException:
+            complete = False
+            raise
         finally:
-            self._close()
+            self._release(complete=complete)
+
+    def _release(self, *, complete: bool) -> None:
         if self.partial is None or self.path is None:
             return
-        if kind is None:
-            self.partial.replace(self.path)
-        elif not self.count:
-            self.partial.unlink()
-
-    def _close(self) -> None:
-        self._stream.flush()
-        if self.partial is not None:
-            os.fsync(self._stream.fileno())
+        # On a full disk closing fails as writing did, and writing's is the error to report.
+        with suppress(OSError):
             self._stream.close()
+        if complete:
+            self.partial.replace(self.path)
+        elif not self.partial.stat().st_size:
+            self.partial.unlink()

@@ -107,7 +107,7 @@ class JsonlWriter:
             self._stream.write(f"{record[:-1].rstrip()}, {_members(score, scores.fields)}}}\n".encode())
         self._stream.flush()
 
-    def finish(self) -> None:
+    def finish(self, *, complete: bool) -> None:
         """Nothing: the last line is as complete as the first."""
 
 

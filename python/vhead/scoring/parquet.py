@@ -74,6 +74,7 @@ class ParquetReader:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:
             raise FileFormatError(f"{path}: not a readable Parquet file: {error}") from None
+        self._path = path
         self.size: int | None = self._file.metadata.num_rows
         check_reserved(self._file.schema_arrow.names, reserved, None)
 
@@ -85,7 +86,7 @@ class ParquetReader:
                     position += 1
                     yield ParquetRow(batch, at, position)
         except (pa.ArrowException, OSError) as error:
-            raise FileFormatError(f"the Parquet file is broken after row {position}: {error}") from None
+            raise FileFormatError(f"{self._path}: the file is broken after row {position}: {error}") from None
 
     def close(self) -> None:
         """Closes the file."""
@@ -118,11 +119,12 @@ class ParquetWriter:
             self._writer = pq.ParquetWriter(self._stream, table.schema)
         self._writer.write_table(table)
 
-    def finish(self) -> None:
+    def finish(self, *, complete: bool) -> None:
         """Writes the footer, without which the file is not readable."""
-        if self._writer is None:
+        if self._writer is None and complete:
             self._writer = pq.ParquetWriter(self._stream, pa.schema([]))
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _table(self, rows: Sequence[Row]) -> pa.Table:
         if all(isinstance(row, ParquetRow) for row in rows):

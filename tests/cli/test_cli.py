@@ -1,0 +1,81 @@
+import re
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vhead import cli
+from vhead.cli.app import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+
+
+def test_version():
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"vhead {version('vhead')}\n")
+
+
+def test_help_names_the_commands():
+    done = run("--help")
+    assert done.exit_code == 0
+    for name in ("score", "demo", "env"):
+        assert f" {name} " in done.stdout
+
+
+def test_help_of_score_has_examples_and_every_option():
+    done = run("score", "--help")
+    assert "vhead score rollouts.jsonl --model ./critic --output scores.jsonl" in done.stdout
+    names = "returns temperature dtype device token-budget num-threads allow-random-head limit on-error quiet"
+    for name in names.split():
+        assert f"--{name}" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", ["['--help']", "['score', '--help']", "['--version']"])
+def test_help_is_fast_because_it_imports_no_torch(fresh_python, arguments):
+    code = (
+        "import sys\nfrom vhead.cli import main\n"
+        f"sys.argv = ['vhead', *{arguments}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "print('imported:', sorted(heavy))"
+    )
+    assert fresh_python(code).endswith("imported: []")
+
+
+def test_unknown_command():
+    done = run("score-all")
+    assert done.exit_code == 2
+    assert "No such command 'score-all'" in done.stderr
+
+
+def test_env(monkeypatch):
+    monkeypatch.setenv("VHEAD_PLAIN_TORCH", "1")
+    done = run("env")
+    assert done.exit_code == 0
+    facts = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["vhead"] == version("vhead")
+    assert facts["torch"] == version("torch")
+    assert facts["VHEAD_PLAIN_TORCH"] == "1"
+    assert facts["torch threads"] == str(torch.get_num_threads())
+    assert any(name.startswith("backend") for name in facts)
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "vhead.cli.app")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("vhead.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == "vhead: typer is not installed; the command line needs: pip install 'vhead[cli]'"
+
+
+def test_a_defect_is_not_dressed_up_as_a_missing_package(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vhead.cli.app")
+    monkeypatch.setitem(sys.modules, "vhead.cli.score", None)
+    with pytest.raises(ModuleNotFoundError, match=r"vhead\.cli\.score"):
+        cli.main()

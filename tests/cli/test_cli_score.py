@@ -1,0 +1,269 @@
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from vhead import Rollout, Scorer
+from vhead.cli.app import app
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(app, ["score", *map(str, arguments)], input=stdin, env={"COLUMNS": "200"})
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def bad_line(source, number, line):
+    lines = source.read_text().splitlines(keepends=True)
+    lines[number - 1] = line
+    source.write_text("".join(lines))
+
+
+@pytest.fixture
+def scores(critic, records):
+    """What the scorer itself gives."""
+    rollouts = [Rollout(record["prompt"], record["completion"], record["id"]) for record in records]
+    return Scorer.from_pretrained(critic, device="cpu").score(rollouts, ("values", "logprobs", "entropy", "reward"))
+
+
+class TestOutput:
+    def test_jsonl_has_the_records_in_order_with_scores_behind(self, critic, source, records, scores, tmp_path):
+        done = run(source, "--model", critic, "--output", tmp_path / "out.jsonl")
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert "vhead: 12 rollouts scored: " in done.stderr
+        assert f"tokens/s, written to {tmp_path / 'out.jsonl'}" in done.stderr
+        written = read_jsonl(tmp_path / "out.jsonl")
+        for record, line, score in zip(records, written, scores, strict=True):
+            assert list(line) == ["id", "prompt", "completion", "tag", "values", "logprobs", "reward"]
+            assert {name: line[name] for name in record} == record
+            np.testing.assert_array_equal(np.float32(line["values"]), score.values)
+            np.testing.assert_array_equal(np.float32(line["logprobs"]), score.logprobs)
+            assert np.float32(line["reward"]) == np.float32(score.reward)
+        assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+    def test_parquet_in_and_out(self, critic, source, records, scores, tmp_path):
+        first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
+        assert run(source, "-m", critic, "-o", first, "--returns", "reward").exit_code == 0
+        pq.write_table(pq.read_table(first).drop(["reward"]), first)
+        assert run(first, "-m", critic, "-o", second, "--returns", "entropy,values,reward").exit_code == 0
+        table = pq.read_table(second)
+        assert table.column_names == ["id", "prompt", "completion", "tag", "values", "entropy", "reward"]
+        assert table.select(["id", "prompt", "completion", "tag"]).to_pylist() == records
+        flat = table.column("entropy").combine_chunks().values.to_numpy()
+        np.testing.assert_array_equal(flat, scores.entropy)
+
+    def test_standard_streams(self, critic, source):
+        done = run("-", "-m", critic, "-o", "-", "--returns", "reward", stdin=source.read_text())
+        assert done.exit_code == 0
+        assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [f"r{index}" for index in range(12)]
+        assert "written to" not in done.stderr
+
+    def test_temperature(self, critic, source, scores, tmp_path):
+        run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--temperature", 2.0)
+        written = read_jsonl(tmp_path / "out.jsonl")
+        assert not np.allclose(written[0]["logprobs"], scores[0].logprobs)
+        np.testing.assert_array_equal(np.float32(written[0]["values"]), scores[0].values)
+
+    def test_options_reach_the_scorer(self, critic, source, tmp_path):
+        options = ["--dtype", "bfloat16", "--device", "cpu", "--token-budget", 50, "--num-threads", 1, "--limit", 5]
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl", *options).exit_code == 0
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
+
+    def test_quiet(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--quiet")
+        assert (done.exit_code, done.output) == (0, "")
+
+    def test_a_random_head_has_to_be_allowed(self, plain, source, tmp_path):
+        done = run(source, "-m", plain, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert "expected a trained value head, found none" in done.stderr
+        assert run(source, "-m", plain, "-o", tmp_path / "out.jsonl", "--allow-random-head").exit_code == 0
+
+
+class TestBadData:
+    def test_a_broken_line_is_named_and_what_came_before_is_kept(self, critic, source, tmp_path):
+        bad_line(source, 7, "{broken\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert done.stderr.splitlines() == [
+            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}",
+            f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
+            "(Expecting property name enclosed in double quotes)",
+        ]
+        assert [line["id"] for line in read_jsonl(tmp_path / "out.jsonl.partial")] == [
+            f"r{index}" for index in range(6)
+        ]
+        assert not (tmp_path / "out.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ({"prompt": "a", "completion": ""}, "completion: expected text, got an empty text"),
+            ({"prompt": "a", "completion": "b" * 200}, "completion: expected at most the model's 128 tokens"),
+            ({"prompt_ids": [999], "completion_ids": [1]}, "prompt: expected token ids below the vocabulary's 259"),
+            ({"prompt": "a", "completion": "b", "values": 1}, "values: expected no such column in the input"),
+            ({"messages": CHAT}, "messages: expected a tokenizer with a chat template, got one without"),
+        ],
+    )
+    def test_one_line_names_the_record_and_the_field(self, critic, source, tmp_path, record, message):
+        bad_line(source, 3, json.dumps(record) + "\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert done.stderr.splitlines()[-1].startswith(f"vhead: {source}: line 3: {message}")
+
+    def test_two_records_of_one_id_are_both_named(self, critic, source, tmp_path):
+        bad_line(source, 3, '{"id": "r1", "prompt": "a", "completion": "b"}\n')
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        expected = "line 3 (id 'r1'): id: expected an id of its own, got the id of line 2 (id 'r1')"
+        assert done.stderr.splitlines()[-1] == f"vhead: {source}: {expected}"
+
+    def test_bad_records_can_be_skipped(self, critic, source, scores, tmp_path):
+        bad_line(source, 1, "[]\n")
+        bad_line(source, 7, '{"id": "r6", "prompt": "a"}\n')
+        bad_line(source, 12, '{"id": "r11", "prompt_ids": [300], "completion_ids": [1]}')
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--on-error", "skip")
+        assert done.exit_code == 0
+        assert [line["id"] for line in read_jsonl(tmp_path / "out.jsonl")] == [
+            f"r{i}" for i in (1, 2, 3, 4, 5, 7, 8, 9, 10)
+        ]
+        lines = done.stderr.splitlines()
+        assert [line.split(": ")[1:3] for line in lines[:3]] == [
+            [f"skipped {source}", "line 1"],
+            [f"skipped {source}", "line 7 (id 'r6')"],
+            [f"skipped {source}", "line 12 (id 'r11')"],
+        ]
+        assert "9 rollouts scored, 3 skipped" in lines[-1]
+        np.testing.assert_allclose(read_jsonl(tmp_path / "out.jsonl")[5]["values"], scores[7].values, atol=1e-5)
+
+    def test_many_skipped_records_are_counted(self, critic, source, tmp_path):
+        source.write_text("broken\n" * 50 + source.read_text())
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--on-error", "skip")
+        assert done.stderr.count("vhead: skipped ") == 20
+        assert "further skipped records are only counted" in done.stderr
+        assert "12 rollouts scored, 50 skipped" in done.stderr
+
+    def test_nothing_is_left_when_nothing_was_scored(self, critic, source, tmp_path):
+        bad_line(source, 1, "{broken\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert "kept" not in done.stderr
+        assert os.listdir(tmp_path) == ["in.jsonl"]
+
+    def test_an_empty_file(self, critic, source, tmp_path):
+        source.write_text("")
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl").exit_code == 0
+        assert (tmp_path / "out.jsonl").read_text() == ""
+
+    def test_a_file_that_is_no_parquet(self, critic, source, tmp_path):
+        source = source.rename(tmp_path / "in.parquet")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert f"vhead: {source}: not a readable Parquet file" in done.stderr
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+    def test_a_full_disk(self, critic, source, tmp_path):
+        (tmp_path / "out.jsonl.partial").symlink_to("/dev/full")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert done.stderr.splitlines() == ["vhead: [Errno 28] No space left on device"]
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--returns", "values,kl"], "expected some of values, logprobs, entropy, reward, got 'values', 'kl'"),
+            (["--returns", ","], "got none"),
+            (["--temperature", "0"], "expected a positive number"),
+            (["--temperature", "nan"], "expected a positive number"),
+            (["--output", "out.csv"], "expected a name that ends in .jsonl or .parquet, or `-`, got '.csv'"),
+            (["--output", "nowhere/out.jsonl"], "no such folder"),
+            (["--on-error", "ignore"], "'ignore' is not one of"),
+            (["--dtype", "int8"], "'int8' is not one of"),
+            (["--token-budget", "0"], "'--token-budget'"),
+            (["--limit", "0"], "'--limit'"),
+            (["--unknown"], "No such option"),
+        ],
+    )
+    def test_wrong_arguments(self, source, tmp_path, arguments, message):
+        done = run(source, "--model", "unused", "--output", tmp_path / "out.jsonl", *arguments)
+        assert done.exit_code == 2
+        assert message in " ".join(done.stderr.replace("│", " ").split())
+
+    @pytest.mark.parametrize(("name", "message"), [("missing.jsonl", "no such file"), ("in.csv", "expected a name")])
+    def test_wrong_input(self, tmp_path, name, message):
+        done = run(tmp_path / name, "--model", "unused", "--output", tmp_path / "out.jsonl")
+        assert done.exit_code == 2
+        assert message in " ".join(done.stderr.replace("│", " ").split())
+
+    def test_the_input_is_never_overwritten(self, source):
+        done = run(source, "--model", "unused", "--output", source.parent / ".." / source.parent.name / source.name)
+        assert done.exit_code == 2
+        assert "is the input" in done.stderr
+
+    def test_no_such_model(self, source, tmp_path):
+        done = run(source, "--model", tmp_path / "nothing", "--output", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert done.stderr == f"vhead: {tmp_path / 'nothing'}: expected the folder of a model, found no such folder\n"
+
+
+class TestProcess:
+    def test_interrupt_keeps_what_was_scored(self, vhead, critic, source, tmp_path):
+        source.write_text(
+            "".join(f'{{"id": {i}, "prompt": "Why? ", "completion": "so be it"}}\n' for i in range(300_000))
+        )
+        command = [*vhead, "score", source, "-m", critic, "-o", tmp_path / "out.jsonl"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        partial = tmp_path / "out.jsonl.partial"
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+        assert process.returncode == 130
+        kept = read_jsonl(partial)
+        assert [line["id"] for line in kept] == list(range(len(kept)))
+        assert 0 < len(kept) < 300_000
+        assert stderr == f"vhead: what was scored is kept in {partial}\nvhead: interrupted\n"
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_progress_on_a_terminal_only_and_data_on_standard_output(self, vhead, critic, source):
+        source.write_text(source.read_text().replace('"id": "r', '"key": "r') * 100)
+        ours, theirs = pty.openpty()
+        command = [*vhead, "score", source, "-m", critic, "-o", "-", "--token-budget", "300"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+        os.close(theirs)
+        shown = b""
+        lines = []
+        os.set_blocking(process.stdout.fileno(), False)
+        while True:
+            lines += (process.stdout.read() or b"",)
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # The other end is closed.
+                break
+        os.close(ours)
+        lines += (process.stdout.read() or b"",)
+        process.stdout.close()
+        assert process.wait() == 0
+        assert len([json.loads(line) for line in b"".join(lines).splitlines()]) == 1200
+        for word in (b"loading", b"scoring", b"rollouts", b"tokens/s", b"left", b"1,200 rollouts scored"):
+            assert word in shown
+
+    def test_a_reader_that_goes_away(self, vhead, critic, source):
+        command = [*vhead, "score", source, "-m", critic, "-o", "-", "--quiet"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 1
