@@ -280,6 +280,11 @@ def test_version_is_written_once() -> None:
     assert [path.name for path in SOURCES if workspace in path.read_text()] == []
 
 
+def test_dev_holds_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {requirement for extra in extras.values() for requirement in extra} == set(extras["dev"])
+
+
 REQUIRED = ["py.typed", "_native.pyi", "demo/model/config.json", "demo/model/model.safetensors"]
 
 
