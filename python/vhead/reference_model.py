@@ -1,7 +1,6 @@
 """A frozen copy of a policy, which can share the storage of the policy's first layers."""
 
 import copy
-import re
 from typing import TypeVar
 
 from torch import nn
@@ -51,8 +50,8 @@ def _parameters_before(model: nn.Module, layer: int, pattern: str | None) -> lis
     """The parameters that are named before the first one of a layer."""
     named = list(model.named_parameters())
     for candidate in LAYER_PATTERNS if pattern is None else (pattern,):
-        of_layer = re.compile(re.escape(candidate.format(layer=layer)) + r"(?!\d)")
-        boundary = next((index for index, (name, _) in enumerate(named) if of_layer.search(name)), None)
+        of_layer = candidate.format(layer=layer)
+        boundary = next((index for index, (name, _) in enumerate(named) if of_layer in name), None)
         if boundary is not None:
             return [parameter for _, parameter in named[:boundary]]
     tried = ", ".join(LAYER_PATTERNS) if pattern is None else pattern

@@ -141,6 +141,20 @@ def test_what_only_sounds_like_a_head_is_not_one(tmp_path, name):
     assert find_head(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [((2, 8), (1,)), ((2, 8), (2,)), ((8,), (1,)), ((1, 1, 8), (1,)), ((8, 1), (1,)), ((1, 8), (1, 1)), ((1, 8), ())],
+)
+@pytest.mark.parametrize("write", [save_file, torch.save], ids=["model.safetensors", "pytorch_model.bin"])
+def test_other_shapes_do_not_fit(tmp_path, weight, bias, write):
+    name = "model.safetensors" if write is save_file else "pytorch_model.bin"
+    write({WEIGHT_KEY: torch.ones(weight), BIAS_KEY: torch.ones(bias)}, tmp_path / name)
+    with pytest.raises(HeadMismatchError) as error:
+        find_head(tmp_path)
+    assert f"{WEIGHT_KEY} {list(weight)}" in str(error.value)
+    assert f"{BIAS_KEY} {list(bias)}" in str(error.value)
+
+
 def test_two_heads_are_one_too_many(tmp_path):
     state = head_state()
     save_file({**state, **{f"other.{k}": v + 1 for k, v in state.items()}}, tmp_path / "model.safetensors")

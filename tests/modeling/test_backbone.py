@@ -1,6 +1,8 @@
 """The last hidden state is transformers' own, bit for bit, and does not depend on which side padding is."""
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,6 +150,24 @@ def test_an_encoder_decoder_without_decoder_tokens_is_an_error():
     model = AutoModelForSeq2SeqLMWithValueHead(build("t5"))
     with pytest.raises(VheadError, match="decoder_input_ids"):
         model.values(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_threads_sharing_a_model_get_their_own_states():
+    model = AutoModelForCausalLMWithValueHead(build("gpt2"))
+    inputs = [{"input_ids": torch.randint(3, 97, (1, length))} for length in (4, 6)]
+    with torch.no_grad():
+        expected = [model(**each).value for each in inputs]
+    # Both threads have run the trunk before either goes on to the language-model head.
+    meeting = threading.Barrier(2, timeout=30)
+    model.get_output_embeddings().register_forward_hook(lambda _module, _args, logits: (meeting.wait(), logits)[1])
+
+    @torch.no_grad()
+    def run(each):
+        return model(**each).value
+
+    with ThreadPoolExecutor(2) as pool:
+        values = list(pool.map(run, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def test_shared_layers_lie_in_the_same_memory(architecture):
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
 
-def test_layer_1_is_not_layer_10():
+def test_layers_with_two_digits_keep_their_order():
     model = wrapped_with_layers(12)
     reference = dict(create_reference_model(model, num_shared_layers=10).named_parameters())
     name = "pretrained_model.model.layers.{}.mlp.up_proj.weight"
