@@ -433,7 +433,12 @@ def _masked(x: Tensor, keep: Tensor | None) -> Tensor:
 def _own_precision(hidden: Tensor) -> AbstractContextManager[object]:
     """No autocast."""
     kind = hidden.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _scale(dropout_p: float) -> float:

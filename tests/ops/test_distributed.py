@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch import Tensor, nn
 
 from vhead.ops import init_linear_, init_normal_, value_head
@@ -148,6 +149,7 @@ def outcomes() -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch >= 2.6")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_two_processes(check, outcomes) -> None:
     assert outcomes[check.__name__] == ["passed"] * RANKS

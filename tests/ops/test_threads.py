@@ -9,6 +9,9 @@ from ops.conftest import same_bits
 from vhead import _native, ops
 from vhead.ops import value_head
 
+# torch lends its threads since 2.10.
+LENDER = "torch" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) else "vhead"
+
 
 def threads_used() -> int:
     return len(set(_native.worker_threads(16)))
@@ -17,7 +20,7 @@ def threads_used() -> int:
 def test_threads_follow_torch(two_threads) -> None:
     assert threads_used() == 2
     assert ops.backends()["cpu"]["threads"] == 2
-    assert ops.backends()["cpu"]["thread_source"] == "torch"
+    assert ops.backends()["cpu"]["thread_source"] == LENDER
     torch.set_num_threads(1)
     assert threads_used() == 1
     assert ops.backends()["cpu"]["thread_source"] == "caller"
@@ -33,7 +36,7 @@ def test_values_do_not_depend_on_threads(case, two_threads, dtype, p) -> None:
 
 
 def test_asked_threads_are_used(two_threads) -> None:
-    for asked, source in [(1, "caller"), (2, "torch"), (3, "vhead")]:
+    for asked, source in [(1, "caller"), (2, LENDER), (3, "vhead")]:
         _native.configure(num_threads=asked)
         try:
             assert ops.backends()["cpu"]["threads"] == asked
@@ -43,8 +46,7 @@ def test_asked_threads_are_used(two_threads) -> None:
             _native.configure()
 
 
-def test_work_inside_torch_s_parallel_work(two_threads, case) -> None:
-    """Backward runs on torch's autograd thread pool or the caller; threads of Python's own run side by side."""
+def test_python_threads_side_by_side(two_threads, case) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     c = case(500, 300)
@@ -75,7 +77,8 @@ def test_other_threads_run_meanwhile(case) -> None:
     end = time.perf_counter()
     stop.set()
     thread.join()
-    assert sum(start < tick < end for tick in ticks) >= 20
+    # Hundreds where the GIL is released; where it is held, one each time the interpreter makes the threads take turns.
+    assert sum(start < tick < end for tick in ticks) >= 100
 
 
 FORK = """
@@ -89,7 +92,7 @@ def step():
     values.sum().backward()
     return values.detach(), weight.grad
 values, gradient = step()
-assert len(set(_native.worker_threads(16))) == 2 and ops.backends()["cpu"]["thread_source"] == "torch"
+assert len(set(_native.worker_threads(16))) == 2 and ops.backends()["cpu"]["thread_source"] == "{lender}"
 child = os.fork()
 if child == 0:
     again, gradient_again = step()
@@ -108,12 +111,12 @@ else:
     os.kill(child, signal.SIGKILL)
     print("hangs")
 step()
-assert ops.backends()["cpu"]["thread_source"] == "torch"
+assert ops.backends()["cpu"]["thread_source"] == "{lender}"
 """
 
 
 def test_a_forked_child_computes_the_same(fresh_python) -> None:
-    assert fresh_python(FORK) == "exit 0"
+    assert fresh_python(FORK.format(lender=LENDER)) == "exit 0"
 
 
 def test_switches_of_the_environment(fresh_python) -> None:

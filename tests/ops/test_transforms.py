@@ -9,8 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ops.conftest import Case, same_bits
 from vhead.ops import value_head, value_head_plain
@@ -253,24 +253,25 @@ def test_dispatch_modes_see_the_operators(case) -> None:
     assert BACKWARD_OPERATOR in recorder.seen
 
 
+@pytest.mark.skipif(not hasattr(checkpointing, "CheckpointPolicy"), reason="torch >= 2.5")
 def test_selective_checkpointing_sees_the_operator(case) -> None:
     c, seen = case(5, 37), []
 
     def policy(_ctx, operator, *_args, **_kwargs):
         seen.append(operator)
-        return CheckpointPolicy.MUST_SAVE if operator == OPERATOR else CheckpointPolicy.PREFER_RECOMPUTE
+        decision = checkpointing.CheckpointPolicy
+        return decision.MUST_SAVE if operator == OPERATOR else decision.PREFER_RECOMPUTE
 
     def run(**arguments) -> Case:
         torch.manual_seed(2)
         leaves = c.leaves()
         layer = partial(value_head, weight=leaves.weight, bias=leaves.bias, dropout_p=0.4)
-        values = (
-            checkpoint(layer, leaves.hidden, use_reentrant=False, **arguments) if arguments else layer(leaves.hidden)
-        )
+        recomputed = partial(checkpointing.checkpoint, layer, use_reentrant=False, **arguments)
+        values = (recomputed if arguments else layer)(leaves.hidden)
         values.sin().sum().backward()
         return leaves
 
-    selective = run(context_fn=partial(create_selective_checkpoint_contexts, policy))
+    selective = run(context_fn=partial(checkpointing.create_selective_checkpoint_contexts, policy))
     assert OPERATOR in seen
     for a, b in zip(selective.gradients(), run().gradients(), strict=True):
         assert same_bits(a, b)
