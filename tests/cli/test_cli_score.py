@@ -220,7 +220,8 @@ class TestUsage:
 
 
 class TestProcess:
-    def test_interrupt_keeps_what_was_scored(self, vhead, critic, source, tmp_path):
+    @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+    def test_interrupt_keeps_what_was_scored(self, vhead, critic, source, tmp_path, sent):
         source.write_text(
             "".join(f'{{"id": {i}, "prompt": "Why? ", "completion": "so be it"}}\n' for i in range(300_000))
         )
@@ -229,7 +230,7 @@ class TestProcess:
         partial = tmp_path / "out.jsonl.partial"
         while process.poll() is None and not (partial.exists() and partial.stat().st_size):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, stderr = process.communicate()
         assert process.returncode == 130
         kept = read_jsonl(partial)

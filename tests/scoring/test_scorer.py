@@ -169,9 +169,21 @@ class TestState:
             model.pretrained_model.lm_head.weight.mul_(0.5)
         assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS)) < TOLERANCE
 
-    def test_no_gradients_are_kept(self, model, scorer):
-        scorer.score(rollouts(2))
+    def test_a_model_that_caches_tensors_can_be_trained_afterwards(self):
+        cache = []
+
+        def scaled(_module, _args, output):
+            if not cache:
+                cache.append(torch.full_like(output[..., :1], 1.5)[:1, :1])
+            return output * cache[0]
+
+        model = critic()
+        model.pretrained_model.model.embed_tokens.register_forward_hook(scaled)
+        scores = Scorer(model).score(rollouts(2))
+        assert scores.values.size
         assert all(parameter.grad is None for parameter in model.parameters())
+        model(torch.tensor([[5, 6]])).value.sum().backward()
+        assert model.pretrained_model.model.embed_tokens.weight.grad is not None
 
 
 class TestBatching:
@@ -286,9 +298,11 @@ class TestBadInput:
         with pytest.raises(FieldError, match=message):
             scorer.score([rollouts(1)[0], record])
 
-    def test_the_context_can_be_full(self, model, scorer):
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+    def test_the_context_can_be_full(self, architecture):
+        model = critic(architecture)
         record = Rollout([5] * 40, [6] * (CONTEXT - 40))
-        assert worst(model, [record], scorer.score([record], FIELDS)) < TOLERANCE
+        assert worst(model, [record], Scorer(model).score([record], FIELDS)) < TOLERANCE
 
     @pytest.mark.parametrize("fields", [["values"], ["logprobs"], ["entropy"], ["reward"], FIELDS])
     def test_nan_names_the_record_and_harms_no_other(self, fields):

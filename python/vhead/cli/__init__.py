@@ -1,5 +1,6 @@
 """The command `vhead`."""
 
+import signal
 import sys
 
 _OPTIONAL = ("typer", "rich", "click")
@@ -13,4 +14,6 @@ def main() -> None:
         if (error.name or "").partition(".")[0] not in _OPTIONAL:
             raise
         sys.exit(f"vhead: {error.name} is not installed; the command line needs: pip install 'vhead[cli]'")
+    # A scheduler that ends the process gets what an interrupt gets: the part that is done is kept and named.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -1,5 +1,6 @@
 """`vhead score`: a file of rollouts in, the same file with scores out."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -97,18 +98,19 @@ def score(
     - `vhead score rollouts.parquet --model ./critic --output scores.parquet --returns values,reward`
     - `cat rollouts.jsonl | vhead score - --model ./critic --output - --on-error skip | jq .reward`
     """
-    fields = _checked_fields(returns)
-    _check_paths(source, output)
-    if not temperature > 0.0 or temperature == float("inf"):
-        raise typer.BadParameter(f"expected a positive number, got {temperature}", param_hint="--temperature")
     with reported():
+        fields = _checked_fields(returns)
+        _check_paths(source, output)
+        if not 0.0 < temperature < float("inf"):
+            raise typer.BadParameter(f"expected a positive number, got {temperature}", param_hint="--temperature")
         from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
-        from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
         from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
         skipped = SkippedRecords(source)
         with _naming(source), closing(open_reader(source, fields)) as reader:
             with _loading(model, quiet=quiet):
+                from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
+
                 scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
             with _kept(OutputFile(output)) as destination, ScoringProgress(shown=not quiet) as progress:
                 score_file(
@@ -176,14 +178,26 @@ def _scorer(
 def _loading(model: str, *, quiet: bool) -> Iterator[None]:
     """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
     from rich.console import Console  # noqa: PLC0415, for a fast --help
+
+    logger = logging.getLogger("vhead")
+    level = logger.level
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    try:
+        if quiet:
+            logger.setLevel(logging.ERROR)
+        with console.status(f"loading {model}"):
+            _silence_transformers()
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _silence_transformers() -> None:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415, imports torch
 
     transformers_logging.disable_progress_bar()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers_logging.set_verbosity_error()
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    with console.status(f"loading {model}"):
-        yield
 
 
 @contextmanager

@@ -138,7 +138,8 @@ class Engine:
                 module.training = False
             if self._num_threads is not None:
                 torch.set_num_threads(self._num_threads)
-            with torch.inference_mode():
+            # Not inference mode: what a model caches on its first call would then be of no use to training.
+            with torch.no_grad():
                 yield
         finally:
             if self._num_threads is not None:

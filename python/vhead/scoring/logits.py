@@ -51,7 +51,7 @@ def find_logits_rule(model: nn.Module, plan: BackbonePlan) -> LogitsRule | None:
         return None
     config: Any = model.config
     rule = _rule_of(lm_head, config.get_text_config() if hasattr(config, "get_text_config") else config)
-    with torch.inference_mode():
+    with torch.no_grad():
         return rule if _agrees(rule, lm_head, model, plan) else None
 
 
