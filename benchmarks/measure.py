@@ -70,6 +70,7 @@ def provenance(threads: int, rounds: int) -> dict[str, object]:
         **{name: version(name) for name in ("torch", "transformers", "trl", "numpy", "vhead")},
         "torch_threads": threads,
         "rounds": rounds,
+        "niceness": os.nice(0),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "KMP_", "VHEAD_"))},
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
