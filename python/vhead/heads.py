@@ -1,6 +1,7 @@
 """The value head: one projection from a hidden state to a scalar, in float32 whatever the language model's dtype."""
 
-from typing import TypedDict
+import math
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class ValueHead(nn.Module):
         v_head_initializer_range: float = DEFAULT_INITIALIZER_RANGE,
     ) -> None:
         super().__init__()
+        check_head_arguments(
+            summary_dropout_prob=summary_dropout_prob,
+            v_head_init_strategy=v_head_init_strategy,
+            v_head_initializer_range=v_head_initializer_range,
+        )
         width = hidden_size_of(config) if hidden_size is None else hidden_size
         self.dropout = _dropout(_dropout_probability(config, summary_dropout_prob))
         # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
@@ -66,10 +72,9 @@ class ValueHead(nn.Module):
         """Draws new weights in place, from a seed of torch's default generator.
 
         Raises:
-            HeadError: The strategy is neither None nor "normal".
+            HeadError: The strategy is neither None nor "normal", or the range is not a standard deviation.
         """
-        if strategy not in (None, "normal"):
-            raise HeadError(f'v_head_init_strategy: expected None or "normal", got {strategy!r}')
+        check_head_arguments(v_head_init_strategy=strategy, v_head_initializer_range=initializer_range)
         weight, bias = self.summary.weight, self.summary.bias
         if weight.is_meta:
             return
@@ -117,9 +122,27 @@ def hidden_size_of(config: PretrainedConfig) -> int:
     )
 
 
+def check_head_arguments(**arguments: Unpack[HeadArguments]) -> None:
+    """Checks the head's arguments, so that a mistake in them is found before a language model has been loaded.
+
+    Raises:
+        HeadError: One of them is not what it must be.
+    """
+    strategy = arguments.get("v_head_init_strategy")
+    if strategy not in (None, "normal"):
+        raise HeadError(f'v_head_init_strategy: expected None or "normal", got {strategy!r}')
+    initializer_range = arguments.get("v_head_initializer_range", DEFAULT_INITIALIZER_RANGE)
+    if not 0.0 <= initializer_range < math.inf:
+        raise HeadError(f"v_head_initializer_range: expected a standard deviation, got {initializer_range!r}")
+    _checked_probability(arguments.get("summary_dropout_prob") or 0.0)
+
+
 def _dropout_probability(config: PretrainedConfig, argument: float | None) -> float:
     configured = getattr(config, "summary_dropout_prob", None)
-    probability = next((p for p in (configured, argument) if p is not None), DEFAULT_DROPOUT)
+    return _checked_probability(next((p for p in (configured, argument) if p is not None), DEFAULT_DROPOUT))
+
+
+def _checked_probability(probability: float) -> float:
     if not 0.0 <= probability < 1.0:
         raise HeadError(f"summary_dropout_prob: expected a probability in [0, 1), got {probability!r}")
     return float(probability)

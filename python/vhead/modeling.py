@@ -20,7 +20,7 @@ from vhead import backbone
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import HeadError, HeadMismatchError, VheadError
 from vhead.formats import WEIGHT_KEY, HeadWeights, find_head, save_beside_adapter
-from vhead.heads import HeadArguments, ValueHead
+from vhead.heads import HeadArguments, ValueHead, check_head_arguments
 
 logger = logging.getLogger("vhead")
 
@@ -189,6 +189,7 @@ class PreTrainedModelWrapper(nn.Module):
             HeadError: The head's arguments, or the first argument, are not what they must be.
         """
         head_arguments, model_arguments = cls._split_arguments(kwargs)
+        check_head_arguments(**head_arguments)
         if isinstance(pretrained_model_name_or_path, nn.Module):
             return cls._wrap_object(pretrained_model_name_or_path, head_arguments)
         if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
@@ -208,7 +209,7 @@ class PreTrainedModelWrapper(nn.Module):
         return model
 
     @classmethod
-    def _split_arguments(cls, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split_arguments(cls, arguments: Mapping[str, Any]) -> tuple[HeadArguments, dict[str, Any]]:
         """Divides `from_pretrained`'s keyword arguments into the head's and the language model's."""
         unsupported = {name for name in ("peft_config", "reward_adapter") if arguments.get(name) is not None}
         if unsupported:
@@ -216,7 +217,7 @@ class PreTrainedModelWrapper(nn.Module):
                 f"{', '.join(sorted(unsupported))}: adapters are not supported yet; wrap a loaded PeftModel"
             )
         ignored = ("peft_config", "reward_adapter", "reward_adapter_name", "is_trainable")
-        head = {name: value for name, value in arguments.items() if name in cls.supported_args}
+        head: Any = {name: value for name, value in arguments.items() if name in cls.supported_args}
         model = {name: value for name, value in arguments.items() if name not in (*cls.supported_args, *ignored)}
         return head, model
 
@@ -229,7 +230,7 @@ class PreTrainedModelWrapper(nn.Module):
         return find_head(location, **where)
 
     @classmethod
-    def _wrap_object(cls, body: nn.Module, head_arguments: Mapping[str, Any]) -> Self:
+    def _wrap_object(cls, body: nn.Module, head_arguments: HeadArguments) -> Self:
         if not isinstance(body, cls.supported_pretrained_model_architectures) and not hasattr(body, "get_base_model"):
             raise HeadError(
                 "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "

@@ -96,6 +96,21 @@ def test_an_unknown_strategy_is_an_error(strategy):
         AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"), v_head_init_strategy=strategy)
 
 
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_a_range_that_is_no_standard_deviation_is_an_error(value):
+    with pytest.raises(HeadError, match="v_head_initializer_range"):
+        ValueHead(config(hidden_size=4), v_head_init_strategy="normal", v_head_initializer_range=value)
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"v_head_init_strategy": "zeros"}, {"summary_dropout_prob": 1.0}, {"v_head_initializer_range": -1.0}]
+)
+def test_mistakes_are_found_before_anything_is_loaded(mistake):
+    # The folder does not exist, which would be the error of the first attempt to read it.
+    with pytest.raises(HeadError, match=next(iter(mistake))):
+        AutoModelForCausalLMWithValueHead.from_pretrained("/nowhere", **mistake)
+
+
 def test_an_unknown_argument_is_an_error():
     with pytest.raises(TypeError, match="v_head_initializer"):
         AutoModelForCausalLMWithValueHead(build("llama"), v_head_initializer=0.1)
