@@ -8,6 +8,20 @@
 //! * a row's value depends on that row, the weights and `H` alone ([`reduce`] fixes the order of additions);
 //! * the dropout mask is a function of (seed, row, column), never stored ([`dropout`]);
 //! * hidden states are read in their own dtype and accumulated in float32 ([`element`]).
+//!
+//! ```
+//! use vhead_core::{Head, Pool, Rows, forward};
+//!
+//! let hidden = [0.5_f32, -1.0, 2.0, 1.5, 0.25, -0.75]; // [2, 3]
+//! let mut values = [0.0; 2];
+//! let head = Head::new(&[0.1, 0.2, 0.3], Some(&[1.0]), 3)?;
+//! forward(&Rows::contiguous(&hidden, 2, 3)?, &head, None, &mut values, &Pool::new(2))?;
+//! assert!((values[0] - 1.45).abs() < 1e-6 && (values[1] - 0.975).abs() < 1e-6);
+//! # Ok::<(), vhead_core::Error>(())
+//! ```
+//!
+//! Kernels are written once, over vectors ([`simd`]), and run on threads of the caller's choice ([`threads`]); neither
+//! changes a bit of a result.
 mod backward;
 mod buffer;
 pub mod dropout;

@@ -13,7 +13,7 @@
 //! AVX-512 registers, or four passes of 8 AVX2 registers, and step 2 is the hardware's horizontal add.
 //!
 //! Columns past `H` contribute nothing. The sign of a zero lane carries no information: a backend may pad with zeros,
-//! since the last step ([`finish`]) returns +0 for either.
+//! since the last step ([`finish`]) returns +0 for either. A NaN is a NaN: its sign and payload are not promised.
 
 /// Partial sums of a row.
 pub const LANES: usize = 256;

@@ -31,10 +31,11 @@ impl<T: Element> Kernel for Gradient<'_, T> {
             sums.fill(0.0);
         }
         match (self.keep.is_some(), self.grad_weight.is_some(), self.grad_hidden.is_some()) {
-            (false, false, _) => self.run_rows::<S, false, false, true>(simd),
+            (_, false, false) => {}
+            (false, false, true) => self.run_rows::<S, false, false, true>(simd),
             (false, true, false) => self.run_rows::<S, false, true, false>(simd),
             (false, true, true) => self.run_rows::<S, false, true, true>(simd),
-            (true, false, _) => self.run_rows::<S, true, false, true>(simd),
+            (true, false, true) => self.run_rows::<S, true, false, true>(simd),
             (true, true, false) => self.run_rows::<S, true, true, false>(simd),
             (true, true, true) => self.run_rows::<S, true, true, true>(simd),
         }

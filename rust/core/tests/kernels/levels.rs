@@ -1,8 +1,8 @@
 //! Every instruction set gives the bits that the documentation describes.
 use crate::for_each_dtype;
 use crate::model;
-use crate::support::{Case, PROBABILITIES, WIDTHS};
-use vhead_core::{Dropout, Element, Level, Result};
+use crate::support::{Case, PROBABILITIES, WIDTHS, same};
+use vhead_core::{Dropout, Element, Gradients, Level, Pool, Result, backward_with};
 
 fn follows_the_model<T: Element>(rows: usize, columns: usize, outputs: usize, p: f64) -> Result<()> {
     let case = Case::<T>::new(rows, columns, outputs, p)?;
@@ -60,6 +60,39 @@ fn rounds_the_same<T: Element>() -> Result<()> {
     assert!(expected.hidden.iter().any(|x| x.is_subnormal()) || T::NAME == "float16");
     for level in Level::available() {
         assert!(case.run(level)? == expected, "{} {}", level.name(), T::NAME);
+    }
+    Ok(())
+}
+
+/// A gradient does not depend on which others are asked for.
+#[test]
+fn every_choice_of_gradients_is_the_same() -> Result<()> {
+    for (outputs, p) in [(1, 0.0), (1, 0.1), (3, 0.0), (3, 0.1)] {
+        for_each_dtype!(choice_is_the_same(outputs, p));
+    }
+    Ok(())
+}
+
+fn choice_is_the_same<T: Element>(outputs: usize, p: f64) -> Result<()> {
+    let case = Case::<T>::new(131, 2071, outputs, p)?;
+    for level in Level::available() {
+        let all = case.run(level)?;
+        for choice in 0..8 {
+            let mut hidden = vec![T::from_f32(7.0); 131 * 2071];
+            let (mut weight, mut bias) = (vec![7.0; outputs * 2071], vec![7.0; outputs]);
+            let gradients = Gradients {
+                hidden: (choice & 1 > 0).then_some(&mut hidden[..]),
+                weight: (choice & 2 > 0).then_some(&mut weight[..]),
+                bias: (choice & 4 > 0).then_some(&mut bias[..]),
+            };
+            let (rows, head, dropout) = (case.hidden()?, case.head()?, case.dropout.as_ref());
+            backward_with(level, &rows, &head, dropout, &case.grad_values, gradients, &Pool::new(2))?;
+            let hidden: Vec<f32> = hidden.into_iter().map(T::to_f32).collect();
+            for (bit, actual, expected) in [(1, hidden, &all.hidden), (2, weight, &all.weight), (4, bias, &all.bias)] {
+                let untouched = actual.iter().all(|x| *x == 7.0);
+                assert!(if choice & bit > 0 { same(&actual, expected) } else { untouched }, "{choice} {bit}");
+            }
+        }
     }
     Ok(())
 }
