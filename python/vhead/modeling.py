@@ -353,6 +353,12 @@ class PreTrainedModelWrapper(nn.Module):
             self.head_source = "load_state_dict"
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells `torch.distributed.checkpoint` which child the state dict's names leave out."""
+        body: nn.Module = self.pretrained_model
+        of_body = [*body._modules, *body._parameters, *body._buffers]
+        return dict.fromkeys([name for name in of_body if name not in self._modules], BODY)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],

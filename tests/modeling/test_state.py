@@ -6,6 +6,11 @@ import pickle
 import pytest
 import torch
 from tiny_models import CAUSAL, SEQ2SEQ, batch, build
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
@@ -133,6 +138,18 @@ def test_inside_distributed_data_parallel(process_group):
     output = ddp(**batch(model.pretrained_model))
     (output.logits.mean() + output.value.mean()).backward()
     assert model.v_head.summary.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Parent], ids=["alone", "in a parent"])
+def test_distributed_checkpoints_have_the_same_names(wrap):
+    model = wrap(wrapped("gpt2"))
+    other = scrambled(model)
+    state = get_model_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    result = set_model_state_dict(other, state, options=StateDictOptions(strict=True))
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert same(model, other)
 
 
 def test_destination_prefix_and_keep_vars():
