@@ -350,7 +350,7 @@ class TestBadInput:
 
     def test_out_of_memory_names_the_way_out(self, model, scorer, monkeypatch):
         def fail(*_args, **_kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
         monkeypatch.setattr(engine, "last_hidden_state", fail)
         with pytest.raises(VheadError, match=r"out of memory with a batch of \[1, 2\] tokens; .*smaller token_budget"):

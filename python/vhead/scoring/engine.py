@@ -73,7 +73,7 @@ class Engine:
         tokens, mask = _padded(batch)
         try:
             return self._score(batch, tokens, mask, fields, temperature)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise VheadError(
                 f"out of memory with a batch of {list(tokens.shape)} tokens; a smaller token_budget "
                 f"(--token-budget) needs less: {str(error).splitlines()[0]}"

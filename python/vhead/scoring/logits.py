@@ -31,12 +31,12 @@ class LogitsRule:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits `[N, V]`, float32, of hidden states `[N, H]`."""
+        """Logits `[N, V]`, float32, of hidden states `[N, H]`; scaled and capped in place, as they are large."""
         logits = self.lm_head(hidden).float()
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits *= self.scale
         if self.softcap is not None:
-            logits = torch.tanh_(logits / self.softcap) * self.softcap
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
 

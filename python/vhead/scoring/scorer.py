@@ -255,10 +255,18 @@ def _report(results: Results, on_error: ErrorHandler | None) -> Iterator[Scores]
 def _load(path: str | Path, dtype: torch.dtype | str | None) -> nn.Module:
     from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
 
-    options = {} if dtype is None else {"dtype": _dtype(dtype)}
+    options = {} if dtype is None else {_dtype_argument(): _dtype(dtype)}
     with _named(path):
         model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
     return model.eval()
+
+
+def _dtype_argument() -> str:
+    """The name of transformers' argument, which 4.56 changed."""
+    import transformers  # noqa: PLC0415, slow, and only needed to load
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
