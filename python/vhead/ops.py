@@ -293,21 +293,16 @@ def _backward(  # noqa: PLR0917, the operator's schema
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401, ARG001, torch's protocol
-    hidden, weight, bias, dropout_p, seed = inputs
+    hidden, weight, _, dropout_p, seed = inputs
     ctx.save_for_backward(hidden, weight, seed)
     ctx.dropout_p = dropout_p
-    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, torch's protocol
     hidden, weight, seed = ctx.saved_tensors
     needed = tuple(ctx.needs_input_grad[:3])
-    of_hidden, of_weight, of_bias = _backward(grad, hidden, weight, ctx.dropout_p, seed, needed)
-    return of_hidden, _cast(of_weight, weight.dtype), _cast(of_bias, ctx.bias_dtype), None, None
-
-
-def _cast(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return gradient if gradient is None or dtype is None else gradient.to(dtype)
+    # Autograd itself casts a gradient to its parameter's dtype.
+    return *_backward(grad, hidden, weight, ctx.dropout_p, seed, needed), None, None
 
 
 class _ValueHead(torch.autograd.Function):
