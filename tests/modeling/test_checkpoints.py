@@ -254,6 +254,15 @@ def test_head_arguments_do_not_reach_transformers(saved):
     assert not hasattr(model.config, "summary_dropout_prob")
 
 
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_a_model_with_a_device_map(saved, device_map):
+    pytest.importorskip("accelerate")
+    model, folder = saved
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder, device_map=device_map)
+    inputs = batch(model.pretrained_model)
+    assert torch.equal(loaded.values(**inputs), model.values(**inputs))
+
+
 def test_arguments_are_not_changed(saved):
     arguments = {"summary_dropout_prob": 0.25, "dtype": "float32"}
     AutoModelForCausalLMWithValueHead.from_pretrained(saved[1], **arguments)
