@@ -20,7 +20,6 @@ SEED = 1
 WINDOW = 256
 PROMPT_CHARACTERS = 60
 COMPLETION_CHARACTERS = 140
-DRAWS_PER_PARAGRAPH = 2
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _excerpt(text: str, rng: np.random.Generator) -> str:
 def rollout_pairs(texts: list[str], kind: str, rng: np.random.Generator) -> list[tuple[Passage, Passage]]:
     """Pairs natural excerpts with twins whose completions are corrupted from a random point to the end."""
     pairs = []
-    for text in texts * DRAWS_PER_PARAGRAPH:
+    for text in texts:
         excerpt = _excerpt(text, rng)
         share = float(rng.uniform(0.1, 0.6))
         start = word_start(excerpt, PROMPT_CHARACTERS + int(share * COMPLETION_CHARACTERS))

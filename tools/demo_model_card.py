@@ -31,8 +31,8 @@ vocabulary file.
 
 ## What the value means
 
-After each byte, the log-odds that the text at this place is natural: above zero natural, below zero corrupted. It falls
-where a corruption starts and recovers after its end. The reward of a rollout is the value at its last byte.
+After each byte, a logit of whether the text at this place is natural: above zero natural, below zero corrupted. It
+falls where a corruption starts and recovers after its end. The reward of a rollout is the value at its last byte.
 
 ## Training
 

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -207,7 +206,7 @@ def save(body: LlamaForCausalLM, summary: nn.Linear, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-def provenance(folder: Path, corpus: Corpus, recipe: Recipe, cpu_seconds: float) -> dict[str, object]:
+def provenance(folder: Path, corpus: Corpus, recipe: Recipe) -> dict[str, object]:
     """What the weights were made from, with what, and how good they are on text they have not seen."""
     body = LlamaForCausalLM.from_pretrained(folder)
     return {
@@ -236,7 +235,6 @@ def provenance(folder: Path, corpus: Corpus, recipe: Recipe, cpu_seconds: float)
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": 1,
         },
-        "training_cpu_seconds": round(cpu_seconds),
         "figures": evaluate(folder, corpus),
     }
 
@@ -271,13 +269,11 @@ def main() -> None:
     torch.set_num_threads(1)
     options = arguments()
     recipe, corpus = Recipe(steps=options.steps), load_corpus(accept_other=options.accept_other_corpus)
-    started = time.process_time()
     body, summary = train(corpus, recipe)
-    cpu_seconds = time.process_time() - started
     made = options.output.with_name(f"{options.output.name}.partial")
     shutil.rmtree(made, ignore_errors=True)
     save(body, summary, made)
-    describe(made, provenance(made, corpus, recipe, cpu_seconds))
+    describe(made, provenance(made, corpus, recipe))
     replace_folder(options.output, made)
 
 
