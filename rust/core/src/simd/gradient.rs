@@ -100,8 +100,10 @@ impl<T: Element> Gradient<'_, T> {
                 keep.fill(simd, (row + i) as u64, start / keep::COLUMNS, drawn, ahead, size_of::<T>());
             }
         }
-        // SAFETY: `scaled` is `[N, K]`.
-        let first = lines.scaled.map(|scaled| simd.splat(unsafe { *scaled }));
+        let mut first = [simd.splat(0.0); ROWS];
+        for (i, first) in first.iter_mut().enumerate() {
+            *first = simd.splat(self.scaled[(row + i) * self.outputs]);
+        }
         for group in 0..width / WIDTH {
             // SAFETY: the group lies inside the tile.
             unsafe { lines.group::<S, DROP, WEIGHT, HIDDEN>(simd, group * WIDTH, masks(&bits, group), first) };
