@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "gemma2": _LLAMA | {"head_dim": 8, "final_logit_softcapping": 5.0, "attn_implementation": "eager"},
     "opt": _LLAMA | {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "cohere": _LLAMA | {"logit_scale": 0.25},
+    "falcon_h1": _LLAMA
+    | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.3},
     "granite": _LLAMA | {"logits_scaling": 4.0},
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _END,
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8} | _END,

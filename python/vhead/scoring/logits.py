@@ -1,5 +1,6 @@
 """How a language model turns its last hidden state into logits, found once and checked against the model itself."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class LogitsRule:
 
     Attributes:
         lm_head: The model's output projection.
-        scale: 1, Cohere's `logit_scale`, or 1 / Granite's `logits_scaling`.
+        scale: 1, Cohere's `logit_scale`, Falcon-H1's `lm_head_multiplier`, or 1 / Granite's `logits_scaling`.
         softcap: Gemma 2's `final_logit_softcapping`, or None.
     """
 
@@ -56,12 +57,9 @@ def find_logits_rule(model: nn.Module, plan: BackbonePlan) -> LogitsRule | None:
 
 
 def _rule_of(lm_head: nn.Module, config: object) -> LogitsRule:
-    multiplier, divisor = _number(config, "logit_scale"), _number(config, "logits_scaling")
-    return LogitsRule(
-        lm_head=lm_head,
-        scale=multiplier if multiplier is not None else 1.0 if divisor is None else 1.0 / divisor,
-        softcap=_number(config, "final_logit_softcapping"),
-    )
+    multipliers = [_number(config, name) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    scale = math.prod(multipliers) / (_number(config, "logits_scaling") or 1.0)
+    return LogitsRule(lm_head, scale, softcap=_number(config, "final_logit_softcapping"))
 
 
 def _number(config: object, name: str) -> float | None:
