@@ -285,7 +285,7 @@ def test_dev_holds_every_extra() -> None:
     assert {requirement for extra in extras.values() for requirement in extra} == set(extras["dev"])
 
 
-REQUIRED = ["py.typed", "_native.pyi", "demo/model/config.json", "demo/model/model.safetensors"]
+REQUIRED = ["py.typed", "_native.pyi", "demo/model/model.safetensors", "demo/LICENSE-PSF.txt"]
 
 
 @pytest.mark.parametrize("name", REQUIRED)
