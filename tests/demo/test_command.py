@@ -125,7 +125,8 @@ def test_the_command_in_a_pipe_without_colour() -> None:
     assert re.search(
         r"^reward +natural \+\d+\.\d, corrupted -\d+\.\d: AUC [01]\.\d\d, \d of 9 pairs in order$", done.stdout, re.M
     )
-    assert re.search(r"^speed +\d+ tokens in .* tokens/s; head: (native|plain torch)", done.stdout, re.M)
+    assert re.search(r"^speed +\d+ tokens in .* on one thread: [\d,]+ tokens/s$", done.stdout, re.M)
+    assert re.search(r"^head +(native|plain torch)", done.stdout, re.M)
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])

@@ -79,7 +79,7 @@ def _prompt(judged: Judged) -> Text:
 def _empty_table(console: Console) -> Table:
     wide = console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, header_style=HEADER, padding=(0, 1, 0, 0), expand=True, show_edge=False)
-    table.add_column("rollout", width=18 if wide else 11)
+    table.add_column("rollout", width=18 if wide else 14)
     table.add_column("completion", ratio=1, overflow="fold")
     table.add_column("mean value", justify="right", width=6)
     table.add_column("reward", justify="right", width=6)
