@@ -91,12 +91,13 @@ def _backend(row: dict[str, object]) -> str:
 
 
 def _result_lines(summary: "Summary", run: Run) -> list[str]:
+    speed = run.tokens / run.seconds
     return [
         f"reward       natural {summary.natural:+.1f}, corrupted {summary.corrupted:+.1f}: "
         f"AUC {summary.auc:.2f}, {summary.ordered} of {summary.pairs} pairs in order",
         f"in between   corrupted in the middle only, the reward ends at {summary.recovered:+.1f}",
         f"characters   corrupted spans against the rest: AUC {summary.token_auc:.2f}",
-        f"speed        {run.tokens} tokens in {run.seconds:.2f} s on one thread: {run.tokens / run.seconds:,.0f} tokens/s",
+        f"speed        {run.tokens} tokens in {run.seconds:.2f} s on one thread: {speed:,.0f} tokens/s",
         f"head         {run.backend}",
     ]
 
