@@ -17,6 +17,8 @@ import torch
 Work = Callable[[], object]
 
 ROOT = Path(__file__).parent.parent
+# What runs here, whose uncommitted changes would make a figure nobody's.
+MEASURED = ("rust", "python/vhead/ops.py", "python/vhead/heads.py", "benchmarks/*.py")
 
 
 def interleaved(contestants: Mapping[str, Work], rounds: int, block_s: float = 0.002) -> dict[str, list[float]]:
@@ -60,7 +62,7 @@ def provenance(threads: int, rounds: int) -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_sources": bool(_git("status", "--porcelain", "--", "python", "rust", "benchmarks/*.py")),
+        "uncommitted_sources": bool(_git("status", "--porcelain", "--", *MEASURED)),
         "cpu": _cpu_field("model name"),
         "cores": os.cpu_count(),
         "simd": sorted(f for f in _cpu_field("flags").split() if f.startswith(("avx", "amx", "fma", "f16c"))),
