@@ -131,8 +131,8 @@ class TestBadData:
 
     def test_bad_records_can_be_skipped(self, critic, source, scores, tmp_path):
         bad_line(source, 1, "[]\n")
-        bad_line(source, 7, '{"id": "r6", "prompt": "a"}\n')
-        bad_line(source, 12, '{"id": "r11", "prompt_ids": [300], "completion_ids": [1]}')
+        bad_line(source, 7, '{"id": "r6", "prompt_ids": [300], "completion_ids": [1]}\n')
+        bad_line(source, 12, '{"id": "r11", "prompt": "a"}')
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--on-error", "skip")
         assert done.exit_code == 0
         assert [line["id"] for line in read_jsonl(tmp_path / "out.jsonl")] == [

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vhead import Scores
@@ -143,6 +143,7 @@ class TestJsonl:
         assert set(json.loads(out)) == {"z", "prompt", "n", "x", "values", "reward"}
 
     @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+    @example(np.random.default_rng(0).uniform(1000, 1024, 500).astype(np.float32).tolist())
     def test_float32_survives(self, numbers):
         values = np.array(numbers, np.float32)
         scores = Scores(
