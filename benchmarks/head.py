@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ BIAS_DRAWS = 300
 RESULTS = Path(__file__).parent / "results" / "head.json"
 
 Row = dict[str, object]
+Document = dict[str, list[Row]]
 
 
 @dataclass(frozen=True)
@@ -101,21 +104,32 @@ def accuracy(case: Case) -> Iterator[Row]:
                     yield {**case.label, "dropout": dropout, "seed": seed, "implementation": peer.name, **row}
 
 
-def measure(rounds: int) -> dict[str, object]:
-    """Every case, as one document."""
-    times, saved, wrong = [], [], []
+def measure(dtype: torch.dtype, rounds: int, threads: int) -> Document:
+    """Every case of one dtype, in a process of its own."""
+    torch.set_num_threads(threads)
+    times = [row for shape in SHAPES for row in _timings(shape, dtype, rounds)]
+    times += time_call(Case.draw(TINY, dtype), rounds)
+    case = Case.draw(SHAPES[0], dtype)
+    return {"times": times, "saved": list(memory(case)), "errors": list(accuracy(case))}
+
+
+def _timings(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> Iterator[Row]:
+    case = Case.draw(shape, dtype)
+    yield from time_inference(case, rounds)
+    if shape in TRAINED_SHAPES:
+        yield from time_training(case, rounds)
+    print(dtype, shape, "measured", flush=True)
+
+
+def measure_all(rounds: int, threads: int) -> Document:
+    """Every dtype, one fresh process after the other: what the allocator keeps of one must not serve the next."""
+    document: Document = {"times": [], "saved": [], "errors": []}
+    spawn = multiprocessing.get_context("spawn")
     for dtype in DTYPES:
-        times += time_call(Case.draw(TINY, dtype), rounds)
-        for shape in SHAPES:
-            case = Case.draw(shape, dtype)
-            times += time_inference(case, rounds)
-            if shape in TRAINED_SHAPES:
-                times += time_training(case, rounds)
-            print(dtype, shape, "measured", flush=True)
-        case = Case.draw(SHAPES[0], dtype)
-        saved += memory(case)
-        wrong += accuracy(case)
-    return {"times": times, "saved": saved, "errors": wrong}
+        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+            for name, rows in process.submit(measure, dtype, rounds, threads).result().items():
+                document[name] += rows
+    return document
 
 
 def main() -> None:
@@ -125,14 +139,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    load = load_average()
-    document = {"provenance": provenance(options.threads, options.rounds) | {"load_before": load}} | measure(
-        options.rounds
-    )
-    document["provenance"]["load_after"] = load_average()
+    source = provenance(options.threads, options.rounds) | {"load_before": load_average()}
+    measured = measure_all(options.rounds, options.threads)
+    source["load_after"] = load_average()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    options.output.write_text(json.dumps({"provenance": source} | measured, indent=1) + "\n")
     print(f"wrote {options.output}")
 
 
