@@ -1,6 +1,7 @@
 """What every test shares: no network, one thread, fixed seeds, and two Hypothesis profiles."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that: tests of Ctrl-C would see nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `fast` runs the same examples every time; HYPOTHESIS_PROFILE=slow searches new ones.
 hypothesis.settings.register_profile("fast", max_examples=20, deadline=None, derandomize=True)
