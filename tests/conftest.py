@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# A shell starts background jobs with Ctrl-C ignored, and their children inherit that: tests of Ctrl-C would see nothing.
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that: its tests would see nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
