@@ -85,16 +85,14 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Projects hidden states `[..., H]` to values `[..., 1]`, float32, on the head's device."""
-        if not _is_plain_linear(self.summary):
+        # Each look-up of a child or parameter costs a good part of what a small projection does: each is made once.
+        summary, dropout = self.summary, self.dropout
+        if not _is_plain_linear(summary):
             return self._forward_through_modules(hidden_states)
-        weight, bias = self.summary.weight, self.summary.bias
-        values = ops.value_head(
-            hidden_states.to(weight.device),
-            weight.float(),
-            None if bias is None else bias.float(),
-            dropout_p=self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0,
-        )
-        return values.unsqueeze(-1)
+        weight = summary.weight
+        probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        hidden_states = hidden_states.to(weight.device)
+        return ops.value_head(hidden_states, weight, summary.bias, dropout_p=probability).unsqueeze(-1)
 
     def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:
         """Calls the children as modules, for a `summary` that an adapter replaced or a sharding library hooked."""

@@ -434,8 +434,8 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     def __init__(self, pretrained_model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, passed on
         if not self._has_lm_head(pretrained_model):
             raise HeadError(
-                "The model does not have a language model head, please use a model that has one: "
-                f"expected one of {', '.join(self.lm_head_namings)} in a {type(pretrained_model).__name__}"
+                f"pretrained_model: expected a language-model head ({', '.join(self.lm_head_namings)}), "
+                f"found none in a {type(pretrained_model).__name__}"
             )
         super().__init__(pretrained_model, *args, **kwargs)
         self.is_encoder_decoder = True

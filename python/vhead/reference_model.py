@@ -56,6 +56,5 @@ def _parameters_before(model: nn.Module, layer: int, pattern: str | None) -> lis
             return [parameter for _, parameter in named[:boundary]]
     tried = ", ".join(LAYER_PATTERNS) if pattern is None else pattern
     raise ReferenceModelError(
-        f"Layer pattern could not be matched: no parameter of the {type(model).__name__} is named like layer {layer} "
-        f"in {tried}"
+        f"pattern: no parameter of the {type(model).__name__} is named like layer {layer} in {tried}"
     )

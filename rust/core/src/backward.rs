@@ -7,7 +7,7 @@
 //! * `grad_weight[k, h]`: rows are cut into chunks of [`CHUNK`] = 128. A chunk's partial sum starts at +0 and takes its
 //!   rows in rising order, `partial = fma(gs[n, k], keep(n, h) * hidden[n, h], partial)`. Chunk `c` is then added to slot
 //!   `c % 8` in rising order, and the 8 slots are folded by halves ([`reduce::fold_halves`]);
-//! * `grad_bias[k]`: [`reduce::sum`] of `g[.., k]`.
+//! * `grad_bias[k]`: [`reduce::sum`] of `g[.., k]`, in float64 and rounded once.
 //!
 //! Every column is independent and no order depends on threads or grids: run to run, CPU and CUDA, the bits are the same.
 use crate::buffer::Buffer;

@@ -22,10 +22,15 @@ pub const OCTET: usize = 8;
 /// Octets in a row of lanes: the threads of a warp.
 pub const OCTETS: usize = LANES / OCTET;
 
+/// float32, or float64 where [`sum`] adds.
+pub trait Float: Copy + Default + std::ops::Add<Output = Self> {}
+impl Float for f32 {}
+impl Float for f64 {}
+
 /// Steps 2 and 3: the sum of 256 lanes.
 #[must_use]
-pub fn fold(lanes: &[f32; LANES]) -> f32 {
-    let mut octets = [0.0; OCTETS];
+pub fn fold<T: Float>(lanes: &[T; LANES]) -> T {
+    let mut octets = [T::default(); OCTETS];
     for (octet, lane) in octets.iter_mut().zip(lanes.as_chunks::<OCTET>().0) {
         *octet = fold_octet(lane);
     }
@@ -35,17 +40,17 @@ pub fn fold(lanes: &[f32; LANES]) -> f32 {
 /// Step 2: adjacent pairs.
 #[must_use]
 #[inline]
-pub fn fold_octet(lane: &[f32; OCTET]) -> f32 {
+pub fn fold_octet<T: Float>(lane: &[T; OCTET]) -> T {
     ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))
 }
 
 /// Step 3: by halves. `slots` must have a power-of-two length; it is overwritten.
 #[inline]
-pub fn fold_halves(slots: &mut [f32]) -> f32 {
+pub fn fold_halves<T: Float>(slots: &mut [T]) -> T {
     let mut half = slots.len() / 2;
     while half > 0 {
         for i in 0..half {
-            slots[i] += slots[i + half];
+            slots[i] = slots[i] + slots[i + half];
         }
         half /= 2;
     }
@@ -59,12 +64,16 @@ pub fn finish(sum: f32, scale: f32, bias: f32) -> f32 {
     sum.mul_add(scale, bias + 0.0)
 }
 
-/// Sum of `values` in the order above, each taken with weight one.
+/// Sum of `values` in the order above, in float64 and rounded once.
+///
+/// It serves a column of numbers as long as the batch, a gradient of the bias: few enough that float64 costs nothing, and
+/// so many that float32 would lose digits.
 #[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "one rounding to float32 is the promise")]
 pub fn sum(values: impl IntoIterator<Item = f32>) -> f32 {
-    let mut lanes = [0.0; LANES];
+    let mut lanes = [0.0_f64; LANES];
     for (i, value) in values.into_iter().enumerate() {
-        lanes[i % LANES] += value;
+        lanes[i % LANES] += f64::from(value);
     }
-    fold(&lanes)
+    fold(&lanes) as f32
 }

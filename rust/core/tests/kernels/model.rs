@@ -1,5 +1,6 @@
 //! The documented arithmetic, written a second time: element by element, in the order that the documentation gives.
 use crate::support::{Case, Outcome};
+use std::ops::Add;
 use vhead_core::reduce::{LANES, OCTET, OCTETS};
 use vhead_core::{CHUNK, Dropout, Element, Result, SLOTS};
 
@@ -32,8 +33,8 @@ fn values<T>(case: &Case<T>, x: &[f32]) -> Vec<f32> {
     values
 }
 
-pub(crate) fn fold(lanes: &[f32; LANES]) -> f32 {
-    let mut sums: Vec<f32> = lanes.to_vec();
+pub(crate) fn fold<T: Copy + Add<Output = T>>(lanes: &[T; LANES]) -> T {
+    let mut sums: Vec<T> = lanes.to_vec();
     for _ in 0..3 {
         sums = sums.chunks(2).map(|pair| pair[0] + pair[1]).collect();
     }
@@ -87,9 +88,9 @@ fn weight<T>(case: &Case<T>, x: &[f32]) -> Vec<f32> {
 
 fn bias<T>(case: &Case<T>) -> Vec<f32> {
     let column = |k: usize| {
-        let mut lanes = [0.0; LANES];
-        (0..case.rows).for_each(|n| lanes[n % LANES] += case.grad_values[n * case.outputs + k]);
-        fold(&lanes)
+        let mut lanes = [0.0_f64; LANES];
+        (0..case.rows).for_each(|n| lanes[n % LANES] += f64::from(case.grad_values[n * case.outputs + k]));
+        fold(&lanes) as f32
     };
     (0..case.outputs).map(column).collect()
 }
