@@ -1,10 +1,11 @@
 """What every test shares: no network, one thread, fixed seeds, and two Hypothesis profiles."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -31,6 +32,17 @@ def seed() -> None:
     """Seeds torch's generator, without importing torch for the tests that do not use it."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def transformers_logging() -> Iterator[None]:
+    """Undoes what a test, or a command that it runs, does to transformers' logger."""
+    logger = logging.getLogger("transformers")
+    before = logger.level, logger.propagate, logger.disabled
+    yield
+    if "transformers" in sys.modules and before[0] != logging.NOTSET:
+        logger.setLevel(before[0])
+        logger.propagate, logger.disabled = before[1:]
 
 
 @pytest.fixture
