@@ -25,6 +25,10 @@ pub const CHUNK: usize = 128;
 pub const SLOTS: usize = 8;
 /// Chunks whose partial sums are held at once: it bounds the memory of a call, and is a multiple of [`SLOTS`].
 const WAVE: usize = 256;
+/// Bytes of the gradient of the hidden states that one task writes, in a row. The system zeroes fresh memory a (huge, 2 MiB)
+/// page at a time, on the first touch; two threads that touch the same page at once both zero it, and one has done so for
+/// nothing. With several pages to a task they meet at a task's ends only.
+const TASK_BYTES: usize = 4 << 20;
 
 /// Where gradients go; `None` is not computed. Everything is overwritten.
 #[derive(Debug)]
@@ -128,25 +132,46 @@ impl<T: Element> Tiles<'_, T> {
 
     /// Every tile of some chunks; partial sums go to `partials`, chunk by chunk and block by block.
     fn run(&self, chunks: Range<usize>, partials: Option<&mut [f32]>, executor: &dyn Executor) {
-        let (rows, columns) = (self.hidden.count(), self.hidden.columns());
-        let blocks = columns.div_ceil(BLOCK);
         let partials = partials.map(Shared::new);
-        executor.run(chunks.len() * blocks, &|tile| {
-            let (chunk, block) = (chunks.start + tile / blocks, tile % blocks);
-            let columns = block * BLOCK..columns.min((block + 1) * BLOCK);
-            let sums = self.outputs * columns.len().next_multiple_of(crate::simd::WIDTH);
-            self.level.run(Gradient {
-                hidden: self.hidden,
-                weights: &self.weights,
-                outputs: self.outputs,
-                keep: self.keep.as_ref(),
-                scaled: &self.scaled,
-                rows: chunk * CHUNK..rows.min((chunk + 1) * CHUNK),
-                columns,
-                grad_hidden: self.grad_hidden.as_ref().map(Shared::as_mut_ptr),
-                // SAFETY: each tile has its own partial sums.
-                grad_weight: partials.as_ref().map(|all| unsafe { all.slice(tile * self.sums(), sums) }),
-            });
+        let tiles = chunks.len() * self.blocks();
+        let group = self.tiles_in_task(tiles, executor);
+        executor.run(tiles.div_ceil(group), &|task| {
+            for tile in task * group..tiles.min((task + 1) * group) {
+                self.run_tile(chunks.start, tile, partials.as_ref());
+            }
+        });
+    }
+
+    /// Consecutive tiles that one task takes: about [`TASK_BYTES`] of the gradient of the hidden states, but no thread goes
+    /// without.
+    fn tiles_in_task(&self, tiles: usize, executor: &dyn Executor) -> usize {
+        let bytes = CHUNK * BLOCK.min(self.hidden.columns()) * size_of::<T>();
+        let wanted = if self.grad_hidden.is_some() { TASK_BYTES / bytes } else { 1 };
+        wanted.min(tiles.div_ceil(executor.threads())).max(1)
+    }
+
+    /// Blocks in a row.
+    fn blocks(&self) -> usize {
+        self.hidden.columns().div_ceil(BLOCK)
+    }
+
+    /// Tile number `tile` from chunk `first` on.
+    fn run_tile(&self, first: usize, tile: usize, partials: Option<&Shared<'_, f32>>) {
+        let (rows, columns) = (self.hidden.count(), self.hidden.columns());
+        let (chunk, block) = (first + tile / self.blocks(), tile % self.blocks());
+        let columns = block * BLOCK..columns.min((block + 1) * BLOCK);
+        let sums = self.outputs * columns.len().next_multiple_of(crate::simd::WIDTH);
+        self.level.run(Gradient {
+            hidden: self.hidden,
+            weights: &self.weights,
+            outputs: self.outputs,
+            keep: self.keep.as_ref(),
+            scaled: &self.scaled,
+            rows: chunk * CHUNK..rows.min((chunk + 1) * CHUNK),
+            columns,
+            grad_hidden: self.grad_hidden.as_ref().map(Shared::as_mut_ptr),
+            // SAFETY: each tile has its own partial sums.
+            grad_weight: partials.map(|all| unsafe { all.slice(tile * self.sums(), sums) }),
         });
     }
 
