@@ -104,6 +104,11 @@ class TestJsonl:
         with pytest.raises(FieldError, match=r"^line 5: text: expected a JSON object, got \[1\] \(list\)"):
             rows[2].rollout()
 
+    def test_a_line_that_stops_short_is_faulted_at_its_end(self):
+        (row,) = read('{"prompt": "a"\n')
+        with pytest.raises(FieldError, match=r"broken JSON at column 15 "):
+            row.rollout()
+
     def test_a_half_written_last_line(self):
         rows = read(f'{GOOD}\n{{"prompt": "a", "comp')
         with pytest.raises(FieldError, match=r"line 2: .* got half of one: the file ends in the middle of the line"):

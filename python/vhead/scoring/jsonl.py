@@ -60,8 +60,11 @@ class JsonRow:
     def _broken(self, error: ValueError) -> str:
         if not self.line.endswith(b"\n"):
             return "half of one: the file ends in the middle of the line"
-        where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        return f"broken JSON{where} ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
+        if not isinstance(error, json.JSONDecodeError):
+            return f"broken JSON ({error})"
+        # The line's end is white space to JSON, so that a line that stops short is faulted on the next one.
+        column = min(error.pos, len(error.doc.rstrip())) + 1
+        return f"broken JSON at column {column} ({error.msg})"
 
 
 class JsonlReader:
