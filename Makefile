@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 WORKERS ?= 2
+REUSED := benchmarks/results/head-reused-memory.json
 
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -63,6 +64,8 @@ bench: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python benchmarks/head.py --output $(REUSED)
+	$(BIN)/python benchmarks/report.py $(REUSED)
 
 format: $(VENV)/.dev
 	cargo fmt --all

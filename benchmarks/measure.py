@@ -17,6 +17,8 @@ import torch
 Work = Callable[[], object]
 
 ROOT = Path(__file__).parent.parent
+# Settings of the environment that change what is measured.
+SETTINGS = ("OMP_", "MKL_", "KMP_", "MALLOC_", "VHEAD_")
 # What runs here, whose uncommitted changes would make a figure nobody's.
 MEASURED = ("rust", "python/vhead/ops.py", "python/vhead/heads.py", "benchmarks/*.py")
 
@@ -73,7 +75,7 @@ def provenance(threads: int, rounds: int) -> dict[str, object]:
         "torch_threads": threads,
         "rounds": rounds,
         "niceness": os.nice(0),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "MKL_", "KMP_", "VHEAD_"))},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
 

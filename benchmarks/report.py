@@ -1,9 +1,13 @@
-"""Writes results/head.md from results/head.json: the figures that this project set out to reach, and all times."""
+"""Writes results/head.md from results/head.json: the figures that this project set out to reach, and all times.
 
+Other data than head.json can be named; its report is written beside it.
+"""
+
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from results import Results
+from results import FILE, Results
 
 SHAPE = (8192, 2048)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,21 +20,25 @@ QUANTITIES = ("values", "grad_hidden", "grad_weight", "grad_bias")
 
 def main() -> None:
     """Writes the report."""
-    results = Results.load()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, nargs="?", default=FILE)
+    data = parser.parse_args().data
+    results = Results.load(data)
     sections = [list(part(results)) for part in (source, goals, times, errors)]
     text = "\n\n".join("\n".join(lines) for lines in sections)
-    (Path(__file__).parent / "results" / "head.md").write_text(text + "\n")
+    heading = f"<!-- Written by benchmarks/report.py from {data.name}. -->"
+    data.with_suffix(".md").write_text(f"{heading}\n{text}\n")
 
 
 def source(results: Results) -> Iterator[str]:
     """Where the figures come from."""
     p = results.provenance
-    yield "<!-- Written by benchmarks/report.py from head.json. -->"
     yield (
         f"{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; "
         f"torch {p['torch']}, trl {p['trl']}, Python {p['python']}; commit {str(p['commit'])[:12]}"
         f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; {p['rounds']} rounds; "
-        f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after."
+        f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after"
+        f"{''.join(f'; {name}={value}' for name, value in p['environment'].items())}."
     )
 
 
