@@ -120,3 +120,45 @@ impl Keep {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Level;
+    use crate::simd::Kernel;
+
+    /// The masks of one row, by the level's vectors or by plain Rust.
+    struct Fill<'a> {
+        keep: &'a Keep,
+        row: u64,
+        bits: &'a mut [u16],
+    }
+
+    impl Kernel for Fill<'_> {
+        #[inline(always)]
+        fn run<S: Simd, const GROUPS: usize>(self, simd: S) {
+            self.keep.fill(simd, self.row, 0, self.bits, std::ptr::null(), 2);
+        }
+        fn run_scalar(self) {
+            self.keep.fill_scalar(self.row, 0, self.bits);
+        }
+    }
+
+    /// No tensor has 2^32 rows in a test, but the counter has room for them.
+    #[test]
+    fn both_words_of_a_row_count() -> crate::Result<()> {
+        let Some(dropout) = Dropout::new(0.5, 0x0123_4567_89AB_CDEF)? else { return Ok(()) };
+        let keep = Keep::new(&dropout, 4 * COLUMNS);
+        let mask = |level: Level, row: u64| {
+            let mut bits = vec![0; words(4 * COLUMNS)];
+            level.run(Fill { keep: &keep, row, bits: &mut bits });
+            bits
+        };
+        for row in [0, 7, u64::from(u32::MAX), 1 << 32, (5 << 32) + 7, u64::MAX] {
+            let expected = mask(Level::Scalar, row);
+            assert!(Level::available().into_iter().all(|level| mask(level, row) == expected), "row {row}");
+            assert!(row < 1 << 32 || expected != mask(Level::Scalar, row & u64::from(u32::MAX)), "row {row}");
+        }
+        Ok(())
+    }
+}

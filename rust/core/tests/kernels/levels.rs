@@ -2,7 +2,8 @@
 use crate::for_each_dtype;
 use crate::model;
 use crate::support::{Case, PROBABILITIES, WIDTHS, same};
-use vhead_core::{Dropout, Element, Gradients, Level, Pool, Result, backward_with};
+use vhead_core::reduce::{LANES, OCTET, OCTETS};
+use vhead_core::{CHUNK, Dropout, Element, Gradients, Level, Pool, Result, SLOTS, backward_with};
 
 fn follows_the_model<T: Element>(rows: usize, columns: usize, outputs: usize, p: f64) -> Result<()> {
     let case = Case::<T>::new(rows, columns, outputs, p)?;
@@ -127,4 +128,11 @@ fn a_faulty_case_differs() -> Result<()> {
         assert!(outcome.values != expected.values && outcome.hidden != expected.hidden, "{name}");
     }
     Ok(())
+}
+
+/// The model of these tests takes the sizes from the crate; what they are is a promise of its own.
+#[test]
+fn sizes_are_the_documented_ones() {
+    assert_eq!((LANES, OCTET, OCTETS), (256, 8, 32));
+    assert_eq!((CHUNK, SLOTS), (128, 8));
 }
