@@ -8,7 +8,6 @@ use pyo3::types::PyBytes;
 use vhead_core::dropout::Dropout;
 use vhead_core::init;
 use vhead_core::philox::Stream;
-use vhead_core::reduce::OCTET;
 
 fn stream(name: &str) -> PyResult<Stream> {
     match name {
@@ -55,17 +54,17 @@ pub(crate) fn init_normal<'py>(
 #[pyfunction]
 pub(crate) fn dropout_mask(
     py: Python<'_>,
-    rows: u64,
+    rows: usize,
     columns: usize,
     dropout_p: f64,
     seed: i64,
 ) -> PyResult<Bound<'_, PyBytes>> {
     let mask = gate::run(py, usize::MAX, || {
-        let dropout = Dropout::new(dropout_p, seed.cast_unsigned())?;
-        let octets = || (0..columns.div_ceil(OCTET)).map(|octet| octet as u32);
-        let keep =
-            |row| octets().flat_map(move |octet| dropout.map_or([true; OCTET], |dropout| dropout.keep(row, octet)));
-        Ok((0..rows).flat_map(|row| keep(row).take(columns)).map(u8::from).collect::<Vec<_>>())
+        let mut mask = vec![true; rows * columns];
+        if let Some(dropout) = Dropout::new(dropout_p, seed.cast_unsigned())? {
+            dropout.mask(columns, &mut mask)?;
+        }
+        Ok(mask.into_iter().map(u8::from).collect::<Vec<_>>())
     })?;
     Ok(PyBytes::new(py, &mask))
 }
