@@ -1,4 +1,4 @@
-"""The README does what it says: its Python runs, its commands and its files exist."""
+"""The README and the pages of docs/ do what they say: their Python runs, their commands and their files exist."""
 
 import os
 import re
@@ -29,9 +29,16 @@ def broken_links(page: Path) -> list[str]:
     return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page.read_text(), "python")]
+
+
 def run_blocks(python: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs code blocks one after the other in one interpreter, as a reader would."""
-    script = folder / "readme.py"
+    script = folder / "blocks.py"
     script.write_text("\n".join(python))
     return subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
 
@@ -48,18 +55,23 @@ def unknown_options(words: list[str]) -> list[str]:
     return [word for word in words if word.startswith("--") and not re.search(rf"{word}\b", known)]
 
 
-def test_python_blocks_run(tmp_path: Path) -> None:
-    python = blocks((ROOT / "README.md").read_text(), "python")
-    assert len(python) >= 4
-    done = run_blocks(python, tmp_path)
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=name)
+def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
+    done = run_blocks(blocks(page.read_text(), "python"), tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_has_python_to_run() -> None:
+    assert len(blocks((ROOT / "README.md").read_text(), "python")) >= 4
 
 
 def test_a_broken_python_block_is_seen(tmp_path: Path) -> None:
     assert run_blocks(["import vhead\n", "vhead.AutoModelForEverything\n"], tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("words", commands((ROOT / "README.md").read_text(), "vhead"), ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for page in PAGES for words in commands(page.read_text(), "vhead")], ids=" ".join
+)
 def test_vhead_commands_exist(words: list[str]) -> None:
     assert unknown_options(words) == []
 
@@ -68,14 +80,14 @@ def test_an_unknown_option_is_seen() -> None:
     assert unknown_options(["vhead", "score", "--model", "--colour-of-paper"]) == ["--colour-of-paper"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= targets
     assert {words[1] for words in commands(page.read_text(), "make")} <= targets
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
