@@ -1,8 +1,7 @@
-"""How the value heads of different frameworks lie on disk.
+"""The formats, and what is done with each of them.
 
-A format knows which tensors are its head; where bytes come from is `vhead.checkpoint`'s business. A new format is one
-more entry of `FORMATS`. Formats are tried in that order, so the first one that a checkpoint shows signs of decides: if
-the head then does not fit, that is an error, never a reason to go on to the next.
+Formats are tried in the order of `FORMATS`, so the first one that a checkpoint shows signs of decides: if the head then
+does not fit, that is an error, never a reason to go on to the next.
 """
 
 import re
@@ -16,30 +15,14 @@ from torch import Tensor
 
 from vhead.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadMismatchError
-
-WEIGHT_KEY = "v_head.summary.weight"
-BIAS_KEY = "v_head.summary.bias"
+from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
+from vhead.formats.weights import HeadWeights, LinearWeights
 
 LLAMA_FACTORY_FILES = ("value_head.safetensors", "value_head.bin")
 
 _EXPECTED = f"{WEIGHT_KEY} [1, H] and {BIAS_KEY} [1]"
 _TRL_ROOT = re.compile(r"^((?:.+\.)?v_head)(?:\.|$)")
 _HEAD_LIKE = re.compile(r"(?:^|\.)(?:(?:v|value|reward|rm|critic)_?heads?|score)(?:\.|$)")
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """A trained head.
-
-    Attributes:
-        weight: `[1, H]`, float32.
-        bias: `[1]`, float32.
-        source: Where it was read: file and format.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    source: str
 
 
 @dataclass(frozen=True)
@@ -134,9 +117,13 @@ def _read_pair(checkpoint: Checkpoint, files: Mapping[str, str], format_name: st
     weight_shape = checkpoint.shape(weight_name, files[weight_name])
     if len(weight_shape) != 2 or weight_shape[0] != 1 or checkpoint.shape(bias_name, files[bias_name]) != (1,):
         raise _mismatch(checkpoint, found)
-    return HeadWeights(
+    layer = LinearWeights(
         weight=_read_float32(checkpoint, weight_name, files[weight_name]),
         bias=_read_float32(checkpoint, bias_name, files[bias_name]),
+    )
+    return HeadWeights(
+        layers=(layer,),
+        format=format_name,
         source=f"{checkpoint.describe(files[weight_name])} ({format_name})",
     )
 
