@@ -8,81 +8,27 @@ checkpoint is an error.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedModel
 
 from vhead import backbone
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import HeadError, HeadMismatchError, VheadError
 from vhead.formats import WEIGHT_KEY, HeadWeights, find_head, save_beside_adapter
 from vhead.heads import HeadArguments, ValueHead, check_head_arguments
+from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
+from vhead.state import CheckpointState
+from vhead.surface import TransformersSurface
 
 logger = logging.getLogger("vhead")
 
-BODY = "pretrained_model"
 
-
-class ValueHeadOutput(NamedTuple):
-    """What `forward` returns: unpacks as TRL's `(lm_logits, loss, value)`, and names its items as transformers does.
-
-    Attributes:
-        logits: `[B, T, V]`, float32.
-        loss: The language model's loss, or None without labels.
-        value: `[B, T]`, float32: the value of the state after each token.
-    """
-
-    logits: Tensor | None
-    loss: Tensor | None
-    value: Tensor
-
-    @property
-    def lm_logits(self) -> Tensor | None:
-        """The logits, by TRL's name."""
-        return self.logits
-
-
-class ValueHeadOutputWithCache(NamedTuple):
-    """What `forward` returns with `return_past_key_values=True`: the items of `ValueHeadOutput`, then the cache."""
-
-    logits: Tensor | None
-    loss: Tensor | None
-    value: Tensor
-    past_key_values: Cache
-
-    @property
-    def lm_logits(self) -> Tensor | None:
-        """The logits, by TRL's name."""
-        return self.logits
-
-
-class _OfBody:
-    """An attribute that is the wrapped model's, unless it is set on the wrapper itself.
-
-    Args:
-        newer_name: What newer versions of transformers call it.
-    """
-
-    def __init__(self, newer_name: str | None = None) -> None:
-        self._newer_name = newer_name
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:  # noqa: ANN401, the body's type
-        if instance is None:
-            return self
-        body = instance.pretrained_model
-        if self._newer_name and hasattr(body, self._newer_name):
-            return getattr(body, self._newer_name)
-        return getattr(body, self._name)
-
-
-class PreTrainedModelWrapper(nn.Module):
+class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
     """A language model and a value head on its last hidden state.
 
     Args:
@@ -113,31 +59,6 @@ class PreTrainedModelWrapper(nn.Module):
     supported_modules: ClassVar[tuple[str, ...]] = ("v_head",)
     supported_rm_modules: ClassVar[tuple[str, ...]] = ("score",)
     supported_pretrained_model_architectures: ClassVar[tuple[type, ...]] = (PreTrainedModel,)
-
-    # TRL's new PPOTrainer reaches a value model's trunk by this name, and its head as `score`.
-    base_model_prefix = "backbone"
-
-    _keys_to_ignore_on_save = _OfBody()
-    _no_split_modules = _OfBody()
-    add_model_tags = _OfBody()
-    can_generate = _OfBody()
-    config = _OfBody()
-    device = _OfBody()
-    disable_input_require_grads = _OfBody()
-    dtype = _OfBody()
-    enable_input_require_grads = _OfBody()
-    get_input_embeddings = _OfBody()
-    get_output_embeddings = _OfBody()
-    gradient_checkpointing_disable = _OfBody()
-    gradient_checkpointing_enable = _OfBody()
-    hf_device_map = _OfBody()
-    is_gradient_checkpointing = _OfBody(newer_name="is_activation_checkpointing")
-    main_input_name = _OfBody()
-    name_or_path = _OfBody()
-    prepare_inputs_for_generation = _OfBody()
-    set_input_embeddings = _OfBody()
-    set_output_embeddings = _OfBody()
-    tie_weights = _OfBody()
 
     def __init__(
         self,
@@ -320,44 +241,7 @@ class PreTrainedModelWrapper(nn.Module):
         """Generates with the language model's own `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
 
-    def _current_plan(self) -> backbone.BackbonePlan:
-        """The plan, made anew once an adapter has been put around the body or taken off it."""
-        if self.plan.architecture is not type(self.pretrained_model):
-            self.plan = backbone.plan_for(self.pretrained_model)
-        return self.plan
-
     # State
-
-    def state_dict(  # type: ignore[override]  # torch overloads what is one signature
-        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """The weights as checkpoints name them: the body's without a prefix, the head's as `v_head.summary.*`.
-
-        Of a model with adapters it is the head alone, since adapters are saved by peft.
-        """
-        state: dict[str, Any] = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[arg-type]
-        own_names = [name for name in state if name.startswith(tuple(f"{prefix}{child}." for child in self._modules))]
-        for name in own_names:
-            # Every name is put back, in order: the body's parameters stay before the head's.
-            value, path = state.pop(name), name.removeprefix(prefix)
-            if not (path.startswith(f"{BODY}.") and self.is_peft_model):
-                state[prefix + path.removeprefix(f"{BODY}.")] = value
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            own_name = prefix + self._module_name(name.removeprefix(prefix))
-            if own_name != name:
-                state_dict[own_name] = state_dict.pop(name)
-        if f"{prefix}{WEIGHT_KEY}" in state_dict:
-            self.head_source = "load_state_dict"
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells `torch.distributed.checkpoint` which child the state dict's names leave out."""
-        body: nn.Module = self.pretrained_model
-        of_body = [*body._modules, *body._parameters, *body._buffers]
-        return dict.fromkeys([name for name in of_body if name not in self._modules], BODY)
 
     def save_pretrained(
         self,
@@ -382,41 +266,6 @@ class PreTrainedModelWrapper(nn.Module):
             save_beside_adapter(state, Path(save_directory))
             return self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)
         return self.pretrained_model.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
-
-    def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        for name, value in state_dict.items():
-            yield self._module_name(name).removeprefix(f"{BODY}."), value
-
-    def _module_name(self, name: str) -> str:
-        """Turns a name of any layout (checkpoint, raw module, wrapped in `module.`) into this module's own."""
-        first = name.partition(".")[0]
-        if first == "module" and not hasattr(self.pretrained_model, "module"):
-            return self._module_name(name.removeprefix("module."))
-        return name if first in self._modules else f"{BODY}.{name}"
-
-    # The surface of a transformers model
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The language model without its head, or the whole of it where there is no such part."""
-        has_base_model = self._current_plan().route is backbone.Route.BASE_MODEL
-        model: nn.Module = self.pretrained_model
-        return backbone.without_adapter(model).base_model if has_base_model else model
-
-    @property
-    def score(self) -> nn.Module:
-        """The reward adapter's head where there is one, else the value head."""
-        module: nn.Module = self._modules.get("score") or self.v_head
-        return module
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """The language model's generation configuration, which `generate` uses."""
-        return self.pretrained_model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        self.pretrained_model.generation_config = value
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):

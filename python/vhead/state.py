@@ -1,0 +1,61 @@
+"""The names of a wrapped model's weights: without a prefix in checkpoints, with one in the module itself."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vhead.formats import WEIGHT_KEY
+
+BODY = "pretrained_model"
+
+
+class CheckpointState(nn.Module):
+    """A module whose state dict leaves its body's prefix out, and takes every layout back."""
+
+    pretrained_model: PreTrainedModel
+    head_source: str | None
+    is_peft_model: bool
+
+    def state_dict(  # type: ignore[override]  # torch overloads what is one signature
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The weights as checkpoints name them: the body's without a prefix, the head's as `v_head.summary.*`.
+
+        Of a model with adapters it is the head alone, since adapters are saved by peft.
+        """
+        state: dict[str, Any] = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[arg-type]
+        own_names = [name for name in state if name.startswith(tuple(f"{prefix}{child}." for child in self._modules))]
+        for name in own_names:
+            # Every name is put back, in order: the body's parameters stay before the head's.
+            value, path = state.pop(name), name.removeprefix(prefix)
+            if not (path.startswith(f"{BODY}.") and self.is_peft_model):
+                state[prefix + path.removeprefix(f"{BODY}.")] = value
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            own_name = prefix + self._module_name(name.removeprefix(prefix))
+            if own_name != name:
+                state_dict[own_name] = state_dict.pop(name)
+        if f"{prefix}{WEIGHT_KEY}" in state_dict:
+            self.head_source = "load_state_dict"
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells `torch.distributed.checkpoint` which child the state dict's names leave out."""
+        body: nn.Module = self.pretrained_model
+        of_body = [*body._modules, *body._parameters, *body._buffers]
+        return dict.fromkeys([name for name in of_body if name not in self._modules], BODY)
+
+    def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in state_dict.items():
+            yield self._module_name(name).removeprefix(f"{BODY}."), value
+
+    def _module_name(self, name: str) -> str:
+        """Turns a name of any layout (checkpoint, raw module, wrapped in `module.`) into this module's own."""
+        first = name.partition(".")[0]
+        if first == "module" and not hasattr(self.pretrained_model, "module"):
+            return self._module_name(name.removeprefix("module."))
+        return name if first in self._modules else f"{BODY}.{name}"
