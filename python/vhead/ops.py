@@ -375,7 +375,9 @@ def _replicated_like(hidden: Tensor, keep: Tensor) -> Tensor:
 
 
 def _sharding() -> Any:  # noqa: ANN401, a module that only sharding programs import
-    return sys.modules.get("torch.distributed.tensor")
+    module = sys.modules.get("torch.distributed.tensor")
+    # Torch 2.4 has a module of this name as well, and DTensor elsewhere.
+    return module if hasattr(module, "DTensor") else sys.modules.get("torch.distributed._tensor")
 
 
 # --- Plain torch -----------------------------------------------------------------------------------------------------
