@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, Unpack
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,10 +22,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vhead.errors import HeadFileError
+from vhead.tensor_files import TensorFile, open_tensors
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
@@ -67,7 +66,7 @@ class Checkpoint:
         self._use_safetensors = arguments.pop("use_safetensors", None)
         self._subfolder = arguments.pop("subfolder", None) or ""
         self._hub_arguments: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
-        self._opened: dict[Path, SafetensorsFile | PickledFile] = {}
+        self._opened: dict[Path, TensorFile] = {}
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -98,14 +97,37 @@ class Checkpoint:
 
     def names_in(self, name: str) -> dict[str, str]:
         """The tensors of one file, as `weight_map` lists them."""
-        return dict.fromkeys(self._open(name).shapes, name)
+        return dict.fromkeys(self._open(name).tensors, name)
 
     def shape(self, tensor: str, file_name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
-        shapes = self._open(file_name).shapes
-        if tensor not in shapes:
+        tensors = self._open(file_name).tensors
+        if tensor not in tensors:
             raise HeadFileError(f"{self.describe(file_name)}: the index places {tensor} here, but it is missing")
-        return shapes[tensor]
+        return tensors[tensor].shape
+
+    def dtype(self, tensor: str, file_name: str) -> str:
+        """The dtype of a tensor by torch's name (`bfloat16`), from the file's header."""
+        self.shape(tensor, file_name)
+        return self._open(file_name).tensors[tensor].dtype
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says, or nothing where there is none.
+
+        Raises:
+            HeadFileError: It is not a JSON object.
+        """
+        path = None if Path(self.location).is_file() else self.path("config.json")
+        if path is None:
+            return {}
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise HeadFileError(f"{path}: expected a JSON object, got: {error!r}") from error
+        if not isinstance(config, dict):
+            raise HeadFileError(f"{path}: expected a JSON object, got a {type(config).__name__}")
+        return config
 
     def read(self, tensor: str, file_name: str) -> Tensor:
         """Reads one tensor."""
@@ -124,66 +146,13 @@ class Checkpoint:
             if self._use_safetensors in (None, is_safetensors):
                 yield f"{stem}{variant}.{extension}", f"{stem}.{extension}.index{variant}.json"
 
-    def _open(self, name: str) -> "SafetensorsFile | PickledFile":
+    def _open(self, name: str) -> TensorFile:
         path = self.path(name)
         if path is None:
             raise HeadFileError(f"{self.describe(name)}: the index names this file, but it is missing")
         if path not in self._opened:
-            self._opened[path] = (SafetensorsFile if name.endswith(".safetensors") else PickledFile)(path)
+            self._opened[path] = open_tensors(path, name)
         return self._opened[path]
-
-
-class SafetensorsFile:
-    """A safetensors file; the library checks the whole header before any tensor is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no iterator
-        except (SafetensorError, OSError, ValueError) as error:
-            raise HeadFileError(f"{self.path}: expected a safetensors file, got: {error}") from error
-
-    def read(self, name: str) -> Tensor:
-        """Reads one tensor into memory of its own."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise HeadFileError(f"{self.path}: cannot read {name}: {error}") from error
-        return tensor.clone()
-
-
-class PickledFile:
-    """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str) -> Tensor:
-        """Reads one tensor into memory of its own."""
-        return self._tensors[name].detach().clone()
-
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        try:
-            with self.path.open("rb") as file:
-                is_zip = file.read(2) == b"PK"
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except Exception as error:  # Unpickling what somebody else wrote can raise anything.
-            raise HeadFileError(f"{self.path}: expected pickled tensors, got: {error}") from error
-        if not isinstance(state, dict):
-            raise HeadFileError(f"{self.path}: expected a dictionary of tensors, got a {type(state).__name__}")
-        return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _read_index(path: Path) -> dict[str, str]:
