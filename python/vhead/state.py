@@ -17,6 +17,11 @@ class CheckpointState(nn.Module):
     pretrained_model: PreTrainedModel
     head_source: str | None
     is_peft_model: bool
+    _loaded_prefix: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_name_missing_as_saved)  # type: ignore[no-untyped-call]
 
     def state_dict(  # type: ignore[override]  # torch overloads what is one signature
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -41,13 +46,21 @@ class CheckpointState(nn.Module):
                 state_dict[own_name] = state_dict.pop(name)
         if f"{prefix}{WEIGHT_KEY}" in state_dict:
             self.head_source = "load_state_dict"
+        self._loaded_prefix = prefix
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Tells `torch.distributed.checkpoint` which child the state dict's names leave out."""
+        if self._saves_raw_names():
+            return {}
         body: nn.Module = self.pretrained_model
         of_body = [*body._modules, *body._parameters, *body._buffers]
         return dict.fromkeys([name for name in of_body if name not in self._modules], BODY)
+
+    @classmethod
+    def _saves_raw_names(cls) -> bool:
+        """Whether `state_dict` was given back to torch, as verl does it for its sharded checkpoints."""
+        return cls.state_dict is nn.Module.state_dict
 
     def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in state_dict.items():
@@ -59,3 +72,13 @@ class CheckpointState(nn.Module):
         if first == "module" and not hasattr(self.pretrained_model, "module"):
             return self._module_name(name.removeprefix("module."))
         return name if first in self._modules else f"{BODY}.{name}"
+
+
+def _name_missing_as_saved(module: CheckpointState, result: Any) -> None:  # noqa: ANN401, torch's private tuple
+    """Names missing weights as `state_dict` does: safetensors and accelerate look tied ones up there."""
+    if module._saves_raw_names():
+        return
+    prefix = module._loaded_prefix
+    own = f"{prefix}{BODY}."
+    missing = result.missing_keys
+    missing[:] = [prefix + name.removeprefix(own) if name.startswith(own) else name for name in missing]
