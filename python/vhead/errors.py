@@ -89,3 +89,15 @@ class HeadNotFoundError(HeadError):
 
 class EnvironmentVariableError(VheadError, ValueError):
     """An environment variable of this package holds something it cannot mean."""
+
+
+class AdapterError(VheadError, ValueError):
+    """An adapter is missing, malformed, of the wrong kind, or not what was asked for needs."""
+
+
+class BodyMismatchError(VheadError, ValueError):
+    """A checkpoint's weights are not the language model's that its configuration names."""
+
+
+class MissingPackageError(VheadError, ImportError):
+    """A package that is not among this one's own dependencies is needed and not installed."""

@@ -9,26 +9,27 @@ checkpoint is an error.
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedModel
 
-from vhead import backbone
-from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
-from vhead.errors import HeadError, HeadMismatchError, VheadError
-from vhead.formats import WEIGHT_KEY, HeadWeights, find_head, save_beside_adapter
+from vhead import adapters, backbone
+from vhead.checkpoint import Checkpoint
+from vhead.errors import AdapterError, HeadError, HeadMismatchError
+from vhead.formats import WEIGHT_KEY, HeadWeights
 from vhead.heads import HeadArguments, ValueHead, check_head_arguments
+from vhead.loading import LoadArguments, load, prepare_given
 from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
-from vhead.state import CheckpointState
+from vhead.placement import last_hidden_device, uses_several_accelerators
+from vhead.saving import CheckpointSaving
 from vhead.surface import TransformersSurface
 
 logger = logging.getLogger("vhead")
 
 
-class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
+class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
     """A language model and a value head on its last hidden state.
 
     Args:
@@ -42,6 +43,8 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
         v_head: The head.
         plan: How the last hidden state is reached and kept on this architecture.
         head_source: Where the head's weights were read, or None for a head that was drawn.
+        untrained: The names of the body's parameters that its checkpoint lacked, as the body names them.
+        is_sequential_parallel: Whether the body's layers are on several accelerators.
 
     Raises:
         HeadError: The head's arguments or the model's configuration do not give a head.
@@ -76,7 +79,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
         self.is_peft_model = hasattr(pretrained_model, "get_base_model")
         self.is_loaded_in_8bit: bool = getattr(pretrained_model, "is_loaded_in_8bit", False)
         self.is_loaded_in_4bit: bool = getattr(pretrained_model, "is_loaded_in_4bit", False)
-        self.is_sequential_parallel = False
+        self.untrained: frozenset[str] = frozenset()
         self.current_device = self._get_current_device()
         # Trainers write into it; newer versions of transformers have none.
         self.warnings_issued: dict[str, bool] = getattr(pretrained_model, "warnings_issued", {})
@@ -95,6 +98,9 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
     ) -> Self:
         """Loads a language model and its value head, or wraps a language model that is loaded already.
 
+        Where the path is an adapter's, its language model is loaded first. The adapter is frozen unless `is_trainable`;
+        the head trains.
+
         The head is sought in the checkpoint, local folder before hub, by reading its two tensors alone. A plain
         language model gets a fresh head, which one line of the log says. A model that was loaded from a path is in
         evaluation mode, head and body alike; a given object keeps its mode, and the head takes it over.
@@ -102,63 +108,54 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
         Args:
             pretrained_model_name_or_path: A folder, a hub repository's id, or a language model.
             *model_args: Passed to transformers.
-            **kwargs: The head's arguments (`supported_args`); everything else is passed to transformers untouched.
+            **kwargs: The head's arguments; `peft_config`, for an adapter to put on the model; `is_trainable`, for
+                whether a loaded adapter trains on; `reward_adapter` and `reward_adapter_name`, for a second adapter
+                with a reward head; with `peft_config`, those of `peft.prepare_model_for_kbit_training`. Everything
+                else is passed to transformers untouched. Those that say where files are (`revision`, `cache_dir`,
+                `subfolder`, ...) hold for an adapter and the head as well.
 
         Raises:
+            AdapterError: An adapter is missing, malformed, or not one that such a model can have.
+            BodyMismatchError: The checkpoint's weights are not those of the model that its configuration names.
             HeadMismatchError: The checkpoint holds something like a head that does not fit.
             HeadFileError: A file that should hold the head is truncated, malformed or hostile.
             HeadError: The head's arguments, or the first argument, are not what they must be.
         """
-        head_arguments, model_arguments = cls._split_arguments(kwargs)
-        check_head_arguments(**head_arguments)
-        if isinstance(pretrained_model_name_or_path, nn.Module):
-            return cls._wrap_object(pretrained_model_name_or_path, head_arguments)
-        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
-            raise HeadError(
-                "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "
-                f"got a {type(pretrained_model_name_or_path).__name__}"
-            )
-        location = os.fspath(pretrained_model_name_or_path)
-        head = cls._find_head(location, model_arguments)
-        with quiet_about("v_head"):
-            body = cls.transformers_parent_class.from_pretrained(location, *model_args, **model_arguments)
-        model = cls(body, **head_arguments)
-        if head is None:
+        arguments = LoadArguments.divide(kwargs, HeadArguments.__annotations__)
+        check_head_arguments(**arguments.head)
+        given = pretrained_model_name_or_path
+        if isinstance(given, nn.Module):
+            cls._check_is_language_model(given)
+            model = cls._around(prepare_given(given, arguments), arguments)
+            logger.info("%s was given as an object: starting from a fresh value head", type(given).__name__)
+            return model
+        if not isinstance(given, str | os.PathLike):
+            raise _not_a_model(given)
+        location = os.fspath(given)
+        loaded = load(cls.transformers_parent_class, location, model_args, arguments, cls._get_current_device())
+        model = cls._around(loaded.body, arguments)
+        model.untrained = loaded.untrained
+        if loaded.head is None:
             logger.warning("%s holds no value head: starting from a fresh one", location)
         else:
-            model._load_head(head)
+            model._load_head(loaded.head)
         return model
 
     @classmethod
-    def _split_arguments(cls, arguments: Mapping[str, Any]) -> tuple[HeadArguments, dict[str, Any]]:
-        """Divides `from_pretrained`'s keyword arguments into the head's and the language model's."""
-        unsupported = {name for name in ("peft_config", "reward_adapter") if arguments.get(name) is not None}
-        if unsupported:
-            raise VheadError(
-                f"{', '.join(sorted(unsupported))}: adapters are not supported yet; wrap a loaded PeftModel"
-            )
-        ignored = ("peft_config", "reward_adapter", "reward_adapter_name", "is_trainable")
-        head: Any = {name: value for name, value in arguments.items() if name in cls.supported_args}
-        model = {name: value for name, value in arguments.items() if name not in (*cls.supported_args, *ignored)}
-        return head, model
+    def _check_is_language_model(cls, given: nn.Module) -> None:
+        if not isinstance(given, cls.supported_pretrained_model_architectures) and not hasattr(given, "get_base_model"):
+            raise _not_a_model(given)
 
     @classmethod
-    def _find_head(cls, location: str, model_arguments: Mapping[str, Any]) -> HeadWeights | None:
-        names = LocationArguments.__annotations__
-        where: Any = {name: value for name, value in model_arguments.items() if name in names}
-        if Checkpoint(location, **where).path("adapter_config.json") is not None:
-            raise VheadError(f"{location}: adapters are not supported yet; load the PeftModel and pass the object")
-        return find_head(location, **where)
-
-    @classmethod
-    def _wrap_object(cls, body: nn.Module, head_arguments: HeadArguments) -> Self:
-        if not isinstance(body, cls.supported_pretrained_model_architectures) and not hasattr(body, "get_base_model"):
-            raise HeadError(
-                "pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, "
-                f"got a {type(body).__name__}"
-            )
-        logger.info("%s was given as an object: starting from a fresh value head", type(body).__name__)
-        return cls(body, **head_arguments)
+    def _around(cls, body: nn.Module, arguments: LoadArguments) -> Self:
+        """Wraps a model, with its reward adapter if it is to have one."""
+        adapters.check_task(body)
+        if arguments.reward_adapter is None:
+            return cls(body, **arguments.head)
+        name = arguments.reward_adapter_name
+        checkpoint = Checkpoint(arguments.reward_adapter, **arguments.reward_location)
+        score = adapters.load_reward_adapter(body, checkpoint, name)
+        return cls(body, score_module=score, supports_rm_adapter=True, rm_adapter_name=name, **arguments.head)
 
     def _load_head(self, head: HeadWeights) -> None:
         summary = self.v_head.summary
@@ -172,17 +169,60 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
             summary.bias.copy_(head.bias)
         self.head_source = head.source
 
+    def post_init(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes the head's weights from a state dict, where it has any, and puts the head where the body is.
+
+        Args:
+            state_dict: A model's state dict, in any of the layouts that `load_state_dict` accepts; it is not changed.
+
+        Raises:
+            RuntimeError: The state dict has something of a head that does not fit, as `load_state_dict` says it.
+        """
+        head = {name: value for name, value in self._checkpoint_items(state_dict) if name.startswith("v_head.")}
+        if head:
+            self.v_head.load_state_dict({name.removeprefix("v_head."): value for name, value in head.items()})
+            self.head_source = "post_init"
+        self._follow_body()
+
     def _follow_body(self) -> None:
         """Puts the head where the body's last hidden state is, in the body's train or eval mode."""
-        self.training = self.pretrained_model.training
+        body: nn.Module = self.pretrained_model
+        self.training = body.training
         self.v_head.train(self.training)
-        device = _output_device(self.pretrained_model)
+        device = last_hidden_device(body)
         if device is not None and device.type not in ("cpu", "meta"):
             self.v_head.to(device)
+        self.is_sequential_parallel = uses_several_accelerators(body)
 
     @classmethod
     def _get_current_device(cls) -> int | str:
         return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+
+    @classmethod
+    def add_and_load_reward_modeling_adapter(
+        cls,
+        pretrained_model: nn.Module,
+        adapter_model_id: str | os.PathLike[str],
+        adapter_name: str = "reward_model_adapter",
+        token: str | bool | None = None,  # noqa: FBT001, huggingface_hub's
+    ) -> nn.Linear:
+        """Adds a trained reward adapter to a model with adapters, whose active adapter and mode stay as they are.
+
+        Args:
+            pretrained_model: A model with adapters.
+            adapter_model_id: The reward adapter's folder, or its hub repository's id.
+            adapter_name: What the adapter is called inside the model.
+            token: The hub's token.
+
+        Returns:
+            The adapter's reward head, frozen: what the constructor takes as `score_module`.
+
+        Raises:
+            AdapterError: There is no such adapter.
+            HeadMismatchError: The adapter's file holds no reward head.
+        """
+        checkpoint = Checkpoint(os.fspath(adapter_model_id), token=token)
+        return adapters.load_reward_adapter(pretrained_model, checkpoint, adapter_name)
 
     # Computing
 
@@ -211,11 +251,13 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
             The logits (float32), the loss (None without labels), the values `[B, T]` (float32), the cache if asked for.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        if past_key_values is not None:
+        if past_key_values is not None and not adapters.drops_cache(self.pretrained_model):
             inputs["past_key_values"] = past_key_values
         output, hidden_states = backbone.run(self.pretrained_model, self._current_plan(), inputs)
         logits = None if output.logits is None else output.logits.float()
-        result = ValueHeadOutput(logits, getattr(output, "loss", None), self.v_head(hidden_states).squeeze(-1))
+        # A device map brings the logits back to the inputs' device; the values, not the states, go after them.
+        values = self._values_of(hidden_states, None if logits is None else logits.device)
+        result = ValueHeadOutput(logits, getattr(output, "loss", None), values)
         return ValueHeadOutputWithCache(*result, output.past_key_values) if return_past_key_values else result
 
     def values(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
@@ -234,38 +276,40 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointState):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         states = backbone.last_hidden_state(self.pretrained_model, plan=self._current_plan(), **inputs)
-        values: Tensor = self.v_head(states).squeeze(-1)
-        return values
+        return self._values_of(states, None if input_ids is None else input_ids.device)
+
+    def _values_of(self, hidden_states: Tensor, device: torch.device | None) -> Tensor:
+        values: Tensor = self.v_head(hidden_states)
+        return (values.squeeze(-1) if values.shape[-1] == 1 else values).to(device)
+
+    @torch.no_grad()
+    def compute_reward_score(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object
+    ) -> Tensor:
+        """Scores every position with the reward adapter; what is active and which mode the model is in do not change.
+
+        Args:
+            input_ids: Token ids `[B, T]`.
+            attention_mask: `[B, T]`, 1 for tokens, 0 for padding.
+            **kwargs: Passed to the language model.
+
+        Returns:
+            The scores `[B, T, K]`, float32, without gradients.
+
+        Raises:
+            AdapterError: The model has no reward adapter.
+        """
+        score = self._modules.get("score")
+        if not self.supports_rm_adapter or self.rm_adapter_name is None or score is None:
+            raise AdapterError("reward_adapter: this model was made without one")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        with adapters.active(self.pretrained_model, self.rm_adapter_name):
+            states = backbone.last_hidden_state(self.pretrained_model, plan=self._current_plan(), **inputs)
+        return adapters.reward_scores(score, states).to(None if input_ids is None else input_ids.device)
 
     def generate(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401, as transformers declares it
         """Generates with the language model's own `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
-
-    # State
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *args: object,
-        state_dict: Mapping[str, Any] | None = None,
-        **kwargs: object,
-    ) -> object:
-        """Saves body and head in one checkpoint, which TRL and plain transformers read as well.
-
-        Of a model with adapters, peft saves the adapter; the head lies beside it in a file of its own, as TRL has it.
-
-        Args:
-            save_directory: The folder, made if need be.
-            *args: Passed to the language model's `save_pretrained`.
-            state_dict: The weights to save, in any of the layouts that `load_state_dict` accepts. None: this model's.
-            **kwargs: Passed to the language model's `save_pretrained`, for instance `max_shard_size`.
-        """
-        state = self.state_dict() if state_dict is None else dict(self._checkpoint_items(state_dict))
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        if self.is_peft_model:
-            save_beside_adapter(state, Path(save_directory))
-            return self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)
-        return self.pretrained_model.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
@@ -302,8 +346,7 @@ def _head_width(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _output_device(model: nn.Module) -> torch.device | None:
-    """Where the last hidden state is: with the output embeddings, else with the last parameter."""
-    embeddings = backbone.without_adapter(model).get_output_embeddings()
-    module = model if embeddings is None else embeddings
-    return next((parameter.device for parameter in reversed(list(module.parameters()))), None)
+def _not_a_model(given: object) -> HeadError:
+    return HeadError(
+        f"pretrained_model_name_or_path: expected a string, a path or a PreTrainedModel, got a {type(given).__name__}"
+    )

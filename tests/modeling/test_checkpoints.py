@@ -11,8 +11,10 @@ from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
 
 import vhead.checkpoint
+import vhead.loading
+import vhead.tensor_files
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.errors import HeadError, HeadMismatchError, VheadError
+from vhead.errors import HeadError, HeadMismatchError
 
 HEAD_KEYS = {"v_head.summary.weight", "v_head.summary.bias"}
 
@@ -154,7 +156,7 @@ def test_the_head_costs_two_tensors(tmp_path, monkeypatch, options):
         def __getattr__(self, name):
             return getattr(self._inner, name)
 
-    monkeypatch.setattr(vhead.checkpoint, "safe_open", Spy)
+    monkeypatch.setattr(vhead.tensor_files, "safe_open", Spy)
     AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
     assert sorted(read) == sorted(HEAD_KEYS)
     assert len(opened) == 1
@@ -190,7 +192,7 @@ def test_finds_the_head_on_the_hub(tmp_path, monkeypatch, options):
 
 def test_from_pretrained_hands_the_location_arguments_on(saved, monkeypatch):
     seen = {}
-    monkeypatch.setattr(vhead.modeling, "find_head", lambda location, **where: seen.update(where, location=location))
+    monkeypatch.setattr(vhead.loading, "find_head", lambda location, **where: seen.update(where, location=location))
     _, folder = saved
     where = {"revision": "main", "cache_dir": "/cache", "local_files_only": True, "token": "t"}
     AutoModelForCausalLMWithValueHead.from_pretrained(folder, **where, dtype=torch.float32)
@@ -299,29 +301,6 @@ def test_a_head_that_does_not_fit_is_an_error(saved, change, found):
         AutoModelForCausalLMWithValueHead.from_pretrained(folder)
     assert found in str(error.value)
     assert "expected" in str(error.value)
-
-
-def test_a_model_with_adapters_saves_adapter_and_head(tmp_path):
-    peft = pytest.importorskip("peft")
-    from test_backbone import with_adapter
-
-    body = with_adapter(peft, peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
-    build("llama").save_pretrained(tmp_path / "base")
-    body.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(body)
-    model.save_pretrained(save_directory=tmp_path / "new" / "adapter")
-    files = {path.name for path in (tmp_path / "new" / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin"} <= files
-    head = vhead.formats.find_head(tmp_path / "new" / "adapter")
-    assert torch.equal(head.weight, model.v_head.summary.weight)
-    with pytest.raises(VheadError, match="adapters are not supported yet"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "new" / "adapter")
-
-
-@pytest.mark.parametrize("argument", ["peft_config", "reward_adapter"])
-def test_what_is_not_there_yet_says_so(argument):
-    with pytest.raises(VheadError, match=argument):
-        AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"), **{argument: "x"})
 
 
 @pytest.mark.parametrize("argument", [None, 3, torch.nn.Linear(2, 2), {"a": 1}])

@@ -1,0 +1,292 @@
+"""Models with adapters: the files of an adapter, putting one on, and the reward adapter with its head.
+
+peft is imported only where an adapter is at hand. All files are found by `vhead.checkpoint`, so that the arguments that
+say where a checkpoint is hold for its adapter as well, and what exists locally is never looked up on the hub.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vhead.checkpoint import Checkpoint
+from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError
+from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
+from vhead.placement import last_hidden_device
+
+HEAD_FILE = "value_head.safetensors"
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# The adapters' tasks whose models have a language-model head; an adapter need not name one.
+LANGUAGE_MODEL_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+_SCORE = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(?:[^.]+\.)?(?P<parameter>weight|bias)$")
+_SCORE_LIKE = re.compile(r"(?:^|\.)score\.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter whose files are on the local disk.
+
+    Attributes:
+        folder: Where the files are.
+        weights: The name of the file with the adapter's weights.
+        base: The language model that it was trained on: a folder, or a hub repository's id.
+        base_revision: That repository's revision, or None for the default.
+    """
+
+    folder: Path
+    weights: str
+    base: str
+    base_revision: str | None
+
+
+def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
+    """Finds a checkpoint's adapter and downloads it if need be.
+
+    Returns:
+        The adapter, or None for a checkpoint without one.
+
+    Raises:
+        AdapterError: The configuration is malformed or names no language model, or there are no weights.
+        HeadFileError: The file of weights is truncated, malformed or hostile.
+    """
+    config_path = checkpoint.path(CONFIG_FILE)
+    if config_path is None:
+        return None
+    weights = next((name for name in WEIGHT_FILES if checkpoint.path(name) is not None), None)
+    if weights is None:
+        raise AdapterError(f"{checkpoint.describe(CONFIG_FILE)}: expected {' or '.join(WEIGHT_FILES)} beside it")
+    # peft will read the file; what is wrong with it is said before a language model has been loaded.
+    checkpoint.names_in(weights)
+    config = _read_config(config_path)
+    return Adapter(
+        folder=config_path.parent,
+        weights=weights,
+        base=_string(config, "base_model_name_or_path", config_path) or "",
+        base_revision=_string(config, "revision", config_path),
+    )
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: expected an adapter's configuration in JSON, got: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got a {type(config).__name__}")
+    return config
+
+
+def _string(config: Mapping[str, object], field: str, path: Path) -> str | None:
+    value = config.get(field)
+    if value is not None and not isinstance(value, str):
+        raise AdapterError(f"{path}: {field}: expected a string, got {value!r}")
+    return value
+
+
+def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool) -> nn.Module:
+    """Puts a trained adapter on its language model: frozen, unless it is to be trained on."""
+    model: nn.Module = _peft().PeftModel.from_pretrained(body, os.fspath(adapter.folder), is_trainable=is_trainable)
+    return model
+
+
+def add_new(body: nn.Module, peft_config: object, **k_bit_arguments: object) -> nn.Module:
+    """Puts a fresh adapter on a language model, which is prepared first where its weights are quantised.
+
+    Args:
+        body: The language model.
+        peft_config: The adapter's configuration.
+        **k_bit_arguments: Those of `peft.prepare_model_for_kbit_training`.
+    """
+    peft = _peft()
+    if is_k_bit(body):
+        body = peft.prepare_model_for_kbit_training(body, **k_bit_arguments)
+    model: nn.Module = peft.get_peft_model(body, peft_config)
+    return model
+
+
+def is_k_bit(body: nn.Module) -> bool:
+    """Whether a language model's weights are quantised to 8 or 4 bits."""
+    return bool(getattr(body, "is_loaded_in_8bit", False) or getattr(body, "is_loaded_in_4bit", False))
+
+
+def k_bit_argument_names() -> frozenset[str]:
+    """The names of the arguments that `peft.prepare_model_for_kbit_training` takes beside the model."""
+    return frozenset(signature(_peft().prepare_model_for_kbit_training).parameters) - {"model"}
+
+
+def check_peft_config(peft_config: object) -> None:
+    """Checks that something is an adapter's configuration.
+
+    Raises:
+        AdapterError: It is something else.
+        MissingPackageError: peft is not installed.
+    """
+    if not isinstance(peft_config, _peft().PeftConfig):
+        raise AdapterError(f"peft_config: expected a peft.PeftConfig, got a {type(peft_config).__name__}")
+
+
+def check_task(body: nn.Module) -> None:
+    """Checks that the adapters of a model leave a language model with a token for each state.
+
+    Raises:
+        AdapterError: The model is one for another task, or its prompt is learnt: TRL's PPO takes neither.
+    """
+    config = getattr(body, "active_peft_config", None)
+    task = getattr(config, "task_type", None)
+    if getattr(task, "value", task) not in LANGUAGE_MODEL_TASKS:
+        raise AdapterError(
+            f"pretrained_model_name_or_path: expected a language model, got a {type(body).__name__}, "
+            f"whose adapter is for the task {getattr(task, 'value', task)}"
+        )
+    if getattr(config, "is_prompt_learning", False):
+        raise AdapterError(
+            "pretrained_model_name_or_path: prompt learning is not supported, since its virtual tokens have states of "
+            "their own; to use it all the same, construct the class from the model"
+        )
+
+
+def drops_cache(body: nn.Module) -> bool:
+    """Whether the active adapter is a learnt prefix, which takes the cache's place in a forward pass."""
+    kind = getattr(getattr(body, "active_peft_config", None), "peft_type", None)
+    return getattr(kind, "value", kind) == "PREFIX_TUNING"
+
+
+# The reward adapter
+
+
+def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:  # noqa: ANN401, peft's
+    """Adds a trained reward adapter to a model with adapters; which one is active, and what trains, stays as it is.
+
+    Returns:
+        The adapter's reward head: weight `[K, H]`, float32, frozen, beside the last hidden state.
+
+    Raises:
+        AdapterError: There is no such adapter, or the model has none that it could be added to.
+        HeadMismatchError: The adapter's file holds no reward head, or more than one.
+    """
+    if not hasattr(model, "get_base_model"):
+        raise AdapterError(f"reward_adapter: expected a model with adapters, got a {type(model).__name__}")
+    adapter = find_adapter(checkpoint)
+    if adapter is None:
+        raise AdapterError(f"reward_adapter: found no {CONFIG_FILE} in {checkpoint.location!r}")
+    score = _read_score(checkpoint, adapter.weights)
+    with unchanged(model):
+        model.load_adapter(os.fspath(adapter.folder), name, is_trainable=False)
+    return score.to(last_hidden_device(model))
+
+
+def _read_score(checkpoint: Checkpoint, weights: str) -> nn.Linear:
+    names = [name for name in checkpoint.names_in(weights) if _SCORE_LIKE.search(name)]
+    found = {match["parameter"]: name for name in names if (match := _SCORE.search(name))}
+    shapes = {parameter: checkpoint.shape(name, weights) for parameter, name in found.items()}
+    weight_shape = shapes.get("weight", ())
+    fits_bias = shapes.get("bias", weight_shape[:1]) == weight_shape[:1]
+    if len(found) != len(names) or len(weight_shape) != 2 or not fits_bias:
+        listing = ", ".join(f"{name} {list(checkpoint.shape(name, weights))}" for name in names) or "none"
+        raise HeadMismatchError(
+            f"{checkpoint.describe(weights)}: expected a reward head, score.weight [K, H] and perhaps score.bias [K]; "
+            f"found {listing}"
+        )
+    tensors = {parameter: checkpoint.read(name, weights).float() for parameter, name in found.items()}
+    num_labels, width = weight_shape
+    score = nn.Linear(width, num_labels, bias="bias" in tensors, device="meta")
+    score.load_state_dict(tensors, assign=True)
+    return score.requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def active(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401, peft's
+    """Makes one adapter of a model the active one, in evaluation mode, while the block runs."""
+    with unchanged(model):
+        model.set_adapter(name)
+        model.eval()
+        yield
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:  # noqa: ANN401, peft's
+    """Restores the active adapter, the mode of every module, and what trains, however the block ends."""
+    active_adapter = model.active_adapter
+    modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        if model.active_adapter != active_adapter:
+            model.set_adapter(active_adapter)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad = requires_grad
+
+
+def reward_scores(score: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Applies a reward head to hidden states `[B, T, H]`, in its own dtype, also under autocast.
+
+    Returns:
+        The scores `[B, T, K]`, float32.
+    """
+    parameter = next(score.parameters())
+    with torch.autocast(parameter.device.type, enabled=False):
+        scores: Tensor = score(hidden_states.to(parameter.device, parameter.dtype))
+    return scores.float()
+
+
+# Saving
+
+
+def save_head(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes a head beside an adapter: as safetensors, and pickled where TRL looks for it.
+
+    Args:
+        state: A model's state dict, of which only the head is written.
+        folder: The adapter's folder, which exists.
+    """
+    head = {name: value.detach().cpu().contiguous() for name, value in state.items() if name.startswith("v_head.")}
+    _replace(head, folder / HEAD_FILE)
+    # TRL would take another head's file for its own and load nothing of it.
+    if head.keys() == {WEIGHT_KEY, BIAS_KEY}:
+        save_beside_adapter(head, folder)
+
+
+def save_score(score: nn.Module, folder: Path) -> None:
+    """Adds a reward head to its adapter's file, where peft leaves it out, so that the folder can be loaded again.
+
+    Args:
+        score: The reward head.
+        folder: The reward adapter's folder, as peft wrote it.
+    """
+    file = folder / WEIGHT_FILES[0]
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no iterator
+    own = {f"base_model.model.score.{name}": value.detach().cpu() for name, value in score.state_dict().items()}
+    _replace(tensors | own, file)
+
+
+def _replace(tensors: Mapping[str, Tensor], file: Path) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+    unfinished.replace(file)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft  # noqa: PLC0415, slow to import and often absent
+    except ImportError as error:
+        raise MissingPackageError("peft is not installed; adapters need it: pip install peft") from error
+    module: ModuleType = peft
+    return module

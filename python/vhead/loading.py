@@ -1,0 +1,258 @@
+"""The language model of a checkpoint: with which class and arguments it is loaded, and what the checkpoint lacked."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from vhead import adapters
+from vhead.backbone import without_adapter
+from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
+from vhead.errors import AdapterError, BodyMismatchError
+from vhead.formats import HeadWeights, find_head
+from vhead.heads import HeadArguments
+
+logger = logging.getLogger("vhead")
+
+# Which auto classes load a language model that `AutoModelForCausalLM` does not, or only parts of; older versions of
+# transformers have the first one under the second name, or none.
+_MULTIMODAL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+
+# What a base model has in common with an adapter that was trained on it: the place of neither.
+_SHARED_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
+# What tells apart the files of one model: an adapter has none of it.
+_OF_MODEL_FILES = frozenset({"use_safetensors", "variant"})
+
+
+@dataclass(frozen=True)
+class LoadArguments:
+    """The keyword arguments of `from_pretrained`, divided by whom they are for.
+
+    Attributes:
+        head: The value head's.
+        model: transformers'; those that say where the files are among them.
+        peft_config: The configuration of an adapter to put on.
+        reward_adapter: The folder or the hub repository of a reward adapter.
+        reward_adapter_name: What the reward adapter is called inside the model.
+        is_trainable: Whether an adapter that is loaded trains on.
+        k_bit: Those of `peft.prepare_model_for_kbit_training`.
+    """
+
+    head: HeadArguments
+    model: Mapping[str, Any]
+    peft_config: object | None = None
+    reward_adapter: str | None = None
+    reward_adapter_name: str = "reward_adapter"
+    is_trainable: bool = False
+    k_bit: Mapping[str, Any] | None = None
+
+    @classmethod
+    def divide(cls, arguments: Mapping[str, Any], head_names: Iterable[str]) -> "LoadArguments":
+        """Divides keyword arguments; each is for exactly one.
+
+        Raises:
+            AdapterError: One that is about adapters is not what it must be.
+        """
+        own_names = ("peft_config", "reward_adapter", "reward_adapter_name", "is_trainable")
+        own: Any = {name: arguments[name] for name in own_names if arguments.get(name) is not None}
+        head: Any = {name: value for name, value in arguments.items() if name in head_names}
+        model = {name: value for name, value in arguments.items() if name not in (*own_names, *head)}
+        divided = cls(head=head, model=model, **own)
+        if not isinstance(divided.reward_adapter, str | os.PathLike | None):
+            raise AdapterError(f"reward_adapter: expected a folder or a hub id, got {divided.reward_adapter!r}")
+        return divided if divided.peft_config is None else divided._with_peft_config()
+
+    def _with_peft_config(self) -> "LoadArguments":
+        adapters.check_peft_config(self.peft_config)
+        names = adapters.k_bit_argument_names()
+        k_bit = {name: value for name, value in self.model.items() if name in names}
+        return replace(self, model={n: v for n, v in self.model.items() if n not in names}, k_bit=k_bit)
+
+    @property
+    def location(self) -> LocationArguments:
+        """Those that say where the files are."""
+        return self._where(LocationArguments.__annotations__)
+
+    @property
+    def adapter_location(self) -> LocationArguments:
+        """Those that say where an adapter's files are."""
+        return self._where(LocationArguments.__annotations__.keys() - _OF_MODEL_FILES)
+
+    @property
+    def reward_location(self) -> LocationArguments:
+        """Those that hold for the reward adapter, which is somewhere else."""
+        return self._where(_SHARED_LOCATION)
+
+    def _where(self, names: Iterable[str]) -> LocationArguments:
+        return cast("LocationArguments", {name: self.model[name] for name in names if name in self.model})
+
+    def of_base(self, adapter: adapters.Adapter) -> dict[str, Any]:
+        """Those of the language model below an adapter, whose revision and subfolder are not the adapter's."""
+        model = {name: value for name, value in self.model.items() if name not in ("revision", "subfolder")}
+        return model if adapter.base_revision is None else {**model, "revision": adapter.base_revision}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held.
+
+    Attributes:
+        body: The language model, with the adapter if there is one, in evaluation mode.
+        head: The value head, or None.
+        untrained: The names of the parameters that the checkpoint lacked, as the language model has them.
+    """
+
+    body: nn.Module
+    head: HeadWeights | None
+    untrained: frozenset[str]
+
+
+def load(
+    auto_class: Any,  # noqa: ANN401, transformers' auto classes have no common type
+    location: str,
+    model_args: tuple[object, ...],
+    arguments: LoadArguments,
+    device: int | str,
+) -> Loaded:
+    """Loads a language model's checkpoint, or an adapter's and then that of its language model.
+
+    The head comes first, so that a head that does not fit is an error before gigabytes have been read.
+
+    Args:
+        auto_class: The auto class that is to load the language model; a multimodal one does where this one cannot.
+        location: A folder, or a hub repository's id.
+        model_args: Passed to transformers.
+        arguments: The keyword arguments of `from_pretrained`.
+        device: Where a quantised model is put that comes without a `device_map`.
+
+    Raises:
+        AdapterError: The adapter is malformed.
+        BodyMismatchError: The weights are not the model's: their names carry a prefix that transformers does not know.
+        HeadMismatchError: The checkpoint holds something like a head that does not fit.
+        HeadFileError: A file is truncated, malformed or hostile.
+    """
+    adapter = adapters.find_adapter(Checkpoint(location, **arguments.adapter_location))
+    if adapter is None:
+        head = find_head(location, **arguments.location)
+        body, untrained = _load_body(auto_class, location, *model_args, device=device, **arguments.model)
+        return Loaded(_with_new_adapter(body, arguments), head, untrained)
+    if arguments.peft_config is not None:
+        logger.warning("peft_config: not used, since %s has an adapter already", location)
+    head = find_head(location, **arguments.adapter_location)
+    body, untrained = _load_body(auto_class, adapter.base, *model_args, device=device, **arguments.of_base(adapter))
+    with_adapter = adapters.put_on(body, adapter, is_trainable=arguments.is_trainable).train(body.training)
+    return Loaded(with_adapter, head, untrained)
+
+
+def prepare_given(body: nn.Module, arguments: LoadArguments) -> nn.Module:
+    """Puts the new adapter that is asked for on a language model that is loaded already."""
+    if arguments.model:
+        logger.warning("%s: not used, since the language model is loaded already", ", ".join(arguments.model))
+    if arguments.peft_config is not None and hasattr(body, "get_base_model"):
+        logger.warning("peft_config: not used, since the model has an adapter already")
+        return body
+    return _with_new_adapter(body, arguments)
+
+
+def _with_new_adapter(body: nn.Module, arguments: LoadArguments) -> nn.Module:
+    """The model with the new adapter that is asked for, if one is; in the mode that it was in."""
+    if arguments.peft_config is None:
+        return body
+    return adapters.add_new(body, arguments.peft_config, **(arguments.k_bit or {})).train(body.training)
+
+
+def _load_body(
+    auto_class: Any,  # noqa: ANN401, see `load`
+    location: str,
+    *model_args: object,
+    device: int | str,
+    **arguments: Any,  # noqa: ANN401, transformers' own
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Loads a language model; says which of its parameters the checkpoint lacked."""
+    arguments = {**_with_device_map(arguments, device), "output_loading_info": True}
+    auto_class = _auto_class(auto_class, location, arguments)
+    with quiet_about("v_head"):
+        body, report = auto_class.from_pretrained(location, *model_args, **arguments)
+    return body, _untrained(body, report, location)
+
+
+def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, Any]:
+    """Quantised models live on an accelerator, so that one without a device map goes to the current one."""
+    quantization = arguments.get("quantization_config")
+    settings = arguments if quantization is None else quantization
+    get = settings.get if isinstance(settings, dict) else partial(getattr, settings)
+    if "device_map" in arguments or not any(get(flag, False) for flag in ("load_in_8bit", "load_in_4bit")):
+        return arguments
+    logger.warning("device_map: none given for a quantised model, so that all of it is put on device %s", device)
+    return {**arguments, "device_map": {"": device}}
+
+
+def _auto_class(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401, see `load`
+    """The auto class that loads all of a model: a multimodal one where the wanted one would drop what is not text."""
+    if wanted is not AutoModelForCausalLM:
+        return wanted
+    config = _config(location, arguments)
+    if config is None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return wanted
+    stated = next(iter(getattr(config, "architectures", None) or ()), None)
+    own = _model_class(wanted, config)
+    multimodal = [getattr(transformers, name) for name in _MULTIMODAL_CLASSES if hasattr(transformers, name)]
+    for candidate in multimodal:
+        name = _model_class(candidate, config)
+        if name is not None and name != own and (own is None or name == stated):
+            return candidate
+    return wanted
+
+
+def _config(location: str, arguments: Mapping[str, Any]) -> PretrainedConfig | None:
+    """A checkpoint's configuration, or None where loading the model will have to say what is wrong with it."""
+    if isinstance(arguments.get("config"), PretrainedConfig):
+        return arguments["config"]
+    names = {*LocationArguments.__annotations__, "trust_remote_code", "code_revision"} - _OF_MODEL_FILES
+    try:
+        return AutoConfig.from_pretrained(
+            arguments.get("config") or location, **{n: v for n, v in arguments.items() if n in names}
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _model_class(auto_class: Any, config: PretrainedConfig) -> str | None:  # noqa: ANN401, see `load`
+    """The name of the class that an auto class has for a configuration, or None."""
+    mapping = auto_class._model_mapping
+    if type(config) not in mapping.keys():  # noqa: SIM118, the mapping is lazy and its `in` looks at other keys
+        return None
+    found = mapping[type(config)]
+    model_class: type = found[0] if isinstance(found, tuple) else found
+    return model_class.__name__
+
+
+def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) -> frozenset[str]:
+    """The names of the parameters that the checkpoint lacked; refused where these are the whole of the trunk."""
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report.get("mismatched_keys", ())}
+    names = {name for name, _ in body.named_parameters()}
+    missing = (set(report["missing_keys"]) | mismatched) & names
+    trunk = _trunk_names(body, names)
+    unexpected = sorted(report["unexpected_keys"])
+    renamed = next((name for name in unexpected if any(name.endswith(f".{own}") for own in missing & trunk)), None)
+    if renamed is None and not (trunk and trunk <= missing):
+        return frozenset(missing)
+    example = next(iter(sorted(missing & trunk)))
+    raise BodyMismatchError(
+        f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: expected {example} and "
+        f"{len(missing) - 1} others, found {renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
+        "A prefix is taken off the names by: vhead convert SRC DST"
+    )
+
+
+def _trunk_names(body: PreTrainedModel, names: set[str]) -> set[str]:
+    """The names of all parameters but the language-model head's."""
+    head = without_adapter(body).get_output_embeddings()
+    of_head = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    return {name for name in names if id(body.get_parameter(name)) not in of_head}

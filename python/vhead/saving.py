@@ -1,0 +1,64 @@
+"""Saving a wrapped model, with its head, to a folder or to the hub."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PushToHubMixin
+
+from vhead import adapters
+from vhead.state import CheckpointState
+
+
+class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  # untyped
+    """A module whose checkpoints hold body and head."""
+
+    rm_adapter_name: str | None
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: object,
+        state_dict: Mapping[str, Any] | None = None,
+        **kwargs: object,
+    ) -> object:
+        """Saves body and head in one checkpoint, which TRL and plain transformers read as well.
+
+        Of a model with adapters, peft saves the adapter; the head lies beside it in a file of its own, as TRL has it.
+
+        Args:
+            save_directory: The folder, made if need be.
+            *args: Passed to the language model's `save_pretrained`.
+            state_dict: The weights to save, in any of the layouts that `load_state_dict` accepts. None: this model's.
+            **kwargs: Passed to the language model's `save_pretrained`, for instance `max_shard_size`.
+        """
+        state = self.state_dict() if state_dict is None else dict(self._checkpoint_items(state_dict))
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.is_peft_model:
+            return self.pretrained_model.save_pretrained(folder, *args, state_dict=state, **kwargs)
+        adapters.save_head(state, folder)
+        body_state = {name: value for name, value in state.items() if name.partition(".")[0] not in self._modules}
+        if body_state:
+            kwargs["state_dict"] = body_state
+        result: object = self.pretrained_model.save_pretrained(os.fspath(folder), *args, **kwargs)
+        score = self._modules.get("score")
+        if score is not None and self.rm_adapter_name is not None:
+            adapters.save_score(score, folder / self.rm_adapter_name)
+        return result
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, transformers' own
+        """Uploads what `save_pretrained` writes, head included; the body is not changed.
+
+        Args:
+            repo_id: The hub repository's id.
+            *args: As transformers' `push_to_hub` takes them.
+            **kwargs: As transformers' `push_to_hub` takes them.
+        """
+        tags = [*(getattr(self.pretrained_model, "model_tags", None) or ()), *_as_list(kwargs.pop("tags", None))]
+        return super().push_to_hub(repo_id, *args, **kwargs, **({"tags": list(dict.fromkeys(tags))} if tags else {}))
+
+
+def _as_list(tags: str | list[str] | None) -> list[str]:
+    return [tags] if isinstance(tags, str) else tags or []
