@@ -134,6 +134,32 @@ def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tupl
     return output, states[-1]
 
 
+@contextmanager
+def observed(model: nn.Module, plan: BackbonePlan) -> Iterator[Callable[[], Tensor]]:
+    """Watches the runs of a model that somebody else starts, as `generate` does.
+
+    Yields:
+        A function that returns the last hidden state of the latest run.
+    """
+    language_model = without_adapter(model)
+    if plan.retention is Retention.CAPTURE:
+        with _captured_state(_sources(language_model)) as captured:
+            yield captured
+        return
+    with _all_layers_returned(language_model), _captured_state([language_model], _last_of_all_layers) as captured:
+        yield captured
+
+
+@contextmanager
+def observed_logits(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Watches a language model's runs as `observed` does, for the logits of the last position `[B, 1, V]`.
+
+    They are a copy, so that the logits of a whole prompt are not held until the next run.
+    """
+    with _captured_state([model], lambda output: output.logits[:, -1:].clone()) as captured:
+        yield captured
+
+
 def without_adapter(model: nn.Module) -> PreTrainedModel:
     """The language model inside a peft wrapper, whose adapter layers stay in place; any other model as it is."""
     unwrap = getattr(model, "get_base_model", None)
@@ -223,15 +249,42 @@ def _named(inputs: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
+def _first_output(output: ModelOutput) -> Tensor:
+    state: Tensor = output[0]
+    return state
+
+
+def _last_of_all_layers(output: ModelOutput) -> Tensor:
+    states = getattr(output, "decoder_hidden_states", None) or output.hidden_states
+    state: Tensor = states[-1]
+    return state
+
+
 @contextmanager
-def _captured_state(modules: Sequence[nn.Module]) -> Iterator[Callable[[], Tensor]]:
+def _all_layers_returned(model: nn.Module) -> Iterator[None]:
+    """Asks for every layer's states in each run of the model, whoever starts it."""
+
+    def ask(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, dict[str, object]]:
+        return args, kwargs | {"output_hidden_states": True}
+
+    handle = model.register_forward_pre_hook(ask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _captured_state(
+    modules: Sequence[nn.Module], state_of: Callable[[ModelOutput], Tensor] = _first_output
+) -> Iterator[Callable[[], Tensor]]:
     """Keeps the last hidden state that the outermost of these modules returns to this thread while the block runs."""
     states: list[Tensor] = []
     thread = threading.get_ident()
 
     def keep(_module: nn.Module, _args: object, output: ModelOutput) -> None:
         if threading.get_ident() == thread:
-            states[:] = [output[0]]
+            states[:] = [state_of(output)]
 
     def captured() -> Tensor:
         if not states:

@@ -1,0 +1,226 @@
+"""What is read off while a model generates equals what a second forward over its output gives."""
+
+import pickle
+
+import pytest
+import torch
+from tiny_models import batch, build
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
+from vhead.errors import GenerationError
+from vhead.generation import ScoredGeneration
+
+EVERYTHING = {"output_values": True, "output_logprobs": True, "output_entropy": True}
+NEW_TOKENS = 6
+
+
+def critic(architecture: str) -> PreTrainedModelWrapper:
+    body = build(architecture)
+    is_encoder_decoder = body.config.is_encoder_decoder
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if is_encoder_decoder else AutoModelForCausalLMWithValueHead
+    torch.manual_seed(3)
+    return wrapper(body, v_head_init_strategy="normal").eval()
+
+
+def padded_prompts(model: PreTrainedModelWrapper) -> dict[str, Tensor]:
+    """Three prompts, two of them padded: on the left, unless an encoder reads them, whose positions it shifts."""
+    inputs = batch(model.pretrained_model, rows=3)
+    if inputs.pop("decoder_input_ids", None) is not None:
+        return inputs
+    return {name: value.flip(-1) for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def score_again(
+    model: PreTrainedModelWrapper, prompts: dict[str, Tensor], output: ScoredGeneration
+) -> dict[str, Tensor]:
+    """Runs each row of the output on its own, without padding, and reads the same statistics off the logits."""
+    rows = [score_row(model, prompts, output, row) for row in range(output.sequences.shape[0])]
+    return {name: torch.stack([row[name] for row in rows]) for name in ("values", "logprobs", "entropy")}
+
+
+def score_row(
+    model: PreTrainedModelWrapper, prompts: dict[str, Tensor], output: ScoredGeneration, row: int
+) -> dict[str, Tensor]:
+    mask = output.completion_mask[row]
+    count, columns = int(mask.sum()), mask.shape[0]
+    tokens = output.sequences[row, -columns:][:count]
+    prompt_row = row * prompts["input_ids"].shape[0] // output.sequences.shape[0]
+    prompt = prompts["input_ids"][prompt_row][prompts["attention_mask"][prompt_row].bool()]
+    start = output.sequences[row, :-columns]
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": prompt[None], "decoder_input_ids": torch.cat([start, tokens])[None]}
+    else:
+        inputs = {"input_ids": torch.cat([prompt, tokens])[None]}
+    # With a cache, FSMT leaves out the mask that keeps its decoder from looking ahead.
+    logits, _, values = model(**inputs, use_cache=False)
+    log_probabilities = logits[0, -count - 1 : -1].log_softmax(dim=-1)
+    statistics = {
+        "values": values[0, -count - 1 : -1],
+        "logprobs": log_probabilities.gather(-1, tokens[:, None]).squeeze(-1),
+        "entropy": -(log_probabilities.exp() * log_probabilities).sum(dim=-1),
+    }
+    return {name: torch.cat([value, value.new_zeros(columns - count)]) for name, value in statistics.items()}
+
+
+def assert_equal_to_scoring(
+    model: PreTrainedModelWrapper, prompts: dict[str, Tensor], output: ScoredGeneration
+) -> None:
+    expected = score_again(model, prompts, output)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(output, name), value, rtol=1e-4, atol=2e-5)
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "several for a prompt": {"do_sample": True, "num_return_sequences": 2},
+    "penalty": {"do_sample": False, "repetition_penalty": 1.8},
+    "without a cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_statistics_equal_those_of_scoring_the_output(way: str) -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    torch.manual_seed(1)
+    output = model.generate(**prompts, max_new_tokens=NEW_TOKENS, **EVERYTHING, **WAYS[way])
+    assert output.values.shape == output.completion_mask.shape
+    assert output.values.dtype == output.logprobs.dtype == output.entropy.dtype == torch.float32
+    assert_equal_to_scoring(model, prompts, output)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "opt", "qwen2", "t5", "bart", "fsmt"])
+def test_every_route_to_the_last_hidden_state(architecture: str) -> None:
+    model = critic(architecture)
+    prompts = padded_prompts(model)
+    # FSMT's configuration asks for beams, and its decoder overlooks padding tokens, chosen ones included.
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, "suppress_tokens": [0]}
+    output = model.generate(**prompts, **arguments, **EVERYTHING)
+    assert_equal_to_scoring(model, prompts, output)
+
+
+def test_the_tokens_are_those_of_plain_generation() -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "num_return_sequences": 2}
+    torch.manual_seed(5)
+    plain = model.generate(**prompts, **arguments)
+    torch.manual_seed(5)
+    output = model.generate(**prompts, **arguments, **EVERYTHING)
+    assert torch.equal(output.sequences, plain)
+
+
+@pytest.fixture
+def ends_early() -> tuple[PreTrainedModelWrapper, dict[str, Tensor], GenerationConfig]:
+    """A model, prompts, and a configuration by which one row ends after two tokens and the others later."""
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    free = model.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    end = int(free[1, prompts["input_ids"].shape[1] + 1])
+    return (
+        model,
+        prompts,
+        GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=0),
+    )
+
+
+@pytest.mark.parametrize("pad_is_end", [False, True])
+def test_rows_end_at_different_lengths(
+    ends_early: tuple[PreTrainedModelWrapper, dict[str, Tensor], GenerationConfig], pad_is_end: bool
+) -> None:
+    model, prompts, config = ends_early
+    if pad_is_end:
+        config.pad_token_id = config.eos_token_id
+    output = model.generate(**prompts, generation_config=config, **EVERYTHING)
+    lengths = output.completion_mask.sum(dim=-1)
+    assert lengths.unique().numel() > 1
+    assert int(lengths[1]) <= 2
+    assert (output.values[~output.completion_mask] == 0).all()
+    assert_equal_to_scoring(model, prompts, output)
+
+
+class StopsRowOne(StoppingCriteria):
+    """Ends row 1 at a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        ends = torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        ends[1] = input_ids.shape[1] >= self.length
+        return ends
+
+
+def test_rows_that_another_criterion_ends_are_masked() -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    criteria = [StopsRowOne(prompts["input_ids"].shape[1] + 3)]
+    output = model.generate(
+        **prompts, max_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=criteria, **EVERYTHING
+    )
+    assert output.completion_mask.sum(dim=-1).tolist()[1] == 3
+    assert_equal_to_scoring(model, prompts, output)
+
+
+@pytest.mark.parametrize("name", ["values", "logprobs", "entropy"])
+def test_only_what_is_asked_for_is_returned(name: str) -> None:
+    model = critic("gpt2")
+    output = model.generate(**padded_prompts(model), max_new_tokens=2, do_sample=False, **{f"output_{name}": True})
+    others = {"values", "logprobs", "entropy"} - {name}
+    assert getattr(output, name).shape == (3, 2)
+    assert [getattr(output, other) for other in others] == [None, None]
+
+
+def test_nothing_asked_for_returns_what_transformers_returns() -> None:
+    model = critic("gpt2")
+    output = model.generate(**padded_prompts(model), max_new_tokens=2, do_sample=False)
+    assert isinstance(output, Tensor)
+
+
+def test_transformers_own_outputs_stay_reachable() -> None:
+    model = critic("gpt2")
+    output = model.generate(
+        **padded_prompts(model), max_new_tokens=3, do_sample=False, output_scores=True, **EVERYTHING
+    )
+    assert len(output.scores) == 3
+    copied = pickle.loads(  # noqa: S301, our own bytes
+        pickle.dumps(ScoredGeneration(output.sequences, output.completion_mask, None, None, None, None))
+    )
+    assert torch.equal(copied.sequences, output.sequences)
+    with pytest.raises(AttributeError):
+        output.no_such_output  # noqa: B018
+
+
+def test_nothing_stays_in_the_model() -> None:
+    model = critic("llama")
+    model.generate(**padded_prompts(model), max_new_tokens=2, do_sample=False, **EVERYTHING)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+REFUSED = {
+    "beam search": {"num_beams": 2},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2, "do_sample": False},
+    "no dictionary": {"return_dict_in_generate": False},
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_what_cannot_be_read_off_is_refused(way: str) -> None:
+    model = critic("llama")
+    with pytest.raises(GenerationError):
+        model.generate(**padded_prompts(model), max_new_tokens=2, output_values=True, **REFUSED[way])
+
+
+def test_the_comparison_can_fail() -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    output = model.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, **EVERYTHING)
+    output.values = output.values.roll(1, dims=1)
+    with pytest.raises(AssertionError):
+        assert_equal_to_scoring(model, prompts, output)
