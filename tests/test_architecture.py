@@ -29,7 +29,7 @@ LAYERS = [
     {"ops", "candle", "backbone", "checkpoint"},
     {"formats"},
     {"heads", "reference_model", "placement"},
-    {"outputs", "state", "surface", "adapters"},
+    {"outputs", "state", "surface", "adapters", "generation"},
     {"loading", "saving"},
     {"modeling"},
     {"native", "compat"},

@@ -101,3 +101,7 @@ class BodyMismatchError(VheadError, ValueError):
 
 class MissingPackageError(VheadError, ImportError):
     """A package that is not among this one's own dependencies is needed and not installed."""
+
+
+class GenerationError(VheadError, ValueError):
+    """A way of generating from which values cannot be read off as asked."""

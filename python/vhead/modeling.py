@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedModel
 
-from vhead import adapters, backbone
+from vhead import adapters, backbone, generation
 from vhead.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadError, HeadMismatchError
 from vhead.formats import WEIGHT_KEY, HeadWeights
@@ -87,7 +87,8 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         self.rm_adapter_name = rm_adapter_name
         self.policy_adapter_name = "default"
         if score_module is not None:
-            self.add_module("score", score_module)
+            # `add_module` refuses a name that a property has; the property reads it from here.
+            self._modules["score"] = score_module
         self._follow_body()
 
     # Loading
@@ -307,9 +308,35 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             states = backbone.last_hidden_state(self.pretrained_model, plan=self._current_plan(), **inputs)
         return adapters.reward_scores(score, states).to(None if input_ids is None else input_ids.device)
 
-    def generate(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401, as transformers declares it
-        """Generates with the language model's own `generate`."""
-        return self.pretrained_model.generate(*args, **kwargs)
+    def generate(
+        self,
+        *args: object,
+        output_values: bool = False,
+        output_logprobs: bool = False,
+        output_entropy: bool = False,
+        **kwargs: object,
+    ) -> Any:  # noqa: ANN401, as transformers declares it
+        """Generates with the language model's own `generate`, and reads off statistics of the tokens that it chooses.
+
+        Args:
+            *args: Passed to the language model.
+            output_values: Whether the head's output before each completion token is returned.
+            output_logprobs: Whether the log-probability of each completion token is returned.
+            output_entropy: Whether the entropy of the distribution of each completion token is returned.
+            **kwargs: Passed to the language model.
+
+        Returns:
+            What the language model returns, or `vhead.generation.ScoredGeneration` where any of the three is asked for.
+
+        Raises:
+            GenerationError: One of the three is asked for with beam search, assisted decoding or another way of
+                decoding whose steps are not the tokens of the output.
+        """
+        wanted = generation.Wanted(output_values, output_logprobs, output_entropy)
+        if not wanted:
+            return self.pretrained_model.generate(*args, **kwargs)
+        plan = self._current_plan()
+        return generation.generate(self.pretrained_model, self.v_head, plan, wanted, *args, **kwargs)
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
