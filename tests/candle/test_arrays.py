@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from library_versions import NUMPY_VERSIONS_DLPACK, TORCH_VERSIONS_DLPACK
 from vhead.candle import CandleValueHead
 
 from .conftest import bits, make_head, random_floats
@@ -83,6 +84,11 @@ class Legacy:
 
 
 class Versioned(Legacy):
+    def __init__(self, array):
+        if not (NUMPY_VERSIONS_DLPACK if isinstance(array, np.ndarray) else TORCH_VERSIONS_DLPACK):
+            pytest.skip(f"this {type(array).__name__} exports unversioned capsules only")
+        super().__init__(array)
+
     def __dlpack__(self, *, stream=None, max_version=None):
         assert max_version >= (1, 0)
         return self.array.__dlpack__(max_version=max_version)
@@ -129,7 +135,8 @@ def test_bfloat16_of_ml_dtypes_is_read(head):
         (torch.zeros(2, 96, dtype=torch.float64), TypeError, "float16, got float64"),
         (torch.zeros(2, 96, dtype=torch.int32), TypeError, "float16, got int32"),
         (torch.zeros(2, 96, dtype=torch.bool), TypeError, "float16, got bool"),
-        (torch.zeros(2, 96, requires_grad=True), BufferError, "require gradient"),
+        # Torch before 2.10 raises a RuntimeError.
+        (torch.zeros(2, 96, requires_grad=True), (BufferError, RuntimeError), "require gradient"),
         ([[0.0] * 96], TypeError, "hidden: expected a numpy array or a DLPack tensor, got list"),
         (None, TypeError, "got NoneType"),
         (np.float32(1), TypeError, "got float32"),

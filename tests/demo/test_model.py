@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from library_versions import DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, Scorer
 from vhead.demo import demo_model_path, demo_rollouts_path
 from vhead.demo.judgement import Judged, summarise
@@ -50,7 +51,7 @@ def test_the_licence_of_the_text_travels_with_it() -> None:
 
 
 def test_it_loads_as_a_plain_language_model() -> None:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), **{DTYPE: torch.bfloat16})
     assert model.dtype == torch.bfloat16
     text = "naïve → Zürich"
     ids = AutoTokenizer.from_pretrained(demo_model_path())(text, add_special_tokens=False).input_ids
@@ -66,7 +67,9 @@ def test_its_head_is_the_one_in_the_file() -> None:
 
 
 def test_the_file_is_what_save_pretrained_writes(tmp_path: Path) -> None:
-    AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path()).save_pretrained(tmp_path)
+    AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path(), **{DTYPE: torch.bfloat16}).save_pretrained(
+        tmp_path
+    )
     shipped = load_file(demo_model_path() / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     assert shipped.keys() == saved.keys()

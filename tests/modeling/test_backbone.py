@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny_models import CAUSAL, SEQ2SEQ, batch, build
 
+from library_versions import TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone import BackbonePlan, Retention, Route, last_hidden_state, plan_for
 from vhead.errors import VheadError
@@ -28,6 +30,8 @@ def transformers_last(body, inputs):
 @pytest.mark.parametrize("architecture", ROUTES)
 @torch.no_grad()
 def test_last_hidden_state_is_transformers_own(architecture, dtype):
+    if architecture == "fsmt" and dtype == torch.bfloat16 and Version("4.46") > TRANSFORMERS:
+        pytest.skip("its attention mixes dtypes")
     body = build(architecture, dtype)
     inputs = batch(body)
     assert plan_for(body).route is ROUTES[architecture]
@@ -170,6 +174,8 @@ def test_threads_sharing_a_model_get_their_own_states():
     assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
 
 
+# Without a selection of hidden states there are graph breaks, which torch 2.4 warns about.
+@pytest.mark.filterwarnings("ignore:Graph break due to unsupported builtin")
 @torch.no_grad()
 def test_forward_and_values_compile():
     model = AutoModelForCausalLMWithValueHead(build("llama"))

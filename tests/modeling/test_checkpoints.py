@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import vhead.checkpoint
 import vhead.loading
 import vhead.tensor_files
+from library_versions import CHECKPOINT_DTYPE, DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.errors import HeadError, HeadMismatchError
 
@@ -49,7 +50,7 @@ def test_save_and_load_bit_for_bit(tmp_path, architecture, dtype, options):
     model = wrapped(architecture, dtype)
     model.save_pretrained(tmp_path / "new" / "folder", **options)
     assert (tmp_path / "new" / "folder" / "model.safetensors.index.json").exists() == bool(options)
-    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "new" / "folder")
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "new" / "folder", **CHECKPOINT_DTYPE)
     assert same_state(model, loaded)
     assert loaded.v_head.summary.weight.dtype == torch.float32
     assert loaded.dtype == dtype
@@ -195,7 +196,7 @@ def test_from_pretrained_hands_the_location_arguments_on(saved, monkeypatch):
     monkeypatch.setattr(vhead.loading, "find_head", lambda location, **where: seen.update(where, location=location))
     _, folder = saved
     where = {"revision": "main", "cache_dir": "/cache", "local_files_only": True, "token": "t"}
-    AutoModelForCausalLMWithValueHead.from_pretrained(folder, **where, dtype=torch.float32)
+    AutoModelForCausalLMWithValueHead.from_pretrained(folder, **where, **{DTYPE: torch.float32})
     assert seen == {**where, "location": str(folder)}
 
 
@@ -249,7 +250,11 @@ def test_other_unexpected_tensors_are_still_reported(tmp_path, transformers_log)
 def test_head_arguments_do_not_reach_transformers(saved):
     _, folder = saved
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        folder, summary_dropout_prob=0.25, v_head_init_strategy="normal", v_head_initializer_range=0.1, dtype="bfloat16"
+        folder,
+        summary_dropout_prob=0.25,
+        v_head_init_strategy="normal",
+        v_head_initializer_range=0.1,
+        **{DTYPE: torch.bfloat16},
     )
     assert model.v_head.dropout.p == 0.25
     assert model.dtype == torch.bfloat16
@@ -266,9 +271,9 @@ def test_a_model_with_a_device_map(saved, device_map):
 
 
 def test_arguments_are_not_changed(saved):
-    arguments = {"summary_dropout_prob": 0.25, "dtype": "float32"}
+    arguments = {"summary_dropout_prob": 0.25, DTYPE: torch.float32}
     AutoModelForCausalLMWithValueHead.from_pretrained(saved[1], **arguments)
-    assert arguments == {"summary_dropout_prob": 0.25, "dtype": "float32"}
+    assert arguments == {"summary_dropout_prob": 0.25, DTYPE: torch.float32}
 
 
 def tampered(folder, change):

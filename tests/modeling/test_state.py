@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from library_versions import TORCH_ASKS_FOR_NAMES
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 
@@ -140,6 +141,7 @@ def test_inside_distributed_data_parallel(process_group):
     assert model.v_head.summary.weight.grad.abs().max() > 0
 
 
+@pytest.mark.skipif(not TORCH_ASKS_FOR_NAMES, reason="torch.distributed.checkpoint takes names for paths of modules")
 @pytest.mark.parametrize("wrap", [lambda model: model, Parent], ids=["alone", "in a parent"])
 def test_distributed_checkpoints_have_the_same_names(wrap):
     model = wrap(wrapped("gpt2"))

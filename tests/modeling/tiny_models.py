@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from library_versions import DTYPE
+
 VOCABULARY = 97
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 COMMON = {
@@ -56,7 +58,7 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, **overrides: ob
     settings = {**CAUSAL, **SEQ2SEQ, "fsmt": FSMT}[architecture] | overrides
     config = AutoConfig.for_model(architecture, **settings)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto_class.from_config(config, dtype=dtype).eval()
+    model = auto_class.from_config(config, **{DTYPE: dtype}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

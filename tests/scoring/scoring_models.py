@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scores
 
 VOCABULARY = 97
@@ -40,8 +41,9 @@ ARCHITECTURES = {
 
 def critic(architecture: str = "llama", **settings: object) -> AutoModelForCausalLMWithValueHead:
     """A model in evaluation mode whose logits differ by several units, so that caps and scales matter."""
+    need_architecture(architecture)
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | settings)
-    body = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    body = AutoModelForCausalLM.from_config(config, **{DTYPE: torch.float32})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in body.parameters():

@@ -1,0 +1,36 @@
+"""What older releases of torch, transformers and numpy name otherwise or lack: one suite runs on all of them."""
+
+import importlib.util
+from inspect import signature
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch.distributed.checkpoint import state_dict
+from transformers import CONFIG_MAPPING
+
+TRANSFORMERS = Version(transformers.__version__)
+
+# The argument of `from_config` and `from_pretrained`.
+DTYPE = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
+
+# Keeps the dtype of the checkpoint, as transformers does unasked since version 5.
+CHECKPOINT_DTYPE = {} if Version("5") <= TRANSFORMERS else {DTYPE: "auto"}
+
+# Whether tensors and arrays can be asked for a versioned DLPack capsule.
+TORCH_VERSIONS_DLPACK = "max_version" in signature(torch.Tensor.__dlpack__).parameters
+NUMPY_VERSIONS_DLPACK = Version("2.1") <= Version(np.__version__)
+
+# Whether `torch.distributed.checkpoint` lets a module say which child its names leave out.
+TORCH_ASKS_FOR_NAMES = "dsd_fqn_modifiers" in signature(state_dict._get_fqns).parameters
+
+# Whether models can be asked for one hidden state instead of all.
+SELECTS_HIDDEN_STATES = importlib.util.find_spec("transformers.utils.output_capturing") is not None
+
+
+def need_architecture(name: str) -> None:
+    """Skips the test where this transformers is older than a model type."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {TRANSFORMERS} has no {name}")
