@@ -68,10 +68,20 @@ class Checkpoint:
         self._hub_arguments: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         self._opened: dict[Path, TensorFile] = {}
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the checkpoint is one file, not a folder or a repository of them."""
+        return Path(self.location).is_file()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint exists on this machine, so that the hub is never asked."""
+        return Path(self.location).exists()
+
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """The name of each of the model's tensors and the file that holds it; empty where there are no weights."""
-        if Path(self.location).is_file():
+        if self.is_file:
             return self.names_in(Path(self.location).name)
         for name, index_name in self._weight_files():
             if self.path(name) is not None:
@@ -107,7 +117,7 @@ class Checkpoint:
         return tensors[tensor].shape
 
     def dtype(self, tensor: str, file_name: str) -> str:
-        """The dtype of a tensor by torch's name (`bfloat16`), from the file's header."""
+        """The dtype of a tensor as torch prints it (`torch.bfloat16`), from the file's header."""
         self.shape(tensor, file_name)
         return self._open(file_name).tensors[tensor].dtype
 
@@ -118,7 +128,7 @@ class Checkpoint:
         Raises:
             HeadFileError: It is not a JSON object.
         """
-        path = None if Path(self.location).is_file() else self.path("config.json")
+        path = None if self.is_file else self.path("config.json")
         if path is None:
             return {}
         try:

@@ -1,14 +1,16 @@
-"""The value head: one projection from a hidden state to a scalar, in float32 whatever the language model's dtype."""
+"""The value head: a projection of a hidden state, or two, in float32 whatever the language model's dtype."""
 
 import math
-from typing import TypedDict, Unpack
+from collections.abc import Iterator
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from vhead import ops
-from vhead.errors import HeadError
+from vhead.errors import HeadError, HeadMismatchError
+from vhead.formats import HeadWeights, LinearWeights
 
 DEFAULT_DROPOUT = 0.1
 DEFAULT_INITIALIZER_RANGE = 0.2
@@ -28,29 +30,37 @@ class HeadArguments(TypedDict, total=False):
 
 
 class ValueHead(nn.Module):
-    """Maps hidden states `[..., H]` of any floating dtype to values `[..., 1]`, float32.
+    """Maps hidden states `[..., H]` of any floating dtype to values `[..., K]`, float32.
 
-    The children are those of TRL's head, in its order: `dropout` holds the probability, `summary` the weights (a real
-    `nn.Linear(H, 1)`, float32), `flatten` nothing. Dropout and projection run as one operation, which accumulates in
-    float32 also under autocast and after `.bfloat16()`; the mask and the dropped states are never stored.
+    The children are those of TRL's head, in its order: `dropout` holds the probability, `summary` the weights (float32,
+    a real `nn.Linear(H, K)`, or `nn.Sequential` of `nn.Linear(H, I)`, ReLU and `nn.Linear(I, K)`), `flatten` nothing.
+    Dropout and projection run as one operation, which accumulates in float32 also under autocast and after
+    `.bfloat16()`; the mask and the dropped states are never stored.
 
     Args:
         config: The language model's configuration. Where it has a `summary_dropout_prob`, that wins over the argument.
         hidden_size: H. None: read from the configuration.
+        num_outputs: K, 1 for a critic.
+        intermediate_size: I, or None for a single projection.
         summary_dropout_prob: The probability that training drops an element of a hidden state.
         v_head_init_strategy: None for `nn.Linear`'s default distribution, "normal" for N(0, `v_head_initializer_range`)
             with a zero bias.
         v_head_initializer_range: The standard deviation of "normal".
 
     Raises:
-        HeadError: The strategy is unknown, the probability is outside [0, 1), or the configuration states no width.
+        HeadError: The strategy is unknown, the probability is outside [0, 1), a size is not positive, or the
+            configuration states no width.
     """
+
+    summary: Any
 
     def __init__(
         self,
         config: PretrainedConfig,
         *,
         hidden_size: int | None = None,
+        num_outputs: int = 1,
+        intermediate_size: int | None = None,
         summary_dropout_prob: float | None = None,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = DEFAULT_INITIALIZER_RANGE,
@@ -63,10 +73,57 @@ class ValueHead(nn.Module):
         )
         width = hidden_size_of(config) if hidden_size is None else hidden_size
         self.dropout = _dropout(_dropout_probability(config, summary_dropout_prob))
-        # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
-        self.summary = nn.Linear(width, 1, dtype=torch.float32, device="meta").to_empty(device=torch.empty(0).device)
+        self.summary = _summary(width, num_outputs, intermediate_size)
         self.flatten = nn.Flatten()
         self.initialize(v_head_init_strategy, v_head_initializer_range)
+
+    @classmethod
+    def like(
+        cls,
+        head: HeadWeights,
+        config: PretrainedConfig,
+        *,
+        hidden_size: int | None = None,
+        **arguments: Unpack[HeadArguments],
+    ) -> Self:
+        """Builds a head with the projections and outputs of a trained one, and with its weights.
+
+        Args:
+            head: The trained head.
+            config: The language model's configuration.
+            hidden_size: The width of the language model's last hidden state. None: read from the configuration.
+            **arguments: The other arguments of the constructor.
+
+        Raises:
+            HeadMismatchError: The trained head reads hidden states of another width.
+            HeadError: An argument is not what it must be.
+        """
+        module = cls(
+            config,
+            hidden_size=hidden_size,
+            num_outputs=head.num_outputs,
+            intermediate_size=head.intermediate_size,
+            **arguments,
+        )
+        module.load(head)
+        return module
+
+    def load(self, head: HeadWeights) -> None:
+        """Copies a trained head's weights into this one; a head without a bias gets one of zeros.
+
+        Raises:
+            HeadMismatchError: The trained head has other projections than this one; nothing has been copied.
+        """
+        own = dict(self._linears())
+        shapes = {f"v_head.{name}.weight": list(linear.weight.shape) for name, linear in own.items()}
+        trained = _trained_layers(head)
+        found = {f"v_head.{name}.weight": list(layer.weight.shape) for name, layer in trained.items()}
+        if found != shapes:
+            raise HeadMismatchError(f"{head.source}: found {_listing(found)}, expected {_listing(shapes)}")
+        with torch.no_grad():
+            for name, layer in trained.items():
+                own[name].weight.copy_(layer.weight)
+                own[name].bias.copy_(layer.bias_or_zeros)
 
     def initialize(self, strategy: str | None = None, initializer_range: float = DEFAULT_INITIALIZER_RANGE) -> None:
         """Draws new weights in place, from a seed of torch's default generator.
@@ -75,32 +132,53 @@ class ValueHead(nn.Module):
             HeadError: The strategy is neither None nor "normal", or the range is not a standard deviation.
         """
         check_head_arguments(v_head_init_strategy=strategy, v_head_initializer_range=initializer_range)
-        weight, bias = self.summary.weight, self.summary.bias
-        if weight.is_meta:
-            return
-        if strategy is None:
-            ops.init_linear_(weight, bias)
-        else:
-            ops.init_normal_(weight, bias, initializer_range)
+        for _, linear in self._linears():
+            if linear.weight.is_meta:
+                continue
+            if strategy is None:
+                ops.init_linear_(linear.weight, linear.bias)
+            else:
+                ops.init_normal_(linear.weight, linear.bias, initializer_range)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Projects hidden states `[..., H]` to values `[..., 1]`, float32, on the head's device."""
+        """Projects hidden states `[..., H]` to values `[..., K]`, float32, on the head's device."""
         # Each look-up of a child or parameter costs a good part of what a small projection does: each is made once.
         summary, dropout = self.summary, self.dropout
         if not _is_plain_linear(summary):
-            return self._forward_through_modules(hidden_states)
+            return self._forward_otherwise(hidden_states)
         weight = summary.weight
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         hidden_states = hidden_states.to(weight.device)
-        return ops.value_head(hidden_states, weight, summary.bias, dropout_p=probability).unsqueeze(-1)
+        values = ops.value_head(hidden_states, weight, summary.bias, dropout_p=probability)
+        return values.unsqueeze(-1) if weight.shape[0] == 1 else values
+
+    def _forward_otherwise(self, hidden_states: Tensor) -> Tensor:
+        summary, dropout = self.summary, self.dropout
+        if not _is_two_plain_linears(summary):
+            return self._forward_through_modules(hidden_states)
+        first, _, second = summary
+        probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        hidden_states = hidden_states.to(first.weight.device)
+        inner = ops.value_head(hidden_states, first.weight, first.bias, dropout_p=probability).relu()
+        inner = inner.reshape(*hidden_states.shape[:-1], first.out_features)
+        values = ops.value_head(inner, second.weight, second.bias)
+        return values.unsqueeze(-1) if second.out_features == 1 else values
 
     def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:
         """Calls the children as modules, for a `summary` that an adapter replaced or a sharding library hooked."""
-        weight = self.summary.weight
+        weight = self.summary.weight if hasattr(self.summary, "weight") else self.summary[0].weight
         with torch.autocast(weight.device.type, enabled=False):
             hidden_states = hidden_states.to(weight.device, weight.dtype)
             values: Tensor = self.summary(self.dropout(hidden_states))
         return values.float()
+
+    def _linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """The projections by their place in this module: `summary`, or `summary.0` and `summary.2`."""
+        summary = self.summary
+        if hasattr(summary, "weight"):
+            yield "summary", summary
+        else:
+            yield from ((f"summary.{index}", summary[index]) for index in (0, 2))
 
 
 def hidden_size_of(config: PretrainedConfig) -> int:
@@ -150,6 +228,42 @@ def _dropout(probability: float) -> nn.Module:
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
+def _summary(width: int, num_outputs: int, intermediate_size: int | None) -> nn.Module:
+    for name, size in (("hidden_size", width), ("num_outputs", num_outputs), ("intermediate_size", intermediate_size)):
+        if size is not None and size < 1:
+            raise HeadError(f"{name}: expected a positive number, got {size}")
+    if intermediate_size is None:
+        return _linear(width, num_outputs)
+    return nn.Sequential(_linear(width, intermediate_size), nn.ReLU(), _linear(intermediate_size, num_outputs))
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
+    return nn.Linear(inputs, outputs, dtype=torch.float32, device="meta").to_empty(device=torch.empty(0).device)
+
+
+def _trained_layers(head: HeadWeights) -> dict[str, LinearWeights]:
+    """A trained head's projections by their places in `ValueHead`."""
+    names = ["summary"] if len(head.layers) == 1 else [f"summary.{2 * index}" for index in range(len(head.layers))]
+    return dict(zip(names, head.layers, strict=True))
+
+
+def _listing(shapes: dict[str, list[int]]) -> str:
+    return " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def _is_two_plain_linears(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Sequential
+        and len(module) == 3
+        and type(module[1]) is nn.ReLU
+        and _is_plain(module)
+        and _is_plain(module[1])
+        and _is_plain_linear(module[0])
+        and _is_plain_linear(module[2])
+    )
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether reading the module's weights gives what calling it would."""
     return (
@@ -158,3 +272,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and not module._forward_pre_hooks
         and not module._forward_hooks
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    return not ("forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks)

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from vhead.errors import HeadFileError
 
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+_SAFETENSORS_DTYPES = {
+    "F64": "torch.float64",
+    "F32": "torch.float32",
+    "F16": "torch.float16",
+    "BF16": "torch.bfloat16",
+    "I64": "torch.int64",
+}
 
 # Where trainers put a model's state dict inside what they pickle.
 _STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict")
@@ -33,7 +39,8 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        dtype: Its dtype by torch's name, `bfloat16`; for what is not a plain tensor, a word for what it is before it.
+        dtype: Its dtype as torch prints it, `torch.bfloat16`; one that torch does not have by the file's name; before it,
+            for what is not plain numbers in memory, a word for what it is.
     """
 
     shape: tuple[int, ...]
@@ -172,7 +179,7 @@ def _info_of_slice(part: Any) -> TensorInfo:  # noqa: ANN401, the library's clas
 
 
 def _info_of_tensor(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(tuple(tensor.shape), _peculiarity(tensor) + str(tensor.dtype).removeprefix("torch."))
+    return TensorInfo(tuple(tensor.shape), _peculiarity(tensor) + str(tensor.dtype))
 
 
 def _peculiarity(tensor: Tensor) -> str:

@@ -1,47 +1,47 @@
-"""The formats, and what is done with each of them.
+"""The formats in the order in which they are tried, and how one of them is chosen for a checkpoint."""
 
-Formats are tried in the order of `FORMATS`, so the first one that a checkpoint shows signs of decides: if the head then
-does not fit, that is an error, never a reason to go on to the next.
-"""
-
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from torch import Tensor
 
 from vhead.checkpoint import Checkpoint, LocationArguments
-from vhead.errors import HeadMismatchError
-from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
-from vhead.formats.weights import HeadWeights, LinearWeights
+from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
+from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
+from vhead.formats.layout import HEAD_LIKE, WRAPPERS, Format, Sighting, check_fits, mismatch, read
+from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
+from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
+from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
+from vhead.formats.weights import Detection, HeadWeights
 
-LLAMA_FACTORY_FILES = ("value_head.safetensors", "value_head.bin")
+# Where two formats claim the same tensors, the first one in this order has them: those that a configuration tells apart
+# stand before those that names alone do.
+FORMATS: tuple[Format, ...] = (
+    TRL,
+    VHEAD,
+    LLAMA_FACTORY,
+    TRLX,
+    INTERNLM2,
+    DEEPSPEED_CHAT,
+    OPENRLHF,
+    QWEN,
+    SEQUENCE,
+    TOKEN,
+    BEAVER,
+    NEMO,
+    MEGATRON,
+    VERL_MEGATRON,
+)
 
-_EXPECTED = f"{WEIGHT_KEY} [1, H] and {BIAS_KEY} [1]"
-_TRL_ROOT = re.compile(r"^((?:.+\.)?v_head)(?:\.|$)")
-_HEAD_LIKE = re.compile(r"(?:^|\.)(?:(?:v|value|reward|rm|critic)_?heads?|score)(?:\.|$)")
+# The modules around a language model whose names transformers does not take off again; `model` is one of its own.
+_BODY_WRAPPERS = frozenset({*WRAPPERS, "rwtransformer", "rwtranrsformer"} - {"model"})
 
-
-@dataclass(frozen=True)
-class Format:
-    """One framework's way to store a head.
-
-    Attributes:
-        name: Its name in messages and on the command line.
-        sniff: Whether a checkpoint shows signs of it, from names alone.
-        read: Reads the head, or raises `HeadMismatchError` where it does not fit the format.
-    """
-
-    name: str
-    sniff: Callable[[Checkpoint], bool]
-    read: Callable[[Checkpoint], HeadWeights]
+# The copy of a model's upper blocks that trlX keeps for reference logits; not a part of the model.
+COPIES = ("frozen_head.",)
 
 
 def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> HeadWeights | None:
-    """Finds the trained value head of a checkpoint and reads its two tensors, nothing else.
+    """Finds the trained value head of a checkpoint and reads its tensors, nothing else.
 
     Args:
         location: A folder, one file, or a hub repository's id; an existing path is never looked up on the hub.
@@ -51,96 +51,125 @@ def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> Hea
         The head, or None for a plain language model that holds nothing like one.
 
     Raises:
-        HeadMismatchError: The checkpoint holds something like a head that fits no known format.
+        HeadMismatchError: The checkpoint holds something like a head that fits no known format, or more than one.
         HeadFileError: A file is truncated, malformed or hostile.
     """
     checkpoint = Checkpoint(location, **options)
+    choice = choose(checkpoint)
+    return read(checkpoint, choice[1], choice[0]) if choice else None
+
+
+def load(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> HeadWeights:  # noqa: A002, as `save` has it
+    """Reads the trained head of a checkpoint in any format.
+
+    Args:
+        path: A folder, one file, or a hub repository's id; an existing path is never looked up on the hub.
+        format: The name of the only format to try. None: the one that the checkpoint shows signs of.
+        **options: Those of `vhead.checkpoint.LocationArguments`, as `from_pretrained` takes them.
+
+    Returns:
+        Float32 weights, whatever the file's dtype, and where they are from.
+
+    Raises:
+        HeadNotFoundError: There is nothing like a head.
+        HeadMismatchError: There is something like a head that fits no known format, or more than one head.
+        HeadFileError: A file is truncated, malformed or hostile, or its weights are not finite.
+        HeadError: There is no format of that name.
+    """
+    checkpoint = Checkpoint(path, **options)
+    head_format, sighting = chosen(checkpoint, format)
+    return read(checkpoint, sighting, head_format)
+
+
+def detect(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> Detection:  # noqa: A002, as `save` has it
+    """Says in which format a checkpoint's head is and why, from names, shapes and dtypes; no weights are read.
+
+    Args and errors are those of `load`.
+    """
+    checkpoint = Checkpoint(path, **options)
+    head_format, sighting = chosen(checkpoint, format)
+    check_fits(checkpoint, sighting, head_format)
+    return Detection(
+        format=head_format.name,
+        reason=f"{sighting.reason}, which makes it {head_format.name}",
+        tensors=tuple(sorted(sighting.found.keys() - sighting.ignored)),
+        body_prefix=body_prefix(checkpoint, sighting),
+    )
+
+
+def format_named(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        HeadError: There is none.
+    """
     for head_format in FORMATS:
-        if head_format.sniff(checkpoint):
-            return head_format.read(checkpoint)
-    suspects = {name: file for name, file in checkpoint.weight_map.items() if _HEAD_LIKE.search(name)}
+        if head_format.name == name:
+            return head_format
+    raise HeadError(f"format: expected one of {', '.join(known.name for known in FORMATS)}, got {name!r}")
+
+
+def chosen(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sighting]:
+    """The format of a checkpoint and what it takes for the head.
+
+    Raises:
+        HeadNotFoundError: There is nothing like a head.
+        HeadMismatchError: There is something like a head that fits no known format, or more than one head.
+        HeadError: There is no format of that name.
+    """
+    choice = choose(checkpoint, name)
+    if choice is None:
+        kind = "a trained value head" if name is None else f"a value head in the format {name}"
+        raise HeadNotFoundError(f"{checkpoint.location}: expected {kind}, found none")
+    return choice
+
+
+def choose(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sighting] | None:
+    """`chosen`, or None where there is nothing like a head."""
+    candidates: dict[str, tuple[Format, Sighting]] = {}
+    for head_format in FORMATS if name is None else (format_named(name),):
+        for sighting in head_format.find(checkpoint):
+            candidates.setdefault(sighting.root, (head_format, sighting))
+    if len(candidates) > 1 and not _are_the_same(checkpoint, list(candidates.values())):
+        raise _ambiguous(checkpoint, candidates)
+    if candidates:
+        return next(iter(candidates.values()))
+    suspects = {tensor: file for tensor, file in checkpoint.weight_map.items() if HEAD_LIKE.search(tensor)}
     if suspects:
-        raise _mismatch(checkpoint, suspects)
+        expected = TRL.expected if name is None else format_named(name).expected
+        raise mismatch(checkpoint, suspects, f"{expected}, or another format's names")
     return None
 
 
-def save_beside_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the head of a model with adapters where TRL looks for it: pickled, in `pytorch_model.bin`.
-
-    Args:
-        state: The model's state dict; only its two head tensors are written.
-        folder: The adapter's folder, which exists.
-    """
-    head = {name: state[name].detach().cpu() for name in (WEIGHT_KEY, BIAS_KEY)}
-    unfinished = folder / ".pytorch_model.bin.unfinished"
-    torch.save(head, unfinished)
-    unfinished.replace(folder / "pytorch_model.bin")
-
-
-def _sniff_trl(checkpoint: Checkpoint) -> bool:
-    return any(_TRL_ROOT.match(name) for name in checkpoint.weight_map)
+def body_prefix(checkpoint: Checkpoint, sighting: Sighting) -> str:
+    """What stands before every name of the language model's own tensors, and transformers does not expect there."""
+    names = [name for name in checkpoint.weight_map if name not in sighting.found and not name.startswith(COPIES)]
+    prefix = ""
+    while names:
+        first = names[0].removeprefix(prefix).partition(".")[0]
+        if first not in _BODY_WRAPPERS or not all(name.startswith(f"{prefix}{first}.") for name in names):
+            break
+        prefix += f"{first}."
+    return prefix
 
 
-def _read_trl(checkpoint: Checkpoint) -> HeadWeights:
-    """TRL merges the head into the model's own weights; raw saves of a module put a prefix before the same names."""
-    return _read_pair(checkpoint, checkpoint.weight_map, "trl")
+def _are_the_same(checkpoint: Checkpoint, candidates: list[tuple[Format, Sighting]]) -> bool:
+    """Whether the candidates are copies of one head, as an adapter's folder may hold one in each of two files."""
+    first, *others = (read(checkpoint, sighting, head_format) for head_format, sighting in candidates)
+    return all(_same_weights(first, other) for other in others)
 
 
-def _sniff_llama_factory(checkpoint: Checkpoint) -> bool:
-    return _llama_factory_file(checkpoint) is not None
-
-
-def _read_llama_factory(checkpoint: Checkpoint) -> HeadWeights:
-    """LLaMA-Factory splits the head into a file of its own, beside the model or the adapter."""
-    file_name = _llama_factory_file(checkpoint)
-    return _read_pair(checkpoint, checkpoint.names_in(file_name) if file_name else {}, "llama-factory")
-
-
-def _llama_factory_file(checkpoint: Checkpoint) -> str | None:
-    return next((name for name in LLAMA_FACTORY_FILES if checkpoint.path(name) is not None), None)
-
-
-FORMATS: tuple[Format, ...] = (
-    Format("trl", _sniff_trl, _read_trl),
-    Format("llama-factory", _sniff_llama_factory, _read_llama_factory),
-)
-
-
-def _read_pair(checkpoint: Checkpoint, files: Mapping[str, str], format_name: str) -> HeadWeights:
-    """Reads weight and bias after everything about them that a header tells has been checked."""
-    rooted = {name: match.group(1) for name in files if (match := _TRL_ROOT.match(name))}
-    found = {name: files[name] for name in (rooted or files)}
-    root = next(iter(rooted.values()), "v_head")
-    weight_name, bias_name = f"{root}.summary.weight", f"{root}.summary.bias"
-    if set(found) != {weight_name, bias_name}:
-        raise _mismatch(checkpoint, found)
-    weight_shape = checkpoint.shape(weight_name, files[weight_name])
-    if len(weight_shape) != 2 or weight_shape[0] != 1 or checkpoint.shape(bias_name, files[bias_name]) != (1,):
-        raise _mismatch(checkpoint, found)
-    layer = LinearWeights(
-        weight=_read_float32(checkpoint, weight_name, files[weight_name]),
-        bias=_read_float32(checkpoint, bias_name, files[bias_name]),
-    )
-    return HeadWeights(
-        layers=(layer,),
-        format=format_name,
-        source=f"{checkpoint.describe(files[weight_name])} ({format_name})",
+def _same_weights(one: HeadWeights, other: HeadWeights) -> bool:
+    shapes = [[layer.weight.shape for layer in head.layers] for head in (one, other)]
+    pairs = zip(one.layers, other.layers, strict=False)
+    return shapes[0] == shapes[1] and all(
+        torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros) for a, b in pairs
     )
 
 
-def _read_float32(checkpoint: Checkpoint, name: str, file_name: str) -> Tensor:
-    tensor = checkpoint.read(name, file_name)
-    if not tensor.is_floating_point():
-        raise HeadMismatchError(
-            f"{checkpoint.describe(file_name)}: {name}: expected a floating-point dtype, got {tensor.dtype}"
-        )
-    return tensor.to(torch.float32)
-
-
-def _mismatch(checkpoint: Checkpoint, found: Mapping[str, str]) -> HeadMismatchError:
-    listing = ", ".join(f"{name} {list(checkpoint.shape(name, file))}" for name, file in sorted(found.items()))
+def _ambiguous(checkpoint: Checkpoint, candidates: dict[str, tuple[Format, Sighting]]) -> HeadMismatchError:
+    listing = "; ".join(f"{root} ({head_format.name}: {s.reason})" for root, (head_format, s) in candidates.items())
     return HeadMismatchError(
-        f"{checkpoint.location}: the checkpoint holds something like a value head that does not fit: "
-        f"found {listing or 'nothing'}; expected {_EXPECTED}. "
-        "To start from a new head all the same, load the language model yourself and pass the object."
+        f"{checkpoint.location}: expected one value head, found {len(candidates)}: {listing}. "
+        "Give vhead.formats.load the format of the one that is meant, or remove the other"
     )

@@ -18,6 +18,11 @@ class LinearWeights:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def bias_or_zeros(self) -> Tensor:
+        """The bias, `[out]`, of zeros where there is none."""
+        return torch.zeros(self.weight.shape[0]) if self.bias is None else self.bias
+
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
@@ -46,8 +51,7 @@ class HeadWeights:
     @property
     def bias(self) -> Tensor:
         """The last projection's bias, `[K]`, float32: zeros where the format has none."""
-        bias = self.layers[-1].bias
-        return torch.zeros(self.num_outputs) if bias is None else bias
+        return self.layers[-1].bias_or_zeros
 
     @property
     def hidden_size(self) -> int:

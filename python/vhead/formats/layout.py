@@ -1,0 +1,266 @@
+"""What every format is made of: where its tensors are found, how they are checked and read, what it can hold."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vhead.checkpoint import Checkpoint
+from vhead.errors import HeadFileError, HeadMismatchError
+from vhead.formats.weights import HeadWeights, LinearWeights
+
+# What trainers and compilers wrap around a model leaves its name before the names of the model's tensors.
+WRAPPERS = (
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "base_model",
+    "critic",
+    "model",
+    "module",
+    "pretrained_model",
+)
+_WRAPPED = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
+_ANYTHING = r"(?:.+\.)?"
+
+# Names that only a head has, wherever it is, and one that other modules have too, unless only wrappers are around it.
+HEAD_LIKE = re.compile(rf"(?:(?:^|\.)(?:v|value|reward|rm|critic|score)_?heads?|^{_WRAPPED}score)(?:\.|$)")
+
+_FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+
+
+@dataclass(frozen=True)
+class LinearNames:
+    """The names of one projection's tensors.
+
+    Attributes:
+        weight: The weight's.
+        bias: The bias's, or None where there is never one.
+        bias_optional: Whether a head without the bias is one all the same.
+    """
+
+    weight: str
+    bias: str | None = None
+    bias_optional: bool = False
+
+    def below(self, root: str) -> "LinearNames":
+        """The same names inside the module `root`."""
+        return LinearNames(f"{root}.{self.weight}", self.bias and f"{root}.{self.bias}", self.bias_optional)
+
+    def required(self) -> set[str]:
+        """The names that must be there."""
+        return {self.weight} if self.bias is None or self.bias_optional else {self.weight, self.bias}
+
+    def possible(self) -> set[str]:
+        """The names that may be there."""
+        return {self.weight} if self.bias is None else {self.weight, self.bias}
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Tensors of a checkpoint that a format takes for its head.
+
+    Attributes:
+        root: The module that they belong to, unique in the checkpoint: `v_head`, `pretrained_model.v_head`.
+        found: Every tensor of that module and its file, those that do not belong there included.
+        layers: The full names that the format expects.
+        reason: Why the format takes them for its head, in one sentence.
+        ignored: Names that may be there too and hold no weights.
+        refusal: Why this head cannot be read, or nothing.
+    """
+
+    root: str
+    found: Mapping[str, str]
+    layers: tuple[LinearNames, ...]
+    reason: str
+    ignored: frozenset[str] = frozenset()
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Body:
+    """How a format keeps the language model around its head.
+
+    Attributes:
+        architecture: What stands in the configuration: "ForCausalLM", "ForTokenClassification", ... with the model's
+            name before it, or None where the configuration keeps the language model's.
+        prefix: What stands before the names of the language model's tensors.
+        base_only: Whether only the model below the language-model head is kept.
+        bare: Whether its names begin below `base_model_prefix` (`layers.0...`, not `model.layers.0...`).
+        head_file: The file of its own that the head goes to, or None where it is merged into the model's.
+        configure: What the head changes in the configuration.
+    """
+
+    architecture: str | None = "ForCausalLM"
+    prefix: str = ""
+    base_only: bool = False
+    bare: bool = False
+    head_file: str | None = None
+    configure: Callable[[HeadWeights], dict[str, Any]] = lambda _head: {}
+
+
+def stated_statistics(checkpoint: Checkpoint) -> tuple[float | None, float | None]:
+    """The configuration's `mean` and `std`, where OpenRLHF states how to normalise rewards; conversions keep them."""
+    config = checkpoint.config
+    return number(config.get("mean")), number(config.get("std"))
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else that a file may hold in its place."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One framework's way to store a head.
+
+    Attributes:
+        name: Its name in messages and on the command line.
+        frameworks: Who writes it.
+        find: Lists the sightings in a checkpoint, from names, shapes and the configuration alone.
+        layouts: The names of the head's tensors as the framework writes them, for each number of projections.
+        outputs: How many outputs a head may have; None: any number.
+        body: How a whole checkpoint is written; None: the head can be written, the language model cannot.
+        statistics: Reads the mean and standard deviation of the rewards.
+        notes: What else there is to know, for the documentation.
+    """
+
+    name: str
+    frameworks: str
+    find: Callable[[Checkpoint], Iterable[Sighting]]
+    layouts: tuple[tuple[LinearNames, ...], ...]
+    outputs: int | None = 1
+    body: Body | None = None
+    statistics: Callable[[Checkpoint], tuple[float | None, float | None]] = stated_statistics
+    notes: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The tensors of a head of this format, for messages."""
+        return " or ".join(", ".join(self._shapes(layers)) for layers in self.layouts)
+
+    def _shapes(self, layers: tuple[LinearNames, ...]) -> Iterator[str]:
+        sizes = ["I", self.outputs or "K"][-len(layers) :]
+        for names, size, width in zip(layers, sizes, ["H", *sizes], strict=False):
+            yield f"{names.weight} [{size}, {width}]"
+            if names.bias is not None:
+                yield f"{names.bias} [{size}]{' (optional)' if names.bias_optional else ''}"
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """The class that the configuration names, or nothing."""
+    names = checkpoint.config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def sightings(
+    checkpoint: Checkpoint,
+    container: str,
+    layers: tuple[LinearNames, ...],
+    reason: str,
+    *,
+    anywhere: bool = False,
+) -> Iterator[Sighting]:
+    """The modules called `container` that hold at least one tensor of a head with these layers.
+
+    Args:
+        checkpoint: Where to look.
+        container: The module's name.
+        layers: The tensors' names inside the module.
+        reason: A sentence; `{root}` in it is the module's full name.
+        anywhere: Whether any module may be around it, or only what wraps models.
+    """
+    pattern = re.compile(rf"({_ANYTHING if anywhere else _WRAPPED}{re.escape(container)})\.(.+)")
+    modules: dict[str, dict[str, str]] = {}
+    for name, file in checkpoint.weight_map.items():
+        if match := pattern.fullmatch(name):
+            modules.setdefault(match.group(1), {})[name] = file
+    for root, found in modules.items():
+        named = tuple(names.below(root) for names in layers)
+        if any(names.possible() & found.keys() for names in named):
+            yield Sighting(root, found, named, reason.format(root=root))
+
+
+def read(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> HeadWeights:
+    """Reads a head after everything about it that headers tell has been checked.
+
+    Raises:
+        HeadMismatchError: A tensor is missing or one too many, or has another shape or dtype than a head's.
+        HeadFileError: A file is broken, or a tensor in it is not finite.
+    """
+    check_fits(checkpoint, sighting, head_format)
+    mean, std = head_format.statistics(checkpoint)
+    file = sighting.found[sighting.layers[0].weight]
+    return HeadWeights(
+        layers=tuple(_read_layer(checkpoint, sighting, names) for names in sighting.layers),
+        format=head_format.name,
+        source=f"{checkpoint.describe(file)} ({head_format.name})",
+        mean=mean,
+        std=std,
+    )
+
+
+def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> None:
+    """Checks names, shapes and dtypes.
+
+    Raises:
+        HeadMismatchError: They are not those of a head of this format.
+    """
+    if sighting.refusal:
+        raise HeadMismatchError(f"{checkpoint.location}: {sighting.refusal}")
+    required = {name for names in sighting.layers for name in names.required()}
+    possible = {name for names in sighting.layers for name in names.possible()} | sighting.ignored
+    if not required <= sighting.found.keys() <= possible:
+        raise mismatch(checkpoint, sighting.found, head_format.expected)
+    width: int | None = None
+    for names in sighting.layers:
+        shape = checkpoint.shape(names.weight, sighting.found[names.weight])
+        fits = len(shape) == 2 and min(shape) > 0 and width in (None, shape[1])
+        if fits and names.bias is not None and names.bias in sighting.found:
+            fits = checkpoint.shape(names.bias, sighting.found[names.bias]) == shape[:1]
+        if not fits:
+            raise mismatch(checkpoint, sighting.found, head_format.expected)
+        width = shape[0]
+    if head_format.outputs not in (None, width):
+        raise mismatch(checkpoint, sighting.found, head_format.expected)
+    _check_dtypes(checkpoint, sighting)
+
+
+def mismatch(checkpoint: Checkpoint, found: Mapping[str, str], expected: str) -> HeadMismatchError:
+    """The error for something like a head that does not fit."""
+    listing = ", ".join(f"{name} {list(checkpoint.shape(name, file))}" for name, file in sorted(found.items()))
+    return HeadMismatchError(
+        f"{checkpoint.location}: the checkpoint holds something like a value head that does not fit: "
+        f"found {listing or 'nothing'}; expected {expected}. "
+        "To start from a new head all the same, load the language model yourself and pass the object."
+    )
+
+
+def _check_dtypes(checkpoint: Checkpoint, sighting: Sighting) -> None:
+    for name in sorted(sighting.found.keys() - sighting.ignored):
+        dtype = checkpoint.dtype(name, sighting.found[name])
+        if dtype not in _FLOATS:
+            raise HeadMismatchError(
+                f"{checkpoint.describe(sighting.found[name])}: {name}: "
+                f"expected a floating-point dtype of 16 to 64 bits, got {dtype}"
+            )
+
+
+def _read_layer(checkpoint: Checkpoint, sighting: Sighting, names: LinearNames) -> LinearWeights:
+    weight = _read_finite(checkpoint, names.weight, sighting.found[names.weight])
+    if names.bias is None or names.bias not in sighting.found:
+        return LinearWeights(weight)
+    return LinearWeights(weight, _read_finite(checkpoint, names.bias, sighting.found[names.bias]))
+
+
+def _read_finite(checkpoint: Checkpoint, name: str, file_name: str) -> Tensor:
+    tensor = checkpoint.read(name, file_name).to(torch.float32)
+    if not tensor.isfinite().all():
+        raise HeadFileError(f"{checkpoint.describe(file_name)}: {name}: expected finite weights, found NaN or infinity")
+    return tensor

@@ -1,0 +1,112 @@
+"""Writing a head in any format that can hold it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vhead.errors import HeadError
+from vhead.formats.layout import Format, LinearNames
+from vhead.formats.registry import format_named
+from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
+from vhead.formats.weights import HeadWeights, LinearWeights
+
+_SAFETENSORS = ".safetensors"
+_PICKLED = (".bin", ".pt", ".pth")
+
+
+def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:  # noqa: A002, the name that callers know
+    """Writes a head to a file of its own, with the names that a framework gives its tensors.
+
+    Args:
+        head: The head, float32.
+        path: A file, `.safetensors` or pickled by torch (`.bin`, `.pt`, `.pth`), or a folder for a format that has a
+            head file of its own. It is written beside its place and renamed.
+        format: The name of the format.
+        overwrite: Whether an existing file is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        HeadError: The format cannot hold the head, has no file of its own for it, or does not exist.
+        FileExistsError: The file exists and is not to be replaced.
+    """
+    head_format = format_named(format)
+    tensors = head_tensors(head, head_format)
+    file = _head_file(Path(path), head_format)
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file}: exists already; overwrite=True replaces it")
+    write_tensors(tensors, file)
+    return file
+
+
+def head_tensors(head: HeadWeights, head_format: Format) -> dict[str, Tensor]:
+    """The head's tensors by the format's names, or an error that says what the format cannot hold.
+
+    Raises:
+        HeadError: The format has another number of projections or outputs, or no bias where the head's is not zero.
+    """
+    layers = next((layers for layers in head_format.layouts if len(layers) == len(head.layers)), None)
+    if layers is None:
+        counts = " or ".join(str(len(layers)) for layers in head_format.layouts)
+        raise HeadError(f"{head_format.name} holds heads of {counts} projections; this head has {len(head.layers)}")
+    if head_format.outputs not in (None, head.num_outputs):
+        raise HeadError(
+            f"{head_format.name} holds heads of {head_format.outputs} output; this head has {head.num_outputs}"
+        )
+    tensors = {}
+    for names, layer in zip(layers, head.layers, strict=True):
+        tensors[names.weight] = layer.weight.detach().cpu().contiguous()
+        bias = _stored_bias(names, layer, head_format)
+        if names.bias is not None and bias is not None:
+            tensors[names.bias] = bias
+    return tensors
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes tensors beside a file's place, safetensors or pickled as its name says, and puts them there at once."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        if file.suffix == _SAFETENSORS:
+            save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        else:
+            torch.save(dict(tensors), unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_beside_adapter(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the head of a model with adapters where TRL looks for it: pickled, in `pytorch_model.bin`.
+
+    Args:
+        state: The model's state dict; only its two head tensors are written.
+        folder: The adapter's folder, which exists.
+    """
+    write_tensors({name: state[name].detach().cpu() for name in (WEIGHT_KEY, BIAS_KEY)}, folder / "pytorch_model.bin")
+
+
+def _stored_bias(names: LinearNames, layer: LinearWeights, head_format: Format) -> Tensor | None:
+    """A bias of zeros is the same as none, and is added or left out as the format asks for it."""
+    bias = None if layer.bias is None else layer.bias.detach().cpu().contiguous()
+    if names.bias is None and bias is not None and bias.any():
+        raise HeadError(
+            f"{head_format.name} has no bias beside {names.weight}; this head's is {bias.tolist()}, not zero"
+        )
+    if names.bias is not None and not names.bias_optional and bias is None:
+        return layer.bias_or_zeros
+    return bias
+
+
+def _head_file(path: Path, head_format: Format) -> Path:
+    if path.suffix in (_SAFETENSORS, *_PICKLED) and not path.is_dir():
+        return path
+    name = head_format.body.head_file if head_format.body else None
+    if path.is_dir() and name is not None:
+        return path / name
+    kinds = ", ".join((_SAFETENSORS, *_PICKLED))
+    folder = "" if name is None else f", or a folder for {name}"
+    raise HeadError(f"{path}: {head_format.name} expects a file ({kinds}){folder}")
