@@ -108,6 +108,24 @@ class ValueHead(nn.Module):
         module.load(head)
         return module
 
+    @property
+    def hidden_size(self) -> int:
+        """Elements of the hidden state that the head reads: H."""
+        size: int = next(linear for _, linear in self._linears()).in_features
+        return size
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers per hidden state: K."""
+        *_, (_, last) = self._linears()
+        return last.out_features
+
+    @property
+    def intermediate_size(self) -> int | None:
+        """Elements between the two projections: I, or None for a head of one."""
+        first, *others = (linear for _, linear in self._linears())
+        return first.out_features if others else None
+
     def load(self, head: HeadWeights) -> None:
         """Copies a trained head's weights into this one; a head without a bias gets one of zeros.
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, Pre
 
 from vhead import adapters, backbone, generation
 from vhead.checkpoint import Checkpoint
-from vhead.errors import AdapterError, HeadError, HeadMismatchError
-from vhead.formats import WEIGHT_KEY, HeadWeights
+from vhead.errors import AdapterError, HeadError
+from vhead.formats import HeadWeights
 from vhead.heads import HeadArguments, ValueHead, check_head_arguments
 from vhead.loading import LoadArguments, load, prepare_given
 from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
@@ -159,15 +159,14 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         return cls(body, score_module=score, supports_rm_adapter=True, rm_adapter_name=name, **arguments.head)
 
     def _load_head(self, head: HeadWeights) -> None:
-        summary = self.v_head.summary
-        if head.weight.shape != summary.weight.shape:
-            raise HeadMismatchError(
-                f"{head.source}: found {WEIGHT_KEY} {list(head.weight.shape)}, "
-                f"expected {list(summary.weight.shape)} for a {type(self.pretrained_model).__name__}"
-            )
-        with torch.no_grad():
-            summary.weight.copy_(head.weight)
-            summary.bias.copy_(head.bias)
+        """Copies a trained head in; one of other projections or outputs than this one's takes its place."""
+        own = self.v_head
+        if (head.num_outputs, head.intermediate_size) == (own.num_outputs, own.intermediate_size):
+            own.load(head)
+        else:
+            dropout = getattr(own.dropout, "p", 0.0)
+            self.v_head = ValueHead.like(head, self.config, hidden_size=own.hidden_size, summary_dropout_prob=dropout)
+            self._follow_body()
         self.head_source = head.source
 
     def post_init(self, state_dict: Mapping[str, Any]) -> None:

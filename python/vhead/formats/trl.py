@@ -16,6 +16,7 @@ _TWO_LAYERS = (
     LinearNames("summary.2.weight", "summary.2.bias"),
 )
 _REASON = "{root} holds a projection called summary"
+_TWO_LAYERS_REASON = "{root}.summary holds two projections, 0 and 2"
 
 
 def _find_trl(checkpoint: Checkpoint) -> Iterator[Sighting]:
@@ -28,9 +29,27 @@ def _find_vhead(checkpoint: Checkpoint) -> Iterator[Sighting]:
     for sighting in sightings(checkpoint, "v_head", (_SUMMARY,), _REASON + " of several outputs", anywhere=True):
         if _has_several_outputs(checkpoint, sighting):
             yield sighting
-    yield from sightings(
-        checkpoint, "v_head", _TWO_LAYERS, "{root}.summary holds two projections, 0 and 2", anywhere=True
-    )
+    yield from sightings(checkpoint, "v_head", _TWO_LAYERS, _TWO_LAYERS_REASON, anywhere=True)
+    yield from (found for found in _in_head_file(checkpoint) if _is_ours(checkpoint, found))
+
+
+def _find_llama_factory(checkpoint: Checkpoint) -> Iterator[Sighting]:
+    """LLaMA-Factory splits the head into a file of its own, beside the model or the adapter, and so reads it."""
+    yield from (found for found in _in_head_file(checkpoint) if not _is_ours(checkpoint, found))
+
+
+def _in_head_file(checkpoint: Checkpoint) -> Iterator[Sighting]:
+    file = next((name for name in LLAMA_FACTORY_FILES if checkpoint.path(name) is not None), None)
+    if file is not None and not checkpoint.is_file:
+        found = checkpoint.names_in(file)
+        layers = _TWO_LAYERS if any(names.below("v_head").weight in found for names in _TWO_LAYERS) else (_SUMMARY,)
+        names = tuple(names.below("v_head") for names in layers)
+        yield Sighting(file, found, names, f"there is a file {file}, in which heads lie alone")
+
+
+def _is_ours(checkpoint: Checkpoint, sighting: Sighting) -> bool:
+    """Whether the head is one that TRL has no names for."""
+    return len(sighting.layers) > 1 or _has_several_outputs(checkpoint, sighting)
 
 
 def _has_several_outputs(checkpoint: Checkpoint, sighting: Sighting) -> bool:
@@ -39,14 +58,6 @@ def _has_several_outputs(checkpoint: Checkpoint, sighting: Sighting) -> bool:
         return False
     shape = checkpoint.shape(weight, sighting.found[weight])
     return len(shape) == 2 and shape[0] > 1
-
-
-def _find_llama_factory(checkpoint: Checkpoint) -> Iterator[Sighting]:
-    """LLaMA-Factory splits the head into a file of its own, beside the model or the adapter, and so reads it."""
-    file = next((name for name in LLAMA_FACTORY_FILES if checkpoint.path(name) is not None), None)
-    if file is not None and not checkpoint.is_file:
-        layers = (LinearNames(WEIGHT_KEY, BIAS_KEY),)
-        yield Sighting(file, checkpoint.names_in(file), layers, f"there is a file {file}, in which heads lie alone")
 
 
 TRL = Format(
