@@ -16,10 +16,13 @@ __all__ = [
     "dropout_mask",
     "init_linear",
     "init_normal",
+    "keep_kept",
+    "linear",
     "panic_on_purpose",
     "try_value_head",
     "value_head",
     "value_head_backward",
+    "value_head_two_layer",
     "worker_threads",
 ]
 
@@ -41,6 +44,23 @@ def value_head_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for (hidden, weight, bias), each where needed: hidden's in its dtype, the others float32."""
+
+def value_head_two_layer(
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The kernel of `vhead::value_head_two_layer`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32."""
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, relu: bool) -> Tensor:
+    """`scale * (x @ weight.T) + bias` or the ReLU of that, in the order of the value head's sums: float32."""
+
+def keep_kept(x: Tensor, dropout_p: float, seed: Tensor | None, first: int) -> Tensor:
+    """`x` as float32, the elements that dropout drops times zero; its rows are number `first` on of the mask."""
 
 def init_linear(sizes: Sequence[int], columns: int, parameter: str, seed: int) -> Tensor:
     """New float32 numbers from `nn.Linear(columns, _)`'s default distribution; `parameter` is "weight" or "bias"."""

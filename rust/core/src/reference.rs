@@ -1,6 +1,6 @@
 //! The plain float64 twin: what the kernels should compute, written once, for tests and benchmarks.
 use crate::reduce::OCTET;
-use crate::{Dropout, Element, Head, Rows};
+use crate::{Dropout, Element, Head, Rows, TwoLayerHead};
 
 /// [`crate::forward`] in float64: `[N, K]`.
 #[must_use]
@@ -12,6 +12,30 @@ pub fn forward<T: Element>(hidden: &Rows<'_, T>, head: &Head<'_>, dropout: Optio
         for k in 0..head.outputs() {
             let products = row.iter().zip(head.weight(k)).map(|(x, w)| x * f64::from(*w));
             values.push(products.fold(0.0, |a, b| a + b) * scale + f64::from(head.bias(k)));
+        }
+    }
+    values
+}
+
+/// [`crate::two_layer`] in float64: `[N, K]`.
+#[must_use]
+pub fn two_layer<T: Element, W: Element>(
+    hidden: &Rows<'_, T>,
+    head: &TwoLayerHead<'_, W>,
+    dropout: Option<&Dropout>,
+) -> Vec<f64> {
+    let (weight, second) = (head.first().weight(), head.second());
+    let mut values = Vec::with_capacity(hidden.count() * second.outputs());
+    for n in 0..hidden.count() {
+        let x = row(hidden, n, dropout);
+        let activation = |i: usize| {
+            let products = x.iter().enumerate().map(|(h, x)| x * f64::from(weight.get(i, h).to_f32()));
+            (products.fold(0.0, |a, b| a + b) * scale(dropout) + f64::from(head.first().bias(i))).max(0.0)
+        };
+        let activations: Vec<f64> = (0..weight.count()).map(activation).collect();
+        for k in 0..second.outputs() {
+            let products = activations.iter().zip(second.weight(k)).map(|(x, w)| x * f64::from(*w));
+            values.push(products.fold(0.0, |a, b| a + b) + f64::from(second.bias(k)));
         }
     }
     values

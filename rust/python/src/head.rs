@@ -110,7 +110,7 @@ struct Outputs<'py> {
     bias: Option<Output<'py>>,
 }
 
-fn dropout(p: f64, seed: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Dropout>> {
+pub(crate) fn dropout(p: f64, seed: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Dropout>> {
     let number = seed.map_or(Ok(0), |seed| TensorView::new("seed", seed, &[Dtype::Int64])?.seed())?;
     match Dropout::new(p, number).map_err(gate::to_python)? {
         Some(_) if seed.is_none() => {

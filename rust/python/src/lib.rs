@@ -10,6 +10,7 @@ mod init;
 mod tensor;
 mod threads;
 mod torch;
+mod two_layer;
 
 #[pymodule(gil_used = false)]
 mod _native {
@@ -21,6 +22,8 @@ mod _native {
     use super::head::{try_value_head, value_head, value_head_backward};
     #[pymodule_export]
     use super::init::{dropout_mask, init_linear, init_normal};
+    #[pymodule_export]
+    use super::two_layer::{keep_kept, linear, value_head_two_layer};
 
     #[pymodule_init]
     fn prepare(_module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {

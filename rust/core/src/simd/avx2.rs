@@ -30,6 +30,16 @@ impl Simd for Avx2 {
         unsafe { [_mm256_set1_ps(value); 2] }
     }
     #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
     fn multiply(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see the head of this block.
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }

@@ -33,6 +33,16 @@ impl Simd for Avx512 {
         unsafe { _mm512_set1_ps(value) }
     }
     #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn maximum(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
     fn multiply(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see the head of this block.
         unsafe { _mm512_mul_ps(a, b) }

@@ -10,6 +10,7 @@ pub(crate) mod gradient;
 pub(crate) mod keep;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod panel;
 pub(crate) mod project;
 mod vector;
 

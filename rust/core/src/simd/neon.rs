@@ -28,6 +28,20 @@ impl Simd for Neon {
         unsafe { [vdupq_n_f32(value); 4] }
     }
     #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [vaddq_f32(a[0], b[0]), vaddq_f32(a[1], b[1]), vaddq_f32(a[2], b[2]), vaddq_f32(a[3], b[3])] }
+    }
+    #[inline(always)]
+    fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        let mut greater = b;
+        for ((greater, a), b) in greater.iter_mut().zip(a).zip(b) {
+            // SAFETY: see the head of this block.
+            *greater = unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) };
+        }
+        greater
+    }
+    #[inline(always)]
     fn multiply(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see the head of this block.
         unsafe { [vmulq_f32(a[0], b[0]), vmulq_f32(a[1], b[1]), vmulq_f32(a[2], b[2]), vmulq_f32(a[3], b[3])] }

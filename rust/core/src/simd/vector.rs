@@ -15,6 +15,10 @@ pub trait Simd: Copy {
 
     /// `value` in all lanes.
     fn splat(self, value: f32) -> Self::F32;
+    /// `a + b`.
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a` where it is greater than `b`, else `b`: NaN where `b` is, and `b` where `a` is NaN.
+    fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a * b`.
     fn multiply(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a * b + c`, rounded once.

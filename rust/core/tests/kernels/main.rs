@@ -6,6 +6,7 @@ mod init;
 mod invariance;
 mod layouts;
 mod levels;
+mod linear;
 mod model;
 mod nonfinite;
 mod support;
