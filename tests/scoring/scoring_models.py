@@ -1,11 +1,14 @@
 """Tiny critics with random weights, and their scores computed in the plainest way."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from library_versions import DTYPE, need_architecture
-from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scores
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
+from vhead.scoring import strategies
 
 VOCABULARY = 97
 CONTEXT = 64
@@ -28,6 +31,17 @@ ARCHITECTURES = {
     "llama": _LLAMA,
     "gpt2": _GPT2 | _END,
     "qwen2": _LLAMA,
+    "mistral": _LLAMA | {"head_dim": 8},
+    "gpt_neo": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 60,
+        "max_position_embeddings": CONTEXT,
+    }
+    | _END,
     "gemma2": _LLAMA | {"head_dim": 8, "final_logit_softcapping": 5.0, "attn_implementation": "eager"},
     "opt": _LLAMA | {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "cohere": _LLAMA | {"logit_scale": 0.25},
@@ -63,6 +77,28 @@ def rollouts(count: int = 12, seed: int = 0, longest: int = 30) -> list[Rollout]
         Rollout(rng.integers(3, VOCABULARY, p), rng.integers(3, VOCABULARY, c), id=f"r{index}")
         for index, (p, c) in enumerate(lengths)
     ]
+
+
+def trees(prompts: int = 3, completions: int = 4, seed: int = 0) -> list[Rollout]:
+    """Prompts with several completions each, some of which begin alike, in an order that mixes the prompts."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for _ in range(prompts):
+        prompt = rng.integers(3, VOCABULARY, int(rng.integers(9, 25)))
+        tails = [rng.integers(3, VOCABULARY, int(rng.integers(1, 20))) for _ in range(completions)]
+        tails[1] = np.concatenate([tails[0], tails[1]])[:30]
+        records += [Rollout(prompt, tail) for tail in tails]
+    order = rng.permutation(len(records))
+    return [Rollout(records[at].prompt, records[at].completion, id=f"t{at}") for at in order]
+
+
+def by_way(scorer: Scorer, name: str) -> Scorer:
+    """The scorer, made to batch in the way of this class."""
+    engine = scorer._engine
+    body = engine._body
+    arguments = (body, CONTEXT) if name == "MaskedTreePacking" else (body,)
+    engine._ways = dataclasses.replace(engine._ways, usual=getattr(strategies, name)(*arguments), longest_usual=None)
+    return scorer
 
 
 @torch.no_grad()

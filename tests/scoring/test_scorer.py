@@ -4,13 +4,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, critic, reference, rollouts, worst
+from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 
 from vhead import Rollout, Scorer
 from vhead.errors import FieldError, HeadError, VheadError
-from vhead.scoring import engine, logits, statistics
+from vhead.scoring import engine, logits, statistics, strategies
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.statistics import row_chunks, token_statistics
+from vhead.scoring.statistics import row_chunks, statistics_of_logits
 
 TOLERANCE = 1e-4
 
@@ -35,8 +35,13 @@ def test_every_field_equals_one_rollout_at_a_time(architecture):
 
 
 def test_the_comparison_sees_a_shift_by_one(model, monkeypatch):
-    rows = engine._rows
-    monkeypatch.setattr(engine, "_rows", lambda *args: tuple(index - 1 for index in rows(*args)))
+    read = engine.Read.of
+
+    def shifted(*args):
+        right = read(*args)
+        return dataclasses.replace(right, predicting=right.predicting - 1, rewarded=right.rewarded - 1)
+
+    monkeypatch.setattr(engine.Read, "of", shifted)
     records = rollouts()[1:]
     scores = Scorer(model).score(records, FIELDS)
     assert worst(model, records, scores) > 100 * TOLERANCE
@@ -44,24 +49,19 @@ def test_the_comparison_sees_a_shift_by_one(model, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "opt"])
 def test_the_comparison_sees_padding_that_is_not_masked(architecture, monkeypatch):
-    def padded_left(batch):
-        tokens, mask = padded(batch)
-        shifts = [tokens.shape[1] - len(rollout) for rollout in batch]
+    def padded_left(places, sequences):
+        right = padded(places, sequences)
+        tokens, mask = right.content
+        shifts = [tokens.shape[1] - len(sequences[place]) for place in places]
         moved = torch.stack([row.roll(shift) for row, shift in zip(tokens, shifts, strict=True)])
-        return moved, torch.ones_like(mask)
+        rows = tuple(own + shift for own, shift in zip(right.rows, shifts, strict=True))
+        return dataclasses.replace(right, rows=rows, content=(moved, torch.ones_like(mask)))
 
-    def rows_at_the_right(batch, width):
-        predicting, last = rows(batch, width)
-        shifts = torch.tensor([width - len(rollout) for rollout in batch])
-        counts = torch.tensor([rollout.completion_length for rollout in batch])
-        return predicting + shifts.repeat_interleave(counts), last + shifts
-
-    padded, rows = engine._padded, engine._rows
-    monkeypatch.setattr(engine, "_padded", padded_left)
-    monkeypatch.setattr(engine, "_rows", rows_at_the_right)
     model = critic(architecture)
-    scores = Scorer(model).score(rollouts(), FIELDS)
-    assert worst(model, rollouts(), scores) > 100 * TOLERANCE
+    scorer = by_way(Scorer(model), "PaddedBatches")
+    padded = strategies._padded
+    monkeypatch.setattr(strategies, "_padded", padded_left)
+    assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS)) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -105,13 +105,16 @@ def test_row_chunks_cover_all_rows_once():
 
 def test_token_statistics_of_impossible_tokens():
     rows = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 0.0, 0.0]])
-    logprobs, entropy = token_statistics(
-        lambda chunk: rows[chunk].clone(), iter([slice(0, 2)]), torch.tensor([2, 1]), 1.0, entropy=True
-    )
+    logprobs, entropy = statistics_of_logits(rows, torch.arange(2), torch.tensor([2, 1]), 1.0, entropy=True)
     distribution = torch.log_softmax(rows[0, [0, 2]].double(), 0)
     assert entropy[0].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=1e-6)
     assert logprobs[0].item() == pytest.approx(distribution[1].item(), abs=1e-6)
     assert entropy[1].item() == pytest.approx(np.log(3), abs=1e-6)
+
+
+def batch_sizes(scorer, fields):
+    encoded = [scorer._encoder.encode(index, record, "") for index, record in enumerate(rollouts())]
+    return [work.batch.tokens for work in scorer._engine.work(encoded, scorer.token_budget, fields)]
 
 
 class TestLogitsRule:
@@ -135,8 +138,8 @@ class TestLogitsRule:
         monkeypatch.setattr(engine, "find_logits_rule", lambda *_: None)
         monkeypatch.setattr(engine, "_FULL_LOGITS_BYTES", 4 * VOCABULARY * 80)
         scorer = Scorer(model, token_budget=500)
-        assert scorer._engine.batch_budget(500, ["logprobs"]) == 80
-        assert scorer._engine.batch_budget(500, ["values"]) == 500
+        assert max(batch_sizes(scorer, ["logprobs"])) <= 80
+        assert max(batch_sizes(scorer, ["values"])) > 80
         assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS, temperature=1.3), 1.3) < TOLERANCE
 
 
@@ -237,10 +240,11 @@ class TestStream:
         stream = scorer.stream(endless(), ["reward"])
         assert [next(stream).id for _ in range(5)] == list(range(5))
         window = 8 * scorer.token_budget // 12 + 1
-        assert len(read) <= window
+        # One that is computed, one that is ready, one in the making.
+        assert len(read) <= 3 * window
         for _ in range(3 * window):
             next(stream)
-        assert len(read) <= 5 * window
+        assert len(read) <= 7 * window
 
     def test_good_records_before_a_bad_one_are_given_first(self, scorer):
         records = rollouts(10)
@@ -352,6 +356,6 @@ class TestBadInput:
         def fail(*_args, **_kwargs):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
-        monkeypatch.setattr(engine, "last_hidden_state", fail)
-        with pytest.raises(VheadError, match=r"out of memory with a batch of \[1, 2\] tokens; .*smaller token_budget"):
+        monkeypatch.setattr(strategies, "last_hidden_state", fail)
+        with pytest.raises(VheadError, match=r"out of memory with a batch of 2 tokens; .*smaller token_budget"):
             scorer.score(rollouts(1))

@@ -1,19 +1,24 @@
-"""The model's side of scoring: a padded batch in, the asked-for fields of its rollouts out."""
+"""The model's side of scoring: rollouts in, the asked-for fields of each out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone import last_hidden_state, plan_for, run
+from vhead.backbone import plan_for
 from vhead.errors import HeadError, VheadError
+from vhead.scoring import limits
+from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded
 from vhead.scoring.logits import find_logits_rule
-from vhead.scoring.statistics import row_chunks, token_statistics
+from vhead.scoring.plan import ScorerPlan, find_ways
+from vhead.scoring.scores import PER_TOKEN
+from vhead.scoring.statistics import statistics_of_logits, token_statistics
+from vhead.scoring.strategies import Batch, Body, Strategy
 
 Fields = dict[str, NDArray[np.float32]]
 
@@ -22,111 +27,130 @@ _FULL_LOGITS_BYTES = 64 * 1024 * 1024
 _FLOAT32_BYTES = 4
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A batch of a window, and the way in which it goes through the model; `batch.places` count in the window."""
+
+    strategy: Strategy
+    batch: Batch
+
+
 class Engine:
-    """Runs a language model with a value head over batches of rollouts.
+    """Runs a language model with a value head over rollouts.
 
     Args:
         model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., 1]`.
         num_threads: Torch's threads while computing; None leaves them as they are.
+        conventions: Which positions are read.
 
     Attributes:
         device: Where token ids go.
         vocabulary_size: Token ids are below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
-        selects_rows: Whether logits are computed for completion tokens only, by a rule that was checked against the
-            model's own logits; otherwise the model computes those of a whole batch.
+        plan: How rollouts are batched and logits reached.
 
     Raises:
         HeadError: The model has no value head.
         VheadError: The model is an encoder-decoder.
     """
 
-    def __init__(self, model: nn.Module, num_threads: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, num_threads: int | None = None, conventions: Conventions | None = None
+    ) -> None:
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
-        self._model, self._body, self._head = model, body, head
+        self._model, self._head = model, head
         self._num_threads = num_threads
-        self._plan = plan_for(body)
-        if self._plan.is_encoder_decoder:
+        self._conventions = conventions or Conventions()
+        plan = plan_for(body)
+        if plan.is_encoder_decoder:
             raise VheadError(f"model: expected a decoder-only language model, got the {type(body).__name__}")
-        weight = _embedding(body)
-        self.device: torch.device = weight.device
-        self.vocabulary_size = _vocabulary_size(body, weight)
-        self.context_length = _context_length(body.config)
+        self._body = Body(body, plan)
+        self.device: torch.device = self._body.device
+        self.vocabulary_size = limits.vocabulary_size(body)
+        self.context_length = limits.context_length(body.config)
+        self._pad_token = limits.pad_token(body.config)
         with self._computing():
-            self._rule = find_logits_rule(body, self._plan)
-        self.selects_rows = self._rule is not None
+            self._rule = find_logits_rule(body, plan)
+            self._ways = find_ways(body, plan)
+        self.plan = ScorerPlan(
+            architecture=type(body).__name__,
+            strategy=self._ways.usual.name,
+            rejected=dict(self._ways.rejected),
+            longest_shared=self._ways.longest_usual,
+            long_strategy=self._ways.padded.name,
+            logits="of the whole batch, by the model" if self._rule is None else str(self._rule),
+        )
 
-    def batch_budget(self, token_budget: int, fields: Sequence[str]) -> int:
-        """Padded tokens per batch: `token_budget`, or fewer where the logits of all of them have to exist."""
-        if self.selects_rows or not _needs_logits(fields):
-            return token_budget
-        return min(token_budget, max(1, _FULL_LOGITS_BYTES // (_FLOAT32_BYTES * self.vocabulary_size)))
+    @property
+    def selects_rows(self) -> bool:
+        """Whether logits are computed for the scored tokens only, by a rule that the model's own logits confirmed."""
+        return self._rule is not None
 
-    def score(self, batch: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Fields:
+    def work(self, window: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
+        """How a window is batched, for the asked-for fields; each rollout is in one batch."""
+        groups = self._ways.groups([len(rollout) for rollout in window])
+        if needs_logits(fields) and self._rule is None:
+            token_budget = min(token_budget, max(1, _FULL_LOGITS_BYTES // (_FLOAT32_BYTES * self.vocabulary_size)))
+            groups = self._ways.without_sharing([len(rollout) for rollout in window])
+        work = []
+        for strategy, places in groups:
+            for batch in strategy.batches([window[place].tokens for place in places], token_budget):
+                work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
+        return work
+
+    def score(self, window: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
         """The fields of a batch's rollouts, one after the other in the batch's order, float32.
 
         Raises:
             VheadError: The device has not enough memory for the batch.
         """
-        tokens, mask = _padded(batch)
+        rollouts = [window[place] for place in work.batch.places]
         try:
-            return self._score(batch, tokens, mask, fields, temperature)
+            with self._computing():
+                return self._score(rollouts, work, fields, temperature)
         except torch.cuda.OutOfMemoryError as error:
             raise VheadError(
-                f"out of memory with a batch of {list(tokens.shape)} tokens; a smaller token_budget "
+                f"out of memory with a batch of {work.batch.tokens} tokens; a smaller token_budget "
                 f"(--token-budget) needs less: {str(error).splitlines()[0]}"
             ) from error
 
-    def _score(
-        self, batch: Sequence[Encoded], tokens: Tensor, mask: Tensor, fields: Sequence[str], temperature: float
-    ) -> Fields:
-        with self._computing():
-            inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
-            predicting, last = _rows(batch, tokens.shape[1])
-            hidden, logits_of = self._forward(inputs, predicting, fields)
-            computed = self._head_outputs(hidden, predicting, last, fields)
-            if _needs_logits(fields):
-                computed |= self._statistics(logits_of, batch, fields, temperature)
-            return {name: tensor.cpu().numpy() for name, tensor in computed.items()}
+    def _score(self, rollouts: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
+        read = Read.of(rollouts, work.batch, self._conventions, self._pad_token)
+        logits = None
+        if needs_logits(fields) and self._rule is None:
+            states, logits = self._ways.padded.states_and_logits(work.batch)
+        else:
+            states = work.strategy.states(work.batch)
+        computed = self._head_outputs(states, read, fields)
+        if needs_logits(fields):
+            computed |= self._statistics(states, logits, read, fields, temperature)
+        arrays = {name: computed[name].cpu().numpy() for name in fields}
+        return read.aligned(arrays, self._conventions)
 
-    def _forward(
-        self, inputs: dict[str, Tensor], predicting: Tensor, fields: Sequence[str]
-    ) -> tuple[Tensor, Callable[[slice], Tensor]]:
-        """Hidden states `[B, T, H]`, and what gives the logits of a slice of the predicting rows."""
-        if self._rule is None and _needs_logits(fields):
-            output, hidden = run(self._body, self._plan, {**inputs, "use_cache": False})
-            logits = output.logits.flatten(0, 1)
-            rows = predicting.to(logits.device)
-            return hidden, lambda chunk: logits[rows[chunk]].float()
-        hidden = last_hidden_state(self._body, plan=self._plan, **inputs)
-        states, rows, rule = hidden.flatten(0, 1), predicting.to(hidden.device), self._rule
-        return hidden, lambda chunk: Tensor() if rule is None else rule(states[rows[chunk]])
-
-    def _head_outputs(
-        self, hidden: Tensor, predicting: Tensor, last: Tensor, fields: Sequence[str]
-    ) -> dict[str, Tensor]:
-        rows = {name: index for name, index in (("values", predicting), ("reward", last)) if name in fields}
+    def _head_outputs(self, states: Tensor, read: "Read", fields: Sequence[str]) -> dict[str, Tensor]:
+        """The head sees the rows that are read and no others."""
+        readable = {"values": read.predicting, "reward": read.rewarded}
+        rows = {name: index for name, index in readable.items() if name in fields}
         if not rows:
             return {}
-        outputs = self._head(hidden).float().flatten()
-        return {name: outputs[index.to(outputs.device)] for name, index in rows.items()}
+        index = torch.cat(list(rows.values())).to(states.device)
+        outputs = self._head(states[index])
+        if outputs.shape[-1] != 1:
+            raise HeadError(f"v_head: expected one output to score with, got {outputs.shape[-1]}")
+        parts = outputs.float().flatten().split([len(part) for part in rows.values()])
+        return dict(zip(rows, parts, strict=True))
 
     def _statistics(
-        self,
-        logits_of: Callable[[slice], Tensor],
-        batch: Sequence[Encoded],
-        fields: Sequence[str],
-        temperature: float,
+        self, states: Tensor, logits: Tensor | None, read: "Read", fields: Sequence[str], temperature: float
     ) -> dict[str, Tensor]:
-        targets = np.concatenate([rollout.tokens[rollout.prompt_length :] for rollout in batch])
-        chunks = row_chunks(len(targets), self.vocabulary_size)
-        logprobs, entropy = token_statistics(
-            logits_of, chunks, torch.from_numpy(targets), temperature, entropy="entropy" in fields
-        )
-        computed = {"logprobs": logprobs, "entropy": entropy}
-        return {name: tensor for name, tensor in computed.items() if tensor is not None and name in fields}
+        rows, entropy = read.predicting.to(states.device), "entropy" in fields
+        if self._rule is not None and logits is None:
+            logprobs, spread = token_statistics(states[rows], self._rule, read.targets, temperature, entropy=entropy)
+        elif logits is not None:
+            logprobs, spread = statistics_of_logits(logits, rows, read.targets, temperature, entropy=entropy)
+        return {"logprobs": logprobs} | ({} if spread is None else {"entropy": spread})
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -148,40 +172,48 @@ class Engine:
                 module.training = True
 
 
-def _needs_logits(fields: Sequence[str]) -> bool:
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """What is read off a batch's hidden states `[N, H]`, for R rollouts with T computed entries in all.
+
+    Attributes:
+        predicting: Rows that predict a token, int64 `[T]`.
+        targets: The tokens that they predict, int64 `[T]`.
+        rewarded: The row of each reward, int64 `[R]`.
+        counts: Computed entries of each rollout.
+    """
+
+    predicting: Tensor
+    targets: Tensor
+    rewarded: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Encoded], batch: Batch, conventions: Conventions, pad_token: int | None) -> "Read":
+        """By these conventions."""
+        first = [conventions.first_scored(rollout) for rollout in rollouts]
+        predicting = [rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)]
+        targets = [rollout.tokens[start:] for rollout, start in zip(rollouts, first, strict=True)]
+        rewarded = [
+            rows[conventions.rewarded(rollout, pad_token)] for rows, rollout in zip(batch.rows, rollouts, strict=True)
+        ]
+        return cls(
+            predicting=torch.from_numpy(np.concatenate(predicting)),
+            targets=torch.from_numpy(np.concatenate(targets)),
+            rewarded=torch.from_numpy(np.asarray(rewarded, np.int64)),
+            counts=tuple(map(len, targets)),
+        )
+
+    def aligned(self, computed: Fields, conventions: Conventions) -> Fields:
+        """The fields as the conventions have them."""
+        if "reward" in computed:
+            computed["reward"] = conventions.normalised(computed["reward"])
+        if conventions.leading_zeros:
+            starts = np.cumsum([0, *self.counts[:-1]])
+            computed |= {name: np.insert(computed[name], starts, 0.0) for name in PER_TOKEN if name in computed}
+        return computed
+
+
+def needs_logits(fields: Sequence[str]) -> bool:
+    """Whether the language-model head is needed."""
     return "logprobs" in fields or "entropy" in fields
-
-
-def _padded(batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 `[B, T]`, padded on the right, where no position of a token depends on it."""
-    tokens = np.zeros((len(batch), max(map(len, batch))), np.int64)
-    mask = np.zeros_like(tokens)
-    for row, rollout in enumerate(batch):
-        tokens[row, : len(rollout)] = rollout.tokens
-        mask[row, : len(rollout)] = 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
-
-
-def _rows(batch: Sequence[Encoded], width: int) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened batch: those that predict a completion token, and each rollout's last token."""
-    ends = np.fromiter(map(len, batch), np.int64) + np.arange(len(batch)) * width
-    starts = ends - np.fromiter((rollout.completion_length for rollout in batch), np.int64)
-    predicting = np.concatenate([np.arange(start - 1, end - 1) for start, end in zip(starts, ends, strict=True)])
-    return torch.from_numpy(predicting), torch.from_numpy(ends - 1)
-
-
-def _embedding(body: Any) -> Tensor:  # noqa: ANN401, a language model of any class
-    weight: Tensor = body.get_input_embeddings().weight
-    return weight
-
-
-def _vocabulary_size(body: Any, embedding: Tensor) -> int:  # noqa: ANN401, a language model of any class
-    """Ids that can be both read and predicted."""
-    predicted = getattr(body.get_output_embeddings(), "weight", embedding)
-    return min(embedding.shape[0], predicted.shape[0])
-
-
-def _context_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None

@@ -1,7 +1,6 @@
 """How a language model turns its last hidden state into logits, found once and checked against the model itself."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +26,24 @@ class LogitsRule:
         softcap: Gemma 2's `final_logit_softcapping`, or None.
     """
 
-    lm_head: Callable[[Tensor], Tensor]
+    lm_head: nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a row."""
+        weight: Tensor = self.lm_head.get_parameter("weight")
+        return getattr(self.lm_head, "out_features", None) or weight.shape[0]
+
+    def __str__(self) -> str:
+        scale = "" if self.scale == 1.0 else f", times {self.scale:g}"
+        cap = "" if self.softcap is None else f", capped at {self.softcap:g}"
+        return f"the language-model head's output{scale}{cap}"
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]`, float32, of hidden states `[N, H]`; scaled and capped in place, as they are large."""
-        logits = self.lm_head(hidden).float()
+        logits: Tensor = self.lm_head(hidden).float()
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:

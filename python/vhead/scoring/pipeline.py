@@ -41,7 +41,7 @@ def score_file(
         FileFormatError: The file is broken.
         OSError: Reading or writing failed.
     """
-    waiting = WaitingRows(reader, limit, on_error)
+    waiting = WaitingRows(reader, limit)
 
     def on_batch(rollouts: int, tokens: int) -> None:
         if waiting.expected is not None:
@@ -57,10 +57,9 @@ def score_file(
 class WaitingRows:
     """Rows that were read and whose scores are not there yet, by the index of their rollout."""
 
-    def __init__(self, reader: Reader, limit: int | None, on_error: ErrorHandler | None) -> None:
+    def __init__(self, reader: Reader, limit: int | None) -> None:
         self._reader = reader
         self._limit = limit
-        self._on_error = on_error
         self._rows: dict[int, Row] = {}
         self._read = 0
         self._position = 0
@@ -73,21 +72,17 @@ class WaitingRows:
         expected = self._read * self._reader.size / self._position
         return expected if self._limit is None else min(expected, self._limit)
 
-    def rollouts(self) -> Iterator[Rollout]:
-        """The rollouts of the rows that hold one."""
-        count = 0
-        for row in islice(self._reader, self._limit):
+    def rollouts(self) -> Iterator[Rollout | RecordError]:
+        """The rows' rollouts, and the errors of rows that hold none."""
+        for index, row in enumerate(islice(self._reader, self._limit)):
             self._read, self._position = self._read + 1, row.position
             try:
                 rollout = row.rollout()
             except RecordError as error:
-                if self._on_error is None:
-                    raise
-                self._on_error(error)
-                continue
-            self._rows[count] = row
-            count += 1
-            yield rollout
+                yield error
+            else:
+                self._rows[index] = row
+                yield rollout
 
     def name_of(self, index: int, rollout: Rollout) -> str:
         """What errors call a rollout: its place in the file, and its id where it has one."""
@@ -98,6 +93,7 @@ class WaitingRows:
         """The rows of these rollouts, which wait no more, and neither do rows before them that got no scores."""
         indices = scores.indices.tolist()
         rows = [self._rows[index] for index in indices]
-        for index in [index for index in self._rows if index <= indices[-1]]:
+        # A copy of the keys, as the next rows are read in another thread.
+        for index in [index for index in list(self._rows) if index <= indices[-1]]:
             del self._rows[index]
         return rows

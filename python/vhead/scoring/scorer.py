@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +13,11 @@ from torch import nn
 
 from vhead.errors import HeadNotFoundError, RecordError, VheadError
 from vhead.formats import HeadWeights, find_head
-from vhead.scoring.batches import token_budget_batches
+from vhead.scoring.ahead import Ahead
+from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded, Encoder, IdRegistry
-from vhead.scoring.engine import Engine
+from vhead.scoring.engine import Engine, Work
+from vhead.scoring.plan import ScorerPlan
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.rollout import Rollout
 from vhead.scoring.scores import Score, Scores, check_fields
@@ -26,8 +29,8 @@ DEFAULT_RETURNS = ("values", "logprobs", "reward")
 
 _CPU_TOKEN_BUDGET = 2048
 _DEVICE_TOKEN_BUDGET = 16384
-# A window is sorted by length and written as a whole: long enough to fill batches evenly, short enough that even a slow
-# model finishes one in seconds.
+# A window is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
+# finishes one in seconds.
 _BATCHES_PER_WINDOW = 8
 _REMEMBERED_IDS = 65536
 
@@ -48,20 +51,26 @@ class Scorer:
     The value of completion token t is the head's output at the position that predicts it; the reward is the head's
     output at the last completion token itself. Dropout is off while scoring, whatever mode the model is in.
 
+    Rollouts that begin with the same tokens share their computation where the model can take that: see `plan`. What
+    the model can take is tried on a few tokens when the scorer is made.
+
     Args:
         model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
         tokenizer: Needed for rollouts of text or messages.
-        token_budget: Tokens of a padded batch; None: 2048 on a CPU, 16384 elsewhere.
+        token_budget: Tokens of a batch; None: 2048 on a CPU, 16384 elsewhere.
+        window_tokens: Tokens of rollouts that are read before they are batched, among which shared beginnings are
+            found; None: eight times the budget.
         num_threads: Torch's threads while scoring; None leaves them as they are.
+        conventions: Which positions values and rewards are read at; None: as above.
 
     Attributes:
         model: As given.
         token_budget: As given or chosen.
 
     Raises:
-        HeadError: The model has no value head.
+        HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder.
-        ValueError: The budget or the number of threads is below 1.
+        ValueError: The budget, the window or the number of threads is below 1.
     """
 
     def __init__(
@@ -70,16 +79,26 @@ class Scorer:
         tokenizer: Any = None,  # noqa: ANN401, any tokenizer of transformers
         *,
         token_budget: int | None = None,
+        window_tokens: int | None = None,
         num_threads: int | None = None,
+        conventions: Conventions | None = None,
     ) -> None:
-        for name, number in (("token_budget", token_budget), ("num_threads", num_threads)):
+        numbers = {"token_budget": token_budget, "window_tokens": window_tokens, "num_threads": num_threads}
+        for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
         self.model = model
-        self._engine = Engine(model, num_threads)
+        self._conventions = conventions or Conventions()
+        self._engine = Engine(model, num_threads, self._conventions)
         self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, self._engine.context_length)
         is_cpu = self._engine.device.type == "cpu"
         self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
+        self._window_tokens = window_tokens or self.token_budget * _BATCHES_PER_WINDOW
+
+    @property
+    def plan(self) -> ScorerPlan:
+        """How this model's rollouts are batched, which faster ways it cannot take, and why; to be printed."""
+        return self._engine.plan
 
     @classmethod
     def from_pretrained(
@@ -147,7 +166,7 @@ class Scorer:
         """
         rollouts = list(rollouts)
         fields = check_fields(returns)
-        parts = [Results([], fields).before_first_error()]
+        parts = [Results([], fields, self._conventions).before_first_error()]
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
             parts += self.windows(rollouts, fields, temperature, remembered_ids=None, on_batch=display.advance)
         return Scores.concat(parts)
@@ -172,7 +191,7 @@ class Scorer:
 
     def windows(
         self,
-        rollouts: Iterable[Rollout],
+        rollouts: Iterable[Rollout | RecordError],
         returns: Sequence[str] = DEFAULT_RETURNS,
         temperature: float = 1.0,
         *,
@@ -181,10 +200,13 @@ class Scorer:
         name_of: Naming = default_name,
         remembered_ids: int | None = _REMEMBERED_IDS,
     ) -> Iterator[Scores]:
-        """Scores rollouts as they come, some thousand at a time, batched by length among themselves.
+        """Scores rollouts as they come, a window of them at a time.
+
+        While the model computes one window, the next ones are read, tokenised and batched in a thread.
 
         Args:
-            rollouts: Read no further ahead than one window.
+            rollouts: Iterated in a thread of its own, no further than two windows ahead of the one that is computed. An
+                error among them stands for a record that holds no rollout.
             returns: Some of values, logprobs, entropy, reward.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
             on_error: Told of each rollout that cannot be scored, which is then left out; None: the first one is raised,
@@ -203,45 +225,86 @@ class Scorer:
         fields = check_fields(returns)
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        encoded = self._encoded(rollouts, on_error, name_of, IdRegistry(remembered_ids))
-        for window, failure in windows(encoded, self.token_budget * _BATCHES_PER_WINDOW):
-            results = self._score(window, fields, temperature, on_batch)
-            yield from _report(results, on_error)
-            if failure is not None:
-                raise failure
+        prepared = self._prepared(rollouts, fields, name_of, IdRegistry(remembered_ids), skips=on_error is not None)
+        with Ahead(prepared) as ready:
+            for window in ready:
+                results = self._score(window, fields, temperature, on_batch)
+                yield from _report(results, window.errors, on_error)
+                if window.failure is not None:
+                    raise window.failure
+
+    def _prepared(
+        self,
+        rollouts: Iterable[Rollout | RecordError],
+        fields: Sequence[str],
+        name_of: Naming,
+        ids: IdRegistry,
+        *,
+        skips: bool,
+    ) -> Iterator["_Window"]:
+        """Windows with all that can be done before the model is needed."""
+        errors: list[RecordError] = []
+        encoded = self._encoded(rollouts, errors if skips else None, name_of, ids)
+        for window, failure in windows(encoded, self._window_tokens):
+            left_out, errors[:] = list(errors), []
+            yield _Window(window, self._engine.work(window, self.token_budget, fields), left_out, failure)
+        if errors:
+            yield _Window([], [], errors, None)
 
     def _encoded(
-        self, rollouts: Iterable[Rollout], on_error: ErrorHandler | None, name_of: Naming, ids: IdRegistry
+        self,
+        rollouts: Iterable[Rollout | RecordError],
+        errors: list[RecordError] | None,
+        name_of: Naming,
+        ids: IdRegistry,
     ) -> Iterator[Encoded]:
+        """The rollouts that can be scored; the others' errors are collected, or the first one is raised."""
         for index, rollout in enumerate(rollouts):
             try:
+                if isinstance(rollout, RecordError):
+                    raise rollout
                 name = name_of(index, rollout)
                 encoded = self._encoder.encode(index, rollout, name)
                 ids.add(encoded.id, name)
             except RecordError as error:
-                if on_error is None:
+                if errors is None:
                     raise
-                on_error(error)
+                errors.append(error)
             else:
                 yield encoded
 
     def _score(
-        self, window: Sequence[Encoded], fields: Sequence[str], temperature: float, on_batch: BatchHandler | None
+        self, window: "_Window", fields: Sequence[str], temperature: float, on_batch: BatchHandler | None
     ) -> Results:
-        results = Results(window, fields)
-        budget = self._engine.batch_budget(self.token_budget, fields)
-        for places in token_budget_batches([len(rollout) for rollout in window], budget):
-            batch = [window[place] for place in places]
-            results.put(places, self._engine.score(batch, fields, temperature))
+        results = Results(window.rollouts, fields, self._conventions)
+        for work in window.work:
+            results.put(work.batch.places, self._engine.score(window.rollouts, work, fields, temperature))
             if on_batch is not None:
-                on_batch(len(batch), sum(map(len, batch)))
+                on_batch(len(work.batch.places), sum(len(window.rollouts[place]) for place in work.batch.places))
         return results
 
 
-def _report(results: Results, on_error: ErrorHandler | None) -> Iterator[Scores]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """Consecutive rollouts, ready for the model.
+
+    Attributes:
+        rollouts: In input order.
+        work: Their batches.
+        errors: Of rollouts among them that are left out.
+        failure: What ended the input after them.
+    """
+
+    rollouts: list[Encoded]
+    work: list[Work]
+    errors: list[RecordError]
+    failure: Exception | None
+
+
+def _report(results: Results, left_out: Sequence[RecordError], on_error: ErrorHandler | None) -> Iterator[Scores]:
     """The good scores; the errors between them go to `on_error`, or the first one ends it."""
     if on_error is not None:
-        for error in results.errors:
+        for error in [*left_out, *results.errors]:
             on_error(error)
         yield from results.good()
         return

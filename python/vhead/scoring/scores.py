@@ -96,8 +96,8 @@ class Scores(Sequence[Score]):
         return int(self.offsets[-1])
 
     @property
-    def completion_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each completion, int64 `[N]`."""
+    def token_counts(self) -> NDArray[np.int64]:
+        """Entries of each rollout in the per-token fields: its completion tokens by default, int64 `[N]`."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class Scores(Sequence[Score]):
         for part in parts:
             if part.fields != names:
                 raise ValueError(f"parts: expected the fields {list(names)} in each, got {list(part.fields)}")
-        lengths = np.concatenate([part.completion_lengths for part in parts])
+        lengths = np.concatenate([part.token_counts for part in parts])
         return cls(
             ids=tuple(name for part in parts for name in part.ids),
             indices=np.concatenate([part.indices for part in parts]),

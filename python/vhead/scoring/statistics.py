@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vhead.scoring.logits import LogitsRule
+
 _LOGITS_BYTES = 32 * 1024 * 1024
 _FLOAT32_BYTES = 4
 # exp of it is 0 in float32, so that it stands for minus infinity where a product with 0 has to be 0.
@@ -18,13 +20,13 @@ def row_chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 def token_statistics(
-    logits_of: Callable[[slice], Tensor], chunks: Iterator[slice], targets: Tensor, temperature: float, *, entropy: bool
+    states: Tensor, rule: LogitsRule, targets: Tensor, temperature: float, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target, and the entropy of each distribution, in nats.
 
     Args:
-        logits_of: Gives the float32 logits `[n, V]` of a slice of rows; they are overwritten.
-        chunks: Slices that cover all N rows in order.
+        states: Hidden states `[N, H]`.
+        rule: How the model makes logits of them.
         targets: Token ids `[N]`.
         temperature: The logits are divided by it.
         entropy: Whether the entropies are wanted too.
@@ -32,9 +34,25 @@ def token_statistics(
     Returns:
         Log-probabilities `[N]` and entropies `[N]` or None, float32.
     """
+    return _in_chunks(lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature, entropy=entropy)
+
+
+def statistics_of_logits(
+    logits: Tensor, rows: Tensor, targets: Tensor, temperature: float, *, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same of some rows `[N]` of logits `[M, V]` that are there already; they stay as they are."""
+    return _in_chunks(
+        lambda chunk: logits[rows[chunk]].float(), targets, logits.shape[-1], temperature, entropy=entropy
+    )
+
+
+def _in_chunks(
+    logits_of: Callable[[slice], Tensor], targets: Tensor, vocabulary: int, temperature: float, *, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     logprobs, entropies = [], []
-    for rows in chunks:
-        logprob, spread = _statistics(logits_of(rows), targets[rows], temperature, entropy=entropy)
+    for rows in row_chunks(len(targets), vocabulary):
+        logits = logits_of(rows)
+        logprob, spread = _statistics(logits, targets[rows].to(logits.device), temperature, entropy=entropy)
         logprobs.append(logprob)
         entropies.append(spread)
     return torch.cat(logprobs), torch.cat([part for part in entropies if part is not None]) if entropy else None

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import FieldError
+from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded
 from vhead.scoring.scores import PER_TOKEN, Scores, offsets_of
 
@@ -40,11 +41,12 @@ class Results:
     Args:
         window: The rollouts in input order.
         fields: What is computed.
+        conventions: How many entries a rollout has in a per-token field.
     """
 
-    def __init__(self, window: Sequence[Encoded], fields: Sequence[str]) -> None:
+    def __init__(self, window: Sequence[Encoded], fields: Sequence[str], conventions: Conventions) -> None:
         self._window = window
-        lengths = np.fromiter((rollout.completion_length for rollout in window), np.int64, len(window))
+        lengths = np.fromiter((conventions.entries(rollout) for rollout in window), np.int64, len(window))
         offsets = offsets_of(lengths)
         flat = {name: np.empty(offsets[-1] if name in PER_TOKEN else len(window), np.float32) for name in fields}
         self._scores = Scores(
@@ -56,13 +58,13 @@ class Results:
         )
         self._bad: dict[int, FieldError] = {}
 
-    def put(self, places: NDArray[np.int64], computed: dict[str, NDArray[np.float32]]) -> None:
+    def put(self, places: Sequence[int], computed: dict[str, NDArray[np.float32]]) -> None:
         """Stores the fields of the rollouts at `places`, which come one after the other in `computed`."""
-        bounds = offsets_of(self._scores.completion_lengths[places])
+        bounds = offsets_of(self._scores.token_counts[list(places)])
         for name, flat in computed.items():
             target = getattr(self._scores, name)
             if name not in PER_TOKEN:
-                target[places] = flat
+                target[list(places)] = flat
                 continue
             for at, place in enumerate(places):
                 offset = self._scores.offsets[place]
@@ -71,8 +73,8 @@ class Results:
             if not np.isfinite(flat).all():
                 self._note_nonfinite(name, places)
 
-    def _note_nonfinite(self, name: str, places: NDArray[np.int64]) -> None:
-        for place in places.tolist():
+    def _note_nonfinite(self, name: str, places: Sequence[int]) -> None:
+        for place in places:
             score = self._scores[place]
             numbers = np.atleast_1d(np.asarray(getattr(score, name)))
             broken = np.flatnonzero(~np.isfinite(numbers))

@@ -1,0 +1,92 @@
+"""What a language model's configuration says about the tokens it takes: how many, and from how far away."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Attributes by which transformers' models limit how far some of their layers look back.
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "local_attention_window",
+    "local_attn_window_size",
+    "local_window_size",
+    "local_attn_chunk_length",
+    "lsh_attn_chunk_length",
+)
+_ROTARY = ("rope_parameters", "rope_scaling")
+# Rotary embeddings of these kinds depend on a batch's longest sequence, once that is longer than the original context.
+_CHANGING_ROTARY = ("dynamic", "longrope")
+
+
+def vocabulary_size(body: Any) -> int:  # noqa: ANN401, a language model of any class
+    """Ids that can be both read and predicted."""
+    embedding: Tensor = body.get_input_embeddings().weight
+    predicted = getattr(body.get_output_embeddings(), "weight", embedding)
+    return min(embedding.shape[0], predicted.shape[0])
+
+
+def context_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """Tokens that the model takes at once, None where it states no limit."""
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def attention_window(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """Tokens that the layer with the shortest sight sees, None where all see everything."""
+    text = text_config(config)
+    found = [size for name in _WINDOWS for size in _integers(getattr(text, name, None)) if size > 0]
+    return min(found, default=None)
+
+
+def stable_rotary_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """The length up to which rotary embeddings do not depend on the batch, None where they never do."""
+    text = text_config(config)
+    lengths = [
+        rotary.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or context_length(config)
+        for name in _ROTARY
+        for rotary in _mappings(getattr(text, name, None))
+        if rotary.get("rope_type", rotary.get("type")) in _CHANGING_ROTARY
+    ]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def special_tokens(config: Any) -> set[int]:  # noqa: ANN401, a configuration of any class
+    """Ids that a configuration names: beginnings, ends, padding, places of images."""
+    fields = {**vars(config), **vars(text_config(config))}
+    named = (value for name, value in fields.items() if name.endswith(("_token_id", "_token_index", "_patch_id")))
+    return {token for value in named for token in _integers(value)}
+
+
+def pad_token(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """The id of padding, None where there is none."""
+    for place in (config, text_config(config)):
+        token = getattr(place, "pad_token_id", None)
+        if isinstance(token, int):
+            return token
+    return None
+
+
+def text_config(config: Any) -> Any:  # noqa: ANN401, a configuration of any class
+    """The language model's part of a configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _integers(value: object) -> Iterator[int]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return (item for item in values if isinstance(item, int) and not isinstance(item, bool))
+
+
+def _mappings(value: object) -> Iterator[Mapping[str, Any]]:
+    """A mapping of parameters, or one such mapping per kind of layer."""
+    if isinstance(value, Mapping):
+        yield value
+        for inner in value.values():
+            yield from _mappings(inner)

@@ -1,0 +1,243 @@
+"""Which way of batching a language model can take, found by trying each on a few tokens, and never assumed.
+
+What a batch gives is compared with what each sequence gives alone. A check that cannot fail proves nothing, so each
+tree is also attended wrongly on purpose: a way is used only where that would have been noticed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vhead.backbone import BackbonePlan
+from vhead.scoring import attention, limits
+from vhead.scoring.strategies import (
+    Batch,
+    Body,
+    MaskedTreePacking,
+    OneByOne,
+    PaddedBatches,
+    PrefixCache,
+    SharedPrefix,
+    Strategy,
+    TreePacking,
+)
+from vhead.scoring.trees import Pack, Segment, Tokens
+
+# Differences from a sequence alone that count as rounding, as a part of the largest state.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+_HALF_TOLERANCE = 3e-2
+# Half-precision states may differ from a sequence alone by this times what padded batches differ.
+_NOISE_FACTOR = 3.0
+# What an error on purpose has to exceed.
+_CONTROL_FACTOR = 4.0
+
+_PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
+
+
+@dataclass(frozen=True)
+class ScorerPlan:
+    """How a scorer takes rollouts through one model; plain data, so that it can be printed, copied and sent.
+
+    Attributes:
+        architecture: The language model's class.
+        strategy: How rollouts of usual length are batched.
+        rejected: The faster ways that this model cannot take, each with the reason.
+        longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
+        long_strategy: How those are batched.
+        logits: How log-probabilities and entropies are reached.
+    """
+
+    architecture: str
+    strategy: str
+    rejected: dict[str, str]
+    longest_shared: int | None
+    long_strategy: str
+    logits: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.architecture}: {self.strategy}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        if self.longest_shared is not None:
+            lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
+        return "\n".join([*lines, f"  logits: {self.logits}"])
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The strategies that passed.
+
+    Attributes:
+        usual: For sequences of at most `longest_usual` tokens.
+        longest_usual: None: there is no such limit.
+        padded: For longer ones, up to `longest_padded` tokens.
+        longest_padded: None: there is no such limit.
+        alone: For the longest.
+        rejected: The faster ways that did not pass, and why.
+    """
+
+    usual: Strategy
+    longest_usual: int | None
+    padded: PaddedBatches
+    longest_padded: int | None
+    alone: OneByOne
+    rejected: dict[str, str]
+
+    def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
+        """Which of these sequences go which way: each place once."""
+        places: dict[Strategy, list[int]] = {}
+        for place, length in enumerate(lengths):
+            places.setdefault(self._way(length), []).append(place)
+        return list(places.items())
+
+    def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
+        """The same where only padded batches will do."""
+        return replace(self, usual=self.padded).groups(lengths)
+
+    def _way(self, length: int) -> Strategy:
+        if self.longest_padded is not None and length > self.longest_padded:
+            return self.alone
+        within = self.longest_usual is None or length <= self.longest_usual
+        return self.usual if within else self.padded
+
+
+def find_ways(model: nn.Module, plan: BackbonePlan) -> Ways:
+    """Tries the ways of batching from the fastest on; the model has to be in evaluation mode."""
+    body = Body(model, plan)
+    config = model.config
+    window, rotary = limits.attention_window(config), limits.stable_rotary_length(config)
+    context = limits.context_length(config)
+    alone = OneByOne(body, forgets=rotary is not None)
+    check = SelfCheck(body, probes(model, context))
+    padded: PaddedBatches = alone
+    rejected: dict[str, str] = {}
+    reason = check.padding(PaddedBatches(body))
+    if reason is None:
+        padded = PaddedBatches(body)
+    else:
+        rejected[PaddedBatches.name] = reason
+    candidates = (
+        TreePacking(body),
+        MaskedTreePacking(body, _least(window, context)),
+        PrefixCache(body),
+    )
+    usual: Strategy = padded
+    for candidate in candidates:
+        reason = check.shortness(_least(window, rotary)) or check.sharing(candidate)
+        if reason is None:
+            usual = candidate
+            break
+        rejected = {candidate.name: reason, **rejected}
+    return Ways(usual, _least(window, rotary), padded, rotary, alone, dict(reversed(rejected.items())))
+
+
+def probes(model: nn.Module, context: int | None) -> list[Tokens]:
+    """Short sequences of ordinary tokens: three with a common beginning, two of which share more, and one other."""
+    special = limits.special_tokens(model.config)
+    vocabulary = limits.vocabulary_size(model)
+    usable = np.array([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> Tokens:
+        return rng.choice(usable, count)
+
+    prompt, second = draw(_PROMPT), draw(_SECOND)
+    sequences = [
+        np.concatenate([prompt, draw(_FIRST)]),
+        np.concatenate([prompt, second]),
+        np.concatenate([prompt, second[:_FORK], draw(_THIRD)]),
+        draw(_OTHER),
+    ]
+    return [sequence[:context] for sequence in sequences]
+
+
+class SelfCheck:
+    """Compares batches of a few short sequences with the same sequences alone.
+
+    Args:
+        body: The language model.
+        sequences: The sequences.
+    """
+
+    def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
+        self._sequences = sequences
+        way = OneByOne(body)
+        batches = list(way.batches(sequences, 1))
+        states = [way.states(batch).float() for batch in batches]
+        self._alone = states
+        self._scale = max(float(state.abs().max()) for state in states)
+        self._tolerance = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE) * self._scale
+        self._half = body.dtype not in _TOLERANCE
+
+    def shortness(self, limit: int | None) -> str | None:
+        """Why sequences as short as these are too long for sharing, or None."""
+        longest = max(map(len, self._sequences))
+        if limit is not None and limit < longest:
+            return f"its layers look back {limit} tokens only"
+        return None
+
+    def padding(self, way: PaddedBatches) -> str | None:
+        """Why padded batches cannot be used, or None."""
+        try:
+            difference = self._difference(way, list(way.batches(self._sequences, 10**6)))
+        except Exception as error:  # Whatever a model raises means that it cannot.
+            return _said(error)
+        if not difference <= self._tolerance:
+            return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
+        if self._half:
+            self._tolerance = max(_NOISE_FACTOR * difference, 2**-8 * self._scale)
+        return None
+
+    def sharing(self, way: Strategy) -> str | None:
+        """Why this way of sharing tokens cannot be used, or None."""
+        try:
+            if isinstance(way, TreePacking):
+                attention.register()
+            batches = list(way.batches(self._sequences, 10**6))
+            difference = self._difference(way, batches)
+            if not difference <= self._tolerance:
+                return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
+            wrong = self._difference(way, [_spoilt(batch) for batch in batches], last=1)
+        except Exception as error:  # Whatever a model raises means that it cannot.
+            return _said(error)
+        if not wrong > _CONTROL_FACTOR * self._tolerance:
+            return "a wrong result would not be noticed"
+        return None
+
+    def _difference(self, way: Strategy, batches: Sequence[Batch], last: int | None = None) -> float:
+        """The largest difference over all tokens, or over the last so many of each sequence."""
+        worst = 0.0
+        for batch in batches:
+            states = way.states(batch).float()
+            for place, rows in zip(batch.places, batch.rows, strict=True):
+                chosen = states[torch.from_numpy(rows).to(states.device)]
+                difference = chosen - self._alone[place]
+                worst = max(worst, _largest(difference if last is None else difference[-last:]))
+        return worst
+
+
+def _spoilt(batch: Batch) -> Batch:
+    """The batch as a way that mixes sequences up, or that loses what they share, would run it."""
+    content = batch.content
+    if isinstance(content, Pack):
+        content = replace(content, segments=(Segment(0, len(content.tokens), ()),))
+    elif isinstance(content, SharedPrefix):
+        content = replace(content, prefix=content.prefix[::-1].copy())
+    return replace(batch, content=content)
+
+
+def _largest(difference: Tensor) -> float:
+    largest = float(difference.abs().max())
+    return math.inf if math.isnan(largest) else largest
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
