@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vhead.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
+from vhead.heads import hidden_size_of
 from vhead.placement import last_hidden_device
 
 HEAD_FILE = "value_head.safetensors"
@@ -43,13 +44,13 @@ class Adapter:
     Attributes:
         folder: Where the files are.
         weights: The name of the file with the adapter's weights.
-        base: The language model that it was trained on: a folder, or a hub repository's id.
+        base: The language model that it was trained on, a folder or a hub repository's id; None where it is not said.
         base_revision: That repository's revision, or None for the default.
     """
 
     folder: Path
     weights: str
-    base: str
+    base: str | None
     base_revision: str | None
 
 
@@ -60,7 +61,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
         The adapter, or None for a checkpoint without one.
 
     Raises:
-        AdapterError: The configuration is malformed or names no language model, or there are no weights.
+        AdapterError: The configuration is malformed, or there are no weights.
         HeadFileError: The file of weights is truncated, malformed or hostile.
     """
     config_path = checkpoint.path(CONFIG_FILE)
@@ -72,10 +73,11 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
     # peft will read the file; what is wrong with it is said before a language model has been loaded.
     checkpoint.names_in(weights)
     config = _read_config(config_path)
+    base = _string(config, "base_model_name_or_path", config_path)
     return Adapter(
         folder=config_path.parent,
         weights=weights,
-        base=_string(config, "base_model_name_or_path", config_path) or "",
+        base=base,
         base_revision=_string(config, "revision", config_path),
     )
 
@@ -183,27 +185,26 @@ def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Lin
     adapter = find_adapter(checkpoint)
     if adapter is None:
         raise AdapterError(f"reward_adapter: found no {CONFIG_FILE} in {checkpoint.location!r}")
-    score = _read_score(checkpoint, adapter.weights)
+    score = _read_score(checkpoint, adapter.weights, hidden_size_of(model.config))
     with unchanged(model):
         model.load_adapter(os.fspath(adapter.folder), name, is_trainable=False)
     return score.to(last_hidden_device(model))
 
 
-def _read_score(checkpoint: Checkpoint, weights: str) -> nn.Linear:
+def _read_score(checkpoint: Checkpoint, weights: str, hidden_size: int) -> nn.Linear:
     names = [name for name in checkpoint.names_in(weights) if _SCORE_LIKE.search(name)]
     found = {match["parameter"]: name for name in names if (match := _SCORE.search(name))}
     shapes = {parameter: checkpoint.shape(name, weights) for parameter, name in found.items()}
     weight_shape = shapes.get("weight", ())
     fits_bias = shapes.get("bias", weight_shape[:1]) == weight_shape[:1]
-    if len(found) != len(names) or len(weight_shape) != 2 or not fits_bias:
+    if len(found) != len(names) or len(weight_shape) != 2 or weight_shape[1] != hidden_size or not fits_bias:
         listing = ", ".join(f"{name} {list(checkpoint.shape(name, weights))}" for name in names) or "none"
         raise HeadMismatchError(
-            f"{checkpoint.describe(weights)}: expected a reward head, score.weight [K, H] and perhaps score.bias [K]; "
-            f"found {listing}"
+            f"{checkpoint.describe(weights)}: expected a reward head, score.weight [K, {hidden_size}] and perhaps "
+            f"score.bias [K]; found {listing}"
         )
     tensors = {parameter: checkpoint.read(name, weights).float() for parameter, name in found.items()}
-    num_labels, width = weight_shape
-    score = nn.Linear(width, num_labels, bias="bias" in tensors, device="meta")
+    score = nn.Linear(hidden_size, weight_shape[0], bias="bias" in tensors, device="meta")
     score.load_state_dict(tensors, assign=True)
     return score.requires_grad_(requires_grad=False)
 

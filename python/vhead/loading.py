@@ -132,7 +132,7 @@ def load(
         device: Where a quantised model is put that comes without a `device_map`.
 
     Raises:
-        AdapterError: The adapter is malformed.
+        AdapterError: The adapter is malformed or names no language model.
         BodyMismatchError: The weights are not the model's: their names carry a prefix that transformers does not know.
         HeadMismatchError: The checkpoint holds something like a head that does not fit.
         HeadFileError: A file is truncated, malformed or hostile.
@@ -142,6 +142,8 @@ def load(
         head = find_head(location, **arguments.location)
         body, untrained = _load_body(auto_class, location, *model_args, device=device, **arguments.model)
         return Loaded(_with_new_adapter(body, arguments), head, untrained)
+    if adapter.base is None:
+        raise AdapterError(f"{location}: base_model_name_or_path: expected the adapter's language model, got nothing")
     if arguments.peft_config is not None:
         logger.warning("peft_config: not used, since %s has an adapter already", location)
     head = find_head(location, **arguments.adapter_location)

@@ -6,8 +6,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from vhead.formats import WEIGHT_KEY
-
 BODY = "pretrained_model"
 
 
@@ -18,10 +16,11 @@ class CheckpointState(nn.Module):
     head_source: str | None
     is_peft_model: bool
     _loaded_prefix: str
+    _saved_elsewhere: tuple[str, ...]
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(_name_missing_as_saved)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tell_what_is_missing)  # type: ignore[no-untyped-call]
 
     def state_dict(  # type: ignore[override]  # torch overloads what is one signature
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -44,10 +43,16 @@ class CheckpointState(nn.Module):
             own_name = prefix + self._module_name(name.removeprefix(prefix))
             if own_name != name:
                 state_dict[own_name] = state_dict.pop(name)
-        if f"{prefix}{WEIGHT_KEY}" in state_dict:
+        if any(name.startswith(f"{prefix}v_head.summary.") for name in state_dict):
             self.head_source = "load_state_dict"
         self._loaded_prefix = prefix
+        self._saved_elsewhere = self._left_to_peft(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _left_to_peft(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[str, ...]:
+        """The beginnings of names that a state dict of a model with adapters does without, as `state_dict`'s does."""
+        children = [f"{prefix}{name}." for name in self._modules if name != "v_head" and self.is_peft_model]
+        return tuple(child for child in children if not any(name.startswith(child) for name in state_dict))
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Tells `torch.distributed.checkpoint` which child the state dict's names leave out."""
@@ -74,11 +79,12 @@ class CheckpointState(nn.Module):
         return name if first in self._modules else f"{BODY}.{name}"
 
 
-def _name_missing_as_saved(module: CheckpointState, result: Any) -> None:  # noqa: ANN401, torch's private tuple
+def _tell_what_is_missing(module: CheckpointState, result: Any) -> None:  # noqa: ANN401, torch's private tuple
     """Names missing weights as `state_dict` does: safetensors and accelerate look tied ones up there."""
+    missing = result.missing_keys
+    missing[:] = [name for name in missing if not name.startswith(module._saved_elsewhere)]
     if module._saves_raw_names():
         return
     prefix = module._loaded_prefix
     own = f"{prefix}{BODY}."
-    missing = result.missing_keys
     missing[:] = [prefix + name.removeprefix(own) if name.startswith(own) else name for name in missing]
