@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from vhead.errors import HeadFileError
-from vhead.tensor_files import TensorFile, open_tensors
+from vhead.tensor_files import TensorFile, TensorInfo, open_tensors
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
@@ -111,15 +111,14 @@ class Checkpoint:
 
     def shape(self, tensor: str, file_name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
+        return self.info(tensor, file_name).shape
+
+    def info(self, tensor: str, file_name: str) -> TensorInfo:
+        """Shape and dtype of a tensor, from the file's header."""
         tensors = self._open(file_name).tensors
         if tensor not in tensors:
             raise HeadFileError(f"{self.describe(file_name)}: the index places {tensor} here, but it is missing")
-        return tensors[tensor].shape
-
-    def dtype(self, tensor: str, file_name: str) -> str:
-        """The dtype of a tensor as torch prints it (`torch.bfloat16`), from the file's header."""
-        self.shape(tensor, file_name)
-        return self._open(file_name).tensors[tensor].dtype
+        return tensors[tensor]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -141,7 +140,7 @@ class Checkpoint:
 
     def read(self, tensor: str, file_name: str) -> Tensor:
         """Reads one tensor."""
-        self.shape(tensor, file_name)
+        self.info(tensor, file_name)
         return self._open(file_name).read(tensor)
 
     def describe(self, file_name: str) -> str:

@@ -18,13 +18,26 @@ from torch import Tensor, nn
 
 from vhead.errors import HeadFileError
 
-_SAFETENSORS_DTYPES = {
-    "F64": "torch.float64",
-    "F32": "torch.float32",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "I64": "torch.int64",
+# The names that a safetensors header gives torch's dtypes.
+SAFETENSORS_DTYPES = {
+    "torch.bfloat16": "BF16",
+    "torch.bool": "BOOL",
+    "torch.complex64": "C64",
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.int16": "I16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+    "torch.int8": "I8",
+    "torch.uint16": "U16",
+    "torch.uint32": "U32",
+    "torch.uint64": "U64",
+    "torch.uint8": "U8",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 # Where trainers put a model's state dict inside what they pickle.
 _STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict")
@@ -175,7 +188,7 @@ def _named_tensors(state: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _info_of_slice(part: Any) -> TensorInfo:  # noqa: ANN401, the library's class has no name
     dtype = part.get_dtype()
-    return TensorInfo(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
+    return TensorInfo(tuple(part.get_shape()), _TORCH_DTYPES.get(dtype, dtype))
 
 
 def _info_of_tensor(tensor: Tensor) -> TensorInfo:

@@ -86,19 +86,14 @@ class Body:
     """How a format keeps the language model around its head.
 
     Attributes:
-        architecture: What stands in the configuration: "ForCausalLM", "ForTokenClassification", ... with the model's
-            name before it, or None where the configuration keeps the language model's.
-        prefix: What stands before the names of the language model's tensors.
-        base_only: Whether only the model below the language-model head is kept.
-        bare: Whether its names begin below `base_model_prefix` (`layers.0...`, not `model.layers.0...`).
+        architecture: The class in the configuration: a name, or "For..." for one that begins with the model's name.
+        base_only: Whether the language-model head is left out.
         head_file: The file of its own that the head goes to, or None where it is merged into the model's.
         configure: What the head changes in the configuration.
     """
 
-    architecture: str | None = "ForCausalLM"
-    prefix: str = ""
+    architecture: str = "ForCausalLM"
     base_only: bool = False
-    bare: bool = False
     head_file: str | None = None
     configure: Callable[[HeadWeights], dict[str, Any]] = lambda _head: {}
 
@@ -128,6 +123,7 @@ class Format:
         outputs: How many outputs a head may have; None: any number.
         body: How a whole checkpoint is written; None: the head can be written, the language model cannot.
         statistics: Reads the mean and standard deviation of the rewards.
+        extras: The beginnings of the names of tensors that are neither the head's nor the language model's.
         notes: What else there is to know, for the documentation.
     """
 
@@ -138,6 +134,7 @@ class Format:
     outputs: int | None = 1
     body: Body | None = None
     statistics: Callable[[Checkpoint], tuple[float | None, float | None]] = stated_statistics
+    extras: tuple[str, ...] = ()
     notes: str = ""
 
     @property
@@ -244,7 +241,7 @@ def mismatch(checkpoint: Checkpoint, found: Mapping[str, str], expected: str) ->
 
 def _check_dtypes(checkpoint: Checkpoint, sighting: Sighting) -> None:
     for name in sorted(sighting.found.keys() - sighting.ignored):
-        dtype = checkpoint.dtype(name, sighting.found[name])
+        dtype = checkpoint.info(name, sighting.found[name]).dtype
         if dtype not in _FLOATS:
             raise HeadMismatchError(
                 f"{checkpoint.describe(sighting.found[name])}: {name}: "

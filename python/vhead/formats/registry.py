@@ -1,5 +1,6 @@
 """The formats in the order in which they are tried, and how one of them is chosen for a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -35,9 +36,6 @@ FORMATS: tuple[Format, ...] = (
 
 # The modules around a language model whose names transformers does not take off again; `model` is one of its own.
 _BODY_WRAPPERS = frozenset({*WRAPPERS, "rwtransformer", "rwtranrsformer"} - {"model"})
-
-# The copy of a model's upper blocks that trlX keeps for reference logits; not a part of the model.
-COPIES = ("frozen_head.",)
 
 
 def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> HeadWeights | None:
@@ -93,7 +91,7 @@ def detect(path: str | Path, *, format: str | None = None, **options: Unpack[Loc
         format=head_format.name,
         reason=f"{sighting.reason}, which makes it {head_format.name}",
         tensors=tuple(sorted(sighting.found.keys() - sighting.ignored)),
-        body_prefix=body_prefix(checkpoint, sighting),
+        body_prefix=body_prefix(body_names(checkpoint, head_format, sighting)),
     )
 
 
@@ -141,9 +139,14 @@ def choose(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sig
     return None
 
 
-def body_prefix(checkpoint: Checkpoint, sighting: Sighting) -> str:
-    """What stands before every name of the language model's own tensors, and transformers does not expect there."""
-    names = [name for name in checkpoint.weight_map if name not in sighting.found and not name.startswith(COPIES)]
+def body_names(checkpoint: Checkpoint, head_format: Format, sighting: Sighting) -> list[str]:
+    """The names of the language model's own tensors."""
+    others = head_format.extras
+    return [name for name in checkpoint.weight_map if name not in sighting.found and not name.startswith(others)]
+
+
+def body_prefix(names: Sequence[str]) -> str:
+    """What stands before every name of a language model's tensors, and transformers does not expect there."""
     prefix = ""
     while names:
         first = names[0].removeprefix(prefix).partition(".")[0]

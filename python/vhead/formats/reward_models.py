@@ -75,6 +75,7 @@ TRLX = Format(
     frameworks="trlX, hydra models included",
     find=_find_trlx,
     layouts=(tuple(names.below("v_head") for names in _TWO_LAYERS),),
+    extras=("frozen_head.",),
     notes="I = 2H; a checkpoint's own names begin with `base_model.`; value branches with blocks of their own "
     "(`num_value_layers_unfrozen`) are refused",
 )
@@ -114,5 +115,6 @@ BEAVER = Format(
     outputs=None,
     body=Body("ForScore", base_only=True, configure=_beaver),
     statistics=_beaver_statistics,
+    extras=("normalizer.",),
     notes="K is `score_dim`; `mean` and `var` of the configuration give mean and std where `do_normalize` is on",
 )
