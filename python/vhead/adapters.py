@@ -16,17 +16,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vhead.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
+from vhead.formats.writing import write_tensors
 from vhead.heads import hidden_size_of
 from vhead.placement import last_hidden_device
 
 HEAD_FILE = "value_head.safetensors"
+TRL_HEAD_FILE = "pytorch_model.bin"
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -258,10 +258,13 @@ def save_head(state: Mapping[str, Tensor], folder: Path) -> None:
         folder: The adapter's folder, which exists.
     """
     head = {name: value.detach().cpu().contiguous() for name, value in state.items() if name.startswith("v_head.")}
-    _replace(head, folder / HEAD_FILE)
-    # TRL would take another head's file for its own and load nothing of it.
+    write_tensors(head, folder / HEAD_FILE)
+    # TRL would take another kind of head for its own and load nothing of it; an older save's would win over this one.
+    pickled = folder / TRL_HEAD_FILE
     if head.keys() == {WEIGHT_KEY, BIAS_KEY}:
         save_beside_adapter(head, folder)
+    elif pickled.exists() and Checkpoint(pickled).names_in(TRL_HEAD_FILE).keys() == {WEIGHT_KEY, BIAS_KEY}:
+        pickled.unlink()
 
 
 def save_score(score: nn.Module, folder: Path) -> None:
@@ -269,19 +272,15 @@ def save_score(score: nn.Module, folder: Path) -> None:
 
     Args:
         score: The reward head.
-        folder: The reward adapter's folder, as peft wrote it.
+        folder: The reward adapter's folder, if peft wrote one.
     """
-    file = folder / WEIGHT_FILES[0]
-    with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no iterator
+    checkpoint = Checkpoint(folder)
+    file = next((name for name in WEIGHT_FILES if folder.is_dir() and checkpoint.path(name) is not None), None)
+    if file is None:
+        return
+    tensors = {name: checkpoint.read(name, file) for name in checkpoint.names_in(file)}
     own = {f"base_model.model.score.{name}": value.detach().cpu() for name, value in score.state_dict().items()}
-    _replace(tensors | own, file)
-
-
-def _replace(tensors: Mapping[str, Tensor], file: Path) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    save_file(dict(tensors), unfinished, metadata={"format": "pt"})
-    unfinished.replace(file)
+    write_tensors(tensors | own, folder / file)
 
 
 def _peft() -> ModuleType:

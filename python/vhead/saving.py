@@ -38,14 +38,18 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         folder.mkdir(parents=True, exist_ok=True)
         if not self.is_peft_model:
             return self.pretrained_model.save_pretrained(folder, *args, state_dict=state, **kwargs)
-        adapters.save_head(state, folder)
+        return self._save_with_adapter(state, folder, *args, **kwargs)
+
+    def _save_with_adapter(self, state: Mapping[str, Any], folder: Path, *args: object, **kwargs: Any) -> object:  # noqa: ANN401, peft's own
         body_state = {name: value for name, value in state.items() if name.partition(".")[0] not in self._modules}
         if body_state:
             kwargs["state_dict"] = body_state
         result: object = self.pretrained_model.save_pretrained(os.fspath(folder), *args, **kwargs)
-        score = self._modules.get("score")
-        if score is not None and self.rm_adapter_name is not None:
-            adapters.save_score(score, folder / self.rm_adapter_name)
+        if kwargs.get("is_main_process", True):
+            adapters.save_head(state, folder)
+            score = self._modules.get("score")
+            if score is not None and self.rm_adapter_name is not None:
+                adapters.save_score(score, folder / self.rm_adapter_name)
         return result
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, transformers' own
