@@ -177,9 +177,9 @@ class ValueHead(nn.Module):
         first, _, second = summary
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         hidden_states = hidden_states.to(first.weight.device)
-        inner = ops.value_head(hidden_states, first.weight, first.bias, dropout_p=probability).relu()
-        inner = inner.reshape(*hidden_states.shape[:-1], first.out_features)
-        values = ops.value_head(inner, second.weight, second.bias)
+        values = ops.value_head_two_layer(
+            hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=probability
+        )
         return values.unsqueeze(-1) if second.out_features == 1 else values
 
     def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:

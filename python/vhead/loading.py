@@ -15,7 +15,7 @@ from vhead import adapters
 from vhead.backbone import without_adapter
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import AdapterError, BodyMismatchError
-from vhead.formats import HeadWeights, find_head
+from vhead.formats import VERL_MEGATRON, HeadWeights, find_head
 from vhead.heads import HeadArguments
 
 logger = logging.getLogger("vhead")
@@ -140,7 +140,12 @@ def load(
     adapter = adapters.find_adapter(Checkpoint(location, **arguments.adapter_location))
     if adapter is None:
         head = find_head(location, **arguments.location)
-        body, untrained = _load_body(auto_class, location, *model_args, device=device, **arguments.model)
+        is_output_layer = head is not None and head.format == VERL_MEGATRON
+        # A head of one row in the output layer's place has another shape than the language model's.
+        model = {**arguments.model, "ignore_mismatched_sizes": True} if is_output_layer else arguments.model
+        body, untrained = _load_body(auto_class, location, *model_args, device=device, **model)
+        if is_output_layer:
+            _check_trunk_is_whole(body, untrained, location)
         return Loaded(_with_new_adapter(body, arguments), head, untrained)
     if adapter.base is None:
         raise AdapterError(f"{location}: base_model_name_or_path: expected the adapter's language model, got nothing")
@@ -251,6 +256,15 @@ def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) 
         f"{len(missing) - 1} others, found {renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
         "A prefix is taken off the names by: vhead convert SRC DST"
     )
+
+
+def _check_trunk_is_whole(body: PreTrainedModel, untrained: frozenset[str], location: str) -> None:
+    lacking = sorted(_trunk_names(body, set(untrained)))
+    if lacking:
+        raise BodyMismatchError(
+            f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: "
+            f"{', '.join(lacking[:3])}: missing, or of another shape"
+        )
 
 
 def _trunk_names(body: PreTrainedModel, names: set[str]) -> set[str]:

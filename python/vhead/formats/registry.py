@@ -85,7 +85,11 @@ def detect(path: str | Path, *, format: str | None = None, **options: Unpack[Loc
     Args and errors are those of `load`.
     """
     checkpoint = Checkpoint(path, **options)
-    head_format, sighting = chosen(checkpoint, format)
+    return detection_of(checkpoint, *chosen(checkpoint, format))
+
+
+def detection_of(checkpoint: Checkpoint, head_format: Format, sighting: Sighting) -> Detection:
+    """Describes a sighting that fits its format."""
     check_fits(checkpoint, sighting, head_format)
     return Detection(
         format=head_format.name,

@@ -67,7 +67,7 @@ def _beaver(head: HeadWeights) -> dict[str, Any]:
     if not normalised or head.std is None:
         return score
     kind = "cost" if head.mean is None else "reward"
-    return {**score, "score_type": kind, "mean": [head.mean or 0.0], "var": [head.std**2]}
+    return {**score, "score_type": kind, "mean": [head.mean or 0.0], "var": [head.std**2], "std": None}
 
 
 TRLX = Format(
@@ -85,7 +85,6 @@ INTERNLM2 = Format(
     frameworks="InternLM2 reward models",
     find=_find_internlm2,
     layouts=((_WITHOUT_BIAS.below("v_head"),),),
-    body=Body("ForRewardModel", base_only=True),
     notes="told from DeepSpeed-Chat's by the configuration",
 )
 

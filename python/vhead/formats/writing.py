@@ -10,11 +10,13 @@ from torch import Tensor
 from vhead.errors import HeadError
 from vhead.formats.layout import Format, LinearNames
 from vhead.formats.registry import format_named
-from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
+from vhead.formats.trl import BIAS_KEY, VHEAD, WEIGHT_KEY
 from vhead.formats.weights import HeadWeights, LinearWeights
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth")
+
+_OWN = f"{VHEAD.name} holds heads of one or two projections and any number of outputs"
 
 
 def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:  # noqa: A002, the name that callers know
@@ -43,20 +45,30 @@ def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite:
     return file
 
 
-def head_tensors(head: HeadWeights, head_format: Format) -> dict[str, Tensor]:
+def is_head_file(path: Path) -> bool:
+    """Whether a path names a file for a head, not a folder."""
+    return path.suffix in (_SAFETENSORS, *_PICKLED) and not path.is_dir()
+
+
+def head_tensors(
+    head: HeadWeights, head_format: Format, layers: tuple[LinearNames, ...] | None = None
+) -> dict[str, Tensor]:
     """The head's tensors by the format's names, or an error that says what the format cannot hold.
+
+    Args:
+        head: The head.
+        head_format: The format.
+        layers: The names, where they are not the ones that the format has for every model.
 
     Raises:
         HeadError: The format has another number of projections or outputs, or no bias where the head's is not zero.
     """
-    layers = next((layers for layers in head_format.layouts if len(layers) == len(head.layers)), None)
+    layouts = head_format.layouts if layers is None else (layers,)
+    layers = next((layers for layers in layouts if len(layers) == len(head.layers)), None)
     if layers is None:
-        counts = " or ".join(str(len(layers)) for layers in head_format.layouts)
-        raise HeadError(f"{head_format.name} holds heads of {counts} projections; this head has {len(head.layers)}")
+        raise HeadError(f"{head_format.name} has no names for a head of {len(head.layers)} projections; {_OWN}")
     if head_format.outputs not in (None, head.num_outputs):
-        raise HeadError(
-            f"{head_format.name} holds heads of {head_format.outputs} output; this head has {head.num_outputs}"
-        )
+        raise HeadError(f"{head_format.name} holds heads of one output; this head has {head.num_outputs}; {_OWN}")
     tensors = {}
     for names, layer in zip(layers, head.layers, strict=True):
         tensors[names.weight] = layer.weight.detach().cpu().contiguous()
@@ -102,7 +114,7 @@ def _stored_bias(names: LinearNames, layer: LinearWeights, head_format: Format) 
 
 
 def _head_file(path: Path, head_format: Format) -> Path:
-    if path.suffix in (_SAFETENSORS, *_PICKLED) and not path.is_dir():
+    if is_head_file(path):
         return path
     name = head_format.body.head_file if head_format.body else None
     if path.is_dir() and name is not None:
