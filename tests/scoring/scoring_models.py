@@ -8,10 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
-from vhead.scoring import strategies
+from vhead.scoring import caching, packing, strategies
 
 VOCABULARY = 97
 CONTEXT = 64
+
+WAYS = {**vars(strategies), **vars(packing), **vars(caching)}
 
 _LLAMA = {
     "vocab_size": VOCABULARY,
@@ -97,7 +99,7 @@ def by_way(scorer: Scorer, name: str) -> Scorer:
     engine = scorer._engine
     body = engine._body
     arguments = (body, CONTEXT) if name == "MaskedTreePacking" else (body,)
-    engine._ways = dataclasses.replace(engine._ways, usual=getattr(strategies, name)(*arguments), longest_usual=None)
+    engine._ways = dataclasses.replace(engine._ways, usual=WAYS[name](*arguments), longest_usual=None)
     return scorer
 
 

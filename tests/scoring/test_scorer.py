@@ -59,8 +59,8 @@ def test_the_comparison_sees_padding_that_is_not_masked(architecture, monkeypatc
 
     model = critic(architecture)
     scorer = by_way(Scorer(model), "PaddedBatches")
-    padded = strategies._padded
-    monkeypatch.setattr(strategies, "_padded", padded_left)
+    padded = strategies.padded
+    monkeypatch.setattr(strategies, "padded", padded_left)
     assert worst(model, rollouts(), scorer.score(rollouts(), FIELDS)) > 100 * TOLERANCE
 
 

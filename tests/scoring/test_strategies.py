@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scoring_models import CONTEXT, VOCABULARY, by_way, critic, largest_difference, rollouts, trees, worst
+from scoring_models import CONTEXT, VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 
 from vhead import Rollout, Scorer
 from vhead.backbone import plan_for
-from vhead.scoring import attention, plan, strategies
+from vhead.scoring import attention, packing, plan, strategies
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4
@@ -47,7 +47,7 @@ def test_the_fastest_way_that_works_is_chosen(models, architecture):
     fastest = [
         w for w in ("TreePacking", "MaskedTreePacking", "PrefixCache", "PaddedBatches") if w in TAKES[architecture]
     ]
-    assert scorer.plan.strategy == getattr(strategies, [*fastest, "PaddedBatches"][0]).name
+    assert scorer.plan.strategy == WAYS[[*fastest, "PaddedBatches"][0]].name
     assert all(name in str(scorer.plan) for name in scorer.plan.rejected)
 
 
@@ -78,8 +78,8 @@ def test_rollouts_of_one_prompt_are_found_across_the_window(models):
 )
 def test_the_comparison_sees_rollouts_that_see_each_other(models, architecture, way, monkeypatch):
     scorer = by_way(Scorer(models[architecture]), way)
-    states = getattr(strategies, way).states
-    monkeypatch.setattr(getattr(strategies, way), "states", lambda self, batch: states(self, plan._spoilt(batch)))
+    states = WAYS[way].states
+    monkeypatch.setattr(WAYS[way], "states", lambda self, batch: states(self, plan._spoilt(batch)))
     assert worst(models[architecture], trees(), scorer.score(trees(), FIELDS)) > 100 * TOLERANCE
 
 
@@ -102,10 +102,10 @@ class TestSelfCheck:
             return plan.find_ways(model.pretrained_model, plan_for(model.pretrained_model))
 
     def test_a_way_that_is_wrong_is_not_used(self, models, monkeypatch):
-        right = strategies.TreePacking.states
-        monkeypatch.setattr(strategies.TreePacking, "states", lambda self, batch: right(self, plan._spoilt(batch)))
+        right = packing.TreePacking.states
+        monkeypatch.setattr(packing.TreePacking, "states", lambda self, batch: right(self, plan._spoilt(batch)))
         ways = self.ways(models["llama"])
-        assert isinstance(ways.usual, strategies.MaskedTreePacking)
+        assert isinstance(ways.usual, packing.MaskedTreePacking)
         assert "of the largest state" in ways.rejected["tree packing"]
 
     def test_wrong_padding_is_noticed(self, models, monkeypatch):
@@ -135,7 +135,7 @@ class TestSelfCheck:
 
         monkeypatch.setattr(attention, "register", fail)
         ways = self.ways(models["llama"])
-        assert isinstance(ways.usual, strategies.MaskedTreePacking)
+        assert isinstance(ways.usual, packing.MaskedTreePacking)
         assert ways.rejected["tree packing"] == "ImportError: no attention interface"
 
     def test_probes_keep_clear_of_special_tokens(self, models):
@@ -158,7 +158,7 @@ class TestLimits:
         assert worst(model, records, scorer.score(records, FIELDS)) < TOLERANCE
         encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(records)]
         for work in scorer._engine.work(encoded, 500, FIELDS):
-            packed = isinstance(work.strategy, strategies.TreePacking)
+            packed = isinstance(work.strategy, packing.TreePacking)
             assert all((len(encoded[place]) <= 24) == packed for place in work.batch.places)
 
     def test_the_comparison_sees_a_window_that_is_ignored(self):

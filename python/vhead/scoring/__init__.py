@@ -4,13 +4,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vhead.scoring.conventions import Conventions
+    from vhead.scoring.plan import ScorerPlan
     from vhead.scoring.rollout import Rollout
     from vhead.scoring.scorer import Scorer
     from vhead.scoring.scores import Score, Scores
 
-__all__ = ["Rollout", "Score", "Scorer", "Scores"]
+__all__ = ["Conventions", "Rollout", "Score", "Scorer", "ScorerPlan", "Scores"]
 
-_HOME = {"Rollout": "rollout", "Score": "scores", "Scorer": "scorer", "Scores": "scores"}
+_HOME = {
+    "Conventions": "conventions",
+    "Rollout": "rollout",
+    "Score": "scores",
+    "Scorer": "scorer",
+    "ScorerPlan": "plan",
+    "Scores": "scores",
+}
 
 
 def __getattr__(name: str) -> object:

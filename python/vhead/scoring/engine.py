@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vhead.backbone import plan_for
 from vhead.errors import HeadError, VheadError
 from vhead.scoring import limits
+from vhead.scoring.caching import PromptThenCompletion
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded
 from vhead.scoring.logits import find_logits_rule
@@ -42,6 +44,7 @@ class Engine:
         model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., 1]`.
         num_threads: Torch's threads while computing; None leaves them as they are.
         conventions: Which positions are read.
+        batch_invariant: Whether a rollout's numbers may not depend on what else is scored.
 
     Attributes:
         device: Where token ids go.
@@ -55,7 +58,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, num_threads: int | None = None, conventions: Conventions | None = None
+        self,
+        model: nn.Module,
+        num_threads: int | None = None,
+        conventions: Conventions | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
@@ -70,10 +78,11 @@ class Engine:
         self.device: torch.device = self._body.device
         self.vocabulary_size = limits.vocabulary_size(body)
         self.context_length = limits.context_length(body.config)
+        self._untrained = _untrained_output(model, body)
         self._pad_token = limits.pad_token(body.config)
         with self._computing():
             self._rule = find_logits_rule(body, plan)
-            self._ways = find_ways(body, plan)
+            self._ways = find_ways(body, plan, batch_invariant=batch_invariant)
         self.plan = ScorerPlan(
             architecture=type(body).__name__,
             strategy=self._ways.usual.name,
@@ -88,6 +97,18 @@ class Engine:
         """Whether logits are computed for the scored tokens only, by a rule that the model's own logits confirmed."""
         return self._rule is not None
 
+    def check(self, fields: Sequence[str]) -> None:
+        """Says whether this model can give these fields.
+
+        Raises:
+            VheadError: Log-probabilities or entropies are asked for, and the checkpoint had no language-model head.
+        """
+        if self._untrained and needs_logits(fields):
+            raise VheadError(
+                f"returns: expected only values and reward, as the checkpoint holds no {', '.join(self._untrained)} "
+                f"and log-probabilities would be those of a random language-model head, got {', '.join(fields)}"
+            )
+
     def work(self, window: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
         """How a window is batched, for the asked-for fields; each rollout is in one batch."""
         groups = self._ways.groups([len(rollout) for rollout in window])
@@ -96,7 +117,9 @@ class Engine:
             groups = self._ways.without_sharing([len(rollout) for rollout in window])
         work = []
         for strategy, places in groups:
-            for batch in strategy.batches([window[place].tokens for place in places], token_budget):
+            sequences = [window[place].tokens for place in places]
+            prompts = [window[place].prompt_length for place in places]
+            for batch in strategy.batches(sequences, prompts, token_budget):
                 work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
         return work
 
@@ -128,6 +151,11 @@ class Engine:
             computed |= self._statistics(states, logits, read, fields, temperature)
         arrays = {name: computed[name].cpu().numpy() for name in fields}
         return read.aligned(arrays, self._conventions)
+
+    def forget(self) -> None:
+        """Drops what was kept of the model's states, as its weights may change."""
+        if isinstance(self._ways.usual, PromptThenCompletion):
+            self._ways.usual.forget()
 
     def _head_outputs(self, states: Tensor, read: "Read", fields: Sequence[str]) -> dict[str, Tensor]:
         """The head sees the rows that are read and no others."""
@@ -212,6 +240,15 @@ class Read:
             starts = np.cumsum([0, *self.counts[:-1]])
             computed |= {name: np.insert(computed[name], starts, 0.0) for name in PER_TOKEN if name in computed}
         return computed
+
+
+def _untrained_output(model: Any, body: Any) -> list[str]:  # noqa: ANN401, models of any class
+    """The parameters of the language-model head that were drawn and not loaded, by name."""
+    output = body.get_output_embeddings()
+    own = set() if output is None else {id(parameter) for parameter in output.parameters()}
+    untrained: frozenset[str] = getattr(model, "untrained", frozenset())
+    named = body.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if id(parameter) in own and name in untrained]
 
 
 def needs_logits(fields: Sequence[str]) -> bool:

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 
 from vhead.backbone import BackbonePlan
 from vhead.scoring import attention, limits
-from vhead.scoring.strategies import (
-    Batch,
-    Body,
-    MaskedTreePacking,
-    OneByOne,
-    PaddedBatches,
-    PrefixCache,
-    SharedPrefix,
-    Strategy,
-    TreePacking,
-)
+from vhead.scoring.caching import PrefixCache, PromptAndCompletion, PromptThenCompletion, SharedPrefix
+from vhead.scoring.packing import MaskedTreePacking, TreePacking
+from vhead.scoring.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
 from vhead.scoring.trees import Pack, Segment, Tokens
 
 # Differences from a sequence alone that count as rounding, as a part of the largest state.
@@ -35,6 +27,7 @@ _NOISE_FACTOR = 3.0
 # What an error on purpose has to exceed.
 _CONTROL_FACTOR = 4.0
 
+_UNLIMITED = 10**6
 _PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
 
 
@@ -104,34 +97,46 @@ class Ways:
         return self.usual if within else self.padded
 
 
-def find_ways(model: nn.Module, plan: BackbonePlan) -> Ways:
-    """Tries the ways of batching from the fastest on; the model has to be in evaluation mode."""
+def find_ways(model: nn.Module, plan: BackbonePlan, *, batch_invariant: bool = False) -> Ways:
+    """Tries the ways of batching from the fastest on; the model has to be in evaluation mode.
+
+    Args:
+        model: The language model.
+        plan: How its last hidden state is reached.
+        batch_invariant: Whether only ways will do in which no rollout's numbers depend on another rollout.
+    """
     body = Body(model, plan)
     config = model.config
     window, rotary = limits.attention_window(config), limits.stable_rotary_length(config)
     context = limits.context_length(config)
-    alone = OneByOne(body, forgets=rotary is not None)
     check = SelfCheck(body, probes(model, context))
-    padded: PaddedBatches = alone
+    alone = OneByOne(body, forgets=rotary is not None)
+    padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
     rejected: dict[str, str] = {}
-    reason = check.padding(PaddedBatches(body))
-    if reason is None:
-        padded = PaddedBatches(body)
-    else:
-        rejected[PaddedBatches.name] = reason
-    candidates = (
+    if (reason := check.padding(padded)) is not None:
+        padded, rejected = alone, {PaddedBatches.name: reason}
+    candidates: list[Strategy] = [
         TreePacking(body),
         MaskedTreePacking(body, _least(window, context)),
         PrefixCache(body),
+    ]
+    usual, reasons = _first(
+        [PromptThenCompletion(body)] if batch_invariant else candidates, check, _least(window, rotary)
     )
-    usual: Strategy = padded
+    return Ways(usual or padded, _least(window, rotary), padded, rotary, alone, reasons | rejected)
+
+
+def _first(
+    candidates: Sequence[Strategy], check: "SelfCheck", limit: int | None
+) -> tuple[Strategy | None, dict[str, str]]:
+    """The first way that passes, and why those before it did not."""
+    rejected: dict[str, str] = {}
     for candidate in candidates:
-        reason = check.shortness(_least(window, rotary)) or check.sharing(candidate)
+        reason = check.shortness(limit) or check.sharing(candidate)
         if reason is None:
-            usual = candidate
-            break
-        rejected = {candidate.name: reason, **rejected}
-    return Ways(usual, _least(window, rotary), padded, rotary, alone, dict(reversed(rejected.items())))
+            return candidate, rejected
+        rejected[candidate.name] = reason
+    return None, rejected
 
 
 def probes(model: nn.Module, context: int | None) -> list[Tokens]:
@@ -165,7 +170,7 @@ class SelfCheck:
     def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
         self._sequences = sequences
         way = OneByOne(body)
-        batches = list(way.batches(sequences, 1))
+        batches = list(way.batches(sequences, [], 1))
         states = [way.states(batch).float() for batch in batches]
         self._alone = states
         self._scale = max(float(state.abs().max()) for state in states)
@@ -182,7 +187,7 @@ class SelfCheck:
     def padding(self, way: PaddedBatches) -> str | None:
         """Why padded batches cannot be used, or None."""
         try:
-            difference = self._difference(way, list(way.batches(self._sequences, 10**6)))
+            difference = self._difference(way, self._batches(way))
         except Exception as error:  # Whatever a model raises means that it cannot.
             return _said(error)
         if not difference <= self._tolerance:
@@ -196,7 +201,7 @@ class SelfCheck:
         try:
             if isinstance(way, TreePacking):
                 attention.register()
-            batches = list(way.batches(self._sequences, 10**6))
+            batches = self._batches(way)
             difference = self._difference(way, batches)
             if not difference <= self._tolerance:
                 return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
@@ -206,6 +211,9 @@ class SelfCheck:
         if not wrong > _CONTROL_FACTOR * self._tolerance:
             return "a wrong result would not be noticed"
         return None
+
+    def _batches(self, way: Strategy) -> list[Batch]:
+        return list(way.batches(self._sequences, [min(_PROMPT, len(s) - 1) for s in self._sequences], _UNLIMITED))
 
     def _difference(self, way: Strategy, batches: Sequence[Batch], last: int | None = None) -> float:
         """The largest difference over all tokens, or over the last so many of each sequence."""
@@ -226,6 +234,8 @@ def _spoilt(batch: Batch) -> Batch:
         content = replace(content, segments=(Segment(0, len(content.tokens), ()),))
     elif isinstance(content, SharedPrefix):
         content = replace(content, prefix=content.prefix[::-1].copy())
+    elif isinstance(content, PromptAndCompletion):
+        content = replace(content, prompt=content.prompt[::-1].copy())
     return replace(batch, content=content)
 
 

@@ -1,29 +1,25 @@
 """Scoring rollouts: values, log-probabilities, entropies and rewards from one backbone pass."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import nn
 
-from vhead.errors import HeadNotFoundError, RecordError, VheadError
-from vhead.formats import HeadWeights, find_head
+from vhead.errors import HeadError, RecordError
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded, Encoder, IdRegistry
 from vhead.scoring.engine import Engine, Work
+from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.plan import ScorerPlan
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.rollout import Rollout
 from vhead.scoring.scores import Score, Scores, check_fields
 from vhead.scoring.window import Results, windows
-
-logger = logging.getLogger("vhead")
 
 DEFAULT_RETURNS = ("values", "logprobs", "reward")
 
@@ -45,6 +41,16 @@ def default_name(index: int, rollout: Rollout) -> str:
     return f"record {index}" if name is None else f"record {index} (id {name!r})"
 
 
+class ScorerOptions(TypedDict, total=False):
+    """The arguments of `Scorer` that are neither the model nor the tokenizer."""
+
+    token_budget: int | None
+    window_tokens: int | None
+    num_threads: int | None
+    conventions: Conventions | None
+    batch_invariant: bool
+
+
 class Scorer:
     """Gives values, log-probabilities, entropies and rewards of rollouts.
 
@@ -62,6 +68,8 @@ class Scorer:
             found; None: eight times the budget.
         num_threads: Torch's threads while scoring; None leaves them as they are.
         conventions: Which positions values and rewards are read at; None: as above.
+        batch_invariant: Whether a rollout's numbers are the same bit for bit whatever else is scored, on one machine
+            with one number of threads. Costs time: each completion then goes through the model by itself.
 
     Attributes:
         model: As given.
@@ -82,6 +90,7 @@ class Scorer:
         window_tokens: int | None = None,
         num_threads: int | None = None,
         conventions: Conventions | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         numbers = {"token_budget": token_budget, "window_tokens": window_tokens, "num_threads": num_threads}
         for name, number in numbers.items():
@@ -89,7 +98,7 @@ class Scorer:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
         self.model = model
         self._conventions = conventions or Conventions()
-        self._engine = Engine(model, num_threads, self._conventions)
+        self._engine = Engine(model, num_threads, self._conventions, batch_invariant=batch_invariant)
         self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, self._engine.context_length)
         is_cpu = self._engine.device.type == "cpu"
         self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
@@ -108,9 +117,9 @@ class Scorer:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         head: str | Path | None = None,
-        token_budget: int | None = None,
-        num_threads: int | None = None,
         allow_random_head: bool = False,
+        normalize_rewards: bool = False,
+        **options: Unpack[ScorerOptions],
     ) -> Self:
         """Loads a model, its trained head and its tokenizer.
 
@@ -119,27 +128,20 @@ class Scorer:
             dtype: The language model's, such as `"bfloat16"`; None: the checkpoint's own. The head stays float32.
             device: Where the model goes; None: CUDA where there is one, else the CPU.
             head: A file, folder or repository with the head, where `path` does not hold it.
-            token_budget: As in the constructor.
-            num_threads: As in the constructor.
             allow_random_head: Whether a checkpoint without a head gets a new, untrained one.
+            normalize_rewards: Whether rewards are normalised by the mean and the standard deviation that the checkpoint
+                states, as OpenRLHF writes them.
+            **options: The constructor's other arguments.
 
         Raises:
             HeadNotFoundError: There is no trained head, and a random one is not allowed.
             HeadError: There is a head that does not fit, or its file is broken.
             VheadError: The model cannot be found, read, or moved to the device.
         """
-        _check_config(path)
-        weights = find_head(path if head is None else head)
-        if weights is None and (head is not None or not allow_random_head):
-            raise HeadNotFoundError(
-                f"{path if head is None else head}: expected a trained value head, found none; "
-                "allow_random_head=True (--allow-random-head) scores with a new, untrained one"
-            )
-        model = _load(path, dtype)
-        if head is not None and weights is not None:
-            _replace_head(model, weights)
-        _move(model, device)
-        return cls(model, _tokenizer(path), token_budget=token_budget, num_threads=num_threads)
+        critic = load_critic(path, dtype=dtype, device=device, head=head, allow_random_head=allow_random_head)
+        if normalize_rewards:
+            options["conventions"] = _normalising(options.get("conventions"), critic, path if head is None else head)
+        return cls(critic.model, critic.tokenizer, **options)
 
     def score(
         self,
@@ -162,6 +164,7 @@ class Scorer:
 
         Raises:
             RecordError: A rollout cannot be scored; the error names it and the field.
+            VheadError: The model's checkpoint lacked what a field of `returns` needs.
             ValueError: `returns` or `temperature` is out of range.
         """
         rollouts = list(rollouts)
@@ -220,9 +223,11 @@ class Scorer:
 
         Raises:
             RecordError: A rollout cannot be scored, and `on_error` is None.
+            VheadError: The model's checkpoint lacked what a field of `returns` needs.
             ValueError: `returns` or `temperature` is out of range.
         """
         fields = check_fields(returns)
+        self._engine.check(fields)
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         prepared = self._prepared(rollouts, fields, name_of, IdRegistry(remembered_ids), skips=on_error is not None)
@@ -281,7 +286,19 @@ class Scorer:
             results.put(work.batch.places, self._engine.score(window.rollouts, work, fields, temperature))
             if on_batch is not None:
                 on_batch(len(work.batch.places), sum(len(window.rollouts[place]) for place in work.batch.places))
+        self._engine.forget()
         return results
+
+
+def _normalising(conventions: Conventions | None, critic: Critic, source: str | Path) -> Conventions:
+    mean, std = critic.reward_statistics
+    if mean is None and std is None:
+        raise HeadError(f"{source}: normalize_rewards needs the mean and std of rewards, which its configuration lacks")
+    return replace(
+        conventions or Conventions(),
+        reward_mean=0.0 if mean is None else mean,
+        reward_std=1.0 if std is None else std,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,76 +330,3 @@ def _report(results: Results, left_out: Sequence[RecordError], on_error: ErrorHa
         yield scores
     for error in results.errors:
         raise error
-
-
-def _load(path: str | Path, dtype: torch.dtype | str | None) -> nn.Module:
-    from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
-
-    options = {} if dtype is None else {_dtype_argument(): _dtype(dtype)}
-    with _named(path):
-        model: nn.Module = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
-    return model.eval()
-
-
-def _dtype_argument() -> str:
-    """The name of transformers' argument, which 4.56 changed."""
-    import transformers  # noqa: PLC0415, slow, and only needed to load
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point dtype of torch, got {dtype!r}")
-    return found
-
-
-def _check_config(path: str | Path) -> None:
-    """A folder that is no model's, or a name with a typing mistake, is found before anything is said about heads."""
-    from transformers import AutoConfig  # noqa: PLC0415, slow, and only needed to load
-
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return
-    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith(".")):
-        raise VheadError(f"{path}: expected the folder of a model, found no such folder")
-    with _named(path):
-        AutoConfig.from_pretrained(path)
-
-
-@contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Errors of transformers say which model they are about."""
-    try:
-        yield
-    except VheadError:
-        raise
-    except (OSError, ValueError) as error:
-        raise VheadError(f"{path}: the model cannot be loaded: {error}") from error
-
-
-def _move(model: nn.Module, device: torch.device | str | None) -> None:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        # Torch explains itself over many lines; the first one says what is wrong.
-        raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
-
-
-def _replace_head(model: Any, head: HeadWeights) -> None:  # noqa: ANN401, the class is imported on use
-    model._load_head(head)
-
-
-def _tokenizer(path: str | Path) -> Any:  # noqa: ANN401, any tokenizer of transformers
-    """The model's tokenizer, or None where it has none: token ids can be scored without."""
-    from transformers import AutoTokenizer  # noqa: PLC0415, slow, and only needed to load
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        logger.warning("%s: no tokenizer, so that only token ids can be scored: %s", path, error)
-        return None

@@ -1,7 +1,7 @@
-"""Ways to take many sequences through a language model, from the fastest to the most plain.
+"""Ways to take many sequences through a language model; here the plain ones, and what is common to all.
 
-Each says which sequences go together, and runs the model over such a batch up to its last hidden states. What it says
-is arithmetic on token ids, so that it can be done ahead while the model computes.
+Each way says which sequences go together, and runs the model over such a batch up to its last hidden states. What it
+says is arithmetic on token ids, so that it can be done ahead while the model computes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from vhead.backbone import BackbonePlan, last_hidden_state, run
-from vhead.scoring.attention import dense_mask, tree_attention
 from vhead.scoring.batches import token_budget_batches
-from vhead.scoring.trees import Pack, Tokens, pack_trees, shared_prefixes
+from vhead.scoring.trees import Tokens
 
 Rows = NDArray[np.int64]
 
@@ -44,8 +42,14 @@ class Strategy(Protocol):
 
     name: str
 
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
-        """Batches of at most `budget` tokens, or of one sequence, that hold each of the sequences `[length]` once."""
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+        """Batches of at most `budget` tokens, or of one sequence, that hold each sequence once.
+
+        Args:
+            sequences: Token ids `[length]`.
+            prompts: Tokens of each sequence's prompt.
+            budget: Tokens that the model computes for a batch, padding included.
+        """
 
     def states(self, batch: Batch) -> Tensor:
         """The last hidden states `[N, H]` of a batch."""
@@ -90,99 +94,6 @@ class Body:
         return hidden.flatten(0, 1), logits.flatten(0, 1)
 
 
-class TreePacking:
-    """Trees of sequences as one row, attended segment by segment; needs transformers' attention interface."""
-
-    name = "tree packing"
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
-        """One packed row each."""
-        return (_packed(pack) for pack in pack_trees(sequences, budget))
-
-    def states(self, batch: Batch) -> Tensor:
-        """No mask is given, as none is looked at."""
-        pack: Pack = batch.content
-        with tree_attention(self._body.model, pack.segments):
-            return self._body.states(_row(pack.tokens), position_ids=_row(pack.positions))
-
-
-class MaskedTreePacking:
-    """Trees of sequences as one row, with a mask over all pairs of tokens.
-
-    Args:
-        body: The language model.
-        longest_row: Rows in which a model that looks at places in the row, not at positions, still sees everything.
-    """
-
-    name = "tree packing with a dense mask"
-
-    def __init__(self, body: Body, longest_row: int | None) -> None:
-        self._body, self._longest_row = body, longest_row
-
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
-        """One packed row each."""
-        budget = budget if self._longest_row is None else min(budget, self._longest_row)
-        return (_packed(pack) for pack in pack_trees(sequences, budget))
-
-    def states(self, batch: Batch) -> Tensor:
-        """The mask is additive, as every model that takes one expects."""
-        pack: Pack = batch.content
-        mask = dense_mask(pack.segments, self._body.dtype)
-        return self._body.states(_row(pack.tokens), position_ids=_row(pack.positions), attention_mask=mask)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedPrefix:
-    """A prefix, and what follows it in each sequence, padded on the right."""
-
-    prefix: Tokens
-    tokens: Tensor
-    mask: Tensor
-
-
-class PrefixCache:
-    """What sequences begin with goes through the model once, and its keys and values serve them all."""
-
-    name = "prefix cache"
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
-        """Groups with one prefix; what shares none is padded."""
-        single: list[int] = []
-        for places, shared in shared_prefixes(sequences):
-            if not shared:
-                single += places
-                continue
-            rests = [len(sequences[place]) - shared for place in places]
-            for group in token_budget_batches(rests, max(1, budget - shared)):
-                yield _with_prefix([places[at] for at in group], sequences, shared)
-        for chosen in token_budget_batches([len(sequences[place]) for place in single], budget):
-            yield _padded([single[at] for at in chosen], sequences)
-
-    def states(self, batch: Batch) -> Tensor:
-        """The prefix's states first, then those of the padded rest."""
-        if not isinstance(batch.content, SharedPrefix):
-            tokens, mask = batch.content
-            return self._body.states(tokens, attention_mask=mask)
-        shared: SharedPrefix = batch.content
-        cache = new_cache(self._body.model)
-        first = self._body.states(_row(shared.prefix), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(shared.tokens.shape[0])
-        seen = shared.mask.new_ones(shared.mask.shape[0], len(shared.prefix))
-        rest = self._body.states(
-            shared.tokens,
-            attention_mask=torch.cat([seen, shared.mask], dim=1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return torch.cat([first, rest])
-
-
 class PaddedBatches:
     """Sequences of similar length, padded on the right."""
 
@@ -191,10 +102,11 @@ class PaddedBatches:
     def __init__(self, body: Body) -> None:
         self._body = body
 
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
         """The longest first."""
+        del prompts
         for chosen in token_budget_batches([len(sequence) for sequence in sequences], budget):
-            yield _padded(chosen.tolist(), sequences)
+            yield padded(chosen.tolist(), sequences)
 
     def states(self, batch: Batch) -> Tensor:
         """Of all rows, padding included."""
@@ -221,10 +133,10 @@ class OneByOne(PaddedBatches):
         super().__init__(body)
         self._forgets = forgets
 
-    def batches(self, sequences: Sequence[Tokens], budget: int) -> Iterator[Batch]:
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
         """One sequence each, whatever the budget."""
-        del budget
-        return (_padded([place], sequences) for place in range(len(sequences)))
+        del prompts, budget
+        return (padded([place], sequences) for place in range(len(sequences)))
 
     def states(self, batch: Batch) -> Tensor:
         """Of the sequence's tokens."""
@@ -242,44 +154,20 @@ class OneByOne(PaddedBatches):
             self._body.states(tokens[:, :1])
 
 
-def new_cache(model: Any) -> Any:  # noqa: ANN401, a language model of any class and its cache
-    """An empty cache of the kinds of layers that the model has."""
-    try:
-        return DynamicCache(config=model.config)
-    except TypeError:
-        # Before transformers 4.56 it took no configuration.
-        return DynamicCache()
-
-
-def _row(array: NDArray[np.int64]) -> Tensor:
+def as_row(array: NDArray[np.int64]) -> Tensor:
+    """Token ids or positions `[T]` as a batch of one, `[1, T]`."""
     return torch.from_numpy(array)[None]
 
 
-def _packed(pack: Pack) -> Batch:
-    rows = tuple(pack.rows(at) for at in range(len(pack.places)))
-    return Batch(pack.places, rows, len(pack.tokens), pack)
-
-
-def _padded(places: Sequence[int], sequences: Sequence[Tokens]) -> Batch:
-    tokens, mask = _padded_rest([sequences[place] for place in places])
+def padded(places: Sequence[int], sequences: Sequence[Tokens]) -> Batch:
+    """Some of the sequences as one padded batch."""
+    tokens, mask = padded_tokens([sequences[place] for place in places])
     width = tokens.shape[1]
     rows = tuple(np.arange(len(sequences[place])) + at * width for at, place in enumerate(places))
     return Batch(tuple(places), rows, tokens.numel(), (tokens, mask))
 
 
-def _with_prefix(places: Sequence[int], sequences: Sequence[Tokens], shared: int) -> Batch:
-    tokens, mask = _padded_rest([sequences[place][shared:] for place in places])
-    width = tokens.shape[1]
-    first = np.arange(shared)
-    rows = tuple(
-        np.concatenate([first, shared + at * width + np.arange(len(sequences[place]) - shared)])
-        for at, place in enumerate(places)
-    )
-    content = SharedPrefix(sequences[places[0]][:shared], tokens, mask)
-    return Batch(tuple(places), rows, shared + tokens.numel(), content)
-
-
-def _padded_rest(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+def padded_tokens(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 `[B, T]`, padded on the right, where no token's position depends on it."""
     tokens = np.zeros((len(parts), max(map(len, parts))), np.int64)
     mask = np.zeros_like(tokens)
