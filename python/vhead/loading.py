@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -15,7 +17,9 @@ from vhead import adapters
 from vhead.backbone import without_adapter
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import AdapterError, BodyMismatchError
-from vhead.formats import VERL_MEGATRON, HeadWeights, find_head
+from vhead.formats import VERL_MEGATRON, HeadWeights
+from vhead.formats.layout import read
+from vhead.formats.registry import choose, detection_of
 from vhead.heads import HeadArguments
 
 logger = logging.getLogger("vhead")
@@ -24,10 +28,19 @@ logger = logging.getLogger("vhead")
 # transformers have the first one under the second name, or none.
 _MULTIMODAL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
 
+# Whether transformers renames a checkpoint's weights on loading.
+_MAPS_NAMES = Version(transformers.__version__) >= Version("4.52")
+
+# The parts of a head's names that stand below the module which is the head.
+_BELOW_HEAD = re.compile(r"summary|[0-9]+")
+
 # What a base model has in common with an adapter that was trained on it: the place of neither.
 _SHARED_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
 # What tells apart the files of one model: an adapter has none of it.
 _OF_MODEL_FILES = frozenset({"use_safetensors", "variant"})
+
+# For a checkpoint whose output layer is a head of one row: another shape than the language model's, and tied to nothing.
+_WITHOUT_OUTPUT_LAYER = {"ignore_mismatched_sizes": True, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -139,22 +152,42 @@ def load(
     """
     adapter = adapters.find_adapter(Checkpoint(location, **arguments.adapter_location))
     if adapter is None:
-        head = find_head(location, **arguments.location)
-        is_output_layer = head is not None and head.format == VERL_MEGATRON
-        # A head of one row in the output layer's place has another shape than the language model's.
-        model = {**arguments.model, "ignore_mismatched_sizes": True} if is_output_layer else arguments.model
-        body, untrained = _load_body(auto_class, location, *model_args, device=device, **model)
-        if is_output_layer:
-            _check_trunk_is_whole(body, untrained, location)
-        return Loaded(_with_new_adapter(body, arguments), head, untrained)
+        found = _find_head(Checkpoint(location, **arguments.location))
+        body, untrained = _load_body(auto_class, location, *model_args, device=device, found=found, **arguments.model)
+        return Loaded(_with_new_adapter(body, arguments), found.head, untrained)
     if adapter.base is None:
         raise AdapterError(f"{location}: base_model_name_or_path: expected the adapter's language model, got nothing")
     if arguments.peft_config is not None:
         logger.warning("peft_config: not used, since %s has an adapter already", location)
-    head = find_head(location, **arguments.adapter_location)
+    found = _find_head(Checkpoint(location, **arguments.adapter_location))
     body, untrained = _load_body(auto_class, adapter.base, *model_args, device=device, **arguments.of_base(adapter))
     with_adapter = adapters.put_on(body, adapter, is_trainable=arguments.is_trainable).train(body.training)
-    return Loaded(with_adapter, head, untrained)
+    return Loaded(with_adapter, found.head, untrained)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint's head, if it has one, and what that means for loading the rest.
+
+    Attributes:
+        head: The head.
+        modules: The names of its modules, about which transformers need not report.
+        body_prefix: What stands before the names of the language model's own weights.
+    """
+
+    head: HeadWeights | None = None
+    modules: tuple[str, ...] = ("v_head",)
+    body_prefix: str = ""
+
+
+def _find_head(checkpoint: Checkpoint) -> _Found:
+    choice = choose(checkpoint)
+    if choice is None:
+        return _Found()
+    detection = detection_of(checkpoint, *choice)
+    paths = [name.split(".")[:-1] for name in detection.tensors]
+    modules = {next((part for part in reversed(path) if not _BELOW_HEAD.fullmatch(part)), "") for path in paths}
+    return _Found(read(checkpoint, choice[1], choice[0]), tuple(modules), detection.body_prefix)
 
 
 def prepare_given(body: nn.Module, arguments: LoadArguments) -> nn.Module:
@@ -179,14 +212,24 @@ def _load_body(
     location: str,
     *model_args: object,
     device: int | str,
+    found: _Found = _Found(),
     **arguments: Any,  # noqa: ANN401, transformers' own
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Loads a language model; says which of its parameters the checkpoint lacked."""
     arguments = {**_with_device_map(arguments, device), "output_loading_info": True}
+    if found.body_prefix and _MAPS_NAMES:
+        arguments.setdefault("key_mapping", {f"^{re.escape(found.body_prefix)}": ""})
+    is_output_layer = found.head is not None and found.head.format == VERL_MEGATRON
+    if is_output_layer:
+        # A head of one row in the output layer's place has another shape than the language model's.
+        arguments["ignore_mismatched_sizes"] = True
     auto_class = _auto_class(auto_class, location, arguments)
-    with quiet_about("v_head"):
+    with quiet_about(*found.modules):
         body, report = auto_class.from_pretrained(location, *model_args, **arguments)
-    return body, _untrained(body, report, location)
+    untrained = _untrained(body, report, location)
+    if is_output_layer:
+        _check_trunk_is_whole(body, untrained, location)
+    return body, untrained
 
 
 def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, Any]:
@@ -214,7 +257,9 @@ def _auto_class(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any
         name = _model_class(candidate, config)
         if name is not None and name != own and (own is None or name == stated):
             return candidate
-    return wanted
+    stated_class = getattr(transformers, stated or "", None) if own is None else None
+    # Some text models of multimodal ones are in no auto class, but can be wrapped and saved.
+    return stated_class if isinstance(stated_class, type) and issubclass(stated_class, PreTrainedModel) else wanted
 
 
 def _config(location: str, arguments: Mapping[str, Any]) -> PretrainedConfig | None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.score import score
@@ -20,6 +21,7 @@ app = typer.Typer(
     epilog="Example: `vhead score rollouts.jsonl --model ./critic --output scores.parquet`",
 )
 app.command("score")(score)
+app.command("convert")(convert)
 app.command("demo")(demo)
 app.command("env")(environment)
 

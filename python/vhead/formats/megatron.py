@@ -84,7 +84,7 @@ VERL_MEGATRON = Format(
     frameworks="verl (Megatron), exported for transformers",
     find=_find_verl,
     layouts=((_WITHOUT_BIAS.below("lm_head"),),),
-    body=Body(base_only=True),
+    body=Body(base_only=True, configure=lambda _head: {"tie_word_embeddings": False}),
     notes="told from a language model's head by its single row; `reward_head.weight` is read too",
 )
 

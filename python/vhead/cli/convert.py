@@ -1,0 +1,101 @@
+"""`vhead convert`: a value head, alone or with its language model, from any framework's format to another's."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vhead.cli.failure import reported, say
+
+if TYPE_CHECKING:
+    from vhead.formats import Detection
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint's folder, or one file with a head.")],
+    destination: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DST]",
+            help="A folder, for head and language model; or a file for the head: .safetensors, .bin, .pt or .pth.",
+        ),
+    ] = None,
+    *,
+    format_name: Annotated[
+        str | None,
+        typer.Option("--format", "-f", help="What to write; default: trl, or vhead where TRL cannot hold the head."),
+    ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="What to read; default: what the checkpoint shows signs of.")
+    ] = None,
+    detect: Annotated[bool, typer.Option("--detect", help="Only say what SRC holds; nothing is written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files of DST.")] = False,
+) -> None:
+    """Convert a trained value head between the formats of frameworks, with its language model or alone.
+
+    Formats: trl, vhead, llama-factory, trlx, internlm2, deepspeed-chat, openrlhf, qwen, hf-sequence-classification,
+    hf-token-classification, beaver, nemo, megatron, verl-megatron.
+
+    In a folder, the language model's tensors get the names that transformers expects, the configuration names the
+    class, and tokenizer files are copied. The folder appears under its name when it is complete.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    **Examples**
+
+    - `vhead convert ./openrlhf-critic --detect`
+    - `vhead convert ./openrlhf-critic ./critic --format trl`
+    - `vhead convert ./reward-model value_head.safetensors --format llama-factory`
+    """
+    if (destination is None) != detect:
+        problem = "expected DST, or --detect alone" if destination is None else "writes nothing: leave DST out"
+        raise typer.BadParameter(problem, param_hint="DST" if destination is None else "--detect")
+    with reported():
+        _check_formats(format_name, source_format)
+        if destination is None:
+            _show(source, source_format)
+        else:
+            _convert(source, destination, format_name, source_format, force=force)
+
+
+def _check_formats(format_name: str | None, source_format: str | None) -> None:
+    from vhead.formats import FORMATS  # noqa: PLC0415, imports torch
+
+    known = [head_format.name for head_format in FORMATS]
+    for name, hint in ((format_name, "--format"), (source_format, "--from")):
+        if name is not None and name not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {name!r}", param_hint=hint)
+
+
+def _show(source: Path, source_format: str | None) -> None:
+    from vhead import formats  # noqa: PLC0415, imports torch
+
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    detection = formats.detect(source, format=source_format)
+    head = formats.load(source, format=source_format)
+    typer.echo(_described(source, detection))
+    typer.echo(f"tensors      {', '.join(detection.tensors)}")
+    typer.echo(f"hidden size  {head.hidden_size}")
+    typer.echo(f"projections  {len(head.layers)}")
+    typer.echo(f"outputs      {head.num_outputs}")
+    if detection.body_prefix:
+        typer.echo(f"body prefix  {detection.body_prefix}")
+    if head.std is not None:
+        typer.echo(f"rewards      mean {head.mean or 0.0:g}, standard deviation {head.std:g}")
+
+
+def _convert(
+    source: Path, destination: Path, format_name: str | None, source_format: str | None, *, force: bool
+) -> None:
+    from vhead import formats  # noqa: PLC0415, imports torch
+
+    done = formats.convert(source, destination, format_name, source_format=source_format, overwrite=force)
+    say(_described(source, done.detection))
+    say(f"{done.path}: written as {done.format}: {', '.join(done.files)}")
+    for note in done.notes:
+        say(note)
+
+
+def _described(source: Path, detection: "Detection") -> str:
+    return f"{source}: {detection.format}: {detection.reason}"
