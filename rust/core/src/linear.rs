@@ -19,6 +19,9 @@ use reduce::LANES;
 /// Bytes of packed rows and second sums that are held at once. The weights are packed again for each such chunk of rows.
 const CHUNK_BYTES: usize = 16 << 20;
 
+/// Bytes of weight panels that a task multiplies each row panel with: half of a second-level cache.
+const PANELS_BYTES: usize = 1 << 20;
+
 /// A layer of many outputs: `weight` is `[I, H]` in any dtype, `bias` is `[I]`.
 #[derive(Debug, Clone)]
 pub struct Linear<'a, W> {
@@ -313,12 +316,15 @@ impl<'a, W: Element> Chunks<'a, W> {
     ) {
         let (columns, width) = (self.source.columns(), self.tile.outputs);
         let source = Source { rows: self.weight, keep: None, first_masked: 0 };
-        let (mut lines, mut weights) = (Buffer::new(room(columns, width)), Buffer::new(columns * width));
-        for output in starts.flat_map(|start| (start..start + OUTPUTS).step_by(width)) {
-            let lines = &mut lines[..room(columns, width)];
-            source.pack(self.level, &self.order, output, width, lines, &mut weights[..columns * width]);
+        let starts: Vec<usize> = starts.flat_map(|start| (start..start + OUTPUTS).step_by(width)).collect();
+        let group = (PANELS_BYTES / (columns * width * size_of::<f32>())).clamp(1, starts.len());
+        let (mut lines, mut weights) = (Buffer::new(room(columns, width)), Buffer::new(group * columns * width));
+        for outputs in starts.chunks(group) {
+            for (output, panel) in outputs.iter().zip(weights.chunks_exact_mut(columns * width)) {
+                source.pack(self.level, &self.order, *output, width, &mut lines[..room(columns, width)], panel);
+            }
             let (order, weights) = (&self.order, &weights[..]);
-            self.level.run(Multiply { order, rows: panels, panels: rows.clone(), weights, output, sink });
+            self.level.run(Multiply { order, rows: panels, panels: rows.clone(), weights, outputs, sink });
         }
     }
 }

@@ -18,6 +18,8 @@ use std::ops::Range;
 const LEVELS: usize = LANES.trailing_zeros() as usize;
 /// Outputs that tasks are cut by: a multiple of every [`Tile`]'s, and a divisor of [`LANES`].
 pub(crate) const OUTPUTS: usize = 32;
+/// Steps of a panel that are asked for ahead of their turn.
+const AHEAD: usize = 12;
 /// Added to a line's length, so that lines of a power of two do not share the cache's sets.
 const SKEW: usize = 16;
 
@@ -133,9 +135,11 @@ impl<T: Element> Pack for Source<'_, T> {
         let count = width.min(self.rows.count().saturating_sub(first));
         lines[count * stride..].fill(0.0);
         level.run(Read { source: self, first, stride, lines: &mut lines[..count * stride] });
-        for (column, numbers) in order.columns.iter().zip(panel.chunks_exact_mut(width)) {
+        assert!(width * stride <= lines.len() && order.columns.len() <= stride);
+        for (&column, numbers) in order.columns.iter().zip(panel.chunks_exact_mut(width)) {
             for (i, number) in numbers.iter_mut().enumerate() {
-                *number = lines[i * stride + column];
+                // SAFETY: `order` holds the columns below its own length, which is no more than a line's.
+                *number = unsafe { *lines.get_unchecked(i * stride + column) };
             }
         }
     }
@@ -176,15 +180,15 @@ pub(crate) trait Sink: Sync {
     fn take_scalar(&self, row: usize, output: usize, sum: f32);
 }
 
-/// Multiplies the row panels `panels` with one weight panel.
+/// Multiplies the row panels `panels` with some weight panels.
 pub(crate) struct Multiply<'a, K> {
     pub(crate) order: &'a Order,
     /// All row panels, one after the other.
     pub(crate) rows: &'a [f32],
     pub(crate) panels: Range<usize>,
-    /// The weight panel, and the first output in it.
+    /// Weight panels, one after the other, and the first output in each.
     pub(crate) weights: &'a [f32],
-    pub(crate) output: usize,
+    pub(crate) outputs: &'a [usize],
     pub(crate) sink: &'a K,
 }
 
@@ -200,10 +204,12 @@ impl<K: Sink> Kernel for Multiply<'_, K> {
 
     fn run_scalar(self) {
         let (tile, columns) = (Tile::of(Level::Scalar), self.order.columns.len());
-        for panel in self.panels.clone() {
+        let weights = self.weights.chunks_exact(columns * tile.outputs).zip(self.outputs);
+        for (panel, (weights, first)) in self.panels.clone().flat_map(|panel| weights.clone().map(move |w| (panel, w)))
+        {
             let rows = &self.rows[panel * columns * tile.rows..][..columns * tile.rows];
             for (row, output) in (0..tile.rows).flat_map(|row| (0..tile.outputs).map(move |output| (row, output))) {
-                let mut pairs = rows.chunks_exact(tile.rows).zip(self.weights.chunks_exact(tile.outputs));
+                let mut pairs = rows.chunks_exact(tile.rows).zip(weights.chunks_exact(tile.outputs));
                 let (mut waiting, mut sum) = ([0.0; LEVELS], 0.0);
                 for (visit, length) in self.order.lengths.iter().enumerate() {
                     let lane = pairs.by_ref().take(*length);
@@ -214,7 +220,7 @@ impl<K: Sink> Kernel for Multiply<'_, K> {
                         waiting[carried] = sum;
                     }
                 }
-                self.sink.take_scalar(panel * tile.rows + row, self.output + output, sum);
+                self.sink.take_scalar(panel * tile.rows + row, first + output, sum);
             }
         }
     }
@@ -224,14 +230,17 @@ impl<K: Sink> Multiply<'_, K> {
     #[inline(always)]
     fn run_tiles<S: Simd, const R: usize, const V: usize>(self, simd: S) {
         let columns = self.order.columns.len();
-        assert!(self.weights.len() >= columns * V * WIDTH && self.rows.len() >= self.panels.end * columns * R);
+        let width = columns * V * WIDTH;
+        assert!(self.weights.len() >= self.outputs.len() * width && self.rows.len() >= self.panels.end * columns * R);
         for panel in self.panels.clone() {
-            // SAFETY: the weight panel is whole, and so is this row panel.
-            let sums = unsafe {
-                let rows = self.rows.as_ptr().add(panel * columns * R);
-                sums::<S, R, V>(simd, self.order, rows, self.weights.as_ptr())
-            };
-            self.sink.take(simd, panel * R, self.output, sums);
+            for (i, &output) in self.outputs.iter().enumerate() {
+                // SAFETY: this weight panel is whole, and so is this row panel.
+                let sums = unsafe {
+                    let (rows, weights) = (self.rows.as_ptr().add(panel * columns * R), self.weights.as_ptr());
+                    sums::<S, R, V>(simd, self.order, rows, weights.add(i * width))
+                };
+                self.sink.take(simd, panel * R, output, sums);
+            }
         }
     }
 }
@@ -260,6 +269,11 @@ unsafe fn sums<S: Simd, const R: usize, const V: usize>(
                         sums[v] = simd.multiply_add(x, weight[v], sums[v]);
                     }
                 }
+                simd.prefetch(weights.wrapping_add(AHEAD * V * WIDTH).cast());
+                if V > 1 {
+                    simd.prefetch(weights.wrapping_add(AHEAD * V * WIDTH + WIDTH).cast());
+                }
+                simd.prefetch(rows.wrapping_add(AHEAD * R).cast());
                 (rows, weights) = (rows.add(R), weights.add(V * WIDTH));
             }
         }

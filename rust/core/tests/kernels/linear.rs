@@ -109,8 +109,8 @@ fn follows_the_model<T: Element>(shape: [usize; 4], p: f64) -> Result<()> {
 
 #[test]
 fn every_shape_follows_the_model() -> Result<()> {
-    for columns in [1, 7, 16, 17, 255, 256, 257, 300, 896] {
-        for (rows, width, outputs) in [(1, 1, 1), (5, 16, 2), (13, 33, 1), (25, 290, 3)] {
+    for columns in [1, 16, 17, 256, 300, 700] {
+        for (rows, width, outputs) in [(1, 1, 1), (13, 33, 2), (25, 290, 1)] {
             for p in [0.0, 0.3] {
                 for_each_dtype!(follows_the_model([rows, columns, width, outputs], p));
             }
