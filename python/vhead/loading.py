@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from vhead import adapters
 from vhead.backbone import without_adapter
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
-from vhead.errors import AdapterError, BodyMismatchError
+from vhead.errors import AdapterError, BodyMismatchError, HeadMismatchError
 from vhead.formats import VERL_MEGATRON, HeadWeights
 from vhead.formats.layout import read
 from vhead.formats.registry import choose, detection_of
@@ -39,7 +39,7 @@ _SHARED_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
 # What tells apart the files of one model: an adapter has none of it.
 _OF_MODEL_FILES = frozenset({"use_safetensors", "variant"})
 
-# For a checkpoint whose output layer is a head of one row: another shape than the language model's, and tied to nothing.
+# For a checkpoint whose output layer is a head of one row: of another shape than the model's, and tied to nothing.
 _WITHOUT_OUTPUT_LAYER = {"ignore_mismatched_sizes": True, "tie_word_embeddings": False}
 
 
@@ -152,14 +152,14 @@ def load(
     """
     adapter = adapters.find_adapter(Checkpoint(location, **arguments.adapter_location))
     if adapter is None:
-        found = _find_head(Checkpoint(location, **arguments.location))
+        found = _find_head(Checkpoint(location, **arguments.location), arguments.head)
         body, untrained = _load_body(auto_class, location, *model_args, device=device, found=found, **arguments.model)
         return Loaded(_with_new_adapter(body, arguments), found.head, untrained)
     if adapter.base is None:
         raise AdapterError(f"{location}: base_model_name_or_path: expected the adapter's language model, got nothing")
     if arguments.peft_config is not None:
         logger.warning("peft_config: not used, since %s has an adapter already", location)
-    found = _find_head(Checkpoint(location, **arguments.adapter_location))
+    found = _find_head(Checkpoint(location, **arguments.adapter_location), arguments.head)
     body, untrained = _load_body(auto_class, adapter.base, *model_args, device=device, **arguments.of_base(adapter))
     with_adapter = adapters.put_on(body, adapter, is_trainable=arguments.is_trainable).train(body.training)
     return Loaded(with_adapter, found.head, untrained)
@@ -180,14 +180,18 @@ class _Found:
     body_prefix: str = ""
 
 
-def _find_head(checkpoint: Checkpoint) -> _Found:
+def _find_head(checkpoint: Checkpoint, asked: HeadArguments) -> _Found:
+    """Finds and reads a checkpoint's head; that it is of another kind than the one asked for is an error."""
     choice = choose(checkpoint)
     if choice is None:
         return _Found()
-    detection = detection_of(checkpoint, *choice)
+    detection, head = detection_of(checkpoint, *choice), read(checkpoint, choice[1], choice[0])
+    for name in ("num_outputs", "intermediate_size"):
+        if asked.get(name, getattr(head, name)) != getattr(head, name):
+            raise HeadMismatchError(f"{head.source}: {name}: expected {asked.get(name)}, found {getattr(head, name)}")
     paths = [name.split(".")[:-1] for name in detection.tensors]
     modules = {next((part for part in reversed(path) if not _BELOW_HEAD.fullmatch(part)), "") for path in paths}
-    return _Found(read(checkpoint, choice[1], choice[0]), tuple(modules), detection.body_prefix)
+    return _Found(head, tuple(modules), detection.body_prefix)
 
 
 def prepare_given(body: nn.Module, arguments: LoadArguments) -> nn.Module:
