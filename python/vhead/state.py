@@ -64,8 +64,8 @@ class CheckpointState(nn.Module):
 
     @classmethod
     def _saves_raw_names(cls) -> bool:
-        """Whether `state_dict` was given back to torch, as verl does it for its sharded checkpoints."""
-        return cls.state_dict is nn.Module.state_dict
+        """Whether `state_dict` was replaced by torch's, as verl does it for its sharded checkpoints."""
+        return cls.state_dict is not CheckpointState.state_dict
 
     def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in state_dict.items():
