@@ -177,13 +177,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def quiet_about(tensor_root: str) -> Iterator[None]:
-    """Drops this thread's load reports that are about tensors below `tensor_root` and about nothing else.
+def quiet_about(*modules: str) -> Iterator[None]:
+    """Drops this thread's load reports that are about tensors of these modules and about nothing else.
 
     A filter on transformers' own logger does it, for as long as the block runs. A report that has any other row is
     shown in full.
     """
-    report_filter = _ReportFilter(tensor_root)
+    report_filter = _ReportFilter(frozenset(modules))
     logger = logging.getLogger(_LOADING_LOGGER)
     logger.addFilter(report_filter)
     try:
@@ -193,16 +193,16 @@ def quiet_about(tensor_root: str) -> Iterator[None]:
 
 
 class _ReportFilter(logging.Filter):
-    def __init__(self, tensor_root: str) -> None:
+    def __init__(self, modules: frozenset[str]) -> None:
         super().__init__()
-        self._root = tensor_root
+        self._modules = modules
         self._thread = threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self._thread:
             return True
         subjects = _reported_tensors(_ANSI.sub("", record.getMessage()))
-        return not subjects or not all(self._root in re.split(r"[.{]", name) for name in subjects)
+        return not subjects or any(self._modules.isdisjoint(re.split(r"[.{]", name)) for name in subjects)
 
 
 def _reported_tensors(message: str) -> list[str]:

@@ -21,12 +21,19 @@ DEFAULT_INITIALIZER_RANGE = 0.2
 _WIDTH_ATTRIBUTES = ("word_embed_proj_dim", "hidden_size", "text_config.hidden_size", "decoder.hidden_size")
 
 
-class HeadArguments(TypedDict, total=False):
-    """The head's arguments that a model's constructor and `from_pretrained` take as well."""
+class InitialArguments(TypedDict, total=False):
+    """The head's arguments that a trained head's weights leave open."""
 
     summary_dropout_prob: float | None
     v_head_init_strategy: str | None
     v_head_initializer_range: float
+
+
+class HeadArguments(InitialArguments, total=False):
+    """The head's arguments that a model's constructor and `from_pretrained` take as well."""
+
+    num_outputs: int
+    intermediate_size: int | None
 
 
 class ValueHead(nn.Module):
@@ -84,7 +91,7 @@ class ValueHead(nn.Module):
         config: PretrainedConfig,
         *,
         hidden_size: int | None = None,
-        **arguments: Unpack[HeadArguments],
+        **arguments: Unpack[InitialArguments],
     ) -> Self:
         """Builds a head with the projections and outputs of a trained one, and with its weights.
 

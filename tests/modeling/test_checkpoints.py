@@ -192,12 +192,18 @@ def test_finds_the_head_on_the_hub(tmp_path, monkeypatch, options):
 
 
 def test_from_pretrained_hands_the_location_arguments_on(saved, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(vhead.loading, "find_head", lambda location, **where: seen.update(where, location=location))
+    seen = []
+
+    class Spy(vhead.checkpoint.Checkpoint):
+        def __init__(self, location, **where):
+            seen.append((location, where))
+            super().__init__(location, **where)
+
+    monkeypatch.setattr(vhead.loading, "Checkpoint", Spy)
     _, folder = saved
     where = {"revision": "main", "cache_dir": "/cache", "local_files_only": True, "token": "t"}
     AutoModelForCausalLMWithValueHead.from_pretrained(folder, **where, **{DTYPE: torch.float32})
-    assert seen == {**where, "location": str(folder)}
+    assert seen == [(str(folder), where)] * 2
 
 
 def test_a_local_folder_never_asks_the_hub(saved, monkeypatch):
@@ -222,15 +228,6 @@ def test_a_plain_language_model_gets_a_fresh_head_and_one_log_line(tmp_path, cap
     assert str(tmp_path) in caplog.text
     assert "fresh" in caplog.text
     assert model.head_source is None
-
-
-@pytest.fixture
-def transformers_log(caplog):
-    """transformers' records, which its loggers do not pass up to the root."""
-    transformers_logger = logging.getLogger("transformers")
-    transformers_logger.addHandler(caplog.handler)
-    yield caplog
-    transformers_logger.removeHandler(caplog.handler)
 
 
 def test_loading_a_head_does_not_report_it_as_unexpected(saved, transformers_log):
