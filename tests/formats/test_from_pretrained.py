@@ -5,7 +5,6 @@ import torch
 from golden import EXPECTED, TOKENS, WITH_BODY, location
 
 from vhead import AutoModelForCausalLMWithValueHead
-from vhead.errors import VheadError
 
 PREFIXED = [name for name in WITH_BODY if EXPECTED[name]["body_prefix"]]
 

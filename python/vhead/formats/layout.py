@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +140,20 @@ class Format:
     @property
     def expected(self) -> str:
         """The tensors of a head of this format, for messages."""
-        return " or ".join(", ".join(self._shapes(layers)) for layers in self.layouts)
+        return " or ".join(expected_tensors(layers, self.outputs) for layers in self.layouts)
 
-    def _shapes(self, layers: tuple[LinearNames, ...]) -> Iterator[str]:
-        sizes = ["I", self.outputs or "K"][-len(layers) :]
-        for names, size, width in zip(layers, sizes, ["H", *sizes], strict=False):
-            yield f"{names.weight} [{size}, {width}]"
-            if names.bias is not None:
-                yield f"{names.bias} [{size}]{' (optional)' if names.bias_optional else ''}"
+
+def expected_tensors(layers: Sequence[LinearNames], outputs: int | None) -> str:
+    """The names and shapes of a head's tensors, for messages."""
+    sizes = ["I", outputs or "K"][-len(layers) :]
+    return ", ".join(
+        part
+        for names, size, width in zip(layers, sizes, ["H", *sizes], strict=False)
+        for part in (
+            f"{names.weight} [{size}, {width}]",
+            *([f"{names.bias} [{size}]{' (optional)' if names.bias_optional else ''}"] if names.bias else []),
+        )
+    )
 
 
 def architecture(checkpoint: Checkpoint) -> str:
@@ -211,10 +217,11 @@ def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) 
     """
     if sighting.refusal:
         raise HeadMismatchError(f"{checkpoint.location}: {sighting.refusal}")
+    expected = expected_tensors(sighting.layers, head_format.outputs)
     required = {name for names in sighting.layers for name in names.required()}
     possible = {name for names in sighting.layers for name in names.possible()} | sighting.ignored
     if not required <= sighting.found.keys() <= possible:
-        raise mismatch(checkpoint, sighting.found, head_format.expected)
+        raise mismatch(checkpoint, sighting.found, expected)
     width: int | None = None
     for names in sighting.layers:
         shape = checkpoint.shape(names.weight, sighting.found[names.weight])
@@ -222,10 +229,10 @@ def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) 
         if fits and names.bias is not None and names.bias in sighting.found:
             fits = checkpoint.shape(names.bias, sighting.found[names.bias]) == shape[:1]
         if not fits:
-            raise mismatch(checkpoint, sighting.found, head_format.expected)
+            raise mismatch(checkpoint, sighting.found, expected)
         width = shape[0]
     if head_format.outputs not in (None, width):
-        raise mismatch(checkpoint, sighting.found, head_format.expected)
+        raise mismatch(checkpoint, sighting.found, expected)
     _check_dtypes(checkpoint, sighting)
 
 

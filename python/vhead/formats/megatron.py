@@ -58,8 +58,7 @@ def _is_head(checkpoint: Checkpoint, sighting: Sighting) -> bool:
     weight = sighting.layers[0].weight
     if weight not in sighting.found or checkpoint.config.get("vocab_size") == 1:
         return False
-    shape = checkpoint.shape(weight, sighting.found[weight])
-    return len(shape) == 2 and shape[0] == 1
+    return checkpoint.shape(weight, sighting.found[weight])[:1] == (1,)
 
 
 def _find_nemo(checkpoint: Checkpoint) -> Iterator[Sighting]:
