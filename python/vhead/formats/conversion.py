@@ -176,8 +176,11 @@ class _Rewriting:
             raise HeadError(
                 f"{self.target.name} can be written for a head, not for a language model: name a file (.safetensors)"
             )
+        sources = body_names(self.checkpoint, self.head_format, self.sighting)
+        if not sources:
+            raise HeadError(f"{self.checkpoint.location}: holds a head and no language model: name a file to write")
         architecture = Architecture(self._config(), self.checkpoint.location)
-        names = self._target_names(architecture)
+        names = self._target_names(sources, architecture)
         layers = architecture.head_layers(self.target, self.head)
         tensors = head_tensors(self.head, self.target, layers)
         self._write_weights(folder, names, [Entry.of(name, tensor) for name, tensor in tensors.items()])
@@ -192,11 +195,8 @@ class _Rewriting:
             raise HeadFileError(f"{self.checkpoint.location}: expected a config.json beside the language model")
         return self.checkpoint.config
 
-    def _target_names(self, architecture: Architecture) -> dict[str, str]:
+    def _target_names(self, sources: Sequence[str], architecture: Architecture) -> dict[str, str]:
         """The new name of each of the language model's tensors that is kept."""
-        sources = body_names(self.checkpoint, self.head_format, self.sighting)
-        if not sources:
-            raise HeadError(f"{self.checkpoint.location}: holds a head and no language model: name a file to write")
         adapter = next((name for name in sources if ".lora_" in name or ".base_layer." in name), None)
         if adapter is not None:
             raise HeadMismatchError(

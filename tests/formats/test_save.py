@@ -1,0 +1,126 @@
+"""A head that was written in a format comes back bit for bit, or the format says what it cannot hold."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vhead.errors import HeadError
+from vhead.formats import FORMATS, HeadWeights, LinearWeights, load, save
+
+
+def random_head(outputs=1, intermediate=None, bias=True):
+    generator = torch.Generator().manual_seed(outputs)
+
+    def layer(inputs, size):
+        weight = torch.randn(size, inputs, generator=generator)
+        return LinearWeights(weight, torch.randn(size, generator=generator) if bias else None)
+
+    layers = (layer(8, outputs),) if intermediate is None else (layer(8, intermediate), layer(intermediate, outputs))
+    return HeadWeights(layers=layers, format="test", source="test")
+
+
+def fitting(head_format):
+    """Heads of every kind that a format can hold."""
+    for layers in head_format.layouts:
+        has_bias = layers[-1].bias is not None
+        for outputs in (1,) if head_format.outputs == 1 else (1, 3):
+            yield random_head(outputs, None if len(layers) == 1 else 16, bias=has_bias)
+            if has_bias and all(names.bias_optional for names in layers):
+                yield random_head(outputs, bias=False)
+
+
+FITTING = [(f.name, index) for f in FORMATS for index, _ in enumerate(fitting(f))]
+BY_NAME = {head_format.name: head_format for head_format in FORMATS}
+WITHOUT_BIAS = [f.name for f in FORMATS if f.layouts[0][0].bias is None]
+
+
+def same_head(one, other):
+    return len(one.layers) == len(other.layers) and all(
+        torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros)
+        for a, b in zip(one.layers, other.layers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "head.bin", "head.pt"])
+@pytest.mark.parametrize(("name", "index"), FITTING)
+def test_round_trip(tmp_path, name, index, file):
+    head = list(fitting(BY_NAME[name]))[index]
+    assert save(head, tmp_path / file, name) == tmp_path / file
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    # A file alone has no configuration to say whose bias-free head it is; its tensors are the same in any case.
+    assert same_head(load(tmp_path / file), head)
+
+
+@pytest.mark.parametrize("name", WITHOUT_BIAS)
+def test_a_bias_does_not_go_into_a_format_without_one_unless_it_is_zero(tmp_path, name):
+    head = random_head()
+    with pytest.raises(HeadError, match=f"{name} has no bias beside .*; this head's is "):
+        save(head, tmp_path / "head.safetensors", name)
+    assert not list(tmp_path.iterdir())
+    weight = head.layers[0].weight
+    zero = HeadWeights((LinearWeights(weight, torch.zeros(1)),), "test", "test")
+    save(zero, tmp_path / "head.safetensors", name)
+    assert torch.equal(load(tmp_path / "head.safetensors").weight, weight)
+
+
+@pytest.mark.parametrize("name", ["trl", "llama-factory", "nemo", "vhead"])
+def test_a_missing_bias_becomes_zeros_where_the_format_wants_one(tmp_path, name):
+    head = random_head(bias=False)
+    save(head, tmp_path / "head.safetensors", name)
+    written = load_file(tmp_path / "head.safetensors")
+    assert [value.tolist() for key, value in written.items() if key.endswith("bias")] == [[0.0]]
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+def test_what_does_not_fit_is_said(tmp_path, name):
+    head_format = BY_NAME[name]
+    projections = {len(layers) for layers in head_format.layouts}
+    for count, intermediate in ((1, None), (2, 16)):
+        if count not in projections:
+            with pytest.raises(HeadError, match=f"{name} has no names for a head of {count} projections; vhead holds"):
+                save(random_head(intermediate=intermediate, bias=False), tmp_path / "head.bin", name)
+    if head_format.outputs == 1:
+        intermediate = None if 1 in projections else 16
+        with pytest.raises(HeadError, match=f"{name} holds heads of one output; this head has 3; vhead holds"):
+            save(random_head(3, intermediate), tmp_path / "head.bin", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path):
+    save(random_head(), tmp_path / "head.safetensors")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save(random_head(), tmp_path / "head.safetensors")
+    other = HeadWeights((LinearWeights(torch.ones(1, 8), torch.ones(1)),), "test", "test")
+    save(other, tmp_path / "head.safetensors", overwrite=True)
+    assert load(tmp_path / "head.safetensors").weight.tolist() == [[1.0] * 8]
+
+
+def test_a_folder_gets_the_file_that_the_framework_looks_for(tmp_path):
+    head = random_head()
+    assert save(head, tmp_path, "llama-factory") == tmp_path / "value_head.safetensors"
+    assert load(tmp_path).format == "llama-factory"
+    assert same_head(load(tmp_path), head)
+
+
+@pytest.mark.parametrize("path", ["", "head", "head.txt"])
+def test_other_paths_are_refused(tmp_path, path):
+    with pytest.raises(HeadError, match=r"trl expects a file \(\.safetensors, \.bin, \.pt, \.pth\)"):
+        save(random_head(), tmp_path / path, "trl")
+
+
+def test_an_unknown_format(tmp_path):
+    with pytest.raises(HeadError, match=r"format: expected one of trl, .*, got 'lrt'"):
+        save(random_head(), tmp_path / "head.bin", "lrt")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    save(random_head(), tmp_path / "head.safetensors")
+    before = (tmp_path / "head.safetensors").read_bytes()
+    monkeypatch.setattr("vhead.formats.writing.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(random_head(), tmp_path / "head.safetensors", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
+    assert (tmp_path / "head.safetensors").read_bytes() == before
