@@ -5,6 +5,9 @@ Runs where TRL is older than 0.12: `tools/versions/run oldest`.
 
 import contextlib
 import copy
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +179,15 @@ def test_what_the_trainer_saves_loads_in_both(tmp_path):
             logits, _, values = wrapper.from_pretrained(str(tmp_path)).eval()(**inputs)
             torch.testing.assert_close(values, expected.value, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "ppo_trl_0_11.py"
+    monkeypatch.setattr(sys, "argv", [example.name, "--updates", "1", "--output", str(tmp_path / "policy")])
+    try:
+        runpy.run_path(str(example), run_name="__main__")
+    finally:
+        vhead.compat.trl.uninstall()
+    assert "saved; head read from" in capsys.readouterr().out
+    loaded = vhead.AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy")
+    assert loaded.head_source is not None

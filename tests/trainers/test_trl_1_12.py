@@ -1,6 +1,9 @@
 """The last PPOTrainer that TRL had takes a model with a value head as policy, as value model, and as both in one."""
 
 import copy
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +143,12 @@ def test_with_an_adapter_inside(tmp_path):
     trainer(tmp_path, model, model).train()
     moved = set(dict(model.named_parameters())) - set(unmoved(before, model))
     assert moved == {name for name, _ in model.named_parameters() if "lora_" in name or "v_head" in name}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "ppo_trl_1_12.py"
+    monkeypatch.setattr(sys, "argv", [example.name, "--updates", "1", "--output", str(tmp_path / "policy")])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "saved; head read from" in capsys.readouterr().out
+    assert AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy").head_source is not None
