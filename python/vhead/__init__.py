@@ -1,14 +1,17 @@
 """The value head of language models trained with reinforcement learning: a drop-in class, a scorer, and a fast head.
 
 Every public name is imported on first use, so that ``import vhead`` is cheap and ``vhead.CandleValueHead`` needs no
-torch.
+torch. In a program that has imported transformers, importing this package registers ``vhead.native`` with its auto
+classes; in one that has not yet, the first use of a public name does, or ``import vhead.native``.
 """
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, scoring
+    from vhead import candle, errors, formats, heads, modeling, native, ops, scoring
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
         AutoModelForSeq2SeqLMWithValueHead,
         PreTrainedModelWrapper,
     )
+    from vhead.native import ValueHeadConfig, ValueHeadModel
     from vhead.ops import backends
     from vhead.reference_model import create_reference_model
     from vhead.scoring import Rollout, Score, Scorer, Scores
@@ -33,6 +37,8 @@ __all__ = [
     "Scorer",
     "Scores",
     "ValueHead",
+    "ValueHeadConfig",
+    "ValueHeadModel",
     "VheadError",
     "__version__",
     "backends",
@@ -42,11 +48,12 @@ __all__ = [
     "formats",
     "heads",
     "modeling",
+    "native",
     "ops",
     "scoring",
 ]
 
-_SUBMODULES = frozenset({"candle", "errors", "formats", "heads", "modeling", "ops", "scoring"})
+_SUBMODULES = frozenset({"candle", "errors", "formats", "heads", "modeling", "native", "ops", "scoring"})
 
 _HOME = {
     "AutoModelForCausalLMWithValueHead": "modeling",
@@ -58,6 +65,8 @@ _HOME = {
     "Scorer": "scoring",
     "Scores": "scoring",
     "ValueHead": "heads",
+    "ValueHeadConfig": "native",
+    "ValueHeadModel": "native",
     "VheadError": "errors",
     "backends": "ops",
     "create_reference_model": "reference_model",
@@ -74,6 +83,7 @@ def __getattr__(name: str) -> object:
     else:
         raise AttributeError(f"module 'vhead' has no attribute {name!r}")
     globals()[name] = value
+    _register_native_form()
     return value
 
 
@@ -85,3 +95,12 @@ def _version() -> str:
     from importlib.metadata import version  # noqa: PLC0415, a slow import that most programs never need
 
     return version("vhead")
+
+
+def _register_native_form() -> None:
+    # Transformers offers no other way to make a model type known than to call it, and is never imported for that.
+    if "transformers" in sys.modules and importlib.util.find_spec("torch"):
+        importlib.import_module("vhead.native")
+
+
+_register_native_form()

@@ -119,6 +119,7 @@ def _tokenizer(path: str | Path) -> Any:  # noqa: ANN401, any tokenizer of trans
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        # A KeyError is how transformers 4 says that a registered model type has no tokenizer of its own.
         logger.warning("%s: no tokenizer, so that only token ids can be scored: %s", path, error)
         return None
