@@ -2,12 +2,12 @@
 
 How it is reached depends on the architecture, and is decided from the model's structure alone:
 
-* **base model** (every decoder-only model, and encoder-decoders like BART): the model's `base_model` returns the state
+* **base model** (nearly every decoder-only model, and encoder-decoders like BART): the model's trunk returns the state
   that the language-model head reads.
-* **encoder-decoder** (the T5 family): there is no base model of its own, but the encoder and the decoder can be called
-  one after the other, and the decoder's output is that state before T5 scales it for its head.
-* **full forward** (FSMT, whose base model projects to the vocabulary itself, prompt-learning adapters, whose virtual
-  tokens only the adapter's forward adds, and anything unknown): the whole model runs.
+* **encoder-decoder** (the T5 family): there is no trunk, but the encoder and the decoder can be called one after the
+  other, and the decoder's output is that state before T5 scales it for its head.
+* **full forward** (models put together from others, like BLIP-2; FSMT, whose trunk projects to the vocabulary itself;
+  prompt-learning adapters, whose virtual tokens only the adapter's forward adds): the whole model runs.
 
 The input of the language-model head is deliberately not used: some models scale or reshape it.
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +25,24 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from vhead.errors import VheadError
+from vhead.trunk import state_sources, takes_position_ids, trunk_of
+
+_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
+
+# What calling encoder and decoder one after the other can do; anything else (UDOP's boxes) goes through the model.
+_ENCODER_DECODER_INPUTS = _DECODER_INPUTS | {
+    "attention_mask",
+    "decoder_attention_mask",
+    "encoder_outputs",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "output_hidden_states",
+    "past_key_values",
+    "return_dict",
+    "use_cache",
+}
 
 
 class Route(Enum):
@@ -70,8 +87,9 @@ def plan_for(model: nn.Module) -> BackbonePlan:
     """Decides how a language model's last hidden state is reached and kept."""
     language_model = without_adapter(model)
     route = _route(language_model)
-    retention = Retention.ALL_LAYERS if route is Route.FULL_FORWARD else Retention.CAPTURE
-    selects = retention is Retention.CAPTURE and _selects_hidden_states(_sources(language_model)[-1])
+    sources = state_sources(language_model)
+    retention = Retention.CAPTURE if sources else Retention.ALL_LAYERS
+    selects = route is not Route.FULL_FORWARD and _selects_hidden_states(sources[-1])
     is_encoder_decoder = bool(getattr(language_model.config, "is_encoder_decoder", False))
     adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     return BackbonePlan(
@@ -79,7 +97,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
         route=Route.FULL_FORWARD if adds_tokens else route,
         retention=retention,
         compiled_retention=Retention.SELECT if selects else retention,
-        takes_position_ids=not (is_encoder_decoder or adds_tokens) and _takes_position_ids(language_model, route),
+        takes_position_ids=not (is_encoder_decoder or adds_tokens) and takes_position_ids(language_model),
         is_encoder_decoder=is_encoder_decoder,
     )
 
@@ -104,13 +122,14 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
     plan = plan_for(model) if plan is None else plan
     if plan.takes_position_ids and inputs.get("position_ids") is None:
         inputs |= _position_ids(inputs)
-    if plan.route is Route.FULL_FORWARD:
-        return run(model, plan, inputs)[1]
     language_model = without_adapter(model)
+    if _needs_full_forward(language_model, plan, inputs):
+        return run(model, plan, inputs)[1]
     inputs = {"use_cache": False, **_without_logits_arguments(language_model, _accepted(inputs))}
     if plan.route is Route.ENCODER_DECODER:
         return _run_encoder_decoder(language_model, inputs)
-    state: Tensor = language_model.base_model(**inputs, return_dict=True).last_hidden_state
+    trunk: Any = trunk_of(language_model)
+    state: Tensor = trunk(**inputs, return_dict=True).last_hidden_state
     return state
 
 
@@ -124,7 +143,7 @@ def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tupl
     retention = plan.compiled_retention if torch.compiler.is_compiling() else plan.retention
     if retention is Retention.CAPTURE:
         language_model = without_adapter(model)
-        with _captured_state(_sources(language_model)) as captured:
+        with _captured_state(state_sources(language_model)) as captured:
             output = model(**inputs)
         return output, captured()
     output = model(**inputs, output_hidden_states=-1 if retention is Retention.SELECT else True)
@@ -143,7 +162,7 @@ def observed(model: nn.Module, plan: BackbonePlan) -> Iterator[Callable[[], Tens
     """
     language_model = without_adapter(model)
     if plan.retention is Retention.CAPTURE:
-        with _captured_state(_sources(language_model)) as captured:
+        with _captured_state(state_sources(language_model)) as captured:
             yield captured
         return
     with _all_layers_returned(language_model), _captured_state([language_model], _last_of_all_layers) as captured:
@@ -172,22 +191,12 @@ def _accepted(inputs: dict[str, object]) -> dict[str, object]:
 
 
 def _route(model: PreTrainedModel) -> Route:
-    base_model = getattr(model, "base_model", model)
-    if base_model is not model:
-        projects_to_vocabulary = any(module is model.get_output_embeddings() for module in base_model.modules())
-        return Route.FULL_FORWARD if projects_to_vocabulary else Route.BASE_MODEL
+    if trunk_of(model) is not None:
+        return Route.BASE_MODEL
     has_both = all(isinstance(getattr(model, name, None), nn.Module) for name in ("encoder", "decoder"))
-    return Route.ENCODER_DECODER if has_both and hasattr(model, "lm_head") else Route.FULL_FORWARD
-
-
-def _sources(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that return the wanted `last_hidden_state`: the base model, and the decoder inside it.
-
-    Some models (OPT, BART as a decoder) pass their base model by and call its decoder; T5 has no base model.
-    """
-    base_model = getattr(model, "base_model", model)
-    decoder = getattr(base_model, "decoder", None)
-    return [module for module in (base_model, decoder) if isinstance(module, nn.Module) and module is not model]
+    # An encoder-decoder put together from two models projects between them: only the whole of it is right.
+    is_t5 = has_both and hasattr(model, "lm_head")
+    return Route.ENCODER_DECODER if is_t5 else Route.FULL_FORWARD
 
 
 def _selects_hidden_states(source: nn.Module) -> bool:
@@ -196,14 +205,15 @@ def _selects_hidden_states(source: nn.Module) -> bool:
         from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401, PLC0415, probed
     except ImportError:
         return False
-    records = getattr(source, "_can_record_outputs", None) or {}
-    return "hidden_states" in records and isinstance(getattr(source.config, "num_hidden_layers", None), int)
-
-
-def _takes_position_ids(model: PreTrainedModel, route: Route) -> bool:
-    module = model if route is Route.FULL_FORWARD else model.base_model
-    # Multimodal rotary positions are not a count of tokens: such models derive their own from the mask.
-    return not hasattr(module, "get_rope_index") and "position_ids" in signature(module.forward).parameters
+    # What is recorded of Gemma 3n is the last layer's several streams, before they are one.
+    if hasattr(source.config, "altup_num_inputs"):
+        return False
+    recorded = (getattr(source, "_can_record_outputs", None) or {}).get("hidden_states")
+    classes = recorded if isinstance(recorded, list) else [getattr(recorded, "target_class", recorded)]
+    layers = tuple(cls for cls in classes if isinstance(cls, type))
+    # The last one is found by counting layers, which goes wrong where others of these classes run as well.
+    count = sum(isinstance(module, layers) for module in source.modules())
+    return recorded is not None and count in (0, getattr(source.config, "num_hidden_layers", None))
 
 
 def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -215,6 +225,18 @@ def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     leading = mask.ne(0).long().argmax(dim=-1, keepdim=True)
     positions = torch.arange(mask.shape[1], device=mask.device) - leading
     return {"position_ids": positions.clamp(min=0)[:, -tokens.shape[1] :]}
+
+
+def _needs_full_forward(model: PreTrainedModel, plan: BackbonePlan, inputs: Mapping[str, Any]) -> bool:
+    """Whether only the whole model knows what to do with these inputs."""
+    if plan.route is Route.FULL_FORWARD:
+        return True
+    given = _named(inputs, *inputs)
+    # Some encoder-decoders shift labels inside their forward alone.
+    shifts_labels = "labels" in given and plan.is_encoder_decoder and not _DECODER_INPUTS & given.keys()
+    if shifts_labels and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return True
+    return plan.route is Route.ENCODER_DECODER and not given.keys() <= _ENCODER_DECODER_INPUTS
 
 
 def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -239,8 +261,11 @@ def _without_logits_arguments(model: PreTrainedModel, inputs: dict[str, object])
     """Drops what only the language-model head uses; labels leave the decoder tokens that they imply."""
     labels = inputs.get("labels")
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
-    has_decoder_inputs = _named(inputs, "decoder_input_ids", "decoder_inputs_embeds")
-    if labels is None or has_decoder_inputs or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    if (
+        labels is None
+        or _named(inputs, *_DECODER_INPUTS)
+        or not hasattr(model, "prepare_decoder_input_ids_from_labels")
+    ):
         return inputs
     return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
 

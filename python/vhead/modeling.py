@@ -362,7 +362,10 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     @classmethod
     def _has_lm_head(cls, model: nn.Module) -> bool:
         names = [name for name, _ in model.named_modules()]
-        return any(naming in name for name in names for naming in cls.lm_head_namings)
+        if any(naming in name for name in names for naming in cls.lm_head_namings):
+            return True
+        # Two BERTs made an encoder-decoder keep theirs under a name of BERT's.
+        return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
 def _head_width(model: nn.Module) -> int | None:

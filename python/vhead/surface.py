@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from vhead.backbone import BackbonePlan, Route, plan_for, without_adapter
 from vhead.heads import ValueHead
+from vhead.trunk import trunk_of
 
 
 class _OfBody:
@@ -66,9 +67,9 @@ class TransformersSurface(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The language model without its head, or the whole of it where there is no such part."""
-        has_base_model = self._current_plan().route is Route.BASE_MODEL
-        model: nn.Module = self.pretrained_model
-        return without_adapter(model).base_model if has_base_model else model
+        has_trunk = self._current_plan().route is Route.BASE_MODEL
+        trunk = trunk_of(without_adapter(self.pretrained_model)) if has_trunk else None
+        return trunk or self.pretrained_model
 
     @property
     def score(self) -> nn.Module:

@@ -80,14 +80,16 @@ def _instructed_image(body: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def _instructed_video(body: PreTrainedModel, inputs: Inputs) -> Inputs:
-    inputs = _instructed_image(body, inputs)
     tokens = inputs["input_ids"].clone()
     tokens[:, : body.config.num_query_tokens] = body.config.video_token_index
-    return {**inputs, "input_ids": tokens, "pixel_values": inputs["pixel_values"][:, None]}
+    questions = words(LENGTH, seed=14)
+    return {"input_ids": tokens, "pixel_values": _pixels(body)[:, None], "qformer_input_ids": questions}
 
 
 def _several_images(body: PreTrainedModel, inputs: Inputs) -> Inputs:
-    return {**inputs, "pixel_values": _pixels(body)[:, None]}
+    """Idefics' way: one image for each row, which every token sees."""
+    mask = torch.ones(ROWS, LENGTH, 1, dtype=torch.long)
+    return {**inputs, "pixel_values": _pixels(body)[:, None], "image_attention_mask": mask}
 
 
 def _marked_image(body: PreTrainedModel, inputs: Inputs) -> Inputs:
