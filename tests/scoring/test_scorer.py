@@ -6,7 +6,7 @@ import pytest
 import torch
 from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 
-from vhead import Rollout, Scorer
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.scoring import engine, logits, statistics, strategies
 from vhead.scoring.scores import FIELDS
@@ -347,7 +347,12 @@ class TestBadInput:
         with pytest.raises(HeadError, match="expected a language model with a value head, got a LlamaForCausalLM"):
             Scorer(model.pretrained_model)
 
-    @pytest.mark.parametrize("argument", ["token_budget", "num_threads"])
+    def test_a_head_with_several_outputs(self, model):
+        wide = AutoModelForCausalLMWithValueHead(model.pretrained_model, num_outputs=3)
+        with pytest.raises(HeadError, match="expected a head with one output to score with, got one with 3"):
+            Scorer(wide)
+
+    @pytest.mark.parametrize("argument", ["token_budget", "window_tokens", "num_threads"])
     def test_arguments_below_one(self, model, argument):
         with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0"):
             Scorer(model, **{argument: 0})

@@ -20,7 +20,7 @@ from vhead.scoring.logits import find_logits_rule
 from vhead.scoring.plan import ScorerPlan, find_ways
 from vhead.scoring.scores import PER_TOKEN
 from vhead.scoring.statistics import statistics_of_logits, token_statistics
-from vhead.scoring.strategies import Batch, Body, Strategy
+from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy
 
 Fields = dict[str, NDArray[np.float32]]
 
@@ -53,7 +53,7 @@ class Engine:
         plan: How rollouts are batched and logits reached.
 
     Raises:
-        HeadError: The model has no value head.
+        HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder.
     """
 
@@ -68,6 +68,8 @@ class Engine:
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
+        if (outputs := getattr(head, "num_outputs", 1)) != 1:
+            raise HeadError(f"model: expected a head with one output to score with, got one with {outputs}")
         self._model, self._head = model, head
         self._num_threads = num_threads
         self._conventions = conventions or Conventions()
@@ -82,7 +84,8 @@ class Engine:
         self._pad_token = limits.pad_token(body.config)
         with self._computing():
             self._rule = find_logits_rule(body, plan)
-            self._ways = find_ways(body, plan, batch_invariant=batch_invariant)
+            own_logits = self._rule is None
+            self._ways = find_ways(body, plan, batch_invariant=batch_invariant, own_logits=own_logits)
         self.plan = ScorerPlan(
             architecture=type(body).__name__,
             strategy=self._ways.usual.name,
@@ -142,8 +145,8 @@ class Engine:
     def _score(self, rollouts: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token)
         logits = None
-        if needs_logits(fields) and self._rule is None:
-            states, logits = self._ways.padded.states_and_logits(work.batch)
+        if needs_logits(fields) and self._rule is None and isinstance(work.strategy, PaddedBatches):
+            states, logits = work.strategy.states_and_logits(work.batch)
         else:
             states = work.strategy.states(work.batch)
         computed = self._head_outputs(states, read, fields)
@@ -165,8 +168,6 @@ class Engine:
             return {}
         index = torch.cat(list(rows.values())).to(states.device)
         outputs = self._head(states[index])
-        if outputs.shape[-1] != 1:
-            raise HeadError(f"v_head: expected one output to score with, got {outputs.shape[-1]}")
         parts = outputs.float().flatten().split([len(part) for part in rows.values()])
         return dict(zip(rows, parts, strict=True))
 

@@ -19,8 +19,10 @@ _WINDOWS = (
     "local_attn_chunk_length",
     "lsh_attn_chunk_length",
 )
+# Attributes by which they limit how many tokens a layer looks at: which, depends beyond that on how ties are broken.
+_SELECTIONS = ("keep_window_size", "index_topk")
 _ROTARY = ("rope_parameters", "rope_scaling")
-# Rotary embeddings of these kinds depend on a batch's longest sequence, once that is longer than the original context.
+# Rotary embeddings of these kinds depend on a batch's longest sequence once it is longer than the original context.
 _CHANGING_ROTARY = ("dynamic", "longrope")
 
 
@@ -42,6 +44,12 @@ def attention_window(config: Any) -> int | None:  # noqa: ANN401, a configuratio
     text = text_config(config)
     found = [size for name in _WINDOWS for size in _integers(getattr(text, name, None)) if size > 0]
     return min(found, default=None)
+
+
+def selected_tokens(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """Tokens up to which no layer selects among those that it looks at, None where none ever does."""
+    text = text_config(config)
+    return min((size for name in _SELECTIONS for size in _integers(getattr(text, name, None))), default=None)
 
 
 def stable_rotary_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class

@@ -69,6 +69,7 @@ class Ways:
         padded: For longer ones, up to `longest_padded` tokens.
         longest_padded: None: there is no such limit.
         alone: For the longest.
+        own_logits: For what needs the model's own logits, like `padded`.
         rejected: The faster ways that did not pass, and why.
     """
 
@@ -77,6 +78,7 @@ class Ways:
     padded: PaddedBatches
     longest_padded: int | None
     alone: OneByOne
+    own_logits: PaddedBatches
     rejected: dict[str, str]
 
     def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
@@ -87,8 +89,8 @@ class Ways:
         return list(places.items())
 
     def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
-        """The same where only padded batches will do."""
-        return replace(self, usual=self.padded).groups(lengths)
+        """The same where the model's own logits are needed."""
+        return replace(self, usual=self.own_logits, padded=self.own_logits).groups(lengths)
 
     def _way(self, length: int) -> Strategy:
         if self.longest_padded is not None and length > self.longest_padded:
@@ -97,18 +99,21 @@ class Ways:
         return self.usual if within else self.padded
 
 
-def find_ways(model: nn.Module, plan: BackbonePlan, *, batch_invariant: bool = False) -> Ways:
+def find_ways(model: nn.Module, plan: BackbonePlan, *, batch_invariant: bool = False, own_logits: bool = False) -> Ways:
     """Tries the ways of batching from the fastest on; the model has to be in evaluation mode.
 
     Args:
         model: The language model.
         plan: How its last hidden state is reached.
         batch_invariant: Whether only ways will do in which no rollout's numbers depend on another rollout.
+        own_logits: Whether logits of padded batches will be needed.
     """
     body = Body(model, plan)
     config = model.config
     window, rotary = limits.attention_window(config), limits.stable_rotary_length(config)
     context = limits.context_length(config)
+    batched = _least(rotary, limits.selected_tokens(config))
+    shared = _least(window, batched)
     check = SelfCheck(body, probes(model, context))
     alone = OneByOne(body, forgets=rotary is not None)
     padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
@@ -117,13 +122,12 @@ def find_ways(model: nn.Module, plan: BackbonePlan, *, batch_invariant: bool = F
         padded, rejected = alone, {PaddedBatches.name: reason}
     candidates: list[Strategy] = [
         TreePacking(body),
-        MaskedTreePacking(body, _least(window, context)),
+        MaskedTreePacking(body, _least(shared, context)),
         PrefixCache(body),
     ]
-    usual, reasons = _first(
-        [PromptThenCompletion(body)] if batch_invariant else candidates, check, _least(window, rotary)
-    )
-    return Ways(usual or padded, _least(window, rotary), padded, rotary, alone, reasons | rejected)
+    usual, reasons = _first([PromptThenCompletion(body)] if batch_invariant else candidates, check, shared)
+    logits = alone if own_logits and not check.logits_agree(padded) else padded
+    return Ways(usual or padded, shared, padded, batched, alone, logits, reasons | rejected)
 
 
 def _first(
@@ -168,7 +172,7 @@ class SelfCheck:
     """
 
     def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
-        self._sequences = sequences
+        self._body, self._sequences = body, sequences
         way = OneByOne(body)
         batches = list(way.batches(sequences, [], 1))
         states = [way.states(batch).float() for batch in batches]
@@ -195,6 +199,18 @@ class SelfCheck:
         if self._half:
             self._tolerance = max(_NOISE_FACTOR * difference, 2**-8 * self._scale)
         return None
+
+    def logits_agree(self, way: PaddedBatches) -> bool:
+        """Whether the model's own logits are in padded batches what they are alone."""
+        alone = OneByOne(self._body)
+        expected = [alone.states_and_logits(batch)[1].float() for batch in self._batches(alone)]
+        for batch in self._batches(way):
+            logits = way.states_and_logits(batch)[1].float()
+            for place, rows in zip(batch.places, batch.rows, strict=True):
+                difference = logits[torch.from_numpy(rows).to(logits.device)] - expected[place]
+                if not _largest(difference) <= self._tolerance / self._scale * float(expected[place].abs().max()):
+                    return False
+        return True
 
     def sharing(self, way: Strategy) -> str | None:
         """Why this way of sharing tokens cannot be used, or None."""

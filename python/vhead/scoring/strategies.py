@@ -86,9 +86,11 @@ class Body:
         hidden = last_hidden_state(self.model, plan=self.plan, input_ids=tokens.to(self.device), **on_device)
         return hidden.flatten(0, 1)
 
-    def states_and_logits(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def states_and_logits(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last hidden states `[N, H]` and the model's own logits `[N, V]`."""
-        inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
+        inputs: dict[str, object] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if mask is not None:
+            inputs["attention_mask"] = mask.to(self.device)
         output, hidden = run(self.model, self.plan, inputs)
         logits: Tensor = output.logits
         return hidden.flatten(0, 1), logits.flatten(0, 1)
@@ -140,17 +142,18 @@ class OneByOne(PaddedBatches):
 
     def states(self, batch: Batch) -> Tensor:
         """Of the sequence's tokens."""
-        self._forget(batch)
-        return super().states(batch)
+        tokens, _mask = batch.content
+        self._forget(tokens)
+        return self._body.states(tokens)
 
     def states_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The hidden states `[N, H]` and the model's own logits `[N, V]`."""
-        self._forget(batch)
-        return super().states_and_logits(batch)
+        tokens, _mask = batch.content
+        self._forget(tokens)
+        return self._body.states_and_logits(tokens)
 
-    def _forget(self, batch: Batch) -> None:
+    def _forget(self, tokens: Tensor) -> None:
         if self._forgets:
-            tokens, _mask = batch.content
             self._body.states(tokens[:, :1])
 
 
