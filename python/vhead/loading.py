@@ -11,9 +11,10 @@ from typing import Any, cast
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vhead import adapters
+from vhead.auto_classes import class_for, stated_config
 from vhead.backbone import without_adapter
 from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.errors import AdapterError, BodyMismatchError, HeadMismatchError
@@ -24,15 +25,14 @@ from vhead.heads import HeadArguments
 
 logger = logging.getLogger("vhead")
 
-# Which auto classes load a language model that `AutoModelForCausalLM` does not, or only parts of; older versions of
-# transformers have the first one under the second name, or none.
-_MULTIMODAL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
-
 # Whether transformers renames a checkpoint's weights on loading.
 _MAPS_NAMES = Version(transformers.__version__) >= Version("4.52")
 
 # The parts of a head's names that stand below the module which is the head.
 _BELOW_HEAD = re.compile(r"summary|[0-9]+")
+
+# The prefix of the language model's names in `vhead.native`'s checkpoints, and in raw saves of a wrapper.
+_BODY_OF_NATIVE_FORM = "pretrained_model."
 
 # What a base model has in common with an adapter that was trained on it: the place of neither.
 _SHARED_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
@@ -221,19 +221,27 @@ def _load_body(
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Loads a language model; says which of its parameters the checkpoint lacked."""
     arguments = {**_with_device_map(arguments, device), "output_loading_info": True}
+    if found.body_prefix == _BODY_OF_NATIVE_FORM and _is_native_form(location, arguments):
+        # It holds the language model beside the head, which is read as any other, and is whole or not loaded at all.
+        return auto_class.from_pretrained(location, *model_args, **arguments)[0].pretrained_model, frozenset()
     if found.body_prefix and _MAPS_NAMES:
         arguments.setdefault("key_mapping", {f"^{re.escape(found.body_prefix)}": ""})
     is_output_layer = found.head is not None and found.head.format == VERL_MEGATRON
     if is_output_layer:
-        # A head of one row in the output layer's place has another shape than the language model's.
-        arguments["ignore_mismatched_sizes"] = True
-    auto_class = _auto_class(auto_class, location, arguments)
+        # A head of one row in the output layer's place has another shape than the language model's; tied to the
+        # embeddings it would be compared with them.
+        arguments |= {"ignore_mismatched_sizes": True, "tie_word_embeddings": False}
+    auto_class = class_for(auto_class, location, arguments)
     with quiet_about(*found.modules):
         body, report = auto_class.from_pretrained(location, *model_args, **arguments)
     untrained = _untrained(body, report, location)
     if is_output_layer:
         _check_trunk_is_whole(body, untrained, location)
     return body, untrained
+
+
+def _is_native_form(location: str, arguments: Mapping[str, Any]) -> bool:
+    return stated_config(location, arguments).get("model_type") == "vhead"
 
 
 def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, Any]:
@@ -247,62 +255,22 @@ def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, 
     return {**arguments, "device_map": {"": device}}
 
 
-def _auto_class(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401, see `load`
-    """The auto class that loads all of a model: a multimodal one where the wanted one would drop what is not text."""
-    if wanted is not AutoModelForCausalLM:
-        return wanted
-    config = _config(location, arguments)
-    if config is None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return wanted
-    stated = next(iter(getattr(config, "architectures", None) or ()), None)
-    own = _model_class(wanted, config)
-    multimodal = [getattr(transformers, name) for name in _MULTIMODAL_CLASSES if hasattr(transformers, name)]
-    for candidate in multimodal:
-        name = _model_class(candidate, config)
-        if name is not None and name != own and (own is None or name == stated):
-            return candidate
-    stated_class = getattr(transformers, stated or "", None) if own is None else None
-    # Some text models of multimodal ones are in no auto class, but can be wrapped and saved.
-    return stated_class if isinstance(stated_class, type) and issubclass(stated_class, PreTrainedModel) else wanted
-
-
-def _config(location: str, arguments: Mapping[str, Any]) -> PretrainedConfig | None:
-    """A checkpoint's configuration, or None where loading the model will have to say what is wrong with it."""
-    if isinstance(arguments.get("config"), PretrainedConfig):
-        return arguments["config"]
-    names = {*LocationArguments.__annotations__, "trust_remote_code", "code_revision"} - _OF_MODEL_FILES
-    try:
-        return AutoConfig.from_pretrained(
-            arguments.get("config") or location, **{n: v for n, v in arguments.items() if n in names}
-        )
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _model_class(auto_class: Any, config: PretrainedConfig) -> str | None:  # noqa: ANN401, see `load`
-    """The name of the class that an auto class has for a configuration, or None."""
-    mapping = auto_class._model_mapping
-    if type(config) not in mapping.keys():  # noqa: SIM118, the mapping is lazy and its `in` looks at other keys
-        return None
-    found = mapping[type(config)]
-    model_class: type = found[0] if isinstance(found, tuple) else found
-    return model_class.__name__
-
-
 def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) -> frozenset[str]:
     """The names of the parameters that the checkpoint lacked; refused where these are the whole of the trunk."""
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in report.get("mismatched_keys", ())}
+    lacking = set(report["missing_keys"]) | mismatched
+    if not lacking:
+        return frozenset()
     names = {name for name, _ in body.named_parameters()}
-    missing = (set(report["missing_keys"]) | mismatched) & names
-    trunk = _trunk_names(body, names)
+    missing, trunk = lacking & names, _trunk_names(body, names)
     unexpected = sorted(report["unexpected_keys"])
     renamed = next((name for name in unexpected if any(name.endswith(f".{own}") for own in missing & trunk)), None)
     if renamed is None and not (trunk and trunk <= missing):
         return frozenset(missing)
-    example = next(iter(sorted(missing & trunk)))
     raise BodyMismatchError(
-        f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: expected {example} and "
-        f"{len(missing) - 1} others, found {renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
+        f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: expected "
+        f"{min(missing & trunk)} and {len(missing) - 1} others, found "
+        f"{renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
         "A prefix is taken off the names by: vhead convert SRC DST"
     )
 
