@@ -31,6 +31,7 @@ def holds(target, name):
     outputs = len(golden[-1]["weight"])
     return (
         names is not None
+        and (head_format.intermediate is None or len(golden[0]["weight"]) == head_format.intermediate * 8)
         and head_format.outputs in (None, outputs)
         and not (has_bias and names[0].bias is None)
         and not (target == "hf-token-classification" and name.startswith("deepspeed_chat"))

@@ -19,12 +19,17 @@ def random_head(outputs=1, intermediate=None, bias=True):
     return HeadWeights(layers=layers, format="test", source="test")
 
 
+def intermediate_of(head_format, layers):
+    """An intermediate size that the format takes, for heads of H = 8."""
+    return None if len(layers) == 1 else 8 * (head_format.intermediate or 3)
+
+
 def fitting(head_format):
     """Heads of every kind that a format can hold."""
     for layers in head_format.layouts:
         has_bias = layers[-1].bias is not None
         for outputs in (1,) if head_format.outputs == 1 else (1, 3):
-            yield random_head(outputs, None if len(layers) == 1 else 16, bias=has_bias)
+            yield random_head(outputs, intermediate_of(head_format, layers), bias=has_bias)
             if has_bias and all(names.bias_optional for names in layers):
                 yield random_head(outputs, bias=False)
 
@@ -83,6 +88,9 @@ def test_what_does_not_fit_is_said(tmp_path, name):
         intermediate = None if 1 in projections else 16
         with pytest.raises(HeadError, match=f"{name} holds heads of one output; this head has 3; vhead holds"):
             save(random_head(3, intermediate), tmp_path / "head.bin", name)
+    if head_format.intermediate is not None:
+        with pytest.raises(HeadError, match=f"{name} has {8 * head_format.intermediate} elements between its proj"):
+            save(random_head(intermediate=7), tmp_path / "head.bin", name)
     assert not list(tmp_path.iterdir())
 
 

@@ -121,6 +121,7 @@ class Format:
         find: Lists the sightings in a checkpoint, from names, shapes and the configuration alone.
         layouts: The names of the head's tensors as the framework writes them, for each number of projections.
         outputs: How many outputs a head may have; None: any number.
+        intermediate: Between two projections, the multiple of H that the framework builds; None: any number.
         body: How a whole checkpoint is written; None: the head can be written, the language model cannot.
         statistics: Reads the mean and standard deviation of the rewards.
         extras: The beginnings of the names of tensors that are neither the head's nor the language model's.
@@ -132,6 +133,7 @@ class Format:
     find: Callable[[Checkpoint], Iterable[Sighting]]
     layouts: tuple[tuple[LinearNames, ...], ...]
     outputs: int | None = 1
+    intermediate: int | None = None
     body: Body | None = None
     statistics: Callable[[Checkpoint], tuple[float | None, float | None]] = stated_statistics
     extras: tuple[str, ...] = ()

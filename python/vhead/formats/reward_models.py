@@ -75,8 +75,9 @@ TRLX = Format(
     frameworks="trlX, hydra models included",
     find=_find_trlx,
     layouts=(tuple(names.below("v_head") for names in _TWO_LAYERS),),
+    intermediate=2,
     extras=("frozen_head.",),
-    notes="I = 2H; a checkpoint's own names begin with `base_model.`; value branches with blocks of their own "
+    notes="I is 2H; a checkpoint's own names begin with `base_model.`; value branches with blocks of their own "
     "(`num_value_layers_unfrozen`) are refused",
 )
 
@@ -102,8 +103,9 @@ QWEN = Format(
     find=_find_qwen,
     layouts=(tuple(names.below("score") for names in _TWO_LAYERS),),
     outputs=None,
+    intermediate=1,
     body=Body("ForRewardModel", base_only=True, configure=lambda head: {"num_labels": head.num_outputs}),
-    notes="K is `num_labels`",
+    notes="I is H, K is `num_labels`",
 )
 
 BEAVER = Format(

@@ -69,6 +69,12 @@ def head_tensors(
         raise HeadError(f"{head_format.name} has no names for a head of {len(head.layers)} projections; {_OWN}")
     if head_format.outputs not in (None, head.num_outputs):
         raise HeadError(f"{head_format.name} holds heads of one output; this head has {head.num_outputs}; {_OWN}")
+    multiple = head_format.intermediate
+    if multiple is not None and head.intermediate_size != multiple * head.hidden_size:
+        raise HeadError(
+            f"{head_format.name} has {multiple * head.hidden_size} elements between its projections; "
+            f"this head has {head.intermediate_size}; {_OWN}"
+        )
     tensors = {}
     for names, layer in zip(layers, head.layers, strict=True):
         tensors[names.weight] = layer.weight.detach().cpu().contiguous()
