@@ -1,9 +1,10 @@
 """A critic as verl drives it: packed rows, values at index 2 of the output, GAE, the clipped value loss.
 
 verl builds its critic from a loaded language model and calls it with one row of all tokens: no padding, no mask, and
-positions that start again with each rollout. Here a fresh head on the demo model learns from rollouts of that model.
+positions that start again with each rollout. Here a fresh head on the demo model learns from the demo's rollouts.
+transformers keeps packed rollouts apart by their positions: with flash attention, and from 4.53 on with any attention.
 
-    pip install vhead
+    pip install vhead 'transformers>=4.53'
     python examples/verl_critic.py
 """
 

@@ -131,8 +131,9 @@ def test_save_model_writes_what_load_checkpoint_in_model_reads(tmp_path):
     run.epoch()
     run.accelerator.save_model(run.model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    other = AutoModelForCausalLMWithValueHead(language_model(tied=False))
-    accelerate.load_checkpoint_in_model(other, tmp_path, strict=True)
+    other = AutoModelForCausalLMWithValueHead(language_model(tied=False).apply(_shift))
+    # Not `strict=True`: older releases then ask each shard for every weight.
+    accelerate.load_checkpoint_in_model(other, tmp_path)
     assert same(dict(other.named_parameters()), run.weights())
 
 

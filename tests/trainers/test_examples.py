@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
+from library_versions import TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -62,6 +64,9 @@ def test_reward_model_llama_factory_style(run):
     assert "value_head.safetensors" in line_with("saved:", printed)
 
 
+@pytest.mark.skipif(
+    Version("4.53") > TRANSFORMERS, reason="rows packed on any attention: transformers >= 4.53"
+)
 def test_verl_critic(run):
     printed = run("verl_critic.py", "--steps", "2")
     first, last = numbers(line_with("value loss", printed))
