@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = [
     "CandleValueHead",
+    "LogitGradients",
+    "LogitStatistics",
     "backends",
     "build_info",
     "configure",
@@ -87,6 +89,39 @@ def worker_threads(tasks: int) -> list[int]:
 
 def panic_on_purpose(tasks: int) -> None:
     """Fails inside a piece of work, for tests of what a caller sees then."""
+
+@final
+class LogitStatistics:
+    """Statistics of `[N]` targets, a tile of products at a time."""
+
+    def __new__(
+        cls,
+        targets: Tensor,
+        vocabulary: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+    ) -> LogitStatistics: ...
+    def fold(self, products: Tensor, row: int, column: int) -> None: ...
+    def finish(self) -> list[Tensor]: ...
+
+@final
+class LogitGradients:
+    """Gradients of log-probabilities and entropies by the products, a tile at a time."""
+
+    def __new__(
+        cls,
+        targets: Tensor,
+        vocabulary: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        statistics: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> LogitGradients: ...
+    def differentiate(self, products: Tensor, row: int, column: int) -> None: ...
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> object: ...

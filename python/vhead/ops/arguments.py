@@ -17,9 +17,9 @@ def check_kind(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__qualname__}")
     if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {_bare(tensor.dtype)}")
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {bare(tensor.dtype)}")
     if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {_bare(tensor.layout)}")
+        raise ValueError(f"{name}: expected a dense tensor, got layout {bare(tensor.layout)}")
 
 
 def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
@@ -28,7 +28,8 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {hidden.device} like hidden, got one on {tensor.device}")
 
 
-def _bare(torch_name: object) -> str:
+def bare(torch_name: object) -> str:
+    """The name of a dtype or layout without `torch.`."""
     return str(torch_name).removeprefix("torch.")
 
 
@@ -40,7 +41,7 @@ def seed_tensor(dropout_p: float, seed: Seed) -> Tensor | None:
         return draw_seed()
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
-            raise TypeError(f"seed: expected int64, got {_bare(seed.dtype)}")
+            raise TypeError(f"seed: expected int64, got {bare(seed.dtype)}")
         if seed.numel() != 1:
             raise ValueError(f"seed: expected one element, got {list(seed.shape)}")
         return seed.reshape(())

@@ -49,10 +49,11 @@ _tracing_state = _private("_get_tracing_state")
 
 def intercepted() -> bool:
     """Whether something watches or transforms operations, so that a kernel must not go behind its back."""
-    return bool(_dispatch_modes() or _functorch_layer() is not None or _tracing_state() is not None or _forward_mode())
+    return bool(_dispatch_modes() or _functorch_layer() is not None or _tracing_state() is not None or forward_mode())
 
 
-def _forward_mode() -> bool:
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on."""
     return forward_ad._current_level >= 0
 
 
@@ -61,9 +62,17 @@ def _has_kernels(tensor: Tensor) -> bool:
 
     Subclasses such as DTensor know torch's own operations, not this one; the tracers' own kinds know every operation.
     """
-    return tensor.dtype != torch.float64 and (
-        type(tensor) in _PLAIN_TYPES or isinstance(tensor, FakeTensor | FunctionalTensor)
-    )
+    return tensor.dtype != torch.float64 and (is_plain(tensor) or is_traced(tensor))
+
+
+def in_functorch() -> bool:
+    """Whether one of `torch.func`'s transforms is on."""
+    return not is_dynamo_compiling() and _functorch_layer() is not None
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor is of a tracer's own kind."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -123,7 +132,7 @@ class Operation:
     def __call__(self, *inputs: Any) -> Tensor:  # noqa: ANN401, the operator's arguments
         """The way that fits."""
         tensors = [x for x in inputs[: len(self._tensors)] if x is not None]
-        if SETTINGS.plain_torch or _forward_mode() or not all(_has_kernels(tensor) for tensor in tensors):
+        if SETTINGS.plain_torch or forward_mode() or not all(_has_kernels(tensor) for tensor in tensors):
             return self._of.plain(*inputs)
         if is_dynamo_compiling():
             return cast("Tensor", self.operator(*inputs))

@@ -20,6 +20,16 @@ pub enum Error {
     /// A standard deviation that is negative or not finite.
     #[error("standard deviation must be finite and not negative, got {0}")]
     StandardDeviation(f32),
+    /// A target token outside the vocabulary.
+    #[error("targets: expected token ids below {vocabulary}, got {target} in row {row}")]
+    Target {
+        /// Its row.
+        row: usize,
+        /// The token id.
+        target: i64,
+        /// Tokens of the vocabulary.
+        vocabulary: usize,
+    },
     /// An instruction set that this processor does not have.
     #[error("instruction set {0} is not available on this processor")]
     Level(&'static str),

@@ -6,9 +6,10 @@
 //! Element `i` reads word `i % 4` of the Philox block `i / 4` of its [`Stream`]; a normal number takes two words, so that
 //! elements `2 j` and `2 j + 1` are the cosine and the sine of one Box-Muller pair. Logarithm and sine are truncated series
 //! (see `ln`, `sin_cos`), within 4e-16 relative of the exact functions: far below float32's 6e-8.
+use crate::math::ln;
 use crate::philox::{Stream, philox4x32_10};
 use crate::{Error, Result};
-use std::f64::consts::{FRAC_PI_2, LN_2, SQRT_2};
+use std::f64::consts::FRAC_PI_2;
 
 /// torch's default for `nn.Linear(columns, _)`, weight and bias alike: uniform in `[-1/sqrt(columns), 1/sqrt(columns)]`.
 ///
@@ -58,23 +59,6 @@ fn normal_pair(a: u32, b: u32) -> [f64; 2] {
     let radius = (-2.0 * ln(unit(a))).sqrt();
     let (sin, cos) = sin_cos(unit(b));
     [radius * cos, radius * sin]
-}
-
-/// Natural logarithm of a normal number `x > 0`.
-///
-/// `x = m 2^e` with `m` in `[sqrt(1/2), sqrt(2))`, and `ln m = 2 artanh(s)` with `s = (m - 1) / (m + 1)`, `|s| < 0.1716`. The
-/// series stops at `s^21`; what is left out is below `s^22 / 23 < 1e-18` of the sum.
-fn ln(x: f64) -> f64 {
-    const MANTISSA: u64 = (1 << 52) - 1;
-    let bits = x.to_bits();
-    let (mut exponent, mut m) =
-        (f64::from((bits >> 52) as u32) - 1023.0, f64::from_bits(bits & MANTISSA | 1.0_f64.to_bits()));
-    if m >= SQRT_2 {
-        (exponent, m) = (exponent + 1.0, m / 2.0);
-    }
-    let s = (m - 1.0) / (m + 1.0);
-    let series = (0..=10).rev().fold(0.0, |sum, k| sum * (s * s) + 1.0 / f64::from(2 * k + 1));
-    exponent * LN_2 + 2.0 * s * series
 }
 
 /// Sine and cosine of `2 pi turn` for `turn` in `[0, 1]`.

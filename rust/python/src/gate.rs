@@ -34,9 +34,11 @@ pub(crate) fn to_python(error: vhead_core::Error) -> PyErr {
     use vhead_core::Error;
     let text = error.to_string();
     match error {
-        Error::Length { .. } | Error::Layout { .. } | Error::Probability(_) | Error::StandardDeviation(_) => {
-            PyValueError::new_err(text)
-        }
+        Error::Length { .. }
+        | Error::Layout { .. }
+        | Error::Target { .. }
+        | Error::Probability(_)
+        | Error::StandardDeviation(_) => PyValueError::new_err(text),
         _ => PyRuntimeError::new_err(text),
     }
 }

@@ -7,6 +7,7 @@ mod dlpack;
 mod gate;
 mod head;
 mod init;
+mod statistics;
 mod tensor;
 mod threads;
 mod torch;
@@ -22,6 +23,8 @@ mod _native {
     use super::head::{try_value_head, value_head, value_head_backward};
     #[pymodule_export]
     use super::init::{dropout_mask, init_linear, init_normal};
+    #[pymodule_export]
+    use super::statistics::{LogitGradients, LogitStatistics};
     #[pymodule_export]
     use super::two_layer::{keep_kept, linear, value_head_two_layer};
 

@@ -161,6 +161,28 @@ impl<'py> TensorView<'py> {
         }
     }
 
+    /// All elements of an int64 tensor in row-major order.
+    pub(crate) fn integers(&self) -> Vec<i64> {
+        debug_assert_eq!(self.dtype, Dtype::Int64);
+        self.collect::<i64, i64>(|x| x)
+    }
+
+    /// The elements of a contiguous float32 tensor, to be changed in place.
+    ///
+    /// # Errors
+    /// `ValueError` where they do not lie in one row-major piece.
+    pub(crate) fn overwritten(&mut self) -> PyResult<&mut [f32]> {
+        if self.count() == 0 {
+            return Ok(&mut []);
+        }
+        if self.dtype != Dtype::Float32 || !self.is_slice_of::<f32>() {
+            return Err(PyValueError::new_err(format!("{}: expected a contiguous float32 tensor", self.name)));
+        }
+        // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner. The caller asks for an operation in
+        // place; as with torch's own, another thread that uses the tensor meanwhile sees unspecified values.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.data.cast_mut().cast(), self.count()) })
+    }
+
     fn is_slice_of<T>(&self) -> bool {
         let contiguous = self
             .sizes()

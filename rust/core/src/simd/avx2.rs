@@ -35,6 +35,37 @@ impl Simd for Avx2 {
         unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
     }
     #[inline(always)]
+    fn subtract(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn divide(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn choose_less(self, a: Self::F32, b: Self::F32, yes: Self::F32, no: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe {
+            [
+                _mm256_blendv_ps(no[0], yes[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0])),
+                _mm256_blendv_ps(no[1], yes[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn power_of_two(self, a: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe {
+            let one = _mm256_set1_epi32(0x3f80_0000);
+            [
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(a[0])), one)),
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(a[1])), one)),
+            ]
+        }
+    }
+    #[inline(always)]
     fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: see the head of this block.
         unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }

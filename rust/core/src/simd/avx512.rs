@@ -38,6 +38,29 @@ impl Simd for Avx512 {
         unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
+    fn subtract(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn divide(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn choose_less(self, a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) }
+    }
+    #[inline(always)]
+    fn power_of_two(self, a: __m512) -> __m512 {
+        // SAFETY: see the head of this block.
+        unsafe {
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(a));
+            _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f80_0000)))
+        }
+    }
+    #[inline(always)]
     fn maximum(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see the head of this block.
         unsafe { _mm512_max_ps(a, b) }

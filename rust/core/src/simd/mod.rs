@@ -6,8 +6,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod elementary;
 pub(crate) mod gradient;
 pub(crate) mod keep;
+pub(crate) mod logits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod panel;

@@ -33,6 +33,37 @@ impl Simd for Neon {
         unsafe { [vaddq_f32(a[0], b[0]), vaddq_f32(a[1], b[1]), vaddq_f32(a[2], b[2]), vaddq_f32(a[3], b[3])] }
     }
     #[inline(always)]
+    fn subtract(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [vsubq_f32(a[0], b[0]), vsubq_f32(a[1], b[1]), vsubq_f32(a[2], b[2]), vsubq_f32(a[3], b[3])] }
+    }
+    #[inline(always)]
+    fn divide(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: see the head of this block.
+        unsafe { [vdivq_f32(a[0], b[0]), vdivq_f32(a[1], b[1]), vdivq_f32(a[2], b[2]), vdivq_f32(a[3], b[3])] }
+    }
+    #[inline(always)]
+    fn choose_less(self, a: Self::F32, b: Self::F32, yes: Self::F32, no: Self::F32) -> Self::F32 {
+        let mut chosen = no;
+        for (i, chosen) in chosen.iter_mut().enumerate() {
+            // SAFETY: see the head of this block.
+            *chosen = unsafe { vbslq_f32(vcltq_f32(a[i], b[i]), yes[i], no[i]) };
+        }
+        chosen
+    }
+    #[inline(always)]
+    fn power_of_two(self, a: Self::F32) -> Self::F32 {
+        let mut power = a;
+        for power in &mut power {
+            // SAFETY: see the head of this block.
+            unsafe {
+                let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(*power));
+                *power = vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(0x3f80_0000)));
+            }
+        }
+        power
+    }
+    #[inline(always)]
     fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         let mut greater = b;
         for ((greater, a), b) in greater.iter_mut().zip(a).zip(b) {

@@ -17,6 +17,14 @@ pub trait Simd: Copy {
     fn splat(self, value: f32) -> Self::F32;
     /// `a + b`.
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a - b`.
+    fn subtract(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a / b`.
+    fn divide(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `yes` where `a < b`, else `no`: also where one of them is NaN.
+    fn choose_less(self, a: Self::F32, b: Self::F32, yes: Self::F32, no: Self::F32) -> Self::F32;
+    /// 2^n, where `a` is [`super::elementary::MAGIC`] + n for an integer n from -126 to 127.
+    fn power_of_two(self, a: Self::F32) -> Self::F32;
     /// `a` where it is greater than `b`, else `b`: NaN where `b` is, and `b` where `a` is NaN.
     fn maximum(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a * b`.

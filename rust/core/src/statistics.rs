@@ -1,0 +1,360 @@
+//! Token statistics from tiles of logits: the target's log-probability, the distribution's entropy, and more.
+//!
+//! Products of hidden states and an lm_head's weights come a tile at a time; a tile is read once, while it is in the cache.
+//! With `z` a row's logits over temperature ([`LogitsRule`]), `m` their largest and `d = z - m`,
+//!
+//! * `logprob = d[target] - ln sum exp(d)`;
+//! * `entropy = ln sum exp(d) - sum exp(d) d / sum exp(d)`;
+//! * `log_sum_p_squared = ln sum exp(d)^2 - 2 ln sum exp(d)`;
+//! * `is_top1`: the target is the first of the largest.
+//!
+//! The order of additions: columns are cut into blocks of [`BLOCK`] = 1024. In a block, column `v` belongs to lane `v % 16`;
+//! a lane takes its columns in rising order, in float32, relative to the largest logit so far. The 16 lanes are then added
+//! in float64, one after the other, and the blocks in rising order, rescaled where a larger logit comes. A logit more than
+//! 86 below the largest counts as probability zero. A row's statistics depend on that row's logits alone, bit for bit, on
+//! any instruction set.
+use crate::math::{exp, ln};
+use crate::simd::WIDTH;
+use crate::simd::logits::{Differentiate, Fold, RowGradient, Tile};
+use crate::threads::Shared;
+use crate::{Error, Executor, Level, Result, Rows};
+
+/// Columns whose sums are taken in float32; tiles start at multiples of it.
+pub const BLOCK: usize = 1024;
+/// Rows of a tile in a task.
+const TASK_ROWS: usize = 16;
+
+/// How a product becomes a logit over temperature: `cap * tanh(scale * (product + bias) / cap) / temperature`, or
+/// `scale * (product + bias) / temperature` without a cap.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitsRule {
+    pub(crate) inner: f32,
+    pub(crate) outer: Option<f32>,
+}
+
+impl LogitsRule {
+    /// The rule; factors are combined in float64 and rounded once.
+    #[must_use]
+    pub fn new(scale: f64, softcap: Option<f64>, temperature: f64) -> Self {
+        match softcap {
+            Some(cap) => Self { inner: (scale / cap) as f32, outer: Some((cap / temperature) as f32) },
+            None => Self { inner: (scale / temperature) as f32, outer: None },
+        }
+    }
+
+    pub(crate) fn is_identity(&self) -> bool {
+        self.inner == 1.0 && self.outer.is_none()
+    }
+}
+
+/// What is known of a row so far.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowState {
+    peak: f32,
+    /// Of `exp(d)`, `exp(d) d` and `exp(d)^2`, relative to the peak.
+    sums: [f64; 3],
+    target: f32,
+    is_top1: bool,
+}
+
+impl RowState {
+    const NEW: Self = Self { peak: f32::NEG_INFINITY, sums: [0.0; 3], target: f32::NAN, is_top1: false };
+
+    /// Takes note of a block's largest logit and, where it is there, of the target; what the block is relative to.
+    #[inline]
+    pub(crate) fn meet(&mut self, peak: f32, line: &[f32], first: usize, target: usize) -> f32 {
+        let rises = peak > self.peak;
+        if rises {
+            self.is_top1 = false;
+        }
+        if let Some(&z) = target.checked_sub(first).and_then(|place| line.get(place)) {
+            self.target = z;
+            self.is_top1 = rises && z == peak && line.iter().position(|other| *other == peak) == Some(target - first);
+        }
+        if rises {
+            self.rescale(peak);
+        }
+        // Nothing but -infinity and NaN so far: relative to zero, the former count nothing.
+        if self.peak == f32::NEG_INFINITY { 0.0 } else { self.peak }
+    }
+
+    fn rescale(&mut self, peak: f32) {
+        if self.peak > f32::NEG_INFINITY {
+            let delta = f64::from(self.peak) - f64::from(peak);
+            let factor = exp(delta);
+            let [sum, weighted, squares] = self.sums;
+            // Where the factor is zero delta may be infinite.
+            let shifted = if factor > 0.0 { weighted + sum * delta } else { sum };
+            self.sums = [sum * factor, shifted * factor, squares * factor * factor];
+        }
+        self.peak = peak;
+    }
+
+    #[inline]
+    pub(crate) fn add(&mut self, lanes: &[[f32; WIDTH]; 3]) {
+        for (sum, lanes) in self.sums.iter_mut().zip(lanes) {
+            *sum += lanes.iter().fold(0.0, |sum, lane| sum + f64::from(*lane));
+        }
+    }
+
+    fn finish(&self) -> Row {
+        let [sum, weighted, squares] = self.sums;
+        if self.peak == f32::NEG_INFINITY || !sum.is_finite() {
+            return Row { peak: f32::NAN, log_sum: f32::NAN, ..Row::NAN };
+        }
+        let log_sum = ln(sum);
+        Row {
+            logprob: ((f64::from(self.target) - f64::from(self.peak)) - log_sum) as f32,
+            entropy: (log_sum - weighted / sum) as f32,
+            log_sum_p_squared: (ln(squares) - 2.0 * log_sum) as f32,
+            is_top1: self.is_top1,
+            peak: self.peak,
+            log_sum: log_sum as f32,
+        }
+    }
+}
+
+/// A row's statistics.
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    logprob: f32,
+    entropy: f32,
+    log_sum_p_squared: f32,
+    is_top1: bool,
+    peak: f32,
+    log_sum: f32,
+}
+
+impl Row {
+    const NAN: Self = Self {
+        logprob: f32::NAN,
+        entropy: f32::NAN,
+        log_sum_p_squared: f32::NAN,
+        is_top1: false,
+        peak: f32::NAN,
+        log_sum: f32::NAN,
+    };
+}
+
+/// Where statistics go, `[N]` each.
+#[derive(Debug)]
+pub struct Statistics<'a> {
+    /// The target's log-probability.
+    pub logprobs: &'a mut [f32],
+    /// Entropy in nats.
+    pub entropy: &'a mut [f32],
+    /// Logarithm of the sum of squared probabilities.
+    pub log_sum_p_squared: &'a mut [f32],
+    /// 1 where the target is the first of the most probable tokens, else 0.
+    pub is_top1: &'a mut [f32],
+    /// The largest logit over temperature.
+    pub peak: &'a mut [f32],
+    /// Logarithm of the sum of exponentials relative to the peak.
+    pub log_sum: &'a mut [f32],
+}
+
+/// Statistics of `N` rows, a tile of logits at a time.
+#[derive(Debug, Clone)]
+pub struct LogitStatistics {
+    rule: LogitsRule,
+    targets: Vec<usize>,
+    bias: Option<Vec<f32>>,
+    vocabulary: usize,
+    states: Vec<RowState>,
+}
+
+impl LogitStatistics {
+    /// Nothing known yet; `bias` has a number for each token of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Target`] for the first target outside the vocabulary, [`Error::Length`] where `bias` does not fit.
+    pub fn new(rule: LogitsRule, targets: &[i64], bias: Option<Vec<f32>>, vocabulary: usize) -> Result<Self> {
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
+            return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
+        }
+        let states = vec![RowState::NEW; targets.len()];
+        Ok(Self { rule, targets: checked(targets, vocabulary)?, bias, vocabulary, states })
+    }
+
+    /// `N`.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Adds the products of the rows from `row` on with the tokens from `column` on. Each row's columns come in rising
+    /// order, each once, and `column` is a multiple of [`BLOCK`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the tile reaches outside rows or vocabulary, or does not start at a block.
+    pub fn fold(&mut self, products: &Rows<'_, f32>, row: usize, column: usize, executor: &dyn Executor) -> Result<()> {
+        self.fold_with(Level::best(), products, row, column, executor)
+    }
+
+    /// [`LogitStatistics::fold`] on a chosen instruction set.
+    ///
+    /// # Errors
+    /// As [`LogitStatistics::fold`].
+    pub fn fold_with(
+        &mut self,
+        level: Level,
+        products: &Rows<'_, f32>,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        if !level.is_available() {
+            return Err(Error::Level(level.name()));
+        }
+        check_tile(products, [row, column], [self.targets.len(), self.vocabulary])?;
+        let bias = self.bias.as_ref().map(|bias| &bias[column..][..products.columns()]);
+        let tile = Tile { products, rule: &self.rule, bias, first: column };
+        let (states, targets) = (&mut self.states[row..][..products.count()], &self.targets[row..]);
+        crate::threads::for_each_chunk(executor, states, TASK_ROWS, |task, states| {
+            let first = task * TASK_ROWS;
+            let (rows, targets) = (first..first + states.len(), &targets[first..]);
+            level.run(Fold { tile: &tile, rows, states, targets });
+        });
+        Ok(())
+    }
+
+    /// Writes what the tiles so far amount to.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where an output does not have a number for each row.
+    pub fn finish(&self, to: Statistics<'_>) -> Result<()> {
+        let expected = self.states.len();
+        for (what, output) in [
+            ("logprobs", &*to.logprobs),
+            ("entropy", &*to.entropy),
+            ("log_sum_p_squared", &*to.log_sum_p_squared),
+            ("is_top1", &*to.is_top1),
+            ("peak", &*to.peak),
+            ("log_sum", &*to.log_sum),
+        ] {
+            if output.len() != expected {
+                return Err(Error::Length { what, expected, actual: output.len() });
+            }
+        }
+        for (n, state) in self.states.iter().enumerate() {
+            let row = state.finish();
+            (to.logprobs[n], to.entropy[n]) = (row.logprob, row.entropy);
+            (to.log_sum_p_squared[n], to.is_top1[n]) = (row.log_sum_p_squared, f32::from(u8::from(row.is_top1)));
+            (to.peak[n], to.log_sum[n]) = (row.peak, row.log_sum);
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of log-probabilities and entropies by the products, a tile at a time.
+#[derive(Debug, Clone)]
+pub struct LogitGradients {
+    rule: LogitsRule,
+    bias: Option<Vec<f32>>,
+    vocabulary: usize,
+    states: Vec<RowGradient>,
+}
+
+impl LogitGradients {
+    /// Of `N` rows: their `statistics` are peak, `log_sum` and entropy as [`LogitStatistics::finish`] wrote them,
+    /// `gradients` those of log-probability and entropy.
+    ///
+    /// # Errors
+    /// As [`LogitStatistics::new`], and [`Error::Length`] where there is not a number for each row.
+    pub fn new(
+        rule: LogitsRule,
+        targets: &[i64],
+        bias: Option<Vec<f32>>,
+        vocabulary: usize,
+        statistics: [&[f32]; 3],
+        gradients: [&[f32]; 2],
+    ) -> Result<Self> {
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
+            return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
+        }
+        let names = ["peak", "log_sum", "entropy", "grad_logprobs", "grad_entropy"];
+        for (what, numbers) in names.into_iter().zip(statistics.into_iter().chain(gradients)) {
+            if numbers.len() != targets.len() {
+                return Err(Error::Length { what, expected: targets.len(), actual: numbers.len() });
+            }
+        }
+        let row = |(n, target)| RowGradient {
+            target,
+            peak: statistics[0][n],
+            log_sum: statistics[1][n],
+            entropy: statistics[2][n],
+            grad_logprob: gradients[0][n],
+            grad_entropy: gradients[1][n],
+        };
+        let states = checked(targets, vocabulary)?.into_iter().enumerate().map(row).collect();
+        Ok(Self { rule, bias, vocabulary, states })
+    }
+
+    /// Overwrites products, `[rows, columns]` contiguous, with their gradients; places as in [`LogitStatistics::fold`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the tile reaches outside rows or vocabulary.
+    pub fn differentiate(
+        &self,
+        products: &mut [f32],
+        columns: usize,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        self.differentiate_with(Level::best(), products, columns, row, column, executor)
+    }
+
+    /// [`LogitGradients::differentiate`] on a chosen instruction set.
+    ///
+    /// # Errors
+    /// As [`LogitGradients::differentiate`].
+    pub fn differentiate_with(
+        &self,
+        level: Level,
+        products: &mut [f32],
+        columns: usize,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        if !level.is_available() {
+            return Err(Error::Level(level.name()));
+        }
+        let rows = products.len().checked_div(columns).unwrap_or(0);
+        let to = Shared::new(products);
+        // SAFETY: the view is of `products`, which is borrowed for as long; a task reads each number before it writes it.
+        let view = unsafe { Rows::from_raw(to.as_mut_ptr().cast_const(), &[rows], &[columns.cast_signed()], columns) };
+        check_tile(&view, [row, column], [self.states.len(), self.vocabulary])?;
+        let bias = self.bias.as_ref().map(|bias| &bias[column..][..columns]);
+        let tile = Tile { products: &view, rule: &self.rule, bias, first: column };
+        let states = &self.states[row..][..rows];
+        executor.run(rows.div_ceil(TASK_ROWS), &|task| {
+            let range = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
+            level.run(Differentiate { tile: &tile, rows: range.clone(), states: &states[range], to: &to });
+        });
+        Ok(())
+    }
+}
+
+fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
+    let inside = |(row, &target): (usize, &i64)| {
+        let place = usize::try_from(target).ok().filter(|place| *place < vocabulary);
+        place.ok_or(Error::Target { row, target, vocabulary })
+    };
+    targets.iter().enumerate().map(inside).collect()
+}
+
+fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {
+    let size = [products.count(), products.columns()];
+    if !start[1].is_multiple_of(BLOCK) {
+        return Err(Error::Length { what: "column", expected: start[1] / BLOCK * BLOCK, actual: start[1] });
+    }
+    for (axis, what) in ["rows", "columns"].into_iter().enumerate() {
+        let room = most[axis].saturating_sub(start[axis]);
+        if size[axis] > room {
+            return Err(Error::Length { what, expected: room, actual: size[axis] });
+        }
+    }
+    Ok(())
+}
