@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vhead import CandleValueHead
 from vhead.errors import HeadError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights, load, save
 
@@ -132,3 +133,19 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         save(random_head(), tmp_path / "head.safetensors", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
     assert (tmp_path / "head.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("trl", 1), ("vhead", 3)])
+def test_the_head_without_torch_reads_what_is_written(tmp_path, name, outputs):
+    head = random_head(outputs)
+    candle = CandleValueHead.load(save(head, tmp_path / "head.safetensors", name))
+    states = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    values = torch.from_numpy(candle(states.numpy())).reshape(5, outputs)
+    expected = states @ head.weight.T + head.bias
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_without_torch_refuses_two_projections(tmp_path):
+    file = save(random_head(1, 16), tmp_path / "head.safetensors", "vhead")
+    with pytest.raises(HeadError, match=r"summary\.0\.weight"):
+        CandleValueHead.load(file)
