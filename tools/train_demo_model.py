@@ -203,6 +203,10 @@ def save(body: LlamaForCausalLM, summary: nn.Linear, folder: Path) -> None:
     tensors |= {f"v_head.summary.{name}": tensor for name, tensor in summary.state_dict().items()}
     body.save_pretrained(folder, state_dict=tensors)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    # transformers 5 writes an empty list here, for which transformers 4.46 to 4.57 cannot load the tokenizer.
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer.pop("extra_special_tokens", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
     (folder / "model.safetensors").chmod(0o644)
 
 

@@ -39,6 +39,13 @@ def test_the_files_are_those_of_the_provenance(tmp_path: Path) -> None:
     assert hashes(copied) != facts["files_sha256"]
 
 
+def test_transformers_4_can_load_the_tokenizer() -> None:
+    """An empty list of extra tokens, which transformers 5 writes, stops releases 4.46 to 4.57."""
+    settings = json.loads((demo_model_path() / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in settings
+    assert AutoTokenizer.from_pretrained(demo_model_path())("ab")["input_ids"] == [100, 101, 1]
+
+
 def test_the_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in demo_model_path().iterdir()) <= SIZE_LIMIT
 
