@@ -2,9 +2,9 @@
 
 verl builds its critic from a loaded language model and calls it with one row of all tokens: no padding, no mask, and
 positions that start again with each rollout. Here a fresh head on the demo model learns from the demo's rollouts.
-transformers keeps packed rollouts apart by their positions: with flash attention, and from 4.53 on with any attention.
+transformers keeps packed rollouts apart by their positions: with flash attention, and on recent releases with any.
 
-    pip install vhead 'transformers>=4.53'
+    pip install vhead 'transformers>=4.53' 'torch>=2.6'
     python examples/verl_critic.py
 """
 
