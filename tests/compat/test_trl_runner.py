@@ -174,3 +174,25 @@ def test_installing_imports_neither_trl_nor_torch(python: Python) -> None:
         "print({'trl', 'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     assert python("-c", code).stdout == "set()\n"
+
+
+LAUNCHED = """\
+import os, sys
+import trl.models.modeling_value_head as found
+sys.stdout.write(f"worker {sys.argv[1:]} {found.__file__.endswith('stand_in.py')}\\n")
+"""
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [((*RUNNER, *TORCHRUN, "program.py"), 2), ((*ACCELERATE, *RUNNER, "program.py"), 1)],
+    ids=["runner-torchrun", "accelerate-runner"],
+)
+def test_launched_processes_have_the_names(
+    python: Python, tmp_path: Path, words: tuple[str, ...], workers: int
+) -> None:
+    (tmp_path / "program.py").write_text(LAUNCHED)
+    done = python(*words, "--lr")
+    assert done.stdout == "worker ['--lr'] True\n" * workers, done.stderr
