@@ -29,6 +29,8 @@ from vhead.tensor_files import TensorFile, TensorInfo, open_tensors
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 _LOADING_LOGGER = "transformers.modeling_utils"
 _TABLE_STATUS = re.compile(r"\b(?:UNEXPECTED|MISSING|MISMATCH|CONVERSION)\b")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -80,7 +82,10 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """The name of each of the model's tensors and the file that holds it; empty where there are no weights."""
+        """The name of each of the model's tensors and the file that holds it; empty where there are no weights.
+
+        Of an adapter's folder without a model's weights, the adapter's: a classifier's adapter holds its head.
+        """
         if self.is_file:
             return self.names_in(Path(self.location).name)
         for name, index_name in self._weight_files():
@@ -89,7 +94,8 @@ class Checkpoint:
             index = self.path(index_name)
             if index is not None:
                 return _read_index(index)
-        return {}
+        adapter = next((name for name in _ADAPTER_FILES if self.path(name) is not None), None)
+        return {} if adapter is None else self.names_in(adapter)
 
     def path(self, name: str) -> Path | None:
         """The local path of one of the checkpoint's files, downloaded if need be, or None if there is no such file."""

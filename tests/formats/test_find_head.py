@@ -307,3 +307,19 @@ def test_a_missing_shard_and_an_index_that_lies(tmp_path):
     index.write_text(json.dumps({"weight_map": {**weight_map, WEIGHT_KEY: "model-9.safetensors"}}))
     with pytest.raises(HeadFileError, match=r"model-9\.safetensors"):
         find_head(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_classifier_s_adapter_holds_its_head(tmp_path, file):
+    write = save_file if file.endswith("safetensors") else torch.save
+    lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 8)}
+    write(lora, tmp_path / file)
+    assert find_head(tmp_path) is None
+    score = torch.randn(1, 8, generator=torch.Generator().manual_seed(2))
+    write({**lora, "base_model.model.score.weight": score}, tmp_path / file)
+    head = find_head(tmp_path)
+    assert torch.equal(head.weight, score)
+    assert head.format == "hf-token-classification"
+    # A head of the model's own stands before the adapter's.
+    torch.save(head_state(), tmp_path / "pytorch_model.bin")
+    assert torch.equal(find_head(tmp_path).weight, head_state()[WEIGHT_KEY])
