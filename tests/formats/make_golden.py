@@ -25,6 +25,7 @@ import tarfile
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -287,6 +288,14 @@ def make_beaver():
         note(name, "beaver", model.score_head, states(model.model), **statistics)
 
 
+def make_adapter():
+    model = randomize(LlamaForSequenceClassification(llama(num_labels=1)))
+    adapted = get_peft_model(model, LoraConfig(r=1, task_type="SEQ_CLS", target_modules=["q_proj"]))
+    adapted.save_pretrained(folder("hf_adapter"))
+    head = adapted.base_model.model.score.modules_to_save["default"]
+    note("hf_adapter", "hf-token-classification", head, body_prefix="base_model.")
+
+
 def main():
     torch.manual_seed(0)
     shutil.rmtree(GOLDEN, ignore_errors=True)
@@ -300,6 +309,7 @@ def main():
     make_megatron()
     make_reward_models()
     make_beaver()
+    make_adapter()
     for extra in (*GOLDEN.rglob("generation_config.json"), *GOLDEN.rglob("README.md")):
         extra.unlink()
     (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
