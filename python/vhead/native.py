@@ -332,6 +332,11 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             self.pretrained_model.generation_config = value
 
     @property
+    def score(self) -> nn.Module:
+        """The head, by the name under which TRL's PPOTrainer asks a value model for it."""
+        return self.v_head
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the language model's loss can be told the number of tokens of the whole batch, for `Trainer`."""
         return "num_items_in_batch" in signature(self.pretrained_model.forward).parameters

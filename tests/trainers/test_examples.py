@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.version import Version
 
 from library_versions import TRANSFORMERS

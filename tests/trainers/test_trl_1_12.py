@@ -26,14 +26,24 @@ def with_value_head(**arguments):
     return AutoModelForCausalLMWithValueHead(language_model(), summary_dropout_prob=0.0, **arguments)
 
 
-def trainer(folder, policy, value_model, updates=2, batch=8, **arguments):
-    from datasets import Dataset
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+def plain_trainer():
+    from trl.experimental.ppo import PPOTrainer
 
-    class Trainer(PPOTrainer):
+    return PPOTrainer
+
+
+def saving_trainer():
+    class Trainer(plain_trainer()):
         # The base class saves a state dict without its configuration of whatever is not a PreTrainedModel.
         def _save(self, output_dir=None, state_dict=None):
             self.model.save_pretrained(output_dir, state_dict=state_dict)
+
+    return Trainer
+
+
+def trainer(folder, policy, value_model, *, updates=2, batch=8, trainer_class=None, **arguments):
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig
 
     config = PPOConfig(
         output_dir=str(folder),
@@ -58,7 +68,8 @@ def trainer(folder, policy, value_model, updates=2, batch=8, **arguments):
     )
     words = tokenizer()
     prompts = Dataset.from_list([{"input_ids": words(p, add_special_tokens=False)["input_ids"]} for p in 8 * PROMPTS])
-    return Trainer(
+    trainer_class = trainer_class or saving_trainer()
+    return trainer_class(
         config, words, policy, None, AsciiReward(RESPONSE), train_dataset=prompts, value_model=value_model, **arguments
     )
 
@@ -87,6 +98,22 @@ def test_one_object_is_policy_and_value_model(tmp_path):
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "policy")
     assert unmoved(model, loaded) == [name for name, _ in model.named_parameters()]
     assert loaded.head_source is not None
+
+
+def test_the_native_form_is_policy_and_value_model_and_saves_by_itself(tmp_path):
+    from transformers import AutoModel
+
+    from vhead.native import ValueHeadModel
+
+    model = ValueHeadModel.from_wrapper(with_value_head())
+    before = copy.deepcopy(model)
+    ppo = trainer(tmp_path, model, model, trainer_class=plain_trainer())
+    ppo.train()
+    assert unmoved(before, model) == []
+    ppo.save_model(tmp_path / "policy")
+    loaded = AutoModel.from_pretrained(tmp_path / "policy")
+    assert type(loaded) is ValueHeadModel
+    assert unmoved(model, loaded) == [name for name, _ in model.named_parameters()]
 
 
 def test_as_policy_beside_another_value_model(tmp_path):
