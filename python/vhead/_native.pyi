@@ -58,8 +58,8 @@ def value_head_two_layer(
 ) -> Tensor:
     """The kernel of `vhead::value_head_two_layer`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32."""
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, relu: bool) -> Tensor:
-    """`scale * (x @ weight.T) + bias` or the ReLU of that, in the order of the value head's sums: float32."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, relu: bool, out: Tensor) -> None:
+    """Writes `scale * (x @ weight.T) + bias` or its ReLU to `out`, contiguous float32, in the value head's order."""
 
 def keep_kept(x: Tensor, dropout_p: float, seed: Tensor | None, first: int) -> Tensor:
     """`x` as float32, the elements that dropout drops times zero; its rows are number `first` on of the mask."""

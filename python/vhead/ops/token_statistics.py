@@ -257,10 +257,12 @@ def _tile_rows(rows: int) -> int:
 
 
 def _multiply(hidden: Tensor, weight: Tensor, products: Tensor, batch_invariant: bool) -> Tensor:  # noqa: FBT001
-    if batch_invariant:
-        return _native.linear(hidden, weight, None, 1.0, relu=False)
     size = (len(hidden), len(weight))
-    return torch.mm(hidden, weight.t(), out=products[: size[0] * size[1]].view(size))
+    products = products[: size[0] * size[1]].view(size)
+    if not batch_invariant:
+        return torch.mm(hidden, weight.t(), out=products)
+    _native.linear(hidden, weight, None, 1.0, relu=False, out=products)
+    return products
 
 
 def _forward_in_rows(  # noqa: PLR0917, the operator's schema

@@ -183,7 +183,8 @@ def _backward(  # noqa: PLR0917, the operator's schema
         for first in range(0, len(rows), chunk):
             kept = _native.keep_kept(rows[first : first + chunk], dropout_p, seed, first)
             factor = 1.0 if seed is None else scale(dropout_p)
-            activations = _native.linear(kept, weight1, bias1, factor, relu=True)
+            activations = kept.new_empty((len(kept), width))
+            _native.linear(kept, weight1, bias1, factor, relu=True, out=activations)
             of_kept = sums.add(grads[first : first + chunk], kept, activations, factor)
             if of_kept is not None:
                 masked = _native.keep_kept(of_kept, dropout_p, seed, first)

@@ -142,26 +142,32 @@ fn run_two_layer<T: Element, W: Element>(
     })
 }
 
-/// `scale * (x @ weight.T) + bias` or the ReLU of that, in the order of the value head's sums: `[..., I]` float32.
+/// Writes `scale * (x @ weight.T) + bias` or the ReLU of that to `out`, contiguous float32 `[..., I]`, in the order of the
+/// value head's sums.
 #[pyfunction]
-pub(crate) fn linear<'py>(
-    x: &Bound<'py, PyAny>,
-    weight: &Bound<'py, PyAny>,
-    bias: Option<&Bound<'py, PyAny>>,
+pub(crate) fn linear(
+    x: &Bound<'_, PyAny>,
+    weight: &Bound<'_, PyAny>,
+    bias: Option<&Bound<'_, PyAny>>,
     scale: f32,
     relu: bool,
-) -> PyResult<Bound<'py, PyAny>> {
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
     let py = x.py();
     let layer = Layer::new(["x", "weight", "bias"], x, weight, bias)?;
-    let mut result = Output::new(py, &layer.sizes(Some(layer.outputs())), Dtype::Float32)?;
+    let mut out = TensorView::new("out", out, &[Dtype::Float32])?;
+    let expected = layer.sizes(Some(layer.outputs()));
+    if out.sizes() != expected {
+        return Err(PyValueError::new_err(format!("out: expected {expected:?}, got {:?}", out.sizes())));
+    }
+    let to = out.overwritten()?;
     with_element!(layer.hidden.dtype(), T => with_element!(layer.weight.dtype(), W => {
         let (rows, weight, threads) = (layer.hidden.rows::<T>(), layer.weight.rows::<W>(), layer.threads(py)?);
-        let (bias, to) = (layer.bias.as_ref().map(TensorView::floats), result.elements());
+        let bias = layer.bias.as_ref().map(TensorView::floats);
         gate::run(py, layer.cost(), || {
             vhead_core::linear(&rows, &Linear::new(weight, bias.as_deref())?, scale, relu, to, threads.executor())
         })
-    }))?;
-    Ok(result.into_tensor())
+    }))
 }
 
 /// `x` as float32, the elements that dropout drops times zero; its rows are number `first` on of the mask.

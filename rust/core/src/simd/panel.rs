@@ -327,13 +327,18 @@ impl Sink for Store<'_> {
             for (v, &sum) in sums.iter().enumerate() {
                 let output = output + v * WIDTH;
                 let count = WIDTH.min(self.outputs.saturating_sub(output));
-                let mut numbers = [0.0; WIDTH];
                 // SAFETY: the bias has whole tiles, and this tile of the matrix is nobody else's.
                 unsafe {
                     let bias = simd.load_f32(self.bias[output..][..WIDTH].as_ptr());
-                    simd.store_f32(numbers.as_mut_ptr(), activate(simd, sum, self.scale, bias, self.relu));
+                    let value = activate(simd, sum, self.scale, bias, self.relu);
                     let to = self.to.slice((row + i) * self.outputs + output.min(self.outputs), count);
-                    to.copy_from_slice(&numbers[..count]);
+                    if count == WIDTH {
+                        simd.store_f32(to.as_mut_ptr(), value);
+                    } else {
+                        let mut numbers = [0.0; WIDTH];
+                        simd.store_f32(numbers.as_mut_ptr(), value);
+                        to.copy_from_slice(&numbers[..count]);
+                    }
                 }
             }
         }

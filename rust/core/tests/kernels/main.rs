@@ -9,4 +9,5 @@ mod levels;
 mod linear;
 mod model;
 mod nonfinite;
+mod statistics;
 mod support;
