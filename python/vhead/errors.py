@@ -105,3 +105,7 @@ class MissingPackageError(VheadError, ImportError):
 
 class GenerationError(VheadError, ValueError):
     """A way of generating from which values cannot be read off as asked."""
+
+
+class ResumeError(VheadError, ValueError):
+    """An unfinished output cannot be gone on with: its input or its settings are others now, or it is damaged."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
+from typer_runner import RUNNER
 from vhead import Rollout, Scorer
 from vhead.cli.app import app
 
@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def run(*arguments, stdin=None):
-    return CliRunner().invoke(app, ["score", *map(str, arguments)], input=stdin, env={"COLUMNS": "200"})
+    return RUNNER.invoke(app, ["score", *map(str, arguments)], input=stdin, env={"COLUMNS": "200"})
 
 
 def read_jsonl(path):
@@ -98,7 +98,7 @@ class TestBadData:
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}",
+            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}; --resume goes on with it",
             f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
             "(Expecting property name enclosed in double quotes)",
         ]
@@ -180,6 +180,72 @@ class TestBadData:
         assert done.stderr.splitlines() == ["vhead: [Errno 28] No space left on device"]
 
 
+class TestResume:
+    def stop_at(self, critic, source, output, number):
+        """Scores up to a broken line, and mends it."""
+        text = source.read_text()
+        bad_line(source, number, "{broken\n")
+        assert run(source, "-m", critic, "-o", output).exit_code == 1
+        source.write_text(text)
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_a_mended_input_is_gone_on_with(self, critic, source, scores, tmp_path, suffix):
+        output = tmp_path / f"out.{suffix}"
+        self.stop_at(critic, source, output, 7)
+        done = run(source, "-m", critic, "-o", output, "--resume")
+        assert done.exit_code == 0, done.stderr
+        assert "6 rollouts scored" in done.stderr
+        rows = read_jsonl(output) if suffix == "jsonl" else pq.read_table(output).to_pylist()
+        assert [row["id"] for row in rows] == [f"r{index}" for index in range(12)]
+        for row, score in zip(rows, scores, strict=True):
+            np.testing.assert_allclose(row["values"], score.values, atol=1e-5)
+
+    def test_a_limit_counts_what_is_done(self, critic, source, tmp_path):
+        output = tmp_path / "out.jsonl"
+        self.stop_at(critic, source, output, 7)
+        assert run(source, "-m", critic, "-o", output, "--resume", "--limit", 8).exit_code == 0
+        assert [row["id"] for row in read_jsonl(output)] == [f"r{index}" for index in range(8)]
+
+    def test_without_an_earlier_run_it_starts(self, critic, source, tmp_path):
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume").exit_code == 0
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 12
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda lines: ["{}\n", *lines],
+                "record 6: expected the last record that the earlier run finished, got another",
+            ),
+            (lambda lines: lines[:3], "record 6: expected the last record that the earlier run finished, got the end"),
+        ],
+    )
+    def test_another_input_is_refused(self, critic, source, tmp_path, change, message):
+        self.stop_at(critic, source, tmp_path / "out.jsonl", 7)
+        source.write_text("".join(change(source.read_text().splitlines(keepends=True))))
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume")
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert len(read_jsonl(tmp_path / "out.jsonl.partial")) == 6
+
+    def test_other_settings_are_refused(self, critic, source, tmp_path):
+        self.stop_at(critic, source, tmp_path / "out.jsonl", 7)
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume", "--temperature", "0.5")
+        assert done.exit_code == 1
+        assert "temperature: expected 1.0, as in the run that is resumed, got 0.5" in done.stderr
+
+    def test_an_earlier_run_is_not_lost_unasked(self, critic, source, tmp_path):
+        self.stop_at(critic, source, tmp_path / "out.jsonl", 7)
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 1
+        assert "an earlier run finished 6 records: go on with it (--resume)" in done.stderr
+        assert len(read_jsonl(tmp_path / "out.jsonl.partial")) == 6
+
+    def test_a_stream_cannot_be_resumed(self, critic, source):
+        done = run(source, "-m", critic, "-o", "-", "--resume")
+        assert done.exit_code == 2
+
+
 class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -236,8 +302,33 @@ class TestProcess:
         kept = read_jsonl(partial)
         assert [line["id"] for line in kept] == list(range(len(kept)))
         assert 0 < len(kept) < 300_000
-        assert stderr == f"vhead: what was scored is kept in {partial}\nvhead: interrupted\n"
+        assert stderr == f"vhead: what was scored is kept in {partial}; --resume goes on with it\nvhead: interrupted\n"
         assert not (tmp_path / "out.jsonl").exists()
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_a_killed_run_is_resumed(self, vhead, critic, source, tmp_path, suffix):
+        source.write_text(
+            "".join(f'{{"id": {i}, "prompt": "Why? ", "completion": "so be {i % 7}"}}\n' for i in range(30_000))
+        )
+        output = tmp_path / f"out.{suffix}"
+        command = [*vhead, "score", source, "-m", critic, "-o", output, "--returns", "reward", "--token-budget", "500"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        notes = tmp_path / f"out.{suffix}.partial.json"
+        while process.poll() is None and not notes.exists():
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        done = json.loads(notes.read_text())["records"]
+        assert 0 < done < 30_000
+        resumed = run(source, "-m", critic, "-o", output, "--returns", "reward", "--resume")
+        assert resumed.exit_code == 0, resumed.stderr
+        assert f"{30_000 - done:,} rollouts scored" in resumed.stderr
+        rows = read_jsonl(output) if suffix == "jsonl" else pq.read_table(output).to_pylist()
+        assert [row["id"] for row in rows] == list(range(30_000))
+        rewards = np.array([row["reward"] for row in rows])
+        np.testing.assert_allclose(rewards[7:], rewards[:-7], atol=1e-5)
+        assert np.abs(rewards[1:] - rewards[:-1]).max() > 1e-3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", output.name]
 
     def test_progress_on_a_terminal_only_and_data_on_standard_output(self, vhead, critic, source):
         source.write_text(source.read_text().replace('"id": "r', '"key": "r') * 100)

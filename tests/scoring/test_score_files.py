@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vhead import Scores
-from vhead.errors import FieldError, FileFormatError, MissingExtraError
+from vhead.errors import FieldError, FileFormatError, MissingExtraError, ResumeError
 from vhead.scoring.files import OutputFile, open_reader
 from vhead.scoring.jsonl import JsonlReader, JsonlWriter
 from vhead.scoring.parquet import ParquetRow
@@ -343,9 +343,67 @@ class TestOutputFile:
             output.write(read(GOOD), scores_of(2))
             raise KeyboardInterrupt
         assert os.listdir(tmp_path) == [f"out.{suffix}.partial"]
-        partial = (tmp_path / f"out.{suffix}.partial").rename(tmp_path / f"part.{suffix}")
-        with closing(open_reader(str(partial))) as reader:
-            assert [row.columns()["completion"] for row in reader] == ["b"]
+        partial = tmp_path / f"out.{suffix}.partial"
+        if suffix == "jsonl":
+            assert json.loads(partial.read_text())["completion"] == "b"
+        else:
+            assert pa.ipc.open_stream(partial.read_bytes()).read_all()["completion"].to_pylist() == ["b"]
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_an_output_is_gone_on_with(self, tmp_path, suffix):
+        path = tmp_path / f"out.{suffix}"
+        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={"model": "m"}) as output:
+            output.write(read(GOOD), scores_of(2), records=3)
+            raise KeyboardInterrupt
+        with output.partial.open("ab") as partial:
+            partial.write(b"what a killed process wrote after its last note")
+        with OutputFile(str(path), settings={"model": "m"}, resume=True) as output:
+            assert output.done.records == 3
+            output.write(read(GOOD), scores_of(1), records=4)
+        assert os.listdir(tmp_path) == [path.name]
+        with closing(open_reader(str(path))) as reader:
+            assert [len(row.columns()["values"]) for row in reader] == [2, 1]
+
+    def test_columns_of_a_resumed_file_stay_those_of_its_first_records(self, tmp_path):
+        path = tmp_path / "out.parquet"
+        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={}) as output:
+            output.write(read('{"prompt": "a", "completion": "b", "n": 1}'), scores_of(1), records=1)
+            raise KeyboardInterrupt
+        with (
+            OutputFile(str(path), settings={}, resume=True) as output,
+            pytest.raises(FieldError, match="n: expected int64"),
+        ):
+            output.write(read('{"prompt": "c", "completion": "d", "n": "x"}'), scores_of(1), records=2)
+
+    def test_many_small_writes_become_few_row_groups(self, tmp_path):
+        with OutputFile(str(tmp_path / "out.parquet")) as output:
+            for _ in range(5):
+                output.write(read(GOOD), scores_of(2))
+        assert pq.ParquetFile(tmp_path / "out.parquet").metadata.num_row_groups == 1
+
+    def test_an_earlier_part_is_never_overwritten_unasked(self, tmp_path):
+        path = tmp_path / "out.jsonl"
+        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={}) as output:
+            output.write(read(GOOD), scores_of(2), records=1)
+            raise KeyboardInterrupt
+        before = output.partial.read_bytes()
+        with pytest.raises(ResumeError, match=r"an earlier run finished 1 records: go on with it \(--resume\)"):
+            OutputFile(str(path), settings={})
+        assert output.partial.read_bytes() == before
+
+    def test_what_cannot_be_gone_on_with(self, tmp_path):
+        path = tmp_path / "out.jsonl"
+        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={"temperature": 1.0}) as output:
+            output.write(read(GOOD), scores_of(2), records=1)
+            raise KeyboardInterrupt
+        with pytest.raises(ResumeError, match=r"temperature: expected 1\.0, as in the run that is resumed, got 2\.0"):
+            OutputFile(str(path), settings={"temperature": 2.0}, resume=True)
+        output.partial.write_bytes(b"")
+        with pytest.raises(ResumeError, match=r"expected at least the \d+ bytes that are done, got 0"):
+            OutputFile(str(path), settings={"temperature": 1.0}, resume=True)
+        (tmp_path / "out.jsonl.partial.json").write_text("{")
+        with pytest.raises(ResumeError, match="expected what an earlier run noted"):
+            OutputFile(str(path), settings={"temperature": 1.0}, resume=True)
 
     def test_nothing_is_left_of_nothing(self, tmp_path):
         with pytest.raises(KeyboardInterrupt), OutputFile(str(tmp_path / "out.jsonl")):

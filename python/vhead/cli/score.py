@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -83,12 +83,16 @@ def score(
     on_error: Annotated[OnError, typer.Option(help="Stop at a record that cannot be scored, or leave it out.")] = (
         OnError.FAIL
     ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run with this output stopped, if one did.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
     """Score a file of rollouts: per-token values and log-probabilities, and a reward each.
 
     The output has the records in input order, as they came, with one more field per score. It appears under its name
-    when it is complete; until then, and when scoring stops early, it is NAME.partial beside it.
+    when it is complete; until then, and when scoring stops early, it is NAME.partial beside it, and --resume goes on
+    with it: nothing is lost, and nothing is in the output twice.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
@@ -100,19 +104,24 @@ def score(
     """
     with reported():
         fields = _checked_fields(returns)
-        _check_paths(source, output)
+        _check_paths(source, output, resume=resume)
         if not 0.0 < temperature < float("inf"):
             raise typer.BadParameter(f"expected a positive number, got {temperature}", param_hint="--temperature")
         from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
         from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
         skipped = SkippedRecords(source)
-        with _naming(source), closing(open_reader(source, fields)) as reader:
+        settings = None if _STANDARD_STREAM in (source, output) else _settings(model, fields, temperature, dtype)
+        with (
+            _naming(source),
+            closing(open_reader(source, fields)) as reader,
+            _kept(OutputFile(output, settings=settings, resume=resume)) as destination,
+        ):
             with _loading(model, quiet=quiet):
                 from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
 
                 scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
-            with _kept(OutputFile(output)) as destination, ScoringProgress(shown=not quiet) as progress:
+            with ScoringProgress(shown=not quiet) as progress:
                 score_file(
                     scorer,
                     reader,
@@ -136,7 +145,7 @@ def _checked_fields(returns: str) -> tuple[str, ...]:
         raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
 
 
-def _check_paths(source: str, output: str) -> None:
+def _check_paths(source: str, output: str, *, resume: bool) -> None:
     """What is wrong with the names themselves is wrong usage, and said before anything is loaded."""
     from vhead.scoring.files import format_of  # noqa: PLC0415, for a fast --help
 
@@ -147,10 +156,25 @@ def _check_paths(source: str, output: str) -> None:
             raise typer.BadParameter(str(error), param_hint=hint) from None
     if source != _STANDARD_STREAM and not Path(source).is_file():
         raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    if resume and _STANDARD_STREAM in (source, output):
+        raise typer.BadParameter("expected files as INPUT and --output, got a stream", param_hint="--resume")
     if output != _STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
     if _STANDARD_STREAM not in (source, output) and Path(output).exists() and Path(output).samefile(source):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
+
+
+def _settings(model: str, fields: Sequence[str], temperature: float, dtype: Dtype | None) -> dict[str, object]:
+    """What a run must have in common with the one that it resumes, or the output would be of two minds."""
+    folder = Path(model)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else model,
+        "model files": [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "returns": list(fields),
+        "temperature": temperature,
+        "dtype": None if dtype is None else dtype.value,
+    }
 
 
 def _scorer(
@@ -217,7 +241,7 @@ def _kept(output: "OutputFile") -> Iterator["OutputFile"]:
             yield output
     except BaseException:
         if output.partial is not None and output.partial.exists():
-            say(f"what was scored is kept in {output.partial}")
+            say(f"what was scored is kept in {output.partial}; --resume goes on with it")
         raise
 
 

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from vhead.errors import FieldError
 from vhead.scoring.rollout import Rollout, shown
-from vhead.scoring.rows import Row, check_reserved, rollout_of
+from vhead.scoring.rows import Row, check_reserved, digest_of, rollout_of
 from vhead.scoring.scores import PER_TOKEN, Score, Scores
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -56,6 +57,10 @@ class JsonRow:
         if not isinstance(record, dict):
             raise FieldError(self.where, "text", expected="a JSON object", got=shown(record))
         return record
+
+    def digest(self) -> str:
+        """A short text that two different records do not have in common."""
+        return digest_of(self.line.strip())
 
     def _broken(self, error: ValueError) -> str:
         if not self.line.endswith(b"\n"):
@@ -110,8 +115,9 @@ class JsonlWriter:
             self._stream.write(f"{record[:-1].rstrip()}, {_members(score, scores.fields)}}}\n".encode())
         self._stream.flush()
 
-    def finish(self, *, complete: bool) -> None:
-        """Nothing: the last line is as complete as the first."""
+    def publish(self, grown: Path, path: Path) -> None:
+        """The lines are complete as they are."""
+        grown.replace(path)
 
 
 def _members(score: Score, names: tuple[str, ...]) -> str:

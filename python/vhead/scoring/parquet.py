@@ -2,16 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vhead.errors import FieldError, FileFormatError, MissingExtraError
 from vhead.scoring.rollout import Rollout, shown
-from vhead.scoring.rows import INPUT_FIELDS, Row, check_reserved, rollout_of
+from vhead.scoring.rows import INPUT_FIELDS, Row, check_reserved, digest_of, rollout_of
 from vhead.scoring.scores import Scores
 
 try:
@@ -21,6 +23,7 @@ except ImportError as error:
     raise MissingExtraError("pyarrow", "data") from error
 
 _ROWS_AT_ONCE = 1024
+_ROW_GROUP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class ParquetRow:
     def columns(self) -> dict[str, Any]:
         """The row as Python objects."""
         return {name: self.batch.column(name)[self.at].as_py() for name in self.batch.schema.names}
+
+    def digest(self) -> str:
+        """A short text that two different records do not have in common."""
+        return digest_of(repr(self.columns()).encode())
 
     def json_object(self) -> str:
         """The row as a JSON object: times in ISO 8601, decimals as text, NaN and infinities as null.
@@ -96,35 +103,41 @@ class ParquetReader:
 class ParquetWriter:
     """Writes the input's columns with the scores behind them; per-token scores are `list<float32>` columns.
 
-    The first records decide the columns and their types.
+    The first records decide the columns and their types. What Parquet needs to be readable comes at its end, so that
+    the file grows as Arrow streams, one for each call of `write`, and becomes Parquet when it is complete.
+
+    Args:
+        stream: What is appended to.
+        earlier: The file of an earlier run that is gone on with, whose first records decide.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, earlier: Path | None = None) -> None:
         self._stream = stream
+        self._earlier = None if earlier is None else next(_grown_tables(earlier)).schema
         self._carried: Any = None
-        self._writer: pq.ParquetWriter | None = None
 
     def write(self, rows: Sequence[Row], scores: Scores) -> None:
-        """Appends the records as one row group.
+        """Appends the records.
 
         Raises:
             FieldError: A record has a column, or a type in a column, that the first records did not have.
         """
         if not rows:
             return
+        if self._earlier is not None and self._carried is None:
+            self._carried = pa.schema([field for field in self._earlier if field.name not in scores.fields])
         table = self._table(rows)
         self._carried = table.schema
         table = _with_scores(table, scores)
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._stream, table.schema)
-        self._writer.write_table(table)
+        with pa.ipc.new_stream(self._stream, table.schema) as stream:
+            stream.write_table(table)
 
-    def finish(self, *, complete: bool) -> None:
-        """Writes the footer, without which the file is not readable."""
-        if self._writer is None and complete:
-            self._writer = pq.ParquetWriter(self._stream, pa.schema([]))
-        if self._writer is not None:
-            self._writer.close()
+    def publish(self, grown: Path, path: Path) -> None:
+        """Writes the Parquet file from the streams, beside its place, and moves it there."""
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        _write_parquet(_row_groups(_grown_tables(grown)), unfinished)
+        unfinished.replace(path)
+        grown.unlink()
 
     def _table(self, rows: Sequence[Row]) -> pa.Table:
         if all(isinstance(row, ParquetRow) for row in rows):
@@ -153,6 +166,37 @@ class ParquetWriter:
             except (pa.ArrowInvalid, pa.ArrowTypeError):
                 expected = f"{column.type}, as in the first records"
                 raise FieldError(row.where, column.name, expected=expected, got=shown(record[column.name])) from None
+
+
+def _grown_tables(path: Path) -> Iterator[pa.Table]:
+    """The tables of a file of Arrow streams, one after the other."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        while file.tell() < size:
+            with pa.ipc.open_stream(file) as stream:
+                yield stream.read_all()
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Puts tables together until they are worth a row group."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(part.nbytes for part in waiting) >= _ROW_GROUP_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _write_parquet(tables: Iterator[pa.Table], path: Path) -> None:
+    first = next(tables, pa.table({}))
+    with path.open("wb") as file:
+        with pq.ParquetWriter(file, first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _inferred(records: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -1,5 +1,6 @@
 """Records of a file: which of their fields make a rollout, and how they are carried through to the output."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -36,6 +37,14 @@ class Row(Protocol):
 
     def columns(self) -> dict[str, Any]:
         """The whole record as Python objects."""
+
+    def digest(self) -> str:
+        """A short text that two different records do not have in common."""
+
+
+def digest_of(content: bytes) -> str:
+    """The digest of a record that is these bytes."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def rollout_of(record: Mapping[str, Any], where: str) -> Rollout:
