@@ -119,6 +119,23 @@ def check_values_and_generate_of_shards(_rank):
     assert torch.equal(sharded().generate(tokens(), **arguments), alone.generate(tokens(), **arguments))
 
 
+def check_a_body_that_is_a_unit_of_its_own(_rank):
+    """`values` passes the language model by, and with it the place where its own unit would be gathered."""
+    with torch.no_grad():
+        assert torch.equal(sharded_body()(tokens()).value, whole()(tokens()).value)
+        with pytest.raises(RuntimeError, match="DTensor"):
+            sharded_body().values(tokens())
+
+
+def sharded_body():
+    from torch.distributed.fsdp import fully_shard
+
+    model = whole()
+    fully_shard(model.pretrained_model)
+    fully_shard(model)
+    return model
+
+
 def trained_shards(rank, wrapper=AutoModelForCausalLMWithValueHead):
     model = sharded(wrapper)
     optimizer = optimizer_of(model)
@@ -189,6 +206,7 @@ CHECKS = [
     check_ddp,
     check_fsdp2,
     check_values_and_generate_of_shards,
+    check_a_body_that_is_a_unit_of_its_own,
     check_sharded_state,
     check_full_state,
     check_optimizer_state,
