@@ -262,7 +262,7 @@ def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) 
     if not lacking:
         return frozenset()
     names = {name for name, _ in body.named_parameters()}
-    missing, trunk = lacking & names, _trunk_names(body, names)
+    missing, trunk = _own_names(body, lacking, names) & names, _trunk_names(body, names)
     unexpected = sorted(report["unexpected_keys"])
     renamed = next((name for name in unexpected if any(name.endswith(f".{own}") for own in missing & trunk)), None)
     if renamed is None and not (trunk and trunk <= missing):
@@ -273,6 +273,13 @@ def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) 
         f"{renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
         "A prefix is taken off the names by: vhead convert SRC DST"
     )
+
+
+def _own_names(body: PreTrainedModel, reported: set[str], names: set[str]) -> set[str]:
+    """What a report calls the parameters `names`: transformers 4 leaves the base model's prefix out, or puts it in."""
+    prefix = f"{body.base_model_prefix}."
+    spellings = ((name, prefix + name, name.removeprefix(prefix)) for name in reported)
+    return {next((spelling for spelling in group if spelling in names), group[0]) for group in spellings}
 
 
 def _check_trunk_is_whole(body: PreTrainedModel, untrained: frozenset[str], location: str) -> None:

@@ -51,5 +51,6 @@ def _device(place: int | str | torch.device) -> torch.device:
 
 
 def _accelerator() -> str:
-    kinds = ("cuda", "xpu", "npu", "mps")
-    return next((kind for kind in kinds if getattr(torch, kind, None) and getattr(torch, kind).is_available()), "cuda")
+    """The kind of accelerator whose numbers stand in device maps."""
+    kinds = (kind for kind in ("xpu", "npu") if getattr(torch, kind, None) and getattr(torch, kind).is_available())
+    return next(kinds, "cuda")
