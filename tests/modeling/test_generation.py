@@ -104,6 +104,37 @@ def test_every_route_to_the_last_hidden_state(architecture: str) -> None:
     assert_equal_to_scoring(model, prompts, output)
 
 
+def test_a_cached_prefix() -> None:
+    model = critic("llama")
+    prompts = batch(model.pretrained_model, rows=1)
+    prefix = {name: value[:, :4] for name, value in prompts.items()}
+    cache = model(**prefix, use_cache=True, return_past_key_values=True)[-1]
+    output = model.generate(**prompts, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False, **EVERYTHING)
+    assert_equal_to_scoring(model, prompts, output)
+
+
+def test_embeddings_as_prompts() -> None:
+    model = critic("llama")
+    prompts = batch(model.pretrained_model, rows=1)
+    embeddings = model.get_input_embeddings()(prompts["input_ids"])
+    arguments = {"attention_mask": prompts["attention_mask"], "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    output = model.generate(inputs_embeds=embeddings, **arguments, **EVERYTHING)
+    assert output.values.shape == output.sequences.shape
+    output.sequences = torch.cat([prompts["input_ids"], output.sequences], dim=-1)
+    assert_equal_to_scoring(model, prompts, output)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it by its old name
+def test_a_model_with_an_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    body = build("llama")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = AutoModelForCausalLMWithValueHead(peft.get_peft_model(body, config), v_head_init_strategy="normal").eval()
+    prompts = padded_prompts(model)
+    output = model.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, **EVERYTHING)
+    assert_equal_to_scoring(model, prompts, output)
+
+
 def test_the_tokens_are_those_of_plain_generation() -> None:
     model = critic("llama")
     prompts = padded_prompts(model)
