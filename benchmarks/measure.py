@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Settings of the environment that change what is measured.
 SETTINGS = ("OMP_", "MKL_", "KMP_", "MALLOC_", "VHEAD_")
 # What runs here, whose uncommitted changes would make a figure nobody's.
-MEASURED = ("rust", "python/vhead/ops", "python/vhead/heads.py", "benchmarks/*.py")
+MEASURED = ("rust", "python/vhead", "benchmarks/*.py")
 
 
 def interleaved(contestants: Mapping[str, Work], rounds: int, block_s: float = 0.002) -> dict[str, list[float]]:

@@ -1,10 +1,12 @@
-"""Log-probabilities and entropies of tokens, a few rows of logits at a time."""
+"""Log-probabilities and entropies of tokens, without the logits of all of them."""
 
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vhead import ops
 from vhead.scoring.logits import LogitsRule
 
 _LOGITS_BYTES = 32 * 1024 * 1024
@@ -34,7 +36,25 @@ def token_statistics(
     Returns:
         Log-probabilities `[N]` and entropies `[N]` or None, float32.
     """
-    return _in_chunks(lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature, entropy=entropy)
+    output = rule.lm_head
+    if not _is_plain_linear(output) or output.weight.device != states.device:
+        return _in_chunks(lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature, entropy=entropy)
+    logprobs, spread = ops.token_logprobs(
+        states,
+        output.weight,
+        targets.to(states.device),
+        bias=output.bias,
+        temperature=temperature,
+        softcap=rule.softcap,
+        scale=rule.scale,
+    )
+    return logprobs.float(), spread.float() if entropy else None
+
+
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether reading the module's weights gives what calling it would: no adapter, no quantisation, no hook."""
+    plain = type(module) is nn.Linear and "forward" not in module.__dict__
+    return plain and not module._forward_pre_hooks and not module._forward_hooks
 
 
 def statistics_of_logits(
