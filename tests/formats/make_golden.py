@@ -105,7 +105,10 @@ def states(body):
 
 def save_raw(path, state, config, file="model.safetensors"):
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    (save_file if file.endswith("safetensors") else torch.save)(state, path / file)
+    if file.endswith("safetensors"):
+        save_file(state, path / file, metadata={"format": "pt"})
+    else:
+        torch.save(state, path / file)
     if config is not None:
         config.save_pretrained(path)
 

@@ -9,8 +9,8 @@ import torch
 from golden import EXPECTED, GOLDEN, TOKENS, WITH_BODY, layers, location
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-from typer.testing import CliRunner
 
+from typer_runner import RUNNER
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.cli.app import app
 from vhead.errors import HeadError, HeadFileError, HeadMismatchError
@@ -319,7 +319,7 @@ def test_files_are_the_library_s_own_bytes(tmp_path):
 
 
 def run(*words):
-    return CliRunner().invoke(app, ["convert", *map(str, words)])
+    return RUNNER.invoke(app, ["convert", *map(str, words)])
 
 
 def test_the_command_converts_and_says_what(tmp_path, monkeypatch):

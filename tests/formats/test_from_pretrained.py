@@ -5,10 +5,16 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from golden import EXPECTED, TOKENS, WITH_BODY, location
+from packaging.version import Version
 
 from vhead import AutoModelForCausalLMWithValueHead
+from vhead.errors import BodyMismatchError
 from vhead.formats import load
+
+# Older versions of transformers cannot take a prefix off a checkpoint's names.
+RENAMES = Version(transformers.__version__) >= Version("4.52")
 
 
 def loaded(path):
@@ -25,6 +31,10 @@ def framework_values(name):
 
 @pytest.mark.parametrize("name", WITH_BODY)
 def test_values_are_the_framework_s(name):
+    if EXPECTED[name]["body_prefix"] and not RENAMES:
+        with pytest.raises(BodyMismatchError, match="vhead convert"):
+            loaded(location(name))
+        return
     model, values = loaded(location(name))
     expected = framework_values(name)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
