@@ -52,8 +52,8 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        dtype: Its dtype as torch prints it, `torch.bfloat16`; one that torch does not have by the file's name; before it,
-            for what is not plain numbers in memory, a word for what it is.
+        dtype: Its dtype as torch prints it, `torch.bfloat16`, or as the file does, where torch has none; before it, for
+            what is not plain numbers in memory, a word for what it is.
     """
 
     shape: tuple[int, ...]
