@@ -168,10 +168,11 @@ def _checked(  # noqa: PLR0917, the operator's schema
     if softcap is not None:
         _check_positive("softcap", softcap)
     factor = 1.0 if scale is None else float(scale)
-    if not math.isfinite(factor):
+    if not -math.inf < factor < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if batch_invariant and not (hidden.is_cpu and _is_native(hidden, weight, bias)):
-        raise ValueError("batch_invariant: expected native kernels' dtypes on cpu, got none that they can run")
+        got = f"{bare(_precision(hidden, weight))} on {hidden.device.type}"
+        raise ValueError(f"batch_invariant: expected float32, bfloat16 or float16 on cpu, got {got}")
     return hidden, weight, targets.long(), bias, float(temperature), softcap, factor, batch_invariant
 
 
@@ -186,7 +187,7 @@ def _check_targets(targets: Tensor, hidden: Tensor) -> None:
 
 
 def _check_positive(name: str, number: float) -> None:
-    if not (math.isfinite(number) and number > 0.0):
+    if not 0.0 < number < math.inf:  # which Dynamo can trace, as it cannot isfinite
         raise ValueError(f"{name}: expected a finite number above zero, got {number}")
 
 
