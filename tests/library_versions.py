@@ -19,6 +19,9 @@ DTYPE = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
 # Keeps the dtype of the checkpoint, as transformers does unasked since version 5.
 CHECKPOINT_DTYPE = {} if Version("5") <= TRANSFORMERS else {DTYPE: "auto"}
 
+# What was found to fail on 4.45 and to hold on 4.57.
+IS_BEFORE_4_57 = Version("4.57") > TRANSFORMERS
+
 # Whether tensors and arrays can be asked for a versioned DLPack capsule.
 TORCH_VERSIONS_DLPACK = "max_version" in signature(torch.Tensor.__dlpack__).parameters
 NUMPY_VERSIONS_DLPACK = Version("2.1") <= Version(np.__version__)

@@ -121,7 +121,7 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
     """
     plan = plan_for(model) if plan is None else plan
     if plan.takes_position_ids and inputs.get("position_ids") is None:
-        inputs |= _position_ids(inputs)
+        inputs = {**inputs, **_position_ids(inputs)}
     language_model = without_adapter(model)
     if _needs_full_forward(language_model, plan, inputs):
         return run(model, plan, inputs)[1]

@@ -4,14 +4,14 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from typer_runner import RUNNER
 from vhead import cli
 from vhead.cli.app import app
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+    return RUNNER.invoke(app, arguments, env={"COLUMNS": "120"})
 
 
 def test_version():

@@ -12,8 +12,8 @@ import pytest
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from typer.testing import CliRunner
 
+from typer_runner import RUNNER
 from vhead.cli.demo import demo
 from vhead.cli.demo_table import PAPER, coloured, marked, shade, show
 from vhead.demo.judgement import Judged
@@ -134,7 +134,7 @@ def test_the_command_in_a_pipe_without_colour() -> None:
 @pytest.mark.parametrize("suffix", [".svg", ".html"])
 def test_the_picture_is_in_colour_and_needs_no_network(command: typer.Typer, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"demo{suffix}"
-    result = CliRunner().invoke(command, ["--passages", "1", "--save", str(path)])
+    result = RUNNER.invoke(command, ["--passages", "1", "--save", str(path)])
     assert result.exit_code == 0, result.output
     text = path.read_text(encoding="utf-8")
     assert PAPER[8] in text
@@ -143,6 +143,6 @@ def test_the_picture_is_in_colour_and_needs_no_network(command: typer.Typer, tmp
 
 
 def test_another_kind_of_picture_is_refused(command: typer.Typer, tmp_path: Path) -> None:
-    result = CliRunner().invoke(command, ["--save", str(tmp_path / "demo.gif")])
+    result = RUNNER.invoke(command, ["--save", str(tmp_path / "demo.gif")])
     assert result.exit_code == 2
     assert "ends in .svg or .html, got 'demo.gif'" in re.sub(r"[\s│]+", " ", result.output)

@@ -86,7 +86,10 @@ def test_the_folder_holds_adapter_and_head_for_us_and_for_trl(saved):
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "value_head.safetensors"} <= files
     assert not any(name.startswith(".") for name in files)
-    for head in (load_file(folder / "value_head.safetensors"), torch.load(folder / "pytorch_model.bin")):
+    for head in (
+        load_file(folder / "value_head.safetensors"),
+        torch.load(folder / "pytorch_model.bin", weights_only=True),
+    ):
         assert sorted(head) == sorted(HEAD_KEYS)
         assert all(torch.equal(head[name], model.state_dict()[name]) for name in HEAD_KEYS)
 
