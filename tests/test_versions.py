@@ -1,0 +1,82 @@
+"""The lowest releases that the package asks for are those of the oldest world, and its sources name nothing newer."""
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent
+WORLDS = ROOT / "tools" / "versions"
+
+sys.path.append(str(WORLDS))
+import names  # noqa: E402
+
+# Names that only newer releases have, each reached where its absence is answered for.
+NEWER = {
+    # Asked for by `hasattr`; before torch 2.5, vmap falls back to a loop.
+    "torch.library.register_vmap",
+    # Behind `except ImportError`: without it, the last hidden state is captured.
+    "transformers.utils.output_capturing.selected_hidden_states",
+    # Behind a check that transformers has the table at all; without it, prompts are not packed that way.
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.__setitem__",
+}
+
+
+def pins(world: str) -> dict[str, str]:
+    """Package and release of every line of a world."""
+    lines = (WORLDS / f"{world}.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def requirements() -> list[Requirement]:
+    """What a user of the package, its command line and its Parquet files must have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return [Requirement(line) for line in (*project["dependencies"], *extras["cli"], *extras["data"])]
+
+
+def lowest(specifiers: SpecifierSet) -> list[str]:
+    return [specifier.version for specifier in specifiers if specifier.operator == ">="]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_the_oldest_world_has_the_lowest_release_that_is_asked_for(requirement):
+    pinned = pins("oldest")[requirement.name]
+    (bound,) = lowest(requirement.specifier)
+    assert (pinned + ".").startswith(bound + ".")
+    assert len(requirement.specifier) == 1, "an upper bound would move somebody's release"
+
+
+def test_every_world_is_whole():
+    worlds = [path.stem for path in WORLDS.glob("*.txt")]
+    assert sorted(worlds) == ["middle", "newest", "oldest"]
+    for world in worlds:
+        assert {requirement.name for requirement in requirements()} <= set(pins(world))
+    assert pins("oldest")["numpy"].startswith("1.")
+    assert pins("newest")["numpy"].startswith("2.")
+
+
+def test_the_sources_use_nothing_that_the_oldest_releases_lack():
+    recorded = set(json.loads(names.RECORD.read_text()))
+    assert names.names_in_package() - recorded - NEWER == set(), "run tools/versions/names.py in the oldest world"
+
+
+def test_the_check_of_names_can_fail():
+    imports = "import torch\nfrom torch import nn\nimport numpy as np\n"
+    source = f"{imports}nn.RMSNorm\nnp.linalg.norm\ntorch.nn.Linear.x()\nself.y.z"
+    used = set(names.names_in(source))
+    assert {"torch", "torch.nn", "torch.nn.RMSNorm", "numpy.linalg.norm", "torch.nn.Linear.x"} <= used
+    assert not any(re.search(r"\b[yz]$", name) for name in used)
+    assert names.exists("torch.nn.Linear")
+    assert not names.exists("torch.nn.ColourOfPaper")
+    assert not names.exists("torch.no_such_module.name")
+
+
+def test_names_that_are_newer_are_in_use():
+    assert names.names_in_package() >= NEWER
