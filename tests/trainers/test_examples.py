@@ -74,3 +74,11 @@ def test_verl_critic(run):
     first, last = numbers(line_with("value loss", printed))
     assert last < 0.9 * first
     assert_saved(printed, "critic")
+
+
+def test_llama_factory_reward_model(run):
+    pytest.importorskip("llamafactory")
+    printed = run("llama_factory_reward_model.py")
+    first, last = numbers(line_with("pairwise loss", printed))
+    assert last < first
+    assert "value_head.safetensors" in line_with("saved:", printed)

@@ -1,0 +1,78 @@
+"""A reward model trained by LLaMA-Factory itself, with this package's class where it imports TRL's.
+
+It trains LoRA and head on pairs of the demo's texts: the chosen one is natural, the rejected one its corrupted twin.
+
+    pip install vhead llamafactory==0.9.4
+    DISABLE_VERSION_CHECK=1 python examples/llama_factory_reward_model.py
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import vhead.compat.trl
+from vhead import formats
+from vhead.demo import demo_model_path
+from vhead.demo.rollouts import NATURAL, read_demo_rollouts
+
+# Before LLaMA-Factory is imported, which imports the class when it is.
+vhead.compat.trl.install()
+
+from llamafactory.train.tuner import run_exp  # noqa: E402
+
+
+def write_pairs(folder: Path) -> None:
+    """A data set as LLaMA-Factory reads it: the pairs, and the file that says which column is what."""
+    rollouts = read_demo_rollouts()
+    natural = {rollout.topic: rollout.completion for rollout in rollouts if rollout.kind == NATURAL}
+    pairs = [
+        {"instruction": r.prompt, "input": "", "chosen": natural[r.topic], "rejected": r.completion}
+        for r in rollouts
+        if r.kind != NATURAL
+    ]
+    columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    information = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(information))
+
+
+def main() -> None:
+    """Trains, and says what was saved."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=Path("reward-model"))
+    arguments = parser.parse_args()
+    write_pairs(arguments.output / "data")
+    run_exp(
+        {
+            "stage": "rm",
+            "do_train": True,
+            "model_name_or_path": str(demo_model_path()),
+            "finetuning_type": "lora",
+            "lora_rank": 4,
+            "lora_target": "q_proj,v_proj",
+            "dataset": "pairs",
+            "dataset_dir": str(arguments.output / "data"),
+            "template": "empty",
+            "cutoff_len": 256,
+            "output_dir": str(arguments.output / "adapter"),
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "max_steps": arguments.steps,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+        }
+    )
+    history = json.loads((arguments.output / "adapter" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    quarter = max(1, len(losses) // 4)
+    first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
+    print(f"pairwise loss: {first:.3f} in the first quarter, {last:.3f} in the last")
+    print("saved:", formats.detect(arguments.output / "adapter").reason)
+
+
+if __name__ == "__main__":
+    main()
