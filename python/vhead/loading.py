@@ -25,6 +25,9 @@ from vhead.heads import HeadArguments
 
 logger = logging.getLogger("vhead")
 
+# Whether transformers looks up every tensor of a checkpoint in the device map, also those that are not the model's.
+_PLACES_EVERY_TENSOR = Version(transformers.__version__) < Version("4.57")
+
 # Whether transformers renames a checkpoint's weights on loading.
 _MAPS_NAMES = Version(transformers.__version__) >= Version("4.52")
 
@@ -226,6 +229,9 @@ def _load_body(
         return auto_class.from_pretrained(location, *model_args, **arguments)[0].pretrained_model, frozenset()
     if found.body_prefix and _MAPS_NAMES:
         arguments.setdefault("key_mapping", {f"^{re.escape(found.body_prefix)}": ""})
+    device_map = arguments.get("device_map")
+    if _PLACES_EVERY_TENSOR and isinstance(device_map, dict) and "" not in device_map:
+        arguments["device_map"] = {**dict.fromkeys(found.modules, "cpu"), **device_map}
     is_output_layer = found.head is not None and found.head.format == VERL_MEGATRON
     if is_output_layer:
         # A head of one row in the output layer's place has another shape than the language model's; tied to the

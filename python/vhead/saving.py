@@ -5,10 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
+from torch import nn
 from transformers.utils import PushToHubMixin
 
 from vhead import adapters
 from vhead.state import CheckpointState
+
+_BRINGS_WEIGHTS_BACK = Version(transformers.__version__) >= Version("5")
 
 
 class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  # untyped
@@ -37,6 +42,7 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.is_peft_model:
+            state = _brought_back(state, self.pretrained_model)
             return self.pretrained_model.save_pretrained(folder, *args, state_dict=state, **kwargs)
         return self._save_with_adapter(state, folder, *args, **kwargs)
 
@@ -62,6 +68,18 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         """
         tags = [*(getattr(self.pretrained_model, "model_tags", None) or ()), *_as_list(kwargs.pop("tags", None))]
         return super().push_to_hub(repo_id, *args, **kwargs, **({"tags": list(dict.fromkeys(tags))} if tags else {}))
+
+
+def _brought_back(state: dict[str, Any], body: nn.Module) -> dict[str, Any]:
+    """The weights with the offloaded ones in memory, which transformers 5 brings back itself, a shard at a time."""
+    if _BRINGS_WEIGHTS_BACK or not any(getattr(value, "is_meta", False) for value in state.values()):
+        return state
+    from accelerate.utils.modeling import (  # type: ignore[import-untyped]  # noqa: PLC0415, what offloads has it
+        get_state_dict_offloaded_model,
+    )
+
+    whole = get_state_dict_offloaded_model(body)
+    return {name: whole.get(name, value) if value.is_meta else value for name, value in state.items()}
 
 
 def _as_list(tags: str | list[str] | None) -> list[str]:

@@ -63,6 +63,8 @@ def test_offloaded_models_give_the_same_values(saved, tmp_path, name):
     assert loaded.v_head.summary.weight.device == torch.device("cpu")
     assert torch.equal(loaded.v_head.summary.weight, model.v_head.summary.weight)
     assert loaded.is_sequential_parallel is False
+    if loaded.device.type == "meta":
+        return  # older versions of transformers warn of generating with such a model
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     row = {key: value[:1] for key, value in inputs.items()}
     assert torch.equal(loaded.generate(**row, **options), model.generate(**row, **options))
