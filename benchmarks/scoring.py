@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import load_average, provenance
@@ -20,7 +21,7 @@ from vhead import Rollout
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 LABELS = {VALUES: "values", ALL_FIELDS: "all fields"}
 # Each is measured in a process of its own, as the allocator keeps what an earlier one has freed.
-MEASURED_MEMORY = ("trl", "sorted batches", "vhead", "batch-invariant")
+MEASURED_MEMORY = ("vhead", "sorted batches", "batch-invariant", "trl")
 
 Row = dict[str, object]
 
@@ -41,12 +42,16 @@ class Setting:
 
 
 def times(setting: Setting, rounds: int) -> Iterator[Row]:
-    """Wall and processor seconds of every contestant on every set of fields, which take turns in random order."""
+    """Wall and processor seconds of every contestant on every set of fields, which take turns.
+
+    The first round goes in the order of the list, later ones in random order.
+    """
     body, rollouts = setting.build()
     turns = [(each.name, each.make(body, rollouts), fields) for each in contestants() for fields in each.fields]
     shuffle = random.Random(0)  # noqa: S311, not a secret
     for number in range(rounds):
-        shuffle.shuffle(turns)
+        if number:
+            shuffle.shuffle(turns)
         for name, score, fields in turns:
             row = {"round": number, "contestant": name, "fields": LABELS[fields], **_timed(score, fields)}
             print(f"round {number}, {name}, {LABELS[fields]}: {row['wall_s']:.2f} s", flush=True)
@@ -103,10 +108,14 @@ def main() -> None:
     setting = Setting(options.layers, options.prompts, options.completions, options.threads)
     source = provenance(options.threads, options.rounds) | {"layers": options.layers, "load_before": load_average()}
     source |= {"workload": sizes(workload(options.prompts, options.completions))}
-    measured = {"memory": list(memory(setting)), "times": list(times(setting, options.rounds))}
-    source["load_after"] = load_average()
+    document: dict[str, Any] = {"provenance": source, "times": [], "memory": []}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"provenance": source} | measured, indent=1) + "\n")
+    for name, rows in (("times", times(setting, options.rounds)), ("memory", memory(setting))):
+        for row in rows:
+            document[name] += [row]
+            source["load_after"] = load_average()
+            # After each row, as a run takes long.
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {options.output}")
 
 

@@ -156,15 +156,15 @@ def bare_gemm(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
 
 def contestants() -> Iterator[Contestant]:
     """Everything that is measured: the peer, ourselves, what each mechanism gives, and the limit."""
-    yield Contestant("trl", trl_loop)
     yield Contestant("vhead", scorer())
-    yield Contestant("dense mask", scorer(way=lambda body: MaskedTreePacking(body, None)))
-    yield Contestant("prefix cache", scorer(way=PrefixCache))
-    yield Contestant("sorted batches", scorer(way=PaddedBatches))
-    yield Contestant("one at a time", scorer(way=OneByOne))
-    yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
-    yield Contestant("batch-invariant", scorer(batch_invariant=True))
     yield Contestant("bare GEMM", bare_gemm)
+    yield Contestant("trl", trl_loop)
+    yield Contestant("sorted batches", scorer(way=PaddedBatches))
+    yield Contestant("batch-invariant", scorer(batch_invariant=True))
+    yield Contestant("dense mask", scorer(way=lambda body: MaskedTreePacking(body, None)))
+    yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
+    yield Contestant("prefix cache", scorer(way=PrefixCache))
+    yield Contestant("one at a time", scorer(way=OneByOne))
 
 
 def _padded(rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
