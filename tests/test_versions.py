@@ -80,3 +80,18 @@ def test_the_check_of_names_can_fail():
 
 def test_names_that_are_newer_are_in_use():
     assert names.names_in_package() >= NEWER
+
+
+@pytest.mark.parametrize("world", ["oldest", "middle", "newest"])
+def test_the_page_states_each_world_s_releases(world):
+    row = f"| [{world}](../tools/versions/{world}.txt) | {{torch}} | {{transformers}} | {{numpy}} |".format(
+        **pins(world)
+    )
+    assert row in (ROOT / "docs" / "versions.md").read_text()
+
+
+def test_the_page_states_the_range():
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for requirement in requirements()[:5]:
+        (bound,) = lowest(requirement.specifier)
+        assert f"| {requirement.name} | {bound} | {'.'.join(pins('newest')[requirement.name].split('.')[:2])} |" in page
