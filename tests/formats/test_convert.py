@@ -379,3 +379,23 @@ def test_the_help_lists_every_format():
 
     listed = " ".join((command.__doc__ or "").split()).partition("Formats: ")[2].partition(".")[0]
     assert listed.split(", ") == [head_format.name for head_format in FORMATS]
+
+
+def test_a_classification_model_has_no_language_model_head(tmp_path):
+    convert(location("openrlhf"), tmp_path / "source", "trl")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.randn(11, 8)}, file, metadata={"format": "pt"})
+    done = convert(tmp_path / "source", tmp_path / "converted", "hf-token-classification")
+    assert "lm_head.weight" not in load_file(tmp_path / "converted" / "model.safetensors")
+    assert [note for note in done.notes if note.endswith("no place for it: lm_head.weight")]
+    whole = convert(tmp_path / "source", tmp_path / "whole", "llama-factory")
+    assert "lm_head.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    assert whole.notes == ()
+
+
+@pytest.mark.parametrize("name", ["deepspeed_chat", "deepspeed_chat_older"])
+def test_a_base_model_s_names_get_the_language_model_s_prefix(tmp_path, name):
+    convert(location(name), tmp_path / "converted", "llama-factory")
+    names = set(load_file(tmp_path / "converted" / "model.safetensors"))
+    assert names
+    assert all(key.startswith("model.decoder.") for key in names)
