@@ -239,6 +239,23 @@ def test_a_reference_model_is_a_copy_with_its_adapter(base):
     assert copy.deepcopy(model).is_peft_model
 
 
+def test_gradient_checkpointing_gives_the_same_gradients_to_the_same_parameters(base):
+    from test_modes import enable_checkpointing
+
+    model = wrapped(base, summary_dropout_prob=0.0).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_checkpointing(model)
+            model.enable_input_require_grads()
+            model.zero_grad()
+        model(**inputs_of(model), use_cache=False).value.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert list(gradients[0]) == trained_names(model)
+    assert list(gradients[1]) == trained_names(model)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 # Where the files are
 
 
