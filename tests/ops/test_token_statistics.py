@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.conftest import DTYPES, HALVES, rms, same_bits
 from vhead import _native
-from vhead.ops import TokenStatistics, statistics, token_logprobs, token_statistics, token_statistics_plain
+from vhead.ops import (
+    TokenStatistics,
+    statistics,
+    statistics_of_logits,
+    token_logprobs,
+    token_statistics,
+    token_statistics_plain,
+)
 
 OPERATOR = torch.ops.vhead.token_statistics.default
 BACKWARD_OPERATOR = torch.ops.vhead.token_statistics_backward.default
@@ -313,6 +320,31 @@ def test_fake_and_meta_tensors_have_shapes() -> None:
         assert [t.shape for t in found] == [(6,)] * 4
         found.logprobs.sum().backward()
         assert fakes[1].grad.shape == (40, 9)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_logits_that_are_there(dtype) -> None:
+    logits, targets = (torch.randn(40, 3000) * 4).to(dtype), torch.randint(3000, (40,))
+    kept = logits.clone()
+    ours = statistics_of_logits(logits, targets, temperature=0.7)
+    exact = statistics_of_logits(logits.double(), targets, temperature=0.7)
+    for mine, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, true if mine.dtype == torch.bool else true.to(mine.dtype))
+    assert same_bits(logits.view(-1).float(), kept.view(-1).float())
+    view = statistics_of_logits(logits.t().contiguous().t()[::2], targets[::2].int(), temperature=0.7)
+    torch.testing.assert_close(view.entropy, ours.entropy[::2])
+    assert not torch.allclose(statistics_of_logits(logits, targets).entropy, ours.entropy)
+
+
+def test_logits_that_need_a_gradient() -> None:
+    logits, targets = torch.randn(4, 30, requires_grad=True), torch.randint(30, (4,))
+    statistics_of_logits(logits, targets).logprobs.sum().backward()
+    expected = torch.nn.functional.one_hot(targets, 30) - logits.detach().softmax(-1)
+    torch.testing.assert_close(logits.grad, expected)
+    with pytest.raises(ValueError, match=r"^logits: expected \[N, V\] with V >= 1, got \[30\]$"):
+        statistics_of_logits(logits[0], targets)
+    with pytest.raises(ValueError, match=r"^targets: expected token ids below 30, got 30 in row 0$"):
+        statistics_of_logits(logits.detach(), targets * 0 + 30)
 
 
 H, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.tensor([0, 4, 2])

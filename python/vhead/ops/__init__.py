@@ -10,6 +10,7 @@ from vhead.ops.fresh_weights import init_normal_ as init_normal_
 from vhead.ops.projection import value_head as value_head
 from vhead.ops.projection import value_head_plain as value_head_plain
 from vhead.ops.statistics import TokenStatistics as TokenStatistics
+from vhead.ops.statistics import statistics_of_logits as statistics_of_logits
 from vhead.ops.statistics import token_logprobs as token_logprobs
 from vhead.ops.statistics import token_statistics as token_statistics
 from vhead.ops.statistics import token_statistics_plain as token_statistics_plain

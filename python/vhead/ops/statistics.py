@@ -137,6 +137,38 @@ def token_statistics_plain(
     return _twin(*_checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, False)[:-1])  # noqa: FBT003
 
 
+def statistics_of_logits(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
+    """`token_statistics` where the logits are there already, in one pass over them; they stay as they are.
+
+    Args:
+        logits: `[N, V]`, any floating dtype; half precisions are upcast some rows at a time. Where they require a
+            gradient, and on devices without a kernel, plain torch operations do the work.
+        targets: Token ids `[N]`, int64 or int32, each in [0, V).
+        temperature: Above zero.
+
+    Returns:
+        As `token_statistics`.
+
+    Raises:
+        TypeError: An argument is no tensor or has a dtype that is not listed.
+        ValueError: Shapes do not fit, devices differ, a target is outside the vocabulary, or a number out of range.
+    """
+    check_kind("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits: expected [N, V] with V >= 1, got {list(logits.shape)}")
+    _check_targets(targets, logits)
+    _check_positive("temperature", temperature)
+    traced = is_dynamo_compiling() or intercepted() or not (is_plain(logits) and is_plain(targets))
+    if traced or (torch.is_grad_enabled() and logits.requires_grad) or not (logits.is_cpu and _is_native(logits)):
+        return _statistics(logits.to(_precision(logits, logits)) / temperature, targets.long())
+    statistics = _native.LogitStatistics(targets.long(), logits.shape[1], None, 1.0, None, temperature)
+    logits = logits.detach().resolve_neg()
+    for rows in _row_chunks(logits, logits.t()):
+        statistics.fold(logits[rows].float(), rows.start, 0)
+    logprobs, entropy, log_sum_p_squared, is_top1, _, _ = statistics.finish()
+    return TokenStatistics(logprobs, entropy, log_sum_p_squared, is_top1.bool())
+
+
 # --- Arguments -------------------------------------------------------------------------------------------------------
 
 
