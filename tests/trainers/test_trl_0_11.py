@@ -1,6 +1,6 @@
 """TRL 0.11's PPOTrainer, which has the class as its one way in, trains this package's class as it trains TRL's own.
 
-Runs where TRL is older than 0.12: `tools/versions/run oldest`.
+Runs where TRL is older than 0.12: `python tools/versions/run.py oldest`.
 """
 
 import contextlib

@@ -20,8 +20,8 @@ WORLDS = sorted(path.stem for path in HERE.glob("*.txt"))
 RESULTS = HERE / "results.jsonl"
 REPORTED = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "trl", "peft", "accelerate", "pyarrow")
 
-# The source tree and its documents are the same in every world; the trainers' own worlds are their tests' business.
-LEFT_OUT = ("test_architecture.py", "test_readme.py", "trainers", "consumers", "architectures")
+# The source tree, its documents and the table of architectures are the same in every world.
+LEFT_OUT = ("test_architecture.py", "test_readme.py", "architectures")
 # What old releases warn about themselves.
 IGNORED_WARNINGS = (
     "default:`torch.cpu.amp.autocast(args...)` is deprecated:FutureWarning",
