@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
 .PHONY: demo test build lint rust-format rust-lint python-format python-lint python-types stubs rust-test python-test \
-	bench format clean
+	bench compatibility format clean
 
 demo: $(VENV)/.built
 	$(BIN)/vhead demo
@@ -66,6 +66,10 @@ bench: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/python benchmarks/chart.py
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python benchmarks/head.py --output $(REUSED)
 	$(BIN)/python benchmarks/report.py $(REUSED)
+
+# What docs/compatibility.md says, found by running every model type of the installed transformers: about three minutes.
+compatibility: $(VENV)/.dev $(VENV)/.built
+	OMP_NUM_THREADS=1 $(BIN)/python tools/compatibility_table.py --fresh
 
 format: $(VENV)/.dev
 	cargo fmt --all

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from vhead.errors import VheadError
-from vhead.trunk import state_sources, takes_position_ids, trunk_of
+from vhead.trunk import state_sources, takes, takes_position_ids, trunk_of
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
@@ -73,6 +73,7 @@ class BackbonePlan:
             transformers offers it, because the hooks that transformers then leaves in the model cannot be pickled.
         takes_position_ids: Whether left padding can be corrected by position ids.
         is_encoder_decoder: Whether the values are those of decoder positions.
+        takes_use_cache: Whether the trunk can be told to keep no cache, which some of the oldest models never do.
     """
 
     architecture: type
@@ -81,6 +82,7 @@ class BackbonePlan:
     compiled_retention: Retention
     takes_position_ids: bool
     is_encoder_decoder: bool
+    takes_use_cache: bool = True
 
 
 def plan_for(model: nn.Module) -> BackbonePlan:
@@ -99,6 +101,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
         compiled_retention=Retention.SELECT if selects else retention,
         takes_position_ids=not (is_encoder_decoder or adds_tokens) and takes_position_ids(language_model),
         is_encoder_decoder=is_encoder_decoder,
+        takes_use_cache=route is not Route.BASE_MODEL or takes(sources[0], "use_cache"),
     )
 
 
@@ -125,7 +128,8 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
     language_model = without_adapter(model)
     if _needs_full_forward(language_model, plan, inputs):
         return run(model, plan, inputs)[1]
-    inputs = {"use_cache": False, **_without_logits_arguments(language_model, _accepted(inputs))}
+    no_cache = {"use_cache": False} if plan.takes_use_cache else {}
+    inputs = {**no_cache, **_without_logits_arguments(language_model, _accepted(inputs))}
     if plan.route is Route.ENCODER_DECODER:
         return _run_encoder_decoder(language_model, inputs)
     trunk: Any = trunk_of(language_model)

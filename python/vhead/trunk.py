@@ -5,7 +5,7 @@ called in the model's place; in models that are put together from others (a visi
 BERTs), it is only found inside one of the parts.
 """
 
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,12 @@ def takes_position_ids(model: nn.Module) -> bool:
     module = trunk_of(model) or model
     has_own = any(hasattr(part, name) for part in module.modules() for name in _OWN_POSITIONS)
     return not has_own and "position_ids" in signature(module.forward).parameters
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward accepts an argument, by name or among others."""
+    parameters = signature(module.forward).parameters
+    return argument in parameters or any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

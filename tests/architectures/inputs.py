@@ -40,16 +40,14 @@ def right_padded(inputs: Inputs) -> Inputs:
 
 
 def left_padded(inputs: Inputs, padding: int = 3) -> Inputs:
-    """The same tokens behind columns of padding."""
-    tokens = inputs["input_ids"]
-    before = torch.zeros(ROWS, padding, dtype=torch.long)
-    mask = torch.cat([before, torch.ones_like(tokens)], dim=1)
-    grown = {
-        name: torch.cat([before[..., None].expand(-1, -1, 4), inputs[name]], dim=1)
-        for name in ["bbox"]
-        if name in inputs
-    }
-    return {**inputs, **grown, "input_ids": torch.cat([before, tokens], dim=1), "attention_mask": mask}
+    """The same tokens behind columns of padding; what else is given for each token is padded with them."""
+    per_token = [n for n, value in inputs.items() if value.shape[:2] == (ROWS, LENGTH) and n != "qformer_input_ids"]
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    return {**inputs, "attention_mask": _behind(mask, padding)} | {n: _behind(inputs[n], padding) for n in per_token}
+
+
+def _behind(values: Tensor, padding: int) -> Tensor:
+    return torch.cat([values.new_zeros(ROWS, padding, *values.shape[2:]), values], dim=1)
 
 
 def _pixels(body: PreTrainedModel) -> Tensor:

@@ -1,0 +1,99 @@
+"""The compatibility table: rows as Markdown, and back."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from architectures.report import COLUMNS, DOES_NOT_APPLY, KNOWN_LIMIT, Row
+
+_HEADER = ["model type", "auto class", "route", *COLUMNS, "notes"]
+
+_INTRODUCTION = """\
+# Which models work
+
+`make compatibility` wrote this page: it builds a tiny model of every type that transformers' auto classes for language
+models know, with random weights, and runs it.
+
+Examined with transformers {transformers} and torch {torch}: {total} model types, counted once for each auto class
+whose models differ. {examined} of them are examined, and hold everything but what is said in their notes; {left_out}
+cannot be built, or are no language models.
+
+{counts}
+
+- **forward**: `forward(...).value` is the head's output for transformers' own last hidden state, which is the last of
+  its `output_hidden_states`, as TRL's class read it; bit for bit.
+- **logits**: the model's own logits come from this state: its head reads it as it is, or scaled, or through a transform
+  of each position by itself.
+- **values**: `values(...)` is the same bit for bit, without building logits; on a batch with padding on the right it is
+  the same on every token, up to rounding; an encoder-decoder takes `labels` in place of the decoder's tokens.
+- **gradients**: a loss on the values reaches the head, and the model down to its embeddings.
+- **generate**: the model continues the text.
+- **save, load**: `save_pretrained` and `from_pretrained` give the same bits in body and head.
+- **left padding**: `values(...)` of a batch with padding on the left is that of the unpadded one, up to rounding.
+
+The **route** is how the last hidden state is reached without logits. *Base model*: the model's trunk is called.
+*Encoder, then decoder*: the T5 family has no trunk of its own. *Full forward*: the whole model runs, logits included,
+and one hidden state is kept; *all layers kept*: transformers returns that state only with all the others.
+
+Models are given text, and images, boxes or sound where they refuse text alone. BERT and its kind are built with
+`is_decoder=True`, without which they attend in both directions.
+"""
+
+
+def render(rows: Iterable[Row], *, transformers: str, torch: str) -> str:
+    """The page."""
+    rows = sorted(rows, key=lambda row: (row.model_type, row.auto_class))
+    examined, left_out = [row for row in rows if row.cells], [row for row in rows if not row.cells]
+    introduction = _INTRODUCTION.format(
+        transformers=transformers,
+        torch=torch,
+        total=len(rows),
+        examined=len(examined),
+        left_out=len(left_out),
+        counts="\n".join(_counts(examined)),
+    )
+    table = "\n".join([*_lines([_HEADER, ["---"] * len(_HEADER)]), *_lines(map(_fields, examined))])
+    others = "\n".join(_lines([_LEFT_OUT_HEADER, ["---"] * 3, *map(_left_out_fields, left_out)]))
+    return f"{introduction}\n## Model types\n\n{table}\n\n## Not examined\n\n{others}\n"
+
+
+_LEFT_OUT_HEADER = ["model type", "auto class", "reason"]
+
+
+def _counts(rows: list[Row]) -> Iterator[str]:
+    yield from _lines([["", "holds", "does not, with a reason", "does not apply"], ["---"] * 4])
+    for column in COLUMNS:
+        cells = Counter(row.cells.get(column, "fails") for row in rows)
+        yield from _lines([[column, str(cells["yes"]), str(cells[KNOWN_LIMIT]), str(cells[DOES_NOT_APPLY])]])
+
+
+def _fields(row: Row) -> list[str]:
+    cells = [row.cells.get(column, "fails") for column in COLUMNS]
+    return [f"`{row.model_type}`", f"`{row.auto_class}`", row.route, *cells, "; ".join(row.notes)]
+
+
+def _left_out_fields(row: Row) -> list[str]:
+    return [f"`{row.model_type}`", f"`{row.auto_class}`", "; ".join(row.notes)]
+
+
+def _lines(rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def documented_versions(page: str) -> tuple[str, str]:
+    """The versions of transformers and torch that the page was written with."""
+    found = re.search(r"Examined with transformers (\S+) and torch (\S+):", page)
+    assert found is not None, "the page states no versions"
+    return found[1], found[2]
+
+
+def documented_rows(page: str) -> dict[tuple[str, str], str]:
+    """The line of each model type."""
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    return {(fields[1], fields[3]): line for line in lines if (fields := line.split("`"))}
+
+
+def line_of(row: Row) -> str:
+    """A row's line as the page has it."""
+    return next(_lines([_fields(row) if row.cells else _left_out_fields(row)]))

@@ -1,0 +1,85 @@
+"""Every model type of the installed transformers holds what `docs/compatibility.md` says of it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from architectures.limits import LEFT_OUT, LIMITS
+from architectures.report import Row, examine
+from architectures.table import documented_rows, documented_versions, line_of, render
+from architectures.tiny import model_types
+from vhead import AutoModelForCausalLMWithValueHead, backbone
+
+PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+IS_DOCUMENTED_VERSION = documented_versions(PAGE)[0] == transformers.__version__
+# What transformers itself warns about when it builds, runs or saves its own models.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces a better way to train:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class"), model_types(), ids=lambda value: value.removeprefix("AutoModelFor")
+)
+def test_every_model_type_holds_what_is_documented(model_type, auto_class):
+    row = examine(model_type, auto_class)
+    assert row.holds, row
+    if IS_DOCUMENTED_VERSION:
+        assert line_of(row) == documented_rows(PAGE)[model_type, auto_class]
+
+
+@pytest.mark.skipif(not IS_DOCUMENTED_VERSION, reason="the page was written with another version of transformers")
+def test_the_page_lists_every_model_type():
+    assert documented_rows(PAGE).keys() == set(model_types())
+    assert {model_type for model_type, _ in model_types()} >= LEFT_OUT.keys() | {
+        t for each in LIMITS.values() for t in each
+    }
+
+
+def test_the_page_s_counts_are_those_of_its_rows():
+    rows = documented_rows(PAGE)
+    left_out = sum(model_type in LEFT_OUT for model_type, _ in rows)
+    assert f"{len(rows)} model types, counted once" in PAGE
+    assert f"{len(rows) - left_out} of them are examined, and hold" in PAGE
+    assert "| fails |" not in PAGE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "column", "breakage"),
+    [
+        ("llama", "forward", ("run", lambda run: lambda *args: (run(*args)[0], run(*args)[1] + 1e-3))),
+        ("llama", "values", ("last_hidden_state", lambda last: lambda *args, **inputs: last(*args, **inputs) * 1.001)),
+        ("llama", "gradients", ("last_hidden_state", lambda last: lambda *a, **inputs: last(*a, **inputs).detach())),
+        ("gpt2", "left padding", ("_position_ids", lambda _derive: lambda inputs: {})),
+        ("roberta", "values", ("plan_for", lambda plan: lambda m: replace(plan(m), takes_position_ids=True))),
+    ],
+)
+def test_the_checks_can_fail(monkeypatch, model_type, column, breakage):
+    name, broken = breakage
+    monkeypatch.setattr(backbone, name, broken(getattr(backbone, name)))
+    assert examine(model_type, "AutoModelForCausalLM").cells[column] not in {"yes", "no"}
+
+
+def test_the_checks_see_other_weights_after_loading(monkeypatch):
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+
+    def forgetful(folder):
+        model = load(folder)
+        with torch.no_grad():
+            model.pretrained_model.get_input_embeddings().weight[5, 3] += 1e-6
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "from_pretrained", forgetful)
+    assert "tensors differ" in examine("llama", "AutoModelForCausalLM").cells["save, load"]
+
+
+def test_a_row_that_fails_is_told_from_one_that_holds():
+    good = Row("llama", "AutoModelForCausalLM", "base model", {"forward": "yes", "left padding": "no"})
+    bad = Row("llama", "AutoModelForCausalLM", "base model", {"forward": "differs by 1.0e-01"})
+    assert good.holds
+    assert not bad.holds
+    assert "| fails |" in render([bad], transformers="0", torch="0")
