@@ -101,6 +101,7 @@ def test_something_head_like_is_never_passed_over(tmp_path, name):
 @pytest.mark.parametrize(
     "name",
     [
+        "classifier.weight",
         "lm_head.weight",
         "model.layers.0.e_score_correction_bias",
         "model.layers.0.score.weight",
