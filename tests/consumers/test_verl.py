@@ -58,7 +58,7 @@ def torchs(self, *args, **kwargs):
 @pytest.mark.parametrize("replacement", [nn.Module.state_dict, torchs], ids=["torch's own", "a function around it"])
 def test_the_class_s_state_dict_is_torchs(monkeypatch, model, replacement):
     """`models/transformers/monkey_patch.py`, `apply_monkey_patch`: for FSDP's names to be the module's own."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
     monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "state_dict", replacement)
     state = model.state_dict()
@@ -68,7 +68,8 @@ def test_the_class_s_state_dict_is_torchs(monkeypatch, model, replacement):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1.0)
-    result = set_model_state_dict(other, {name: value.clone() for name, value in state.items()})
+    copied = {name: value.clone() for name, value in state.items()}
+    result = set_model_state_dict(other, copied, options=StateDictOptions(full_state_dict=True))
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
