@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
-from vhead import backbone
+from vhead import backbone, ops
 from vhead.errors import GenerationError
 
 _RETURNED = {"return_dict_in_generate": True}
@@ -97,20 +97,16 @@ class Recorder(StoppingCriteria):  # type: ignore[misc]  # transformers is untyp
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _record_statistics(self, tokens: Tensor) -> None:
-        logits = self._logits()[:, -1].float()
-        log_normalizer = logits.logsumexp(dim=-1)
+        logits = self._logits()[:, -1].detach()
+        statistics = ops.statistics_of_logits(logits, tokens.to(logits.device))
         if self._wanted.logprobs:
-            chosen = logits.gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1)
-            self.columns["logprobs"].append(chosen - log_normalizer)
+            self.columns["logprobs"].append(statistics.logprobs)
         if self._wanted.entropy:
-            probabilities = (logits - log_normalizer.unsqueeze(-1)).exp()
-            # A token that a model rules out by an infinite logit adds nothing, where 0 · ∞ would be NaN.
-            expected = (probabilities * logits).masked_fill(probabilities == 0, 0.0).sum(dim=-1)
-            self.columns["entropy"].append(log_normalizer - expected)
+            self.columns["entropy"].append(statistics.entropy)
 
 
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     v_head: nn.Module,
     plan: backbone.BackbonePlan,
     wanted: Wanted,
@@ -135,7 +131,7 @@ def generate(
     return _scored(output, recorder, config, trims_padding=bool(criteria or getattr(config, "stop_strings", None)))
 
 
-def _generation_config(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> GenerationConfig:
+def _generation_config(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, Any]) -> GenerationConfig:
     """The configuration that `generate` will use, checked for what cannot be recorded."""
     given: Any = kwargs.get("generation_config") or next((a for a in args if isinstance(a, GenerationConfig)), None)
     config: GenerationConfig = copy.deepcopy(given or model.generation_config)

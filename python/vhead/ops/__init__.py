@@ -4,7 +4,7 @@ Each has a plain twin (`..._plain`) that computes the same in torch's own operat
 kernel, float64, forward-mode differentiation and tensor subclasses, and everything where `VHEAD_PLAIN_TORCH=1`.
 """
 
-from vhead.ops.backends import backends as backends
+from vhead.ops.devices import backends as backends
 from vhead.ops.fresh_weights import init_linear_ as init_linear_
 from vhead.ops.fresh_weights import init_normal_ as init_normal_
 from vhead.ops.projection import value_head as value_head

@@ -1,4 +1,4 @@
-"""What runs where."""
+"""What runs on which device."""
 
 from vhead import _native
 from vhead.ops.dispatch import SETTINGS
