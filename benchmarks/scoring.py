@@ -69,8 +69,9 @@ def _timed(score: Score, fields: tuple[str, ...]) -> Row:
 def memory(setting: Setting) -> Iterator[Row]:
     """The peak of resident memory above the loaded model, of each contestant in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
-    for name in MEASURED_MEMORY:
-        for fields, label in LABELS.items():
+    for name, fields in [(each.name, fields) for each in contestants() for fields in each.fields]:
+        if name in MEASURED_MEMORY:
+            label = LABELS[fields]
             with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
                 extra = process.submit(extra_bytes, name, fields, setting).result()
             print(f"{name}, {label}: {extra / 2**20:.0f} MiB", flush=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -81,21 +82,26 @@ class Contestant:
     fields: tuple[tuple[str, ...], ...] = (VALUES, ALL_FIELDS)
 
 
-def trl_loop(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
-    """TRL 1.12's class on right-padded batches of 8 in input order; its forward makes the logits in any case."""
+def trl_loop(body: PreTrainedModel, rollouts: list[Rollout], *, logprobs: bool = True) -> Score:
+    """TRL 1.12's class on right-padded batches of 8 in input order; its forward makes the logits in any case.
+
+    Args:
+        body: The language model.
+        rollouts: What is scored.
+        logprobs: Whether log-probabilities are taken of the logits, as its trainers do; entropies never are.
+    """
     model = TrlModel.from_pretrained(body).eval()
     batches = [_padded(rollouts[start : start + TRL_BATCH]) for start in range(0, len(rollouts), TRL_BATCH)]
 
     @torch.no_grad()
-    def score(fields: tuple[str, ...]) -> list[Tensor]:
+    def score(_fields: tuple[str, ...]) -> list[Tensor]:
         results = []
         for tokens, mask in batches:
             logits, _loss, values = model(input_ids=tokens, attention_mask=mask)
             results.append(values)
-            if fields == ALL_FIELDS:
+            if logprobs:
                 distribution = functional.log_softmax(logits[:, :-1], dim=-1)
                 results.append(distribution.gather(-1, tokens[:, 1:, None]).squeeze(-1))
-                results.append(-(distribution.exp() * distribution).sum(-1))
         return results
 
     return score
@@ -158,7 +164,8 @@ def contestants() -> Iterator[Contestant]:
     """Everything that is measured: the peer, ourselves, what each mechanism gives, and the limit."""
     yield Contestant("vhead", scorer())
     yield Contestant("bare GEMM", bare_gemm)
-    yield Contestant("trl", trl_loop)
+    yield Contestant("trl", trl_loop, (ALL_FIELDS,))
+    yield Contestant("trl, forward only", partial(trl_loop, logprobs=False), (VALUES,))
     yield Contestant("sorted batches", scorer(way=PaddedBatches))
     yield Contestant("batch-invariant", scorer(batch_invariant=True))
     yield Contestant("dense mask", scorer(way=lambda body: MaskedTreePacking(body, None)))

@@ -15,7 +15,8 @@ MEMORY_GOAL_MIB = 250
 GEMM_GOAL = 0.85
 
 WHAT = {
-    "trl": "TRL 1.12: right-padded batches of 8 in input order, logits of every position",
+    "trl": "TRL 1.12: right-padded batches of 8 in input order; values and log-probabilities, no entropies",
+    "trl, forward only": "the same, forward only: values, and logits that nobody reads",
     "one at a time": "vhead, each rollout alone",
     "sorted batches": "vhead, length-sorted batches: no tree packing",
     "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
@@ -43,15 +44,18 @@ class Results:
         return statistics.median(row[measure] for row in rows) if rows else None
 
     def ratio(self, contestant: str, fields: str, measure: str = "wall_s", peer: str = "trl") -> float | None:
-        """The median over the rounds of how often faster than a peer in the same round."""
-        times = {
-            name: {
-                row["round"]: row[measure] for row in self.times if (row["contestant"], row["fields"]) == (name, fields)
-            }
-            for name in (contestant, peer)
+        """How often faster than a peer in the same round, the median; TRL's loop is one loop for both sets of fields."""
+        own, other = (self._rounds(contestant, fields, measure), self._rounds(peer, fields, measure))
+        other = other or self._rounds(peer, "all fields", measure)
+        rounds = own.keys() & other.keys()
+        return statistics.median(other[number] / own[number] for number in rounds) if rounds else None
+
+    def _rounds(self, contestant: str, fields: str, measure: str) -> dict[object, float]:
+        return {
+            row["round"]: row[measure]
+            for row in self.times
+            if (row["contestant"], row["fields"]) == (contestant, fields)
         }
-        rounds = times[contestant].keys() & times[peer].keys()
-        return statistics.median(times[peer][n] / times[contestant][n] for n in rounds) if rounds else None
 
     def extra_mib(self, contestant: str, fields: str) -> float | None:
         """Peak memory above the model."""
