@@ -44,7 +44,7 @@ class Results:
         return statistics.median(row[measure] for row in rows) if rows else None
 
     def ratio(self, contestant: str, fields: str, measure: str = "wall_s", peer: str = "trl") -> float | None:
-        """How often faster than a peer in the same round, the median; TRL's loop is one loop for both sets of fields."""
+        """How often faster than a peer in the same round, the median; TRL has one loop for both sets of fields."""
         own, other = (self._rounds(contestant, fields, measure), self._rounds(peer, fields, measure))
         other = other or self._rounds(peer, "all fields", measure)
         rounds = own.keys() & other.keys()
