@@ -150,6 +150,14 @@ class ValueHead(nn.Module):
                 own[name].weight.copy_(layer.weight)
                 own[name].bias.copy_(layer.bias_or_zeros)
 
+    def weights(self) -> HeadWeights:
+        """Copies this head's weights, float32 on the CPU, as `vhead.formats.save` takes them."""
+        layers = [
+            LinearWeights(*(p.detach().to("cpu", torch.float32, copy=True) for p in (linear.weight, linear.bias)))
+            for _, linear in self._linears()
+        ]
+        return HeadWeights(tuple(layers), format="vhead", source="a model in memory")
+
     def initialize(self, strategy: str | None = None, initializer_range: float = DEFAULT_INITIALIZER_RANGE) -> None:
         """Draws new weights in place, from a seed of torch's default generator.
 

@@ -10,7 +10,7 @@ from tiny_models import COMMON, batch, build
 from torch import nn
 from transformers import LlamaConfig
 
-from vhead import AutoModelForCausalLMWithValueHead, ValueHead
+from vhead import AutoModelForCausalLMWithValueHead, ValueHead, formats
 from vhead.errors import HeadError, HeadMismatchError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights
 from vhead.formats.writing import head_tensors
@@ -337,3 +337,16 @@ def test_a_model_takes_a_head_of_any_kind(tmp_path, outputs, intermediate):
     length = inputs["input_ids"].shape
     assert model(**inputs).value.shape == (length if outputs == 1 else (*length, outputs))
     assert torch.equal(model.values(**inputs), model(**inputs).value)
+
+
+@pytest.mark.parametrize(("outputs", "intermediate"), [(1, None), (3, None), (1, 6)])
+def test_weights_go_to_a_file_and_back(tmp_path, outputs, intermediate):
+    head = ValueHead(config(hidden_size=8), num_outputs=outputs, intermediate_size=intermediate)
+    weights = head.weights()
+    formats.save(weights, tmp_path / "head.safetensors", format="vhead")
+    again = ValueHead.like(formats.load(tmp_path / "head.safetensors"), config(hidden_size=8))
+    for name, value in head.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    with torch.no_grad():
+        head.requires_grad_(False).get_parameter(next(name for name, _ in head.named_parameters())).fill_(0.5)
+    assert not (weights.layers[0].weight == 0.5).any()
