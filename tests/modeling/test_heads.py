@@ -331,7 +331,11 @@ def test_a_model_takes_a_head_of_any_kind(tmp_path, outputs, intermediate):
     body.save_pretrained(tmp_path)
     head = trained(outputs, intermediate, width=32)
     state = head_tensors(head, next(f for f in FORMATS if f.name == "vhead"))
-    save_file({**load_file(tmp_path / "model.safetensors"), **state}, tmp_path / "model.safetensors")
+    save_file(
+        {**load_file(tmp_path / "model.safetensors"), **state},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
     inputs = batch(model.pretrained_model)
     length = inputs["input_ids"].shape
