@@ -210,14 +210,14 @@ def _selects_hidden_states(source: nn.Module) -> bool:
     except ImportError:
         return False
     # What is recorded of Gemma 3n is the last layer's several streams, before they are one.
-    if hasattr(source.config, "altup_num_inputs"):
+    if hasattr(getattr(source, "config", None), "altup_num_inputs"):
         return False
     recorded = (getattr(source, "_can_record_outputs", None) or {}).get("hidden_states")
     classes = recorded if isinstance(recorded, list) else [getattr(recorded, "target_class", recorded)]
     layers = tuple(cls for cls in classes if isinstance(cls, type))
     # The last one is found by counting layers, which goes wrong where others of these classes run as well.
     count = sum(isinstance(module, layers) for module in source.modules())
-    return recorded is not None and count in (0, getattr(source.config, "num_hidden_layers", None))
+    return recorded is not None and count in (0, getattr(getattr(source, "config", None), "num_hidden_layers", None))
 
 
 def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
