@@ -81,6 +81,24 @@ class TestOutput:
         assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl", *options).exit_code == 0
         assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
 
+    def test_batch_invariant_scores_do_not_depend_on_the_file(self, critic, source, records, tmp_path):
+        options = ["-m", critic, "--batch-invariant", "--returns", "values,logprobs,entropy,reward"]
+        assert run(source, "-o", tmp_path / "all.jsonl", *options).exit_code == 0
+        source.write_text(json.dumps(records[4]) + "\n")
+        assert run(source, "-o", tmp_path / "one.jsonl", *options).exit_code == 0
+        assert read_jsonl(tmp_path / "one.jsonl") == read_jsonl(tmp_path / "all.jsonl")[4:5]
+
+    def test_the_head_of_another_folder(self, critic, plain, source, tmp_path):
+        done = run(source, "-m", plain, "--head", critic, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 0, done.stderr
+        assert run(source, "-m", critic, "-o", tmp_path / "own.jsonl").exit_code == 0
+        assert read_jsonl(tmp_path / "out.jsonl") == read_jsonl(tmp_path / "own.jsonl")
+
+    def test_rewards_without_statistics_are_not_normalised(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--normalize-rewards")
+        assert done.exit_code == 1
+        assert "normalize_rewards needs the mean and std" in done.stderr
+
     def test_quiet(self, critic, source, tmp_path):
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--quiet")
         assert (done.exit_code, done.output) == (0, "")

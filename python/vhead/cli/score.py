@@ -2,17 +2,13 @@
 
 import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from vhead.cli import score_options as option
 from vhead.cli.failure import reported, say
-from vhead.errors import FileFormatError, RecordError
+from vhead.errors import RecordError
 
 if TYPE_CHECKING:
     from vhead.scoring.files import OutputFile
@@ -20,22 +16,6 @@ if TYPE_CHECKING:
     from vhead.scoring.scorer import Scorer
 
 _ERRORS_SHOWN = 20
-_STANDARD_STREAM = "-"
-
-
-class Dtype(StrEnum):
-    """Dtypes of the language model."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class OnError(StrEnum):
-    """What to do with a record that cannot be scored."""
-
-    FAIL = "fail"
-    SKIP = "skip"
 
 
 class SkippedRecords:
@@ -55,38 +35,25 @@ class SkippedRecords:
 
 
 def score(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="Rollouts: .jsonl, .parquet, or - for JSON Lines on standard input. Each record has prompt and "
-            "completion (text), prompt_ids and completion_ids, or messages; other fields are carried through.",
-        ),
-    ],
+    source: option.Source,
     *,
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a model with a trained value head.")],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="Where scores go: .jsonl, .parquet, or - for standard output.")
-    ],
-    returns: Annotated[
-        str, typer.Option(help="Comma-separated: values, logprobs, entropy, reward.")
-    ] = "values,logprobs,reward",
-    temperature: Annotated[float, typer.Option(help="Divides the logits before log-probabilities and entropy.")] = 1.0,
-    dtype: Annotated[Dtype | None, typer.Option(help="The language model's; default: as saved.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,
-    token_budget: Annotated[int | None, typer.Option(min=1, help="Tokens of a padded batch.")] = None,
-    num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
-    allow_random_head: Annotated[
-        bool, typer.Option("--allow-random-head", help="Score with an untrained head where there is no trained one.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N records.")] = None,
-    on_error: Annotated[OnError, typer.Option(help="Stop at a record that cannot be scored, or leave it out.")] = (
-        OnError.FAIL
-    ),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier run with this output stopped, if one did.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    model: option.Model,
+    output: option.Output,
+    head: option.Head = None,
+    returns: option.Returns = "values,logprobs,reward",
+    temperature: option.Temperature = 1.0,
+    dtype: option.ModelDtype = None,
+    device: option.Device = None,
+    token_budget: option.TokenBudget = None,
+    window_tokens: option.WindowTokens = None,
+    num_threads: option.NumThreads = None,
+    batch_invariant: option.BatchInvariant = False,
+    normalize_rewards: option.NormalizeRewards = False,
+    allow_random_head: option.AllowRandomHead = False,
+    limit: option.Limit = None,
+    on_error: option.OnErrorOption = option.OnError.FAIL,
+    resume: option.Resume = False,
+    quiet: option.Quiet = False,
 ) -> None:
     """Score a file of rollouts: per-token values and log-probabilities, and a reward each.
 
@@ -103,113 +70,89 @@ def score(
     - `cat rollouts.jsonl | vhead score - --model ./critic --output - --on-error skip | jq .reward`
     """
     with reported():
-        fields = _checked_fields(returns)
-        _check_paths(source, output, resume=resume)
-        if not 0.0 < temperature < float("inf"):
-            raise typer.BadParameter(f"expected a positive number, got {temperature}", param_hint="--temperature")
-        from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
-        from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
-
-        skipped = SkippedRecords(source)
-        settings = None if _STANDARD_STREAM in (source, output) else _settings(model, fields, temperature, dtype)
-        with (
-            _naming(source),
-            closing(open_reader(source, fields)) as reader,
-            _kept(OutputFile(output, settings=settings, resume=resume)) as destination,
-        ):
-            with _loading(model, quiet=quiet):
-                from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
-
-                scorer = _scorer(model, dtype, device, token_budget, num_threads, allow_random_head=allow_random_head)
-            with ScoringProgress(shown=not quiet) as progress:
-                score_file(
-                    scorer,
-                    reader,
-                    destination,
-                    returns=fields,
-                    temperature=temperature,
-                    progress=progress,
-                    limit=limit,
-                    on_error=skipped if on_error is OnError.SKIP else None,
-                )
-        if not quiet:
-            _summarise(progress, skipped.count, output)
+        request = option.ScoreRequest(
+            source=source,
+            model=model,
+            output=output,
+            head=head,
+            fields=option.checked_fields(returns),
+            temperature=temperature,
+            dtype=None if dtype is None else dtype.value,
+            device=device,
+            token_budget=token_budget,
+            window_tokens=window_tokens,
+            num_threads=num_threads,
+            batch_invariant=batch_invariant,
+            normalize_rewards=normalize_rewards,
+            allow_random_head=allow_random_head,
+            limit=limit,
+            skips=on_error is option.OnError.SKIP,
+            resume=resume,
+            quiet=quiet,
+        )
+        request.check()
+        _run(request)
 
 
-def _checked_fields(returns: str) -> tuple[str, ...]:
-    from vhead.scoring.scores import check_fields  # noqa: PLC0415, for a fast --help
+def _run(request: option.ScoreRequest) -> None:
+    from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
-    try:
-        return check_fields([name.strip() for name in returns.split(",") if name.strip()])
-    except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
+    skipped = SkippedRecords(request.source)
+    settings = request.settings() if request.has_files else None
+    with (
+        _naming(request.source),
+        closing(open_reader(request.source, request.fields)) as reader,
+        _kept(OutputFile(request.output, settings=settings, resume=request.resume)) as destination,
+    ):
+        with _loading(request):
+            from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
 
-
-def _check_paths(source: str, output: str, *, resume: bool) -> None:
-    """What is wrong with the names themselves is wrong usage, and said before anything is loaded."""
-    from vhead.scoring.files import format_of  # noqa: PLC0415, for a fast --help
-
-    for name, hint in ((source, "INPUT"), (output, "--output")):
-        try:
-            format_of(name)
-        except FileFormatError as error:
-            raise typer.BadParameter(str(error), param_hint=hint) from None
-    if source != _STANDARD_STREAM and not Path(source).is_file():
-        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
-    if resume and _STANDARD_STREAM in (source, output):
-        raise typer.BadParameter("expected files as INPUT and --output, got a stream", param_hint="--resume")
-    if output != _STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
-        raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
-    if _STANDARD_STREAM not in (source, output) and Path(output).exists() and Path(output).samefile(source):
-        raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
-
-
-def _settings(model: str, fields: Sequence[str], temperature: float, dtype: Dtype | None) -> dict[str, object]:
-    """What a run must have in common with the one that it resumes, or the output would be of two minds."""
-    folder = Path(model)
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    return {
-        "model": str(folder.resolve()) if folder.is_dir() else model,
-        "model files": [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-        "returns": list(fields),
-        "temperature": temperature,
-        "dtype": None if dtype is None else dtype.value,
-    }
+            scorer = _scorer(request)
+        with ScoringProgress(shown=not request.quiet) as progress:
+            score_file(
+                scorer,
+                reader,
+                destination,
+                returns=request.fields,
+                temperature=request.temperature,
+                progress=progress,
+                limit=request.limit,
+                on_error=skipped if request.skips else None,
+            )
+    if not request.quiet:
+        _summarise(progress, skipped.count, request.output)
 
 
-def _scorer(
-    model: str,
-    dtype: Dtype | None,
-    device: str | None,
-    token_budget: int | None,
-    num_threads: int | None,
-    *,
-    allow_random_head: bool,
-) -> "Scorer":
+def _scorer(request: option.ScoreRequest) -> "Scorer":
     from vhead.scoring.scorer import Scorer  # noqa: PLC0415, imports torch
 
     return Scorer.from_pretrained(
-        model,
-        dtype=None if dtype is None else dtype.value,
-        device=device,
-        token_budget=token_budget,
-        num_threads=num_threads,
-        allow_random_head=allow_random_head,
+        request.model,
+        dtype=request.dtype,
+        device=request.device,
+        head=request.head,
+        allow_random_head=request.allow_random_head,
+        normalize_rewards=request.normalize_rewards,
+        token_budget=request.token_budget,
+        window_tokens=request.window_tokens,
+        num_threads=request.num_threads,
+        batch_invariant=request.batch_invariant,
     )
 
 
 @contextmanager
-def _loading(model: str, *, quiet: bool) -> Iterator[None]:
+def _loading(request: option.ScoreRequest) -> Iterator[None]:
     """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
     from rich.console import Console  # noqa: PLC0415, for a fast --help
 
     logger = logging.getLogger("vhead")
     level = logger.level
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    console = Console(stderr=True, quiet=not request.shows_progress)
     try:
-        if quiet:
+        if request.quiet:
             logger.setLevel(logging.ERROR)
-        with console.status(f"loading {model}"):
+        with console.status(f"loading {request.model}"):
             _silence_transformers()
             yield
     finally:
@@ -249,5 +192,5 @@ def _summarise(progress: "ScoringProgress", skipped: int, output: str) -> None:
     left_out = f", {skipped:,} skipped" if skipped else ""
     say(
         f"{progress.rollouts:,} rollouts scored{left_out}: {progress.tokens:,} tokens in {progress.seconds:.1f} s, "
-        f"{progress.rate:,.0f} tokens/s{'' if output == _STANDARD_STREAM else f', written to {output}'}"
+        f"{progress.rate:,.0f} tokens/s{'' if output == option.STANDARD_STREAM else f', written to {output}'}"
     )
