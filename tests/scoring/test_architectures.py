@@ -26,7 +26,6 @@ SAMPLE = [
     ("prophetnet", {}),
     ("qwen3_moe", {}),
     ("qwen3_next", {}),
-    ("recurrent_gemma", {}),
     ("reformer", {}),
     ("rwkv", {}),
 ]

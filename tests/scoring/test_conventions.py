@@ -182,7 +182,8 @@ def _write_score_head(folder, model):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "score.weight": model.v_head.summary.weight.detach().clone()}, folder / "model.safetensors")
+    tensors["score.weight"] = model.v_head.summary.weight.detach().clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_checkpoint_without_a_language_model_head_gives_values_and_rewards_only():

@@ -135,12 +135,23 @@ class Engine:
         rollouts = [window[place] for place in work.batch.places]
         try:
             with self._computing():
-                return self._score(rollouts, work, fields, temperature)
+                computed = self._score(rollouts, work, fields, temperature)
+                if len(rollouts) > 1 and not all(np.isfinite(array).all() for array in computed.values()):
+                    return self._one_by_one(rollouts, fields, temperature)
+                return computed
         except torch.cuda.OutOfMemoryError as error:
             raise VheadError(
                 f"out of memory with a batch of {work.batch.tokens} tokens; a smaller token_budget "
                 f"(--token-budget) needs less: {str(error).splitlines()[0]}"
             ) from error
+
+    def _one_by_one(self, rollouts: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Fields:
+        """The same of a batch with numbers that are not finite: a masked NaN is still NaN, and spreads in a row."""
+        alone, parts = self._ways.alone, []
+        for rollout in rollouts:
+            (batch,) = alone.batches([rollout.tokens], [rollout.prompt_length], 1)
+            parts.append(self._score([rollout], Work(alone, batch), fields, temperature))
+        return {name: np.concatenate([part[name] for part in parts]) for name in fields}
 
     def _score(self, rollouts: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token)
