@@ -80,7 +80,7 @@ def source(results: Results) -> Iterator[str]:
     yield (
         f"{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; torch {p['torch']}, "
         f"transformers {p['transformers']}, trl {p['trl']}; commit {str(p['commit'])[:12]}"
-        f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; {p['rounds']} rounds; "
+        f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; rounds: {len({row['round'] for row in results.times})}; "
         f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after."
     )
     yield (
@@ -126,8 +126,8 @@ def memory(results: Results) -> Iterator[str]:
     """Peak memory above the loaded model, each in a process of its own."""
     yield from ("| peak above the model, MiB | values | all fields |", "|---|---|---|")
     for name in dict.fromkeys(row["contestant"] for row in results.memory):
-        cells = " | ".join(f"{results.extra_mib(name, fields):,.0f}" for fields in GOALS)
-        yield f"| {name} | {cells} |"
+        extra = [results.extra_mib(name, fields) for fields in GOALS]
+        yield f"| {name} | {' | '.join('' if mib is None else f'{mib:,.0f}' for mib in extra)} |"
 
 
 if __name__ == "__main__":
