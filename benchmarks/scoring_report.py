@@ -77,10 +77,11 @@ def main() -> None:
 def source(results: Results) -> Iterator[str]:
     """Where the figures come from."""
     p, work = results.provenance, results.provenance["workload"]
+    rounds = len({row["round"] for row in results.times})
     yield (
         f"{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; torch {p['torch']}, "
         f"transformers {p['transformers']}, trl {p['trl']}; commit {str(p['commit'])[:12]}"
-        f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; rounds: {len({row['round'] for row in results.times})}; "
+        f"{' with uncommitted sources' if p['uncommitted_sources'] else ''}, {p['date']}; rounds: {rounds}; "
         f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after."
     )
     yield (
