@@ -145,4 +145,4 @@ def test_the_picture_is_in_colour_and_needs_no_network(command: typer.Typer, tmp
 def test_another_kind_of_picture_is_refused(command: typer.Typer, tmp_path: Path) -> None:
     result = RUNNER.invoke(command, ["--save", str(tmp_path / "demo.gif")])
     assert result.exit_code == 2
-    assert "ends in .svg or .html, got 'demo.gif'" in re.sub(r"[\s│]+", " ", result.output)
+    assert "ends in .svg or .html, got 'demo.gif'" in re.sub(r"[\s│]+", " ", result.stderr)

@@ -1,5 +1,6 @@
 """Everything of torch's that watches, traces or transforms the operation."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -78,6 +79,14 @@ def test_compiled_graphs_hold_the_operators(case) -> None:
     assert not any("mul" in str(target) or "mm" in str(target) for target in forward + backward)
 
 
+@pytest.fixture
+def subnormal_numbers() -> Iterator[None]:
+    """Restores them: older compilers link `-ffast-math` kernels so that loading one flushes subnormals from then on."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("subnormal_numbers")
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
     [("aot_eager", True), ("aot_eager", None), pytest.param("inductor", True, marks=pytest.mark.slow)],
