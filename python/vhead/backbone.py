@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from vhead.errors import VheadError
-from vhead.trunk import state_sources, takes, takes_position_ids, trunk_of
+from vhead.trunk import needs, state_sources, takes, takes_position_ids, trunk_of
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
@@ -74,6 +74,7 @@ class BackbonePlan:
         takes_position_ids: Whether left padding can be corrected by position ids.
         is_encoder_decoder: Whether the values are those of decoder positions.
         takes_use_cache: Whether the trunk can be told to keep no cache, which some of the oldest models never do.
+        needs_input_ids: Whether `input_ids` have to be given even where they are None.
     """
 
     architecture: type
@@ -83,6 +84,7 @@ class BackbonePlan:
     takes_position_ids: bool
     is_encoder_decoder: bool
     takes_use_cache: bool = True
+    needs_input_ids: bool = False
 
 
 def plan_for(model: nn.Module) -> BackbonePlan:
@@ -102,6 +104,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
         takes_position_ids=not (is_encoder_decoder or adds_tokens) and takes_position_ids(language_model),
         is_encoder_decoder=is_encoder_decoder,
         takes_use_cache=route is not Route.BASE_MODEL or takes(sources[0], "use_cache"),
+        needs_input_ids=any(needs(part, "input_ids") for part in (language_model, *sources)),
     )
 
 
@@ -129,7 +132,7 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
     if _needs_full_forward(language_model, plan, inputs):
         return run(model, plan, inputs)[1]
     no_cache = {"use_cache": False} if plan.takes_use_cache else {}
-    inputs = {**no_cache, **_without_logits_arguments(language_model, _accepted(inputs))}
+    inputs = {**no_cache, **_without_logits_arguments(language_model, _accepted(plan, inputs))}
     if plan.route is Route.ENCODER_DECODER:
         return _run_encoder_decoder(language_model, inputs)
     trunk: Any = trunk_of(language_model)
@@ -143,7 +146,7 @@ def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tupl
     Returns:
         The model's output and its last hidden state `[B, T, H]`.
     """
-    inputs = {**_accepted(inputs), "return_dict": True}
+    inputs = {**_accepted(plan, inputs), "return_dict": True}
     retention = plan.compiled_retention if torch.compiler.is_compiling() else plan.retention
     if retention is Retention.CAPTURE:
         language_model = without_adapter(model)
@@ -189,9 +192,12 @@ def without_adapter(model: nn.Module) -> PreTrainedModel:
     return model if unwrap is None else unwrap()
 
 
-def _accepted(inputs: dict[str, object]) -> dict[str, object]:
+def _accepted(plan: BackbonePlan, inputs: dict[str, object]) -> dict[str, object]:
+    """The inputs that are there, as models of images refuse even the names of others."""
     # Callers of TRL's class pass these to every model; which states are kept is this module's business.
-    return {name: value for name, value in inputs.items() if name not in ("output_hidden_states", "return_dict")}
+    ours = ("output_hidden_states", "return_dict")
+    kept = ("input_ids",) if plan.needs_input_ids else ()
+    return {name: value for name, value in inputs.items() if name not in ours and (value is not None or name in kept)}
 
 
 def _route(model: PreTrainedModel) -> Route:

@@ -63,6 +63,12 @@ def takes(module: nn.Module, argument: str) -> bool:
     return argument in parameters or any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+def needs(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward cannot be called without an argument."""
+    parameter = signature(module.forward).parameters.get(argument)
+    return parameter is not None and parameter.default is Parameter.empty
+
+
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
     embeddings: nn.Module | None = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return embeddings

@@ -8,6 +8,8 @@ import pytest
 import torch
 from packaging.version import Version
 from tiny_models import CAUSAL, SEQ2SEQ, batch, build
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from library_versions import TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
@@ -65,6 +67,37 @@ def test_the_plan_is_plain_data():
     )
     assert plan_for(build("bloom")).compiled_retention is Retention.CAPTURE
     assert plan_for(build("fsmt")).retention is Retention.ALL_LAYERS
+
+
+class Painter(PreTrainedModel):
+    """Takes patches alone, and knows no other name, as Pix2Struct before transformers 5."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.projection = torch.nn.Linear(4, 8)
+
+    def forward(self, patches, return_dict=None, output_hidden_states=None):
+        return CausalLMOutput(hidden_states=(self.projection(patches),))
+
+
+class Reader(Painter):
+    """Has to be given token ids, be they None, as FSMT beside `encoder_outputs`."""
+
+    def forward(self, input_ids, patches=None, return_dict=None, output_hidden_states=None):
+        assert input_ids is None
+        return super().forward(patches)
+
+
+@pytest.mark.parametrize("kind", [Painter, Reader])
+@torch.no_grad()
+def test_inputs_that_are_none_are_passed_where_they_must_be(kind):
+    model, patches = kind(), torch.randn(2, 3, 4)
+    plan = plan_for(model)
+    assert plan.needs_input_ids == (kind is Reader)
+    states = last_hidden_state(model, plan=plan, input_ids=None, attention_mask=None, patches=patches)
+    assert torch.equal(states, model.projection(patches))
 
 
 def left_padded(tokens, padding):
