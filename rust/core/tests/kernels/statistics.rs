@@ -124,9 +124,9 @@ fn statistics_are_those_of_float64() -> Result<()> {
     for case in Case::new(40, 5000).rules() {
         let outcome = case.run(Level::best(), &Serial, [40, BLOCK])?;
         for row in 0..40 {
-            for (what, exact) in case.exact(row).into_iter().enumerate() {
-                let error = (f64::from(outcome[what][row]) - exact).abs();
-                assert!(error <= 4e-7 * exact.abs().max(2.0), "{what} of row {row}: {error} at {exact}");
+            for (numbers, exact) in outcome.iter().zip(case.exact(row)) {
+                let error = (f64::from(numbers[row]) - exact).abs();
+                assert!(error <= 4e-7 * exact.abs().max(2.0), "row {row}: {error} at {exact}");
             }
         }
         let mut faulty = case.clone();
@@ -150,11 +150,14 @@ fn the_first_of_equals_is_top1() -> Result<()> {
     Ok(())
 }
 
+/// A token and its logit.
+type Special = (usize, f32);
+
 /// Tokens that cannot come, logits far apart, and logits that are not finite.
 #[test]
 fn extreme_logits() -> Result<()> {
     const NEVER: f32 = f32::NEG_INFINITY;
-    let rows: [(f32, f32, &[(usize, f32)]); 7] = [
+    let rows: [(f32, f32, &[Special]); 7] = [
         (NEVER, NEVER, &[(7, 3.0), (1500, 3.0)]),
         (NEVER, 0.0, &[(7, NEVER)]),
         (-1e30, 1e30, &[(7, 0.0)]),
@@ -173,9 +176,9 @@ fn extreme_logits() -> Result<()> {
     for level in Level::available() {
         let outcome = case.run(level, &Serial, [rows.len(), BLOCK])?;
         for row in 0..4 {
-            for (what, exact) in case.exact(row).into_iter().enumerate() {
-                let actual = f64::from(outcome[what][row]);
-                assert!(actual == exact || (actual - exact).abs() <= 1e-6 * exact.abs().max(1.0), "{what} {row}");
+            for (numbers, exact) in outcome.iter().zip(case.exact(row)) {
+                let actual = f64::from(numbers[row]);
+                assert!(actual == exact || (actual - exact).abs() <= 1e-6 * exact.abs().max(1.0), "{row}");
             }
         }
         for row in 4..7 {
