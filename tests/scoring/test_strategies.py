@@ -113,7 +113,7 @@ def test_other_dtypes_pack_too(dtype):
 class TestSelfCheck:
     def ways(self, model):
         with torch.no_grad():
-            return plan.find_ways(model.pretrained_model, plan_for(model.pretrained_model))
+            return plan.find_ways(strategies.Body(model.pretrained_model, plan_for(model.pretrained_model)))
 
     @needs_interface
     def test_a_way_that_is_wrong_is_not_used(self, models, monkeypatch):

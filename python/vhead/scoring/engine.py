@@ -85,7 +85,7 @@ class Engine:
         with self._computing():
             self._rule = find_logits_rule(body, plan)
             own_logits = self._rule is None
-            self._ways = find_ways(body, plan, batch_invariant=batch_invariant, own_logits=own_logits)
+            self._ways = find_ways(self._body, batch_invariant=batch_invariant, own_logits=own_logits)
         self.plan = ScorerPlan(
             architecture=type(body).__name__,
             strategy=self._ways.usual.name,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vhead.backbone import BackbonePlan
 from vhead.scoring import attention, limits
 from vhead.scoring.caching import PrefixCache, PromptAndCompletion, PromptThenCompletion, SharedPrefix
+from vhead.scoring.gates import is_gated
 from vhead.scoring.packing import MaskedTreePacking, TreePacking
 from vhead.scoring.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
 from vhead.scoring.trees import Pack, Segment, Tokens
@@ -99,22 +99,21 @@ class Ways:
         return self.usual if within else self.padded
 
 
-def find_ways(model: nn.Module, plan: BackbonePlan, *, batch_invariant: bool = False, own_logits: bool = False) -> Ways:
+def find_ways(body: Body, *, batch_invariant: bool = False, own_logits: bool = False) -> Ways:
     """Tries the ways of batching from the fastest on; the model has to be in evaluation mode.
 
     Args:
-        model: The language model.
-        plan: How its last hidden state is reached.
+        body: The language model.
         batch_invariant: Whether only ways will do in which no rollout's numbers depend on another rollout.
         own_logits: Whether logits of padded batches will be needed.
     """
-    body = Body(model, plan)
-    config = model.config
+    config = body.model.config
     window, rotary = limits.attention_window(config), limits.stable_rotary_length(config)
     context = limits.context_length(config)
     batched = _least(rotary, limits.selected_tokens(config))
     shared = _least(window, batched)
-    check = SelfCheck(body, probes(model, context))
+    check = SelfCheck(body, probes(body.model, context))
+    body.in_place = check.in_place_agrees()
     alone = OneByOne(body, forgets=rotary is not None)
     padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
     rejected: dict[str, str] = {}
@@ -187,6 +186,17 @@ class SelfCheck:
         if limit is not None and limit < longest:
             return f"its layers look back {limit} tokens only"
         return None
+
+    def in_place_agrees(self) -> bool:
+        """Whether gated layers may work in place, found on the sequences alone."""
+        if self._body.device.type != "cpu" or not any(is_gated(module) for module in self._body.model.modules()):
+            return False
+        self._body.in_place = True
+        try:
+            alone = OneByOne(self._body)
+            return self._difference(alone, self._batches(alone)) <= self._tolerance
+        finally:
+            self._body.in_place = False
 
     def padding(self, way: PaddedBatches) -> str | None:
         """Why padded batches cannot be used, or None."""

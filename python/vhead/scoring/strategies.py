@@ -5,6 +5,7 @@ says is arithmetic on token ids, so that it can be done ahead while the model co
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from vhead.backbone import BackbonePlan, last_hidden_state, run
 from vhead.scoring.batches import token_budget_batches
+from vhead.scoring.gates import in_place_gates
 from vhead.scoring.trees import Tokens
 
 Rows = NDArray[np.int64]
@@ -61,10 +63,12 @@ class Body:
     Attributes:
         model: As given.
         plan: How the state is reached.
+        in_place: Whether gated layers work in place.
     """
 
     def __init__(self, model: nn.Module, plan: BackbonePlan) -> None:
         self.model, self.plan = model, plan
+        self.in_place = False
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +87,8 @@ class Body:
         on_device = {
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
-        hidden = last_hidden_state(self.model, plan=self.plan, input_ids=tokens.to(self.device), **on_device)
+        with in_place_gates(self.model) if self.in_place else nullcontext():
+            hidden = last_hidden_state(self.model, plan=self.plan, input_ids=tokens.to(self.device), **on_device)
         return hidden.flatten(0, 1)
 
     def states_and_logits(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
