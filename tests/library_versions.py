@@ -22,6 +22,12 @@ CHECKPOINT_DTYPE = {} if Version("5") <= TRANSFORMERS else {DTYPE: "auto"}
 # What was found to fail on 4.45 and to hold on 4.57.
 IS_BEFORE_4_57 = Version("4.57") > TRANSFORMERS
 
+# Whether FSMT runs at all: in 4.57 its decoder asks for a configuration that it does not have.
+HAS_FSMT = not Version("4.57") <= TRANSFORMERS < Version("5")
+
+# Whether plain Llama can be traced without a break: the masks of 4.57 need a newer torch.
+TRACES_WHOLE_MODELS = Version("2.5") <= Version(torch.__version__) or IS_BEFORE_4_57
+
 # Whether tensors and arrays can be asked for a versioned DLPack capsule.
 TORCH_VERSIONS_DLPACK = "max_version" in signature(torch.Tensor.__dlpack__).parameters
 NUMPY_VERSIONS_DLPACK = Version("2.1") <= Version(np.__version__)

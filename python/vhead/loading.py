@@ -28,8 +28,8 @@ logger = logging.getLogger("vhead")
 # Whether transformers looks up every tensor of a checkpoint in the device map, also those that are not the model's.
 _PLACES_EVERY_TENSOR = Version(transformers.__version__) < Version("4.57")
 
-# Whether transformers renames a checkpoint's weights on loading.
-_MAPS_NAMES = Version(transformers.__version__) >= Version("4.52")
+# Whether transformers renames a checkpoint's weights before it looks for its own prefix in them.
+_MAPS_NAMES = Version(transformers.__version__) >= Version("5")
 
 # The parts of a head's names that stand below the module which is the head.
 _BELOW_HEAD = re.compile(r"summary|[0-9]+")
