@@ -10,6 +10,7 @@ import transformers
 from packaging.version import Version
 from torch.distributed.checkpoint import state_dict
 from transformers import CONFIG_MAPPING
+from transformers.utils import import_utils
 
 TRANSFORMERS = Version(transformers.__version__)
 
@@ -22,11 +23,14 @@ CHECKPOINT_DTYPE = {} if Version("5") <= TRANSFORMERS else {DTYPE: "auto"}
 # What was found to fail on 4.45 and to hold on 4.57.
 IS_BEFORE_4_57 = Version("4.57") > TRANSFORMERS
 
-# Whether FSMT runs at all: in 4.57 its decoder asks for a configuration that it does not have.
+# Whether plain FSMT works: in 4.57 it raises with a cache, and generates by other logits than its forward gives.
 HAS_FSMT = not Version("4.57") <= TRANSFORMERS < Version("5")
 
 # Whether plain Llama can be traced without a break: the masks of 4.57 need a newer torch.
 TRACES_WHOLE_MODELS = Version("2.5") <= Version(torch.__version__) or IS_BEFORE_4_57
+
+# Whether transformers reads pickled checkpoints: newer ones refuse with a torch before 2.6.
+READS_PICKLES = Version("2.6") <= Version(torch.__version__) or not hasattr(import_utils, "check_torch_load_is_safe")
 
 # Whether tensors and arrays can be asked for a versioned DLPack capsule.
 TORCH_VERSIONS_DLPACK = "max_version" in signature(torch.Tensor.__dlpack__).parameters

@@ -115,6 +115,8 @@ def test_a_given_object_that_is_offloaded(offload, tmp_path, monkeypatch):
     assert torch.equal(other.values(**inputs), model.values(**inputs))
 
 
+# transformers 4.57 loads one embedding under one name, and accelerate misses the other.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules:UserWarning")
 @torch.no_grad()
 def test_an_encoder_decoder_that_is_offloaded(tmp_path):
     model = AutoModelForSeq2SeqLMWithValueHead(build("t5"))

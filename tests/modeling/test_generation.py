@@ -8,6 +8,7 @@ from tiny_models import batch, build
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
+from library_versions import HAS_FSMT, TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import GenerationError
 from vhead.generation import ScoredGeneration
@@ -96,6 +97,8 @@ def test_statistics_equal_those_of_scoring_the_output(way: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "opt", "qwen2", "t5", "bart", "fsmt"])
 def test_every_route_to_the_last_hidden_state(architecture: str) -> None:
+    if architecture == "fsmt" and not HAS_FSMT:
+        pytest.skip(f"transformers {TRANSFORMERS}'s own FSMT is broken")
     model = critic(architecture)
     prompts = padded_prompts(model)
     # FSMT's configuration asks for beams, and its decoder overlooks padding tokens, chosen ones included.

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny_models import batch, build
 from transformers.utils import hub
 
-from library_versions import IS_BEFORE_4_57
+from library_versions import TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 HEAD_KEYS = {"v_head.summary.weight", "v_head.summary.bias"}
@@ -112,7 +113,7 @@ def test_tags_of_the_model_and_of_the_call(uploads, given, expected):
     assert model.pretrained_model.model_tags == ["critic"]
 
 
-@pytest.mark.skipif(IS_BEFORE_4_57, reason="this transformers drops unknown arguments")
+@pytest.mark.skipif(Version("5") > TRANSFORMERS, reason="this transformers drops unknown arguments")
 def test_unknown_arguments_are_transformers_error(uploads):
     with pytest.raises(TypeError):
         AutoModelForCausalLMWithValueHead(build("llama")).push_to_hub("some/model", colour_of_paper=1)
