@@ -396,13 +396,13 @@ def _head(config: ValueHeadConfig) -> ValueHead:
 
 def _read_config(config_class: Any, location: object, arguments: dict[str, Any]) -> Any:  # noqa: ANN401, untyped
     """A checkpoint's configuration, and the arguments that are not about it."""
-    config, others = config_class.from_pretrained(location, return_unused_kwargs=True, **arguments)
-    if config.text_config is None:
+    # Seen before it is made: transformers 4.57 cannot log a configuration without the one inside.
+    if config_class.get_config_dict(location, **arguments)[0].get("text_config") is None:
         raise HeadError(
             f"{location}: expected a configuration of model_type {config_class.model_type!r} with a text_config; "
             "any other checkpoint becomes one by ValueHeadModel.from_wrapper"
         )
-    return config, others
+    return config_class.from_pretrained(location, return_unused_kwargs=True, **arguments)
 
 
 def _choose_attention(config: Any, implementation: Any) -> None:  # noqa: ANN401, transformers' own

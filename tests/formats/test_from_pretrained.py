@@ -9,12 +9,13 @@ import transformers
 from golden import EXPECTED, TOKENS, WITH_BODY, location
 from packaging.version import Version
 
+from library_versions import READS_PICKLES
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import BodyMismatchError
 from vhead.formats import load
 
 # Older versions of transformers cannot take a prefix off a checkpoint's names.
-RENAMES = Version(transformers.__version__) >= Version("4.52")
+RENAMES = Version(transformers.__version__) >= Version("5")
 
 
 def loaded(path):
@@ -31,6 +32,8 @@ def framework_values(name):
 
 @pytest.mark.parametrize("name", WITH_BODY)
 def test_values_are_the_framework_s(name):
+    if not READS_PICKLES and any(location(name).glob("*.bin")):
+        pytest.skip("this transformers reads pickles with torch >= 2.6 only")
     if EXPECTED[name]["body_prefix"] and not RENAMES:
         with pytest.raises(BodyMismatchError, match="vhead convert"):
             loaded(location(name))
