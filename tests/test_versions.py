@@ -95,3 +95,11 @@ def test_the_page_states_the_range():
     for requirement in requirements()[:5]:
         (bound,) = lowest(requirement.specifier)
         assert f"| {requirement.name} | {bound} | {'.'.join(pins('newest')[requirement.name].split('.')[:2])} |" in page
+
+
+def test_the_page_states_the_last_run_of_each_world():
+    runs = [json.loads(line) for line in (WORLDS / "results.jsonl").read_text().splitlines()]
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for run in {run["world"]: run for run in runs}.values():
+        counts = " | ".join(str(run.get(kind, 0)) for kind in ("passed", "failed", "skipped"))
+        assert f"| {run['world']} | {run['commit']} | {counts} |" in page
