@@ -104,8 +104,8 @@ class SafetensorsFile:
         return tensor.clone()
 
 
-class PickledFile:
-    """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
+class _StateDictFile:
+    """A file around one state dict, which is unpickled when something of it is first asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,6 +121,14 @@ class PickledFile:
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class PickledFile(_StateDictFile):
+    """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
         try:
             with self.path.open("rb") as file:
                 is_zip = file.read(2) == b"PK"
@@ -129,23 +137,11 @@ class PickledFile:
         return _unpickle(self.path, str(self.path), mmap=is_zip)
 
 
-class NemoFile:
+class NemoFile(_StateDictFile):
     """A NeMo archive: a tar around one pickled state dict, `model_weights.ckpt`, which is read without unpacking it.
 
     Archives of a model that was split over several devices hold a folder instead, which is an error that says so.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """What each tensor is, by name."""
-        return {name: _info_of_tensor(tensor) for name, tensor in self._state.items()}
-
-    def read(self, name: str) -> Tensor:
-        """Reads one tensor into memory of its own."""
-        return self._state[name].detach().clone()
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
