@@ -47,5 +47,5 @@ pub use forward::{Head, forward, forward_with};
 pub use linear::{Linear, TwoLayerHead, keep_kept, linear, linear_with, two_layer, two_layer_with};
 pub use rows::Rows;
 pub use simd::Level;
-pub use statistics::{LogitGradients, LogitStatistics, LogitsRule, Statistics};
+pub use statistics::{BLOCK as LOGITS_BLOCK, LogitGradients, LogitStatistics, LogitsRule, Statistics};
 pub use threads::{Executor, Pool, Serial};

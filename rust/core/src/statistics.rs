@@ -42,6 +42,18 @@ impl LogitsRule {
         }
     }
 
+    /// What a product, with its bias, is multiplied by first.
+    #[must_use]
+    pub fn inner(&self) -> f32 {
+        self.inner
+    }
+
+    /// What the hyperbolic tangent is multiplied by, where there is a cap.
+    #[must_use]
+    pub fn outer(&self) -> Option<f32> {
+        self.outer
+    }
+
     pub(crate) fn is_identity(&self) -> bool {
         self.inner == 1.0 && self.outer.is_none()
     }
