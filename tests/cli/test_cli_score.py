@@ -1,6 +1,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import time
@@ -42,8 +43,10 @@ class TestOutput:
     def test_jsonl_has_the_records_in_order_with_scores_behind(self, critic, source, records, scores, tmp_path):
         done = run(source, "--model", critic, "--output", tmp_path / "out.jsonl")
         assert (done.exit_code, done.stdout) == (0, "")
-        assert "vhead: 12 rollouts scored: " in done.stderr
-        assert f"tokens/s, written to {tmp_path / 'out.jsonl'}" in done.stderr
+        total, rate = done.stderr.splitlines()
+        assert total == f"vhead: 12 rollouts scored, written to {tmp_path / 'out.jsonl'}"
+        pattern = r"vhead: 552 tokens in [\d.]+ s: [\d,]+ rollouts/s, [\d,]+ tokens/s; 71% of the tokens shared and .*"
+        assert re.fullmatch(pattern, rate), rate
         written = read_jsonl(tmp_path / "out.jsonl")
         for record, line, score in zip(records, written, scores, strict=True):
             assert list(line) == ["id", "prompt", "completion", "tag", "values", "logprobs", "reward"]
@@ -110,6 +113,60 @@ class TestOutput:
         assert run(source, "-m", plain, "-o", tmp_path / "out.jsonl", "--allow-random-head").exit_code == 0
 
 
+class TestTruncation:
+    @pytest.fixture
+    def long(self, source):
+        bad_line(source, 3, json.dumps({"id": "long", "prompt": "a" * 100, "completion": "b" * 50}) + "\n")
+        return source
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    @pytest.mark.parametrize(("end", "prompt", "completion"), [("prompt", 78, 50), ("completion", 100, 28)])
+    def test_scores_of_what_is_kept_and_a_column_that_says_so(self, request, suffix, end, prompt, completion):
+        critic, long, folder = (request.getfixturevalue(name) for name in ("critic", "long", "tmp_path"))
+        output = folder / f"out.{suffix}"
+        done = run(long, "-m", critic, "-o", output, "--truncate", end)
+        assert done.exit_code == 0, done.stderr
+        assert "12 rollouts scored, 1 truncated, written to " in done.stderr
+        rows = read_jsonl(output) if suffix == "jsonl" else pq.read_table(output).to_pylist()
+        assert [row["truncated"] for row in rows] == [row["id"] == "long" for row in rows]
+        assert (len(rows[2]["prompt"]), len(rows[2]["completion"])) == (100, 50)
+        expected = Scorer.from_pretrained(critic, device="cpu").score([Rollout("a" * prompt, "b" * completion)])
+        np.testing.assert_allclose(rows[2]["values"], expected.values, atol=1e-5)
+
+    def test_a_column_of_that_name_is_never_overwritten(self, critic, source, tmp_path):
+        bad_line(source, 1, '{"prompt": "a", "completion": "b", "truncated": 1}\n')
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl").exit_code == 0
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--truncate", "prompt")
+        assert done.exit_code == 1
+        assert "line 1: truncated: expected no such column in the input" in done.stderr
+
+    def test_a_shorter_limit(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--max-length", 20)
+        assert done.exit_code == 1
+        assert "completion: expected at most 20 tokens together with the prompt, got 20 + " in done.stderr
+        options = ["--max-length", 20, "--truncate", "completion"]
+        done = run(source, "-m", critic, "-o", tmp_path / "other.jsonl", *options)
+        assert "prompt: expected at most 19 tokens" in done.stderr
+        done = run(source, "-m", critic, "-o", tmp_path / "third.jsonl", *options, "--on-error", "skip")
+        assert "4 rollouts scored, 8 skipped, 3 truncated" in done.stderr
+
+    def test_a_limit_beyond_the_model_s(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--max-length", 129)
+        assert (done.exit_code, done.stderr) == (
+            1,
+            "vhead: max_length: expected at most the model's 128 tokens, got 129\n",
+        )
+
+    def test_another_rule_is_refused_when_resuming(self, critic, source, tmp_path):
+        text = source.read_text()
+        bad_line(source, 7, "{broken\n")
+        run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        source.write_text(text)
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume", "--truncate", "prompt")
+        assert done.exit_code == 1
+        assert "truncate: expected None, as in the run that is resumed, got 'prompt'" in done.stderr
+
+
 class TestBadData:
     def test_a_broken_line_is_named_and_what_came_before_is_kept(self, critic, source, tmp_path):
         bad_line(source, 7, "{broken\n")
@@ -162,7 +219,7 @@ class TestBadData:
             [f"skipped {source}", "line 7 (id 'r6')"],
             [f"skipped {source}", "line 12 (id 'r11')"],
         ]
-        assert "9 rollouts scored, 3 skipped" in lines[-1]
+        assert "9 rollouts scored, 3 skipped" in lines[-2]
         np.testing.assert_allclose(read_jsonl(tmp_path / "out.jsonl")[5]["values"], scores[7].values, atol=1e-5)
 
     def test_many_skipped_records_are_counted(self, critic, source, tmp_path):
@@ -278,6 +335,8 @@ class TestUsage:
             (["--dtype", "int8"], "'int8' is not one of"),
             (["--token-budget", "0"], "'--token-budget'"),
             (["--limit", "0"], "'--limit'"),
+            (["--max-length", "1"], "'--max-length'"),
+            (["--truncate", "left"], "'left' is not one of"),
             (["--unknown"], "No such option"),
         ],
     )
@@ -368,7 +427,7 @@ class TestProcess:
         process.stdout.close()
         assert process.wait() == 0
         assert len([json.loads(line) for line in b"".join(lines).splitlines()]) == 1200
-        for word in (b"loading", b"scoring", b"rollouts", b"tokens/s", b"left", b"1,200 rollouts scored"):
+        for word in (b"loading", b"rollouts", b"tokens/s", b"left", b"1,200 rollouts scored"):
             assert word in shown
 
     def test_a_reader_that_goes_away(self, vhead, critic, source):

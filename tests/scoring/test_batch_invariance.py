@@ -78,6 +78,14 @@ def test_a_prompt_is_computed_once_for_its_completions(model):
     assert shapes == [(1, 9), (1, 2), (1, 3), (1, 4)]
 
 
+def test_a_prompt_counts_once_among_the_computed_tokens(model):
+    records = [Rollout([5] * 20, [7, index]) for index in range(8, 13)]
+    counted = []
+    scorer = Scorer(model, batch_invariant=True)
+    list(scorer.windows(records, ["values"], on_batch=lambda *counts: counted.append(counts)))
+    assert counted == [(1, 22, 22), *[(1, 22, 2)] * 4]
+
+
 def test_new_weights_count_at_once(model):
     own = critic("llama", **settings_that_change_rounding())
     scorer = Scorer(own, batch_invariant=True)

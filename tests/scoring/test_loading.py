@@ -14,6 +14,7 @@ from vhead import Rollout, Scorer
 from vhead.errors import FieldError, HeadError, HeadNotFoundError, VheadError
 from vhead.scoring.encode import Encoder
 from vhead.scoring.scores import FIELDS
+from vhead.scoring.truncation import LengthLimit
 
 BYTE_SHIFT = 3
 
@@ -49,14 +50,14 @@ class Bracketed:
 
 
 def test_the_prompt_gets_the_special_tokens_in_front_and_the_completion_none():
-    encoded = Encoder(Bracketed(), 60, None).encode(0, Rollout("ab", "c"), "record 0")
+    encoded = Encoder(Bracketed(), 60, LengthLimit(None)).encode(0, Rollout("ab", "c"), "record 0")
     assert encoded.tokens.tolist() == [1, 57, 58, 59]
     assert (encoded.prompt_length, encoded.completion_length) == (3, 1)
 
 
 def test_text_without_any_token():
     with pytest.raises(FieldError, match="line 4: completion: expected at least one token, got a text without any"):
-        Encoder(Bracketed(), 60, None).encode(0, Rollout("ab", "__"), "line 4")
+        Encoder(Bracketed(), 60, LengthLimit(None)).encode(0, Rollout("ab", "__"), "line 4")
 
 
 class TestChat:
@@ -78,19 +79,19 @@ class TestChat:
 
     def test_no_template(self):
         with pytest.raises(FieldError, match="messages: expected a tokenizer with a chat template, got one without"):
-            Encoder(Bracketed(), 60, None).encode(0, CHAT, "record 0")
+            Encoder(Bracketed(), 60, LengthLimit(None)).encode(0, CHAT, "record 0")
 
     def test_a_template_that_changes_the_prompt(self, critic_folder, tokenizer, monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }} messages")
         with pytest.raises(FieldError, match="messages: expected a chat template that leaves the prompt as it is"):
-            Encoder(tokenizer, 259, None).encode(0, CHAT, "record 0")
+            Encoder(tokenizer, 259, LengthLimit(None)).encode(0, CHAT, "record 0")
 
     def test_a_template_that_refuses(self, tokenizer, monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
         with pytest.raises(
             FieldError, match="messages: expected a chat that the template takes, got no system role here"
         ):
-            Encoder(tokenizer, 259, None).encode(0, CHAT, "record 0")
+            Encoder(tokenizer, 259, LengthLimit(None)).encode(0, CHAT, "record 0")
 
 
 CHAT = Rollout.from_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -50,6 +50,8 @@ def score(
     batch_invariant: option.BatchInvariant = False,
     normalize_rewards: option.NormalizeRewards = False,
     allow_random_head: option.AllowRandomHead = False,
+    truncate: option.TruncateOption = option.Truncate.ERROR,
+    max_length: option.MaxLength = None,
     limit: option.Limit = None,
     on_error: option.OnErrorOption = option.OnError.FAIL,
     resume: option.Resume = False,
@@ -85,6 +87,8 @@ def score(
             batch_invariant=batch_invariant,
             normalize_rewards=normalize_rewards,
             allow_random_head=allow_random_head,
+            truncation=option.truncation_of(truncate),
+            max_length=max_length,
             limit=limit,
             skips=on_error is option.OnError.SKIP,
             resume=resume,
@@ -102,7 +106,7 @@ def _run(request: option.ScoreRequest) -> None:
     settings = request.settings() if request.has_files else None
     with (
         _naming(request.source),
-        closing(open_reader(request.source, request.fields)) as reader,
+        closing(open_reader(request.source, request.columns)) as reader,
         _kept(OutputFile(request.output, settings=settings, resume=request.resume)) as destination,
     ):
         with _loading(request):
@@ -138,6 +142,8 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
         window_tokens=request.window_tokens,
         num_threads=request.num_threads,
         batch_invariant=request.batch_invariant,
+        truncation=request.truncation,
+        max_length=request.max_length,
     )
 
 
@@ -189,8 +195,12 @@ def _kept(output: "OutputFile") -> Iterator["OutputFile"]:
 
 
 def _summarise(progress: "ScoringProgress", skipped: int, output: str) -> None:
-    left_out = f", {skipped:,} skipped" if skipped else ""
+    counts = (("skipped", skipped), ("truncated", progress.truncated))
+    others = "".join(f", {count:,} {what}" for what, count in counts if count)
+    target = "" if output == option.STANDARD_STREAM else f", written to {output}"
+    shared = f"; {progress.shared:.0%} of the tokens shared and computed once" if progress.shared else ""
+    say(f"{progress.rollouts:,} rollouts scored{others}{target}")
     say(
-        f"{progress.rollouts:,} rollouts scored{left_out}: {progress.tokens:,} tokens in {progress.seconds:.1f} s, "
-        f"{progress.rate:,.0f} tokens/s{'' if output == option.STANDARD_STREAM else f', written to {output}'}"
+        f"{progress.tokens:,} tokens in {progress.seconds:.1f} s: {progress.rollout_rate:,.0f} rollouts/s, "
+        f"{progress.rate:,.0f} tokens/s{shared}"
     )

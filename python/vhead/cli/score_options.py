@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,14 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Truncate(StrEnum):
+    """What to do with a rollout that has too many tokens."""
+
+    ERROR = "error"
+    PROMPT = "prompt"
+    COMPLETION = "completion"
 
 
 class OnError(StrEnum):
@@ -59,6 +67,17 @@ NormalizeRewards = Annotated[
 AllowRandomHead = Annotated[
     bool, typer.Option("--allow-random-head", help="Score with an untrained head where there is no trained one.")
 ]
+TruncateOption = Annotated[
+    Truncate,
+    typer.Option(
+        "--truncate",
+        help="A rollout with too many tokens is an error, or loses the prompt's first or the completion's last ones; "
+        "the output then says which were truncated.",
+    ),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of prompt and completion together; default: what the model takes.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first N records.")]
 OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a record that cannot be scored, or leave it out.")]
 Resume = Annotated[
@@ -85,6 +104,8 @@ class ScoreRequest:
     batch_invariant: bool
     normalize_rewards: bool
     allow_random_head: bool
+    truncation: Literal["prompt", "completion"] | None
+    max_length: int | None
     limit: int | None
     skips: bool
     resume: bool
@@ -108,6 +129,13 @@ class ScoreRequest:
         return STANDARD_STREAM not in (self.source, self.output)
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """What the output has beside the input's columns, which these names are therefore kept from."""
+        from vhead.scoring.scores import TRUNCATED  # noqa: PLC0415, for a fast --help
+
+        return self.fields if self.truncation is None else (*self.fields, TRUNCATED)
+
+    @property
     def shows_progress(self) -> bool:
         """Whether somebody is there to see it."""
         return not self.quiet and sys.stderr.isatty()
@@ -122,7 +150,16 @@ class ScoreRequest:
             "dtype": self.dtype,
             "batch_invariant": self.batch_invariant,
             "normalize_rewards": self.normalize_rewards,
+            "truncate": self.truncation,
+            "max_length": self.max_length,
         }
+
+
+def truncation_of(truncate: Truncate) -> Literal["prompt", "completion"] | None:
+    """The scorer's argument that the option stands for."""
+    if truncate is Truncate.ERROR:
+        return None
+    return "prompt" if truncate is Truncate.PROMPT else "completion"
 
 
 def checked_fields(returns: str) -> tuple[str, ...]:

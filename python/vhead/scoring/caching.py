@@ -93,11 +93,13 @@ class PromptThenCompletion:
         """One rollout each, those with the same prompt one after the other."""
         del budget
         keys = [tokens[:length].tobytes() for tokens, length in zip(sequences, prompts, strict=True)]
+        before: bytes | None = None
         for place in sorted(range(len(keys)), key=keys.__getitem__):
             tokens, length = sequences[place], prompts[place]
-            yield Batch(
-                (place,), (np.arange(len(tokens)),), len(tokens), PromptAndCompletion(tokens[:length], tokens[length:])
-            )
+            computed = len(tokens) - (length if keys[place] == before else 0)
+            before = keys[place]
+            content = PromptAndCompletion(tokens[:length], tokens[length:])
+            yield Batch((place,), (np.arange(len(tokens)),), computed, content)
 
     def states(self, batch: Batch) -> Tensor:
         """The prompt's states, then the completion's."""

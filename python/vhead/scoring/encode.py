@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError
 from vhead.scoring.rollout import Message, Rollout
+from vhead.scoring.truncation import LengthLimit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +21,7 @@ class Encoded:
         name: What errors call it.
         tokens: Prompt and completion, int64 `[P + C]`.
         prompt_length: P.
+        truncated: Whether it has fewer tokens than it came with.
     """
 
     index: int
@@ -27,6 +29,7 @@ class Encoded:
     name: str
     tokens: NDArray[np.int64]
     prompt_length: int
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,13 +46,13 @@ class Encoder:
     Args:
         tokenizer: Needed for text and messages.
         vocabulary_size: Rows of the model's token embedding.
-        context_length: Tokens the model can take at once, None when it knows no limit.
+        limit: Tokens that a rollout may have, and what becomes of longer ones.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int, context_length: int | None) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Any, vocabulary_size: int, limit: LengthLimit) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
-        self._context_length = context_length
+        self._limit = limit
         self._prefix = [] if tokenizer is None else _prefix_tokens(tokenizer)
 
     def encode(self, index: int, rollout: Rollout, name: str) -> Encoded:
@@ -57,22 +60,15 @@ class Encoder:
 
         Raises:
             FieldError: Text came without a tokenizer, a part has no tokens, an id is not in the vocabulary, or both
-                together are longer than the model's context.
+                together are longer than they may be and are not to be truncated.
         """
         if not isinstance(rollout, Rollout):
             raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
         prompt, completion = self._parts(rollout, name)
         for field, tokens in (("prompt", prompt), ("completion", completion)):
             self._check(tokens, field, name)
-        length = len(prompt) + len(completion)
-        if self._context_length is not None and length > self._context_length:
-            raise FieldError(
-                name,
-                "completion",
-                expected=f"at most the model's {self._context_length} tokens together with the prompt",
-                got=f"{len(prompt)} + {len(completion)} = {length}",
-            )
-        return Encoded(index, rollout.id, name, np.concatenate([prompt, completion]), len(prompt))
+        prompt, completion, truncated = self._limit.fit(prompt, completion, name)
+        return Encoded(index, rollout.id, name, np.concatenate([prompt, completion]), len(prompt), truncated)
 
     def _parts(self, rollout: Rollout, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         prompt, completion = rollout.prompt, rollout.completion

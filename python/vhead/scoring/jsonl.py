@@ -110,9 +110,10 @@ class JsonlWriter:
 
     def write(self, rows: Sequence[Row], scores: Scores) -> None:
         """Appends one line per record and hands them to the operating system."""
+        columns = scores.columns
         for row, score in zip(rows, scores, strict=True):
             record = row.json_object()
-            self._stream.write(f"{record[:-1].rstrip()}, {_members(score, scores.fields)}}}\n".encode())
+            self._stream.write(f"{record[:-1].rstrip()}, {_members(score, columns)}}}\n".encode())
         self._stream.flush()
 
     def publish(self, grown: Path, path: Path) -> None:
@@ -126,6 +127,8 @@ def _members(score: Score, names: tuple[str, ...]) -> str:
 
 
 def _number_or_list(value: Any, name: str) -> str:  # noqa: ANN401, one of two array-like types by name
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if name not in PER_TOKEN:
         return f"{value:.9g}"
     return f"[{('%.9g, ' * len(value) % tuple(value.tolist()))[:-2]}]"

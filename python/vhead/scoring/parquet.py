@@ -125,7 +125,7 @@ class ParquetWriter:
         if not rows:
             return
         if self._earlier is not None and self._carried is None:
-            self._carried = pa.schema([field for field in self._earlier if field.name not in scores.fields])
+            self._carried = pa.schema([field for field in self._earlier if field.name not in scores.columns])
         table = self._table(rows)
         self._carried = table.schema
         table = _with_scores(table, scores)
@@ -225,7 +225,7 @@ def _taken(rows: Sequence[ParquetRow]) -> pa.Table:
 
 def _with_scores(table: pa.Table, scores: Scores) -> pa.Table:
     computed = scores.to_arrow()
-    for name in scores.fields:
+    for name in scores.columns:
         table = table.append_column(name, computed.column(name))
     return table
 

@@ -32,7 +32,7 @@ def score_file(
         output: Where they go.
         returns: Some of values, logprobs, entropy, reward.
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
-        progress: Told of every batch that is computed.
+        progress: Told of every batch that is computed, and of truncated rollouts.
         limit: Only the first so many records, those that an earlier run finished among them; None: all.
         on_error: Told of each record that cannot be scored, which is then left out; None: the first one is raised,
             after everything before it has been written.
@@ -45,14 +45,16 @@ def score_file(
     """
     waiting = WaitingRows(reader, limit, output.done)
 
-    def on_batch(rollouts: int, tokens: int) -> None:
+    def on_batch(rollouts: int, tokens: int, computed: int) -> None:
         if waiting.expected is not None:
             progress.expect(waiting.expected)
-        progress.advance(rollouts, tokens)
+        progress.advance(rollouts, tokens, computed)
 
     for scores in scorer.windows(
         waiting.rollouts(), returns, temperature, on_error=on_error, on_batch=on_batch, name_of=waiting.name_of
     ):
+        if scores.truncated is not None:
+            progress.truncated += int(scores.truncated.sum())
         output.write(waiting.take(scores), scores, waiting.done)
 
 

@@ -1,4 +1,4 @@
-"""Progress on standard error: rollouts, tokens per second, and the time that is left."""
+"""Progress on standard error: rollouts, their rate, and the time that is left."""
 
 import sys
 import time
@@ -21,6 +21,8 @@ class ScoringProgress:
     Attributes:
         rollouts: Rollouts scored so far.
         tokens: Their tokens, prompts included.
+        computed: Tokens that went through the model for them: fewer where they share some, more where some are padding.
+        truncated: Rollouts that lost tokens, as they had too many.
 
     Raises:
         MissingExtraError: A bar is to be shown and rich is not installed.
@@ -29,31 +31,64 @@ class ScoringProgress:
     def __init__(self, total: float | None = None, *, shown: bool = True) -> None:
         self.rollouts = 0
         self.tokens = 0
+        self.computed = 0
+        self.truncated = 0
+        self._total = total
         self._started = time.monotonic()
+        self._ended: float | None = None
         self._bar = _bar() if shown and sys.stderr.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task("scoring", total=total, rollouts=0, rate=0.0)
+        self._task = None if self._bar is None else self._bar.add_task("", total=total, figures=self.figures)
 
     @property
     def seconds(self) -> float:
-        """Since it was entered."""
-        return time.monotonic() - self._started
+        """Since it was entered, until it was left."""
+        return (time.monotonic() if self._ended is None else self._ended) - self._started
 
     @property
     def rate(self) -> float:
         """Tokens per second so far."""
-        return self.tokens / max(self.seconds, 1e-9)
+        return self._per_second(self.tokens)
+
+    @property
+    def rollout_rate(self) -> float:
+        """Rollouts per second so far."""
+        return self._per_second(self.rollouts)
+
+    @property
+    def shared(self) -> float:
+        """The part of all tokens that needed no computation of their own, as another rollout had them too; 0 to 1."""
+        return max(0.0, 1.0 - self.computed / self.tokens) if self.tokens else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate so far; None while nothing is scored, and where nobody knows how many rollouts there are."""
+        if self._total is None or not self.rollouts:
+            return None
+        return max(0.0, self._total - self.rollouts) / max(self.rollout_rate, 1e-9)
+
+    @property
+    def figures(self) -> str:
+        """What stands beside the bar."""
+        left = self.seconds_left
+        parts = [f"{self.rollouts:,} rollouts", f"{self.rollout_rate:,.0f}/s", f"{self.rate:,.0f} tokens/s"]
+        return ", ".join([*parts, *([] if left is None else [f"{_clock(left)} left"])])
 
     def expect(self, total: float) -> None:
         """A better estimate of how many rollouts there are."""
+        self._total = total
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=total)
 
-    def advance(self, rollouts: int, tokens: int) -> None:
-        """Counts rollouts that are computed, and their tokens."""
+    def advance(self, rollouts: int, tokens: int, computed: int) -> None:
+        """Counts rollouts that are computed, their tokens, and those that went through the model."""
         self.rollouts += rollouts
         self.tokens += tokens
+        self.computed += computed
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.rollouts, rollouts=self.rollouts, rate=self.rate)
+            self._bar.update(self._task, completed=self.rollouts, figures=self.figures)
+
+    def _per_second(self, count: int) -> float:
+        return count / max(self.seconds, 1e-9)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
@@ -64,25 +99,31 @@ class ScoringProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ended = time.monotonic()
         if self._bar is not None:
             self._bar.stop()
 
 
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _bar() -> "Progress":
+    """A bar that takes the width that the figures leave."""
     try:
         from rich import progress  # noqa: PLC0415, an optional dependency
         from rich.console import Console  # noqa: PLC0415, an optional dependency
+        from rich.table import Column  # noqa: PLC0415, an optional dependency
     except ImportError as error:
         raise MissingExtraError("rich", "cli") from error
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[rollouts]:,} rollouts, {task.fields[rate]:,.0f} tokens/s,"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("elapsed,"),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("left"),
+        progress.BarColumn(bar_width=None, table_column=Column(min_width=8, ratio=1)),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        progress.TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
         transient=True,
+        expand=True,
     )

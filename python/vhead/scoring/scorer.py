@@ -19,6 +19,7 @@ from vhead.scoring.plan import ScorerPlan
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.rollout import Rollout
 from vhead.scoring.scores import Score, Scores, check_fields
+from vhead.scoring.truncation import LengthLimit, Truncation
 from vhead.scoring.window import Results, windows
 
 DEFAULT_RETURNS = ("values", "logprobs", "reward")
@@ -31,7 +32,7 @@ _BATCHES_PER_WINDOW = 8
 _REMEMBERED_IDS = 65536
 
 ErrorHandler = Callable[[RecordError], None]
-BatchHandler = Callable[[int, int], None]
+BatchHandler = Callable[[int, int, int], None]
 Naming = Callable[[int, Rollout], str]
 
 
@@ -49,6 +50,8 @@ class ScorerOptions(TypedDict, total=False):
     num_threads: int | None
     conventions: Conventions | None
     batch_invariant: bool
+    truncation: Truncation | None
+    max_length: int | None
 
 
 class Scorer:
@@ -70,6 +73,10 @@ class Scorer:
         conventions: Which positions values and rewards are read at; None: as above.
         batch_invariant: Whether a rollout's numbers are the same bit for bit whatever else is scored, on one machine
             with one number of threads. Costs time: each completion then goes through the model by itself.
+        truncation: What becomes of a rollout with more tokens than `max_length`: `"prompt"` cuts off the prompt's first
+            tokens, a beginning-of-sequence token among them, `"completion"` the completion's last ones, None neither:
+            it cannot be scored. The scores then say which rollouts were truncated.
+        max_length: Tokens of prompt and completion that a rollout may have; None: as many as the model takes.
 
     Attributes:
         model: As given.
@@ -77,8 +84,9 @@ class Scorer:
 
     Raises:
         HeadError: The model has no value head, or one with several outputs.
-        VheadError: The model is an encoder-decoder.
-        ValueError: The budget, the window or the number of threads is below 1.
+        VheadError: The model is an encoder-decoder, or takes fewer tokens than `max_length`.
+        ValueError: The budget, the window or the number of threads is below 1, `max_length` is below 2, or `truncation`
+            is none of these.
     """
 
     def __init__(
@@ -91,6 +99,8 @@ class Scorer:
         num_threads: int | None = None,
         conventions: Conventions | None = None,
         batch_invariant: bool = False,
+        truncation: Truncation | None = None,
+        max_length: int | None = None,
     ) -> None:
         numbers = {"token_budget": token_budget, "window_tokens": window_tokens, "num_threads": num_threads}
         for name, number in numbers.items():
@@ -99,7 +109,9 @@ class Scorer:
         self.model = model
         self._conventions = conventions or Conventions()
         self._engine = Engine(model, num_threads, self._conventions, batch_invariant=batch_invariant)
-        self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, self._engine.context_length)
+        limit = LengthLimit.of(self._engine.context_length, max_length, truncation)
+        self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, limit)
+        self._truncates = truncation is not None
         is_cpu = self._engine.device.type == "cpu"
         self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
         self._window_tokens = window_tokens or self.token_budget * _BATCHES_PER_WINDOW
@@ -169,7 +181,7 @@ class Scorer:
         """
         rollouts = list(rollouts)
         fields = check_fields(returns)
-        parts = [Results([], fields, self._conventions).before_first_error()]
+        parts = [self._results([], fields).before_first_error()]
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
             parts += self.windows(rollouts, fields, temperature, remembered_ids=None, on_batch=display.advance)
         return Scores.concat(parts)
@@ -214,7 +226,8 @@ class Scorer:
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
             on_error: Told of each rollout that cannot be scored, which is then left out; None: the first one is raised,
                 after everything before it has been given.
-            on_batch: Told of each batch that is computed: how many rollouts, how many tokens, prompts included.
+            on_batch: Told of each batch that is computed: how many rollouts, how many tokens, prompts included, and how
+                many tokens went through the model for them.
             name_of: What errors call a rollout.
             remembered_ids: How many of the last ids are compared with each new one, None for all.
 
@@ -281,13 +294,17 @@ class Scorer:
     def _score(
         self, window: "_Window", fields: Sequence[str], temperature: float, on_batch: BatchHandler | None
     ) -> Results:
-        results = Results(window.rollouts, fields, self._conventions)
+        results = self._results(window.rollouts, fields)
         for work in window.work:
-            results.put(work.batch.places, self._engine.score(window.rollouts, work, fields, temperature))
+            batch = work.batch
+            results.put(batch.places, self._engine.score(window.rollouts, work, fields, temperature))
             if on_batch is not None:
-                on_batch(len(work.batch.places), sum(len(window.rollouts[place]) for place in work.batch.places))
+                on_batch(len(batch.places), sum(len(window.rollouts[place]) for place in batch.places), batch.tokens)
         self._engine.forget()
         return results
+
+    def _results(self, rollouts: Sequence[Encoded], fields: Sequence[str]) -> Results:
+        return Results(rollouts, fields, self._conventions, truncates=self._truncates)
 
 
 def _normalising(conventions: Conventions | None, critic: Critic, source: str | Path) -> Conventions:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 PER_TOKEN = ("values", "logprobs", "entropy")
 PER_ROLLOUT = ("reward",)
 FIELDS = (*PER_TOKEN, *PER_ROLLOUT)
+# A column beside the fields, where rollouts may be truncated.
+TRUNCATED = "truncated"
 
 Ids = tuple[str | int | None, ...]
 _ARROW_LIST_LIMIT = 2**31 - 1
@@ -34,6 +36,7 @@ class Score:
         logprobs: Log-probability of completion token t, in nats, float32 `[C]`.
         entropy: Entropy of the distribution that predicts completion token t, in nats, float32 `[C]`.
         reward: The head's output at the last completion token.
+        truncated: Whether the rollout lost tokens, as it had too many.
     """
 
     index: int
@@ -43,6 +46,7 @@ class Score:
     logprobs: NDArray[np.float32] | None
     entropy: NDArray[np.float32] | None
     reward: float | None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +65,7 @@ class Scores(Sequence[Score]):
         logprobs: float32 `[T]`, or None when not asked for.
         entropy: float32 `[T]`, or None when not asked for.
         reward: float32 `[N]`, or None when not asked for.
+        truncated: Which rollouts lost tokens, as they had too many, bool `[N]`; None: the scorer truncates none.
 
     Raises:
         ValueError: An array has another dtype or length than this.
@@ -74,6 +79,7 @@ class Scores(Sequence[Score]):
     logprobs: NDArray[np.float32] | None = None
     entropy: NDArray[np.float32] | None = None
     reward: NDArray[np.float32] | None = None
+    truncated: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -84,11 +90,18 @@ class Scores(Sequence[Score]):
             raise ValueError("offsets: expected a rising sequence from 0")
         for name in self.fields:
             _check(name, getattr(self, name), np.float32, self.token_count if name in PER_TOKEN else count)
+        if self.truncated is not None:
+            _check(TRUNCATED, self.truncated, np.bool_, count)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields that were asked for."""
         return tuple(name for name in FIELDS if getattr(self, name) is not None)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is written of them: the fields, and `truncated` where the scorer truncates."""
+        return self.fields if self.truncated is None else (*self.fields, TRUNCATED)
 
     @property
     def token_count(self) -> int:
@@ -120,6 +133,7 @@ class Scores(Sequence[Score]):
             logprobs=None if self.logprobs is None else self.logprobs[tokens],
             entropy=None if self.entropy is None else self.entropy[tokens],
             reward=None if self.reward is None else float(self.reward[position]),
+            truncated=self.truncated is not None and bool(self.truncated[position]),
         )
 
     def __iter__(self) -> Iterator[Score]:
@@ -135,7 +149,7 @@ class Scores(Sequence[Score]):
         stop = max(start, stop)
         tokens = slice(int(self.offsets[start]), int(self.offsets[stop]))
         rollouts = slice(start, stop)
-        flat = {name: getattr(self, name)[tokens if name in PER_TOKEN else rollouts] for name in self.fields}
+        flat = {name: getattr(self, name)[tokens if name in PER_TOKEN else rollouts] for name in self.columns}
         return Scores(
             ids=self.ids[rollouts],
             indices=self.indices[rollouts],
@@ -155,10 +169,10 @@ class Scores(Sequence[Score]):
             raise ValueError("parts: expected at least one Scores, got none")
         if len(parts) == 1:
             return parts[0]
-        names = parts[0].fields
+        names = parts[0].columns
         for part in parts:
-            if part.fields != names:
-                raise ValueError(f"parts: expected the fields {list(names)} in each, got {list(part.fields)}")
+            if part.columns != names:
+                raise ValueError(f"parts: expected the fields {list(names)} in each, got {list(part.columns)}")
         lengths = np.concatenate([part.token_counts for part in parts])
         return cls(
             ids=tuple(name for part in parts for name in part.ids),
@@ -169,7 +183,7 @@ class Scores(Sequence[Score]):
         )
 
     def to_arrow(self) -> "pyarrow.Table":
-        """A table with the column `id` and one column per field: `list<float32>` per token, `float32` per rollout.
+        """A table: `id`, the fields (`list<float32>` per token, `float32` per rollout), and `truncated` if it is there.
 
         The columns share the flat arrays' memory.
 
@@ -181,7 +195,7 @@ class Scores(Sequence[Score]):
         except ImportError as error:
             raise MissingExtraError("pyarrow", "data") from error
         columns: dict[str, Any] = {"id": pa.array(_one_type(self.ids))}
-        for name in self.fields:
+        for name in self.columns:
             array = getattr(self, name)
             columns[name] = self._list_column(pa, array) if name in PER_TOKEN else pa.array(array)
         return pa.table(columns)
@@ -200,7 +214,7 @@ class Scores(Sequence[Score]):
         return pa.chunked_array(chunks)
 
     def to_pandas(self) -> Any:  # noqa: ANN401, pandas is optional and brings no types
-        """A `pandas.DataFrame` with the column `id` and one column per field; per-token fields hold array views.
+        """A `pandas.DataFrame` with the columns of `to_arrow`; per-token fields hold array views.
 
         Raises:
             MissingExtraError: pandas is not installed.
@@ -210,7 +224,7 @@ class Scores(Sequence[Score]):
         except ImportError as error:
             raise MissingExtraError("pandas", "data") from error
         columns: dict[str, Any] = {"id": pd.Series(list(self.ids), dtype=object)}
-        for name in self.fields:
+        for name in self.columns:
             array = getattr(self, name)
             columns[name] = pd.Series(self._views(array), dtype=object) if name in PER_TOKEN else array
         return pd.DataFrame(columns)

@@ -42,9 +42,12 @@ class Results:
         window: The rollouts in input order.
         fields: What is computed.
         conventions: How many entries a rollout has in a per-token field.
+        truncates: Whether the scores say which rollouts were truncated.
     """
 
-    def __init__(self, window: Sequence[Encoded], fields: Sequence[str], conventions: Conventions) -> None:
+    def __init__(
+        self, window: Sequence[Encoded], fields: Sequence[str], conventions: Conventions, *, truncates: bool = False
+    ) -> None:
         self._window = window
         lengths = np.fromiter((conventions.entries(rollout) for rollout in window), np.int64, len(window))
         offsets = offsets_of(lengths)
@@ -54,6 +57,7 @@ class Results:
             indices=np.fromiter((rollout.index for rollout in window), np.int64, len(window)),
             prompt_lengths=np.fromiter((rollout.prompt_length for rollout in window), np.int64, len(window)),
             offsets=offsets,
+            truncated=np.array([rollout.truncated for rollout in window], np.bool_) if truncates else None,
             **flat,
         )
         self._bad: dict[int, FieldError] = {}
