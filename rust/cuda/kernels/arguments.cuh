@@ -4,6 +4,7 @@
 //
 //   vhead_forward_{dtype}_{path}[_dropout](Rows hidden, const float* weight, const float* bias, u32 outputs,
 //                                          Dropout dropout, float* values)
+//   vhead_forward_rows_{dtype}[_dropout](the same arguments; K == 1 on the vector path: several rows a warp)
 //   vhead_backward_{dtype}_{path}[_dropout](Rows hidden, const float* weight, u32 outputs, Dropout dropout,
 //                                           const float* grad_values, T* grad_hidden, float* partials)
 //   vhead_backward_weight_{dtype}_{path}[_dropout](the same arguments; grad_hidden is not written)
@@ -20,8 +21,9 @@
 //
 // Geometry (x, y); the bits of a result depend on no grid:
 //
-//   forward      block 32 * FORWARD_WARPS; grid any number, best ceil(N / (FORWARD_WARPS * rows)), at most 2^31 - 1, with
-//                rows = FORWARD_ROWS where K == 1 and N >= FORWARD_MANY_ROWS, else 1
+//   forward      block 32 * FORWARD_WARPS; grid any number, best ceil(N / FORWARD_WARPS), at most 2^31 - 1
+//   forward_rows the same with ceil(N / (FORWARD_WARPS * rows)), rows = 8 / size of an element; it pays where
+//                N >= FORWARD_MANY_ROWS: with fewer rows there are too few warps to keep memory busy
 //   backward     block BACKWARD_THREADS; grid (chunks, ceil(H / (8 * BACKWARD_THREADS))), chunks = ceil(N / CHUNK)
 //   add_chunks   block (ADD_CHUNKS_COLUMNS, SLOTS); grid ceil(length / ADD_CHUNKS_COLUMNS)
 //   add_rows     block LANES; grid K
@@ -42,7 +44,7 @@ constexpr u32 SLOTS = 8;
 // The geometry.
 constexpr u32 WARP = 32;
 constexpr u32 FORWARD_WARPS = 4;
-constexpr u32 FORWARD_ROWS = 4;
+constexpr u32 FORWARD_ROW_BYTES = 8;  // rows a warp takes times the size of an element
 constexpr u32 FORWARD_MANY_ROWS = 8192;
 constexpr u32 BACKWARD_THREADS = 64;
 constexpr u32 ADD_CHUNKS_COLUMNS = 32;

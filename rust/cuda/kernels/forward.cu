@@ -1,0 +1,182 @@
+// value[n, k] = bias[k] + scale * sum_h keep(n, h) * hidden[n, h] * weight[k, h]
+//
+// A warp takes ROWS rows and OUTPUTS outputs at a time. Either several rows of a head with one output, so that a weight is
+// loaded and the columns' part of Philox is computed once for all of them; or one row and up to four outputs, so that the
+// hidden states are read once. More than four outputs read them again for each further four.
+//
+// Each thread has 64 bytes of hidden states under way: an octet's registers are sent for the octet after next, or the
+// fourth next, as soon as it has been added. No barrier and no shared memory comes between.
+#include "dropout.cuh"
+#include "elements.cuh"
+#include "reduce.cuh"
+#include "rows.cuh"
+
+constexpr u32 FORWARD_OUTPUTS = 4;
+
+template <class Element, bool VECTOR, bool DROPOUT, u32 ROWS, u32 OUTPUTS>
+struct Projection {
+    typedef Mask<DROPOUT> MaskOf;
+    // Octets of a row that are under way, and that a turn of the loop adds.
+    static constexpr u32 AHEAD = FORWARD_ROW_BYTES / Element::BYTES / ROWS;
+    static constexpr u32 TURN = AHEAD > 1 ? AHEAD : 2;
+
+    const MaskOf& mask;
+    const float* weight;
+    u32 columns;
+    u32 octets;
+    u32 outputs;  // at most OUTPUTS
+    typename MaskOf::Upper upper;
+    typename MaskOf::Row row_masks[ROWS];
+    const char* rows[ROWS];
+    Octet<Element> hidden[AHEAD][ROWS];
+    float lanes[ROWS][OUTPUTS][OCTET];
+
+    // `first` is a multiple of ROWS; rows past the last are the last.
+    __device__ __forceinline__ Projection(const MaskOf& mask, const Rows& from, u64 first, const float* weight, u32 outputs)
+        : mask(mask), weight(weight), columns(from.columns), octets((columns + OCTET - 1) / OCTET), outputs(outputs), lanes() {
+        upper = same_in_warp(mask.upper(first));
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            const u64 row = first + i < from.count ? first + i : from.count - 1;
+            row_masks[i] = same_in_warp(mask.row(row));
+            rows[i] = row_start<Element>(from, row);
+        }
+    }
+
+    // Steps 1 and 2 of the order of additions, for the octets of one thread.
+    __device__ __forceinline__ void run() {
+        u32 octet = threadIdx.x % WARP;
+        weight += octet * OCTET;
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) rows[i] += octet * (OCTET * Element::BYTES);
+#pragma unroll
+        for (u32 tile = 0; tile < AHEAD; ++tile) {
+#pragma unroll
+            for (u32 i = 0; i < ROWS; ++i) fetch(i, octet, tile);
+        }
+        for (; octet < octets; octet += TURN * WARP) {
+#pragma unroll
+            for (u32 tile = 0; tile < TURN; ++tile) {
+                if (octet + tile * WARP < octets) add_octet(octet, tile);
+            }
+            weight += TURN * LANES;
+#pragma unroll
+            for (u32 i = 0; i < ROWS; ++i) rows[i] += TURN * LANES * Element::BYTES;
+        }
+    }
+
+    // Asks for the octet `tile` tiles from where the pointers are, which is `octet`.
+    __device__ __forceinline__ void fetch(u32 i, u32 octet, u32 tile) {
+        octet += tile * WARP;
+        if (octet < octets) {
+            const char* from = rows[i] + tile * (LANES * Element::BYTES);
+            hidden[tile % AHEAD][i] = load_octet<Element, VECTOR>(from, columns - octet * OCTET);
+        }
+    }
+
+    // Adds an octet of each row to the lanes.
+    __device__ __forceinline__ void add_octet(u32 octet, u32 tile) {
+        const u32 rest = columns - (octet + tile * WARP) * OCTET;
+        float weights[OUTPUTS][OCTET];
+#pragma unroll
+        for (u32 output = 0; output < OUTPUTS; ++output) {
+            if (output < outputs) {
+                const float* from = weight + static_cast<u64>(output) * columns + tile * LANES;
+                load_weights<VECTOR>(from, rest, weights[output]);
+            }
+        }
+        const typename MaskOf::Octet octet_mask = mask.octet(octet + tile * WARP);
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            const Bits128 bits = mask.draw(octet_mask, upper, row_masks[i]);
+#pragma unroll
+            for (u32 output = 0; output < OUTPUTS; ++output) {
+                if (output < outputs) add(bits, hidden[tile % AHEAD][i], weights[output], lanes[i][output]);
+            }
+            fetch(i, octet, tile + AHEAD);
+        }
+    }
+
+    __device__ __forceinline__ void add(const Bits128& bits, const Octet<Element>& hidden, const float (&weights)[OCTET],
+                                        float (&sums)[OCTET]) {
+#pragma unroll
+        for (u32 j = 0; j < OCTET; ++j) {
+            sums[j] = fmaf(Element::get(hidden, j), mask.keep(bits, j, weights[j]), sums[j]);
+        }
+    }
+
+    // Step 3 for one row and output.
+    __device__ __forceinline__ float value(u32 i, u32 output, const float* bias) const {
+        return finish(fold_halves(fold_octet(lanes[i][output])), mask.scale, bias ? load(bias + output) : 0.0f);
+    }
+};
+
+// The warp's number in the grid, and how many there are.
+__device__ __forceinline__ u64 warp_in_grid() {
+    return static_cast<u64>(blockIdx.x) * FORWARD_WARPS + same_in_warp(threadIdx.x / WARP);
+}
+__device__ __forceinline__ u64 warps_in_grid() { return static_cast<u64>(gridDim.x) * FORWARD_WARPS; }
+
+template <class Element, bool VECTOR, bool DROPOUT>
+__device__ __forceinline__ void forward(const Rows& hidden, const float* weight, const float* bias, u32 outputs,
+                                        const Dropout& dropout, float* values) {
+    const Mask<DROPOUT> mask(dropout);
+    for (u64 row = warp_in_grid(); row < hidden.count; row += warps_in_grid()) {
+        for (u32 first = 0; first < outputs; first += FORWARD_OUTPUTS) {
+            const u32 rest = outputs - first < FORWARD_OUTPUTS ? outputs - first : FORWARD_OUTPUTS;
+            const float* weights = weight + static_cast<u64>(first) * hidden.columns;
+            Projection<Element, VECTOR, DROPOUT, 1, FORWARD_OUTPUTS> projection(mask, hidden, row, weights, rest);
+            projection.run();
+#pragma unroll
+            for (u32 output = 0; output < FORWARD_OUTPUTS; ++output) {
+                if (output < rest) {
+                    const float value = projection.value(0, output, bias ? bias + first : nullptr);
+                    if (threadIdx.x % WARP == 0) store(values + row * outputs + first + output, value);
+                }
+            }
+        }
+    }
+}
+
+template <class Element, bool DROPOUT>
+__device__ __forceinline__ void forward_rows(const Rows& hidden, const float* weight, const float* bias,
+                                             const Dropout& dropout, float* values) {
+    constexpr u32 ROWS = FORWARD_ROW_BYTES / Element::BYTES;
+    const Mask<DROPOUT> mask(dropout);
+    for (u64 first = warp_in_grid() * ROWS; first < hidden.count; first += warps_in_grid() * ROWS) {
+        Projection<Element, true, DROPOUT, ROWS, 1> projection(mask, hidden, first, weight, 1);
+        projection.run();
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            const float value = projection.value(i, 0, bias);
+            if (threadIdx.x % WARP == 0 && first + i < hidden.count) store(values + first + i, value);
+        }
+    }
+}
+
+// The second bound is how many blocks a multiprocessor should hold: it limits the registers.
+#define FORWARD(NAME, ELEMENT, VECTOR, DROPOUT)                                                                            \
+    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, 4)                                                  \
+        NAME(const __grid_constant__ Rows hidden, const float* weight, const float* bias, u32 outputs,                     \
+             const __grid_constant__ Dropout dropout, float* values) {                                                     \
+        forward<ELEMENT, VECTOR, DROPOUT>(hidden, weight, bias, outputs, dropout, values);                                 \
+    }
+
+#define FORWARD_ROWS(NAME, ELEMENT, DROPOUT)                                                                               \
+    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, 5)                                                  \
+        NAME(const __grid_constant__ Rows hidden, const float* weight, const float* bias, u32,                             \
+             const __grid_constant__ Dropout dropout, float* values) {                                                     \
+        forward_rows<ELEMENT, DROPOUT>(hidden, weight, bias, dropout, values);                                             \
+    }
+
+#define FORWARD_OF_DTYPE(DTYPE, ELEMENT)                                   \
+    FORWARD(vhead_forward_##DTYPE##_vector, ELEMENT, true, false)          \
+    FORWARD(vhead_forward_##DTYPE##_vector_dropout, ELEMENT, true, true)   \
+    FORWARD(vhead_forward_##DTYPE##_scalar, ELEMENT, false, false)         \
+    FORWARD(vhead_forward_##DTYPE##_scalar_dropout, ELEMENT, false, true)  \
+    FORWARD_ROWS(vhead_forward_rows_##DTYPE, ELEMENT, false)               \
+    FORWARD_ROWS(vhead_forward_rows_##DTYPE##_dropout, ELEMENT, true)
+
+FORWARD_OF_DTYPE(float32, Float32)
+FORWARD_OF_DTYPE(bfloat16, BFloat16)
+FORWARD_OF_DTYPE(float16, Float16)
