@@ -1,0 +1,1 @@
+"""Ways to run CUDA kernels on a machine without a GPU."""

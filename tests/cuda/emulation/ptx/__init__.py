@@ -1,0 +1,40 @@
+"""Executes PTX on the CPU: an interpreter in numpy, one lane a CUDA thread, all lanes of many blocks at once.
+
+    memory = Memory()
+    hidden = memory.input("hidden", array)
+    values = memory.output("values", (rows,), np.float32)
+    Module(ptx_text).launch("vhead_forward_float32_vector", grid=(4,), block=(256,), args=[..., values], memory=memory)
+    values.array, hidden.bytes_read
+
+Only what the kernels' PTX uses is known; an instruction beyond that raises instead of guessing. Every access is checked
+for bounds, alignment and races (two threads at one place, one of them writing, without a barrier between them), every
+barrier and shuffle for threads that are missing.
+"""
+
+from emulation.ptx.errors import (
+    AccessError,
+    BarrierError,
+    LaunchError,
+    PtxError,
+    PtxSyntaxError,
+    RaceError,
+    ShuffleError,
+    UnknownInstructionError,
+)
+from emulation.ptx.memory import Allocation, Memory
+from emulation.ptx.module import Launch, Module
+
+__all__ = [
+    "AccessError",
+    "Allocation",
+    "BarrierError",
+    "Launch",
+    "LaunchError",
+    "Memory",
+    "Module",
+    "PtxError",
+    "PtxSyntaxError",
+    "RaceError",
+    "ShuffleError",
+    "UnknownInstructionError",
+]
