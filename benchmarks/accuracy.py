@@ -1,12 +1,12 @@
-"""Errors against float64, and what a forward keeps for its backward."""
+"""Errors against float64."""
 
 from collections.abc import Callable
 
 import torch
-from peers import Peer, Weights
 from torch import Tensor
 
 from vhead import ops
+from vhead.benchmark.peers import Peer, Weights
 
 Exact = tuple[Tensor, Tensor, Tensor]
 
@@ -78,21 +78,3 @@ def _row(name: str, got: Tensor, want: Tensor) -> dict[str, object]:
         "max_error": difference.abs().max().item(),
         "rms_error": difference.square().mean().sqrt().item(),
     }
-
-
-def saved_bytes(peer: Peer, hidden: Tensor, dropout: float) -> int:
-    """Bytes that autograd keeps between forward and backward, the hidden states and the parameters not counted."""
-    leaf = hidden.clone().requires_grad_()
-    known = {t.untyped_storage().data_ptr() for t in (leaf, *peer.parameters)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        values = peer.at(dropout)(leaf)
-    del values
-    return sum(kept.values())

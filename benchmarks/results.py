@@ -1,32 +1,18 @@
 """The measured rows, read back: lookups that the chart and the tables share."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
+
+from vhead.benchmark.document import Document, Row
 
 FILE = Path(__file__).parent / "results" / "head.json"
 
-Row = dict[str, object]
 
+class Results(Document):
+    """One run of `head.py`, or of `vhead bench`, which has fewer implementations and no errors."""
 
-@dataclass(frozen=True)
-class Results:
-    """One run of `head.py`."""
-
-    provenance: Row
-    times: list[Row]
-    saved: list[Row]
-    errors: list[Row]
-
-    @classmethod
-    def load(cls, file: Path = FILE) -> "Results":
-        """Reads what `head.py` wrote."""
-        return cls(**json.loads(file.read_text()))
-
-    def milliseconds(self, mode: str, shape: tuple[int, int], dtype: str) -> dict[str, float]:
+    def milliseconds(self, mode: str, shape: tuple[int, ...], dtype: str) -> dict[str, float]:
         """Median time of each implementation; the fastest of the reading passes is `read`."""
-        rows = [r for r in self.times if (r["mode"], tuple(r["shape"]), r["dtype"]) == (mode, shape, dtype)]
-        times = {r["implementation"]: r["p50_us"] / 1e3 for r in rows}
+        times = {name: median / 1e3 for name, median in self.medians(mode, shape, dtype).items()}
         reads = [times.pop(name) for name in list(times) if name.startswith("read: ")]
         return times | ({"read": min(reads)} if reads else {})
 

@@ -109,3 +109,11 @@ class GenerationError(VheadError, ValueError):
 
 class ResumeError(VheadError, ValueError):
     """An unfinished output cannot be gone on with: its input or its settings are others now, or it is damaged."""
+
+
+class BenchmarkError(VheadError, ValueError):
+    """Something cannot be measured as asked: the device is not there or too small, or torch.compile does not work."""
+
+
+class CudaError(VheadError, RuntimeError):
+    """The CUDA driver or a device refused what was asked of it; what was asked for was not computed."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vhead.cli.bench import bench
 from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("score")(score)
 app.command("convert")(convert)
 app.command("demo")(demo)
+app.command("bench")(bench)
 app.command("env")(environment)
 
 

@@ -1,0 +1,111 @@
+"""`vhead bench`: the head's bits and times on this machine."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vhead.cli.failure import FAILED, reported, say
+
+if TYPE_CHECKING:
+    from vhead.benchmark.document import Document
+    from vhead.benchmark.run import Request
+
+
+class BenchDtype(StrEnum):
+    """Dtypes of hidden states."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def bench(
+    *,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="NxH", help="Rows and hidden size; may be given repeatedly.")
+    ] = None,
+    dtype: Annotated[
+        list[BenchDtype] | None, typer.Option("--dtype", help="Of the hidden states; may be given repeatedly.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each contestant; default: 21.")] = None,
+    num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    compiles: Annotated[
+        bool, typer.Option("--compile", help="Measure plain torch under torch.compile as well.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look in under 20 seconds.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write all figures as JSON.")] = None,
+) -> None:
+    """Measure the value head on this machine, against plain torch in the steps of TRL's head.
+
+    First its values, gradients and dropout masks are compared with the CPU's, bit by bit; on the CPU, every layout of
+    hidden states with contiguous rows. Then all contestants take turns; the figures are medians. TRL's own class is
+    among them where a release is installed that has one.
+
+    Exit codes: 0 done, 1 failed, or a bit differs or a check does not hold, 2 wrong usage, 130 interrupted.
+
+    **Examples**
+
+    - `vhead bench --quick`
+    - `vhead bench --device cuda --compile --output bench.json`
+    - `vhead bench --shape 65536x4096 --dtype bfloat16`
+    """
+    shapes = tuple(parsed_shape(text) for text in shape or ())
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
+    with reported():
+        request = _request(device, shapes, dtype or [], rounds, num_threads, compiles=compiles, quick=quick)
+        document = _run(request)
+        if output is not None:
+            document.save(output)
+            say(f"all figures are in {output}")
+    if not document.passed:
+        raise typer.Exit(FAILED)
+
+
+def parsed_shape(text: str) -> tuple[int, int]:
+    """Rows and hidden size of `8192x2048`.
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"expected NxH such as 8192x2048, got {text!r}", param_hint="--shape")
+    return int(match[1]), int(match[2])
+
+
+def _request(
+    device: str | None,
+    shapes: tuple[tuple[int, int], ...],
+    dtypes: list[BenchDtype],
+    rounds: int | None,
+    num_threads: int | None,
+    *,
+    compiles: bool,
+    quick: bool,
+) -> "Request":
+    import torch  # noqa: PLC0415, for a fast --help
+
+    from vhead.benchmark.run import Request  # noqa: PLC0415, imports torch
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    names = tuple(getattr(torch, name.value) for name in dtypes)
+    return Request.usual(device, shapes=shapes, dtypes=names, rounds=rounds, compiles=compiles, quick=quick)
+
+
+def _run(request: "Request") -> "Document":
+    from rich.console import Console  # noqa: PLC0415, for a fast --help
+
+    from vhead.benchmark.run import run  # noqa: PLC0415, imports torch
+    from vhead.cli.bench_table import report  # noqa: PLC0415, for a fast --help
+
+    progress = Console(stderr=True)
+    with progress.status("starting") as status:
+        document = run(request, status.update)
+    report(Console(), document)
+    return document
