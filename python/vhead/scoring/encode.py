@@ -10,6 +10,9 @@ from vhead.errors import FieldError
 from vhead.scoring.rollout import Message, Rollout
 from vhead.scoring.truncation import LengthLimit
 
+# Enough for prompts whose completions do not come one right after the other.
+_REMEMBERED_PROMPTS = 64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
@@ -54,6 +57,7 @@ class Encoder:
         self._vocabulary_size = vocabulary_size
         self._limit = limit
         self._prefix = [] if tokenizer is None else _prefix_tokens(tokenizer)
+        self._prompts: dict[str, NDArray[np.int64]] = {}
 
     def encode(self, index: int, rollout: Rollout, name: str) -> Encoded:
         """The rollout's token ids.
@@ -65,10 +69,12 @@ class Encoder:
         if not isinstance(rollout, Rollout):
             raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
         prompt, completion = self._parts(rollout, name)
-        for field, tokens in (("prompt", prompt), ("completion", completion)):
-            self._check(tokens, field, name)
+        whole = np.concatenate([prompt, completion])
+        if not len(prompt) or not len(completion) or whole.max() >= self._vocabulary_size:
+            raise self._error(prompt, completion, name)
         prompt, completion, truncated = self._limit.fit(prompt, completion, name)
-        return Encoded(index, rollout.id, name, np.concatenate([prompt, completion]), len(prompt), truncated)
+        tokens = np.concatenate([prompt, completion]) if truncated else whole
+        return Encoded(index, rollout.id, name, tokens, len(prompt), truncated)
 
     def _parts(self, rollout: Rollout, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         prompt, completion = rollout.prompt, rollout.completion
@@ -77,7 +83,7 @@ class Encoder:
         if self._tokenizer is None:
             raise FieldError(name, "prompt", expected="token ids, as the scorer has no tokenizer", got=rollout.kind)
         if isinstance(prompt, str) and isinstance(completion, str):
-            return _array([*self._prefix, *self._tokens(prompt)]), _array(self._tokens(completion))
+            return self._prompt_tokens(prompt), _array(self._tokens(completion))
         return self._chat_parts(prompt, completion, name)  # type: ignore[arg-type]
 
     def _chat_parts(
@@ -106,21 +112,30 @@ class Encoder:
             raise FieldError(name, "messages", expected="a chat that the template takes", got=str(error)) from error
         return str(rendered)
 
+    def _prompt_tokens(self, text: str) -> NDArray[np.int64]:
+        """Kept for the prompt's other completions, which mostly come soon after."""
+        tokens = self._prompts.pop(text, None)
+        if tokens is None:
+            tokens = _array([*self._prefix, *self._tokens(text)])
+        self._prompts[text] = tokens
+        if len(self._prompts) > _REMEMBERED_PROMPTS:
+            del self._prompts[next(iter(self._prompts))]
+        return tokens
+
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return tokens
 
-    def _check(self, tokens: NDArray[np.int64], field: str, name: str) -> None:
-        if not len(tokens):
-            raise FieldError(name, field, expected="at least one token", got="a text without any")
-        if tokens.max() >= self._vocabulary_size:
-            at = int(tokens.argmax())
-            raise FieldError(
-                name,
-                field,
-                expected=f"token ids below the vocabulary's {self._vocabulary_size}",
-                got=f"{tokens[at]} at position {at}",
-            )
+    def _error(self, prompt: NDArray[np.int64], completion: NDArray[np.int64], name: str) -> FieldError:
+        """What is wrong with parts of which one has no tokens, or one that is not in the vocabulary."""
+        for field, tokens in (("prompt", prompt), ("completion", completion)):
+            if not len(tokens):
+                return FieldError(name, field, expected="at least one token", got="a text without any")
+            if tokens.max() >= self._vocabulary_size:
+                break
+        at = int(tokens.argmax())
+        expected = f"token ids below the vocabulary's {self._vocabulary_size}"
+        return FieldError(name, field, expected=expected, got=f"{tokens[at]} at position {at}")
 
 
 class IdRegistry:

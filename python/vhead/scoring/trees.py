@@ -57,7 +57,8 @@ class Pack:
 
     def rows(self, sequence: int) -> NDArray[np.int64]:
         """The rows of one sequence's tokens, int64 `[length]`."""
-        return np.concatenate([np.arange(start, stop) for start, stop in self.paths[sequence]])
+        ranges = [np.arange(start, stop) for start, stop in self.paths[sequence]]
+        return ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
 
 
 def pack_trees(sequences: Sequence[Tokens], budget: int) -> Iterator[Pack]:
@@ -129,6 +130,7 @@ class _Builder:
 
     def __init__(self, sequences: Sequence[Tokens]) -> None:
         self._sequences = sequences
+        self._counted = np.arange(max(map(len, sequences), default=0))
         self._reset()
 
     def _reset(self) -> None:
@@ -156,7 +158,7 @@ class _Builder:
         if stop > start:
             self._segments.append(Segment(start, stop, tuple(path)))
             self._tokens.append(tokens[shared:])
-            self._positions.append(np.arange(shared, len(tokens)))
+            self._positions.append(self._counted[shared : len(tokens)])
             path = _joined(path, (start, stop))
         self._path, self.size = path, stop
         self._places.append(place)
