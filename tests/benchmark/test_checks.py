@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from vhead.benchmark import checks
+from vhead.benchmark import checks, machine
 from vhead.ops import value_head, value_head_plain
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_all_checks_hold_on_the_cpu():
     rows = list(checks.run_checks(CPU))
     assert [row["check"] for row in rows if not row["passed"]] == []
-    assert len(rows) == len(checks.CHECKS) >= 3
+    assert len(rows) == len(checks.CHECKS) >= 4
 
 
 def test_checks_of_streams_and_graphs_are_for_cuda_alone():
@@ -31,6 +31,12 @@ def test_a_check_that_fails_with_an_error_leaves_the_others_running(monkeypatch)
     first, *others = checks.run_checks(CPU)
     assert first == {"check": "first", "passed": False, "detail": "RuntimeError: no kernel image is available"}
     assert all(row["passed"] for row in others)
+
+
+def test_plain_torch_in_place_of_the_kernels_is_found(monkeypatch):
+    assert checks.kernels_run(CPU) is None
+    monkeypatch.setattr(machine, "backends", lambda: {"other devices": {"kernel": "plain torch"}})
+    assert checks.kernels_run(CPU) == "plain torch runs there; vhead env says why"
 
 
 def test_seeds_that_do_not_follow_torch_are_found(monkeypatch):

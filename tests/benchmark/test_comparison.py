@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vhead.benchmark.comparison import LAYOUTS, QUICK, Inputs, Plan, compare_with_cpu, differing
+from vhead.benchmark.comparison import LAYOUTS, Inputs, Plan, compare_with_cpu, differing
 from vhead.ops import value_head
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def wrong(rows: list[dict]) -> dict[str, int]:
 
 
 def test_every_layout_on_the_cpu_has_the_bits_of_contiguous_rows():
-    rows = compare_with_cpu(CPU, SMALL)
+    rows = compare_with_cpu(CPU, [SMALL])
     assert wrong(rows) == {}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
     whats = {"values", "grad_hidden", "grad_weight", "grad_bias", "grad_weight, frozen trunk", "mask"}
@@ -34,8 +34,8 @@ def test_every_layout_on_the_cpu_has_the_bits_of_contiguous_rows():
 
 
 def test_layouts_are_what_they_are_called():
-    inputs = Inputs.draw(QUICK, torch.bfloat16, 64, special=False)
-    made = {name: layout(inputs.flat, QUICK.rows, 64) for name, layout in LAYOUTS.items()}
+    inputs = Inputs.draw(SMALL, torch.bfloat16, 64, special=False)
+    made = {name: layout(inputs.flat, SMALL.rows, 64) for name, layout in LAYOUTS.items()}
     assert {tuple(x.shape) for x in made.values()} == {(260, 64), (130, 2, 64)}
     assert {x.stride(-1) for x in made.values()} == {1}
     assert made["unaligned rows"].data_ptr() % 16
@@ -107,7 +107,7 @@ def other_shape(hidden, weight, bias=None, **mask):
     ids=lambda x: x.__name__ if callable(x) else "",
 )
 def test_a_broken_kernel_is_reported(head: Callable[..., Tensor], found: set[str]):
-    rows = compare_with_cpu(CPU, HALF, head)
+    rows = compare_with_cpu(CPU, [HALF], head)
     assert found <= set(wrong(rows))
     if head is last_value_off:
         (row,) = (row for row in rows if row["what"] == "values")
@@ -123,11 +123,11 @@ def test_a_broken_kernel_is_reported(head: Callable[..., Tensor], found: set[str
 
 def test_plain_torch_in_place_of_a_kernel_is_reported():
     wide = replace(HALF, columns=(896,))
-    plain = compare_with_cpu(CPU, wide, lambda *tensors, **mask: value_head(*tensors, **mask).double().float())
+    plain = compare_with_cpu(CPU, [wide], lambda *tensors, **mask: value_head(*tensors, **mask).double().float())
     assert wrong(plain) == {}, "a detour that changes no bit is no difference"
     from vhead.ops import value_head_plain
 
-    assert "values" in wrong(compare_with_cpu(CPU, wide, value_head_plain))
+    assert "values" in wrong(compare_with_cpu(CPU, [wide], value_head_plain))
 
 
 def test_bits_count_and_nan_is_nan():

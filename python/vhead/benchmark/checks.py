@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vhead.benchmark.comparison import Inputs, Plan, Setting, differing, outcomes
 from vhead.benchmark.document import Row
+from vhead.benchmark.machine import runs_native
 from vhead.ops import init_linear_, init_normal_, token_statistics, token_statistics_plain, value_head
 
 # Says what does not hold; None where it does.
@@ -18,7 +19,7 @@ Check: TypeAlias = Callable[[torch.device], str | None]
 _CPU = torch.device("cpu")
 _REPLAYS = 3
 _PLAN = Plan(rows=300, columns=(1024,))
-_SETTING = Setting(torch.bfloat16, 1024, special=False, outputs=1, layout="contiguous", dropout_p=0.5)
+_SETTING = Setting(torch.bfloat16, 300, 1024, special=False, outputs=1, layout="contiguous", dropout_p=0.5)
 
 
 def run_checks(device: torch.device) -> Iterator[Row]:
@@ -29,6 +30,11 @@ def run_checks(device: torch.device) -> Iterator[Row]:
         except Exception as error:  # a report on a machine that nobody here can reach must be whole
             problem = f"{type(error).__name__}: {error}"
         yield {"check": name, "passed": problem is None, "detail": problem}
+
+
+def kernels_run(device: torch.device) -> str | None:
+    """The head's own kernels run there, not plain torch."""
+    return None if runs_native(device) else "plain torch runs there; vhead env says why"
 
 
 def same_fresh_weights(device: torch.device) -> str | None:
@@ -156,14 +162,19 @@ def _found(inputs: Inputs, seed: int | Tensor = 1) -> dict[str, Tensor]:
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **mask: float) -> Tensor:
         return value_head(hidden, weight, bias, dropout_p=mask["dropout_p"], seed=seed)
 
-    return outcomes(head, inputs.flat[: 300 * 1024].view(300, 1024), inputs, _SETTING)
+    return outcomes(head, _rows(inputs), inputs, _SETTING)
+
+
+def _rows(inputs: Inputs) -> Tensor:
+    return inputs.flat[: _SETTING.rows * _SETTING.columns].view(_SETTING.rows, _SETTING.columns)
 
 
 def _values(inputs: Inputs) -> Tensor:
-    return value_head(inputs.flat[: 300 * 1024].view(300, 1024), inputs.weight[:1], dropout_p=0.5)
+    return value_head(_rows(inputs), inputs.weight[:1], dropout_p=0.5)
 
 
 CHECKS: dict[str, Check] = {
+    "the head's own kernels run": kernels_run,
     "fresh weights are the CPU's": same_fresh_weights,
     "masks follow torch.manual_seed": seeds_are_torch_s,
     "token statistics are as exact as from all logits": statistics_are_close,

@@ -1,7 +1,7 @@
 """The head on a device against the head on the CPU, bit by bit: values, gradients and dropout masks."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -40,9 +40,13 @@ class Plan:
     special: tuple[bool, ...] = (False, True)
 
 
-# Rows enough that the weight's gradient is added over several chunks, and over more chunks than there are sums of them.
-QUICK = Plan(rows=260, columns=(7, 896), dropouts=(0.0, 0.1), special=(False,))
-FULL = Plan(rows=1300, columns=(1, 7, 64, 896, 2048, 4096, 5120))
+# Rows enough that the weight's gradient is added over several chunks, and over more chunks than there are sums of them;
+# and enough for the kernels that take several rows at a time.
+QUICK = (Plan(rows=260, columns=(7, 896), dropouts=(0.0, 0.1), special=(False,)),)
+FULL = (
+    Plan(rows=1300, columns=(1, 7, 64, 896, 2048, 4096, 5120)),
+    Plan(rows=8206, columns=(64, 1000, 2048), outputs=(1,), dropouts=(0.0, 0.1), special=(False,)),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Setting:
     """One combination."""
 
     dtype: torch.dtype
+    rows: int
     columns: int
     special: bool
     outputs: int
@@ -114,7 +119,7 @@ class Inputs:
         return Inputs(*(x.to(device) for x in (self.flat, self.weight, self.bias, self.grad_values)))
 
 
-def compare_with_cpu(device: torch.device, plan: Plan, head: Head = value_head) -> list[Row]:
+def compare_with_cpu(device: torch.device, plans: Sequence[Plan], head: Head = value_head) -> list[Row]:
     """Runs `head` on a device, in every layout, against `value_head` on the CPU on contiguous rows.
 
     Returns:
@@ -122,17 +127,25 @@ def compare_with_cpu(device: torch.device, plan: Plan, head: Head = value_head) 
         equals NaN whatever its payload; otherwise every bit counts.
     """
     tallies: dict[tuple[str, str], Tally] = {}
+    for plan in plans:
+        for setting, expected, actual in _pairs(device, plan, head):
+            for what, tensor in expected.items():
+                tally = tallies.setdefault((_name(setting.dtype), what), Tally())
+                tally.add(setting, tensor, actual[what].cpu())
+    return [{"dtype": dtype, "what": what, **asdict(tally)} for (dtype, what), tally in tallies.items()]
+
+
+def _pairs(
+    device: torch.device, plan: Plan, head: Head
+) -> Iterator[tuple[Setting, dict[str, Tensor], dict[str, Tensor]]]:
     for dtype, columns, special in itertools.product(plan.dtypes, plan.columns, plan.special):
         inputs = Inputs.draw(plan, dtype, columns, special=special)
         there = inputs.to(device)
-        for setting in _settings(plan, dtype, columns, special):
-            hidden = _hidden(inputs, setting, plan.rows)
+        for choice in itertools.product(plan.outputs, plan.layouts, plan.dropouts):
+            setting = Setting(dtype, plan.rows, columns, special, *choice)
+            hidden = _hidden(inputs, setting)
             expected = outcomes(value_head, hidden.contiguous(), inputs, setting)
-            actual = outcomes(head, _hidden(there, setting, plan.rows), there, setting)
-            for what, tensor in expected.items():
-                tally = tallies.setdefault((_name(dtype), what), Tally())
-                tally.add(setting, tensor, actual[what].cpu())
-    return [{"dtype": dtype, "what": what, **asdict(tally)} for (dtype, what), tally in tallies.items()]
+            yield setting, expected, outcomes(head, _hidden(there, setting), there, setting)
 
 
 def outcomes(head: Head, hidden: Tensor, inputs: Inputs, setting: Setting) -> dict[str, Tensor]:
@@ -170,13 +183,8 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
 
 
-def _settings(plan: Plan, dtype: torch.dtype, columns: int, special: bool) -> Iterator[Setting]:  # noqa: FBT001
-    for outputs, layout, dropout_p in itertools.product(plan.outputs, plan.layouts, plan.dropouts):
-        yield Setting(dtype, columns, special, outputs, layout, dropout_p)
-
-
-def _hidden(inputs: Inputs, setting: Setting, rows: int) -> Tensor:
-    return LAYOUTS[setting.layout](inputs.flat, rows, setting.columns)
+def _hidden(inputs: Inputs, setting: Setting) -> Tensor:
+    return LAYOUTS[setting.layout](inputs.flat, setting.rows, setting.columns)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -95,8 +95,8 @@ def run(request: Request, notify: Notify = lambda _: None) -> Document:
     source = provenance(torch.get_num_threads(), request.rounds) | device_facts(request.device)
     document = Document(source | {"load_before": load_average(), "notes": notes})
     notify("comparing bits with the CPU")
-    plan = comparison.FULL if request.device.type == "cuda" and not request.quick else comparison.QUICK
-    document.comparisons = comparison.compare_with_cpu(request.device, plan)
+    plans = comparison.FULL if request.device.type == "cuda" and not request.quick else comparison.QUICK
+    document.comparisons = comparison.compare_with_cpu(request.device, plans)
     notify("checking seeds, streams and statistics")
     document.checks = list(run_checks(request.device))
     if request.compiles:
