@@ -70,7 +70,7 @@ pub fn backward_with<T: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let (rows, columns, outputs) = (hidden.count(), hidden.columns(), head.outputs());
-    check(level, hidden, head, "grad_values", grad_values.len(), rows * outputs)?;
+    check(level, hidden, head.columns(), "grad_values", grad_values.len(), rows * outputs)?;
     check_lengths(&gradients, rows, columns, outputs)?;
     let scale = dropout.map_or(1.0, Dropout::scale);
     let scaled: Vec<f32> = grad_values.iter().map(|g| g * scale).collect();

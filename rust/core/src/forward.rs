@@ -92,7 +92,7 @@ pub fn forward_with<T: Element>(
     values: &mut [f32],
     executor: &dyn Executor,
 ) -> Result<()> {
-    check(level, hidden, head, "values", values.len(), hidden.count() * head.outputs())?;
+    check(level, hidden, head.columns(), "values", values.len(), hidden.count() * head.outputs())?;
     let weights = Weights::new(head);
     let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns()));
     let scale = dropout.map_or(1.0, Dropout::scale);
@@ -113,11 +113,11 @@ fn rows_in_task<T: Element>(hidden: &Rows<'_, T>, executor: &dyn Executor) -> us
     even.min(TASK_BYTES / row).max(1)
 }
 
-/// What every kernel asks of its arguments.
+/// What every kernel asks of its arguments; `columns` are the weight's.
 pub(crate) fn check<T: Element>(
     level: Level,
     hidden: &Rows<'_, T>,
-    head: &Head<'_>,
+    columns: usize,
     what: &'static str,
     actual: usize,
     expected: usize,
@@ -125,8 +125,8 @@ pub(crate) fn check<T: Element>(
     if !level.is_available() {
         return Err(Error::Level(level.name()));
     }
-    if hidden.columns() != head.columns() {
-        return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: head.columns() });
+    if hidden.columns() != columns {
+        return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: columns });
     }
     if actual != expected {
         return Err(Error::Length { what, expected, actual });

@@ -8,6 +8,7 @@
 //! Neither the activations nor a copy of the weights is ever stored: a task multiplies blocks of 32 outputs into the lanes
 //! of the second sum as soon as they are there. It owns 32 of the 256 lanes, and so takes their blocks in rising order.
 use crate::buffer::Buffer;
+use crate::forward::check;
 use crate::simd::WIDTH;
 use crate::simd::keep::Keep;
 use crate::simd::panel::{Multiply, OUTPUTS, Order, Pack, Read, Second, Sink, Source, Store, Tile, room};
@@ -127,7 +128,7 @@ pub fn two_layer_with<T: Element, W: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let outputs = head.second.outputs();
-    check(level, hidden, &head.first.weight, "values", values.len(), hidden.count() * outputs)?;
+    check(level, hidden, head.first.weight.columns(), "values", values.len(), hidden.count() * outputs)?;
     let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns()));
     let source = Source { rows: hidden, keep: keep.as_ref(), first_masked: 0 };
     let weights = Weights::new(&head.second);
@@ -185,7 +186,7 @@ pub fn linear_with<T: Element, W: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let outputs = layer.outputs();
-    check(level, hidden, &layer.weight, "outputs", to.len(), hidden.count() * outputs)?;
+    check(level, hidden, layer.weight.columns(), "outputs", to.len(), hidden.count() * outputs)?;
     let source = Source { rows: hidden, keep: None, first_masked: 0 };
     let chunks = Chunks::new(level, &source, &layer.weight, 0, executor);
     for rows in chunks.starts() {
@@ -220,26 +221,6 @@ pub fn keep_kept<T: Element>(
         Level::best().run(Read { source: &source, first: row, stride: line.len(), lines: &mut line });
         to.copy_from_slice(&line[..columns]);
     });
-    Ok(())
-}
-
-fn check<T: Element, W: Element>(
-    level: Level,
-    hidden: &Rows<'_, T>,
-    weight: &Rows<'_, W>,
-    what: &'static str,
-    actual: usize,
-    expected: usize,
-) -> Result<()> {
-    if !level.is_available() {
-        return Err(Error::Level(level.name()));
-    }
-    if hidden.columns() != weight.columns() {
-        return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: weight.columns() });
-    }
-    if actual != expected {
-        return Err(Error::Length { what, expected, actual });
-    }
     Ok(())
 }
 
