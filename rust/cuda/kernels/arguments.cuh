@@ -43,7 +43,7 @@ constexpr u32 SLOTS = 8;
 
 // The geometry.
 constexpr u32 WARP = 32;
-constexpr u32 FORWARD_WARPS = 4;
+constexpr u32 FORWARD_WARPS = 2;
 constexpr u32 FORWARD_ROW_BYTES = 8;  // rows a warp takes times the size of an element
 constexpr u32 FORWARD_MANY_ROWS = 8192;
 constexpr u32 BACKWARD_THREADS = 64;

@@ -16,9 +16,8 @@ constexpr u32 FORWARD_OUTPUTS = 4;
 template <class Element, bool VECTOR, bool DROPOUT, u32 ROWS, u32 OUTPUTS>
 struct Projection {
     typedef Mask<DROPOUT> MaskOf;
-    // Octets of a row that are under way, and that a turn of the loop adds.
-    static constexpr u32 AHEAD = FORWARD_ROW_BYTES / Element::BYTES / ROWS;
-    static constexpr u32 TURN = AHEAD > 1 ? AHEAD : 2;
+    // Octets of a row that are under way.
+    static constexpr u32 AHEAD = VECTOR ? FORWARD_ROW_BYTES / Element::BYTES / ROWS : 1;
 
     const MaskOf& mask;
     const float* weight;
@@ -39,61 +38,59 @@ struct Projection {
         for (u32 i = 0; i < ROWS; ++i) {
             const u64 row = first + i < from.count ? first + i : from.count - 1;
             row_masks[i] = same_in_warp(mask.row(row));
-            rows[i] = row_start<Element>(from, row);
+            rows[i] = reinterpret_cast<const char*>(same_in_warp(reinterpret_cast<u64>(row_start<Element>(from, row))));
         }
     }
 
     // Steps 1 and 2 of the order of additions, for the octets of one thread.
     __device__ __forceinline__ void run() {
         u32 octet = threadIdx.x % WARP;
-        weight += octet * OCTET;
-#pragma unroll
-        for (u32 i = 0; i < ROWS; ++i) rows[i] += octet * (OCTET * Element::BYTES);
 #pragma unroll
         for (u32 tile = 0; tile < AHEAD; ++tile) {
-#pragma unroll
-            for (u32 i = 0; i < ROWS; ++i) fetch(i, octet, tile);
+            if (octet + tile * WARP < octets) fetch_rows(octet + tile * WARP, tile);
         }
-        for (; octet < octets; octet += TURN * WARP) {
+        if constexpr (AHEAD == 1) {
+            for (; octet + WARP < octets; octet += WARP) add_octet(octet, 0, true);
+            if (octet < octets) add_octet(octet, 0, false);
+        } else {
+            for (; octet < octets; octet += AHEAD * WARP) {
 #pragma unroll
-            for (u32 tile = 0; tile < TURN; ++tile) {
-                if (octet + tile * WARP < octets) add_octet(octet, tile);
+                for (u32 tile = 0; tile < AHEAD; ++tile) {
+                    const u32 current = octet + tile * WARP;
+                    if (current < octets) add_octet(current, tile, current + AHEAD * WARP < octets);
+                }
             }
-            weight += TURN * LANES;
+        }
+    }
+
+    __device__ __forceinline__ void fetch(u32 octet, u32 tile, u32 i) {
+        hidden[tile][i] = load_octet<Element, VECTOR>(rows[i] + octet * (OCTET * Element::BYTES), columns - octet * OCTET);
+    }
+
+    __device__ __forceinline__ void fetch_rows(u32 octet, u32 tile) {
 #pragma unroll
-            for (u32 i = 0; i < ROWS; ++i) rows[i] += TURN * LANES * Element::BYTES;
-        }
+        for (u32 i = 0; i < ROWS; ++i) fetch(octet, tile, i);
     }
 
-    // Asks for the octet `tile` tiles from where the pointers are, which is `octet`.
-    __device__ __forceinline__ void fetch(u32 i, u32 octet, u32 tile) {
-        octet += tile * WARP;
-        if (octet < octets) {
-            const char* from = rows[i] + tile * (LANES * Element::BYTES);
-            hidden[tile % AHEAD][i] = load_octet<Element, VECTOR>(from, columns - octet * OCTET);
-        }
-    }
-
-    // Adds an octet of each row to the lanes.
-    __device__ __forceinline__ void add_octet(u32 octet, u32 tile) {
-        const u32 rest = columns - (octet + tile * WARP) * OCTET;
+    // Adds an octet of each row to the lanes, and sends for more.
+    __device__ __forceinline__ void add_octet(u32 octet, u32 tile, bool more) {
         float weights[OUTPUTS][OCTET];
 #pragma unroll
         for (u32 output = 0; output < OUTPUTS; ++output) {
             if (output < outputs) {
-                const float* from = weight + static_cast<u64>(output) * columns + tile * LANES;
-                load_weights<VECTOR>(from, rest, weights[output]);
+                const float* from = weight + static_cast<u64>(output) * columns + octet * OCTET;
+                load_weights<VECTOR>(from, columns - octet * OCTET, weights[output]);
             }
         }
-        const typename MaskOf::Octet octet_mask = mask.octet(octet + tile * WARP);
+        const typename MaskOf::Octet octet_mask = mask.octet(octet);
 #pragma unroll
         for (u32 i = 0; i < ROWS; ++i) {
             const Bits128 bits = mask.draw(octet_mask, upper, row_masks[i]);
 #pragma unroll
             for (u32 output = 0; output < OUTPUTS; ++output) {
-                if (output < outputs) add(bits, hidden[tile % AHEAD][i], weights[output], lanes[i][output]);
+                if (output < outputs) add(bits, hidden[tile][i], weights[output], lanes[i][output]);
             }
-            fetch(i, octet, tile + AHEAD);
+            if (more) fetch(octet + AHEAD * WARP, tile, i);
         }
     }
 
@@ -154,27 +151,27 @@ __device__ __forceinline__ void forward_rows(const Rows& hidden, const float* we
     }
 }
 
-// The second bound is how many blocks a multiprocessor should hold: it limits the registers.
+// The second bound, how many blocks a multiprocessor should hold, limits the registers.
 #define FORWARD(NAME, ELEMENT, VECTOR, DROPOUT)                                                                            \
-    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, 4)                                                  \
+    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, VECTOR ? 8 : 6)                                     \
         NAME(const __grid_constant__ Rows hidden, const float* weight, const float* bias, u32 outputs,                     \
              const __grid_constant__ Dropout dropout, float* values) {                                                     \
         forward<ELEMENT, VECTOR, DROPOUT>(hidden, weight, bias, outputs, dropout, values);                                 \
     }
 
 #define FORWARD_ROWS(NAME, ELEMENT, DROPOUT)                                                                               \
-    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, 5)                                                  \
+    extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, 10)                                                 \
         NAME(const __grid_constant__ Rows hidden, const float* weight, const float* bias, u32,                             \
              const __grid_constant__ Dropout dropout, float* values) {                                                     \
         forward_rows<ELEMENT, DROPOUT>(hidden, weight, bias, dropout, values);                                             \
     }
 
-#define FORWARD_OF_DTYPE(DTYPE, ELEMENT)                                   \
-    FORWARD(vhead_forward_##DTYPE##_vector, ELEMENT, true, false)          \
-    FORWARD(vhead_forward_##DTYPE##_vector_dropout, ELEMENT, true, true)   \
-    FORWARD(vhead_forward_##DTYPE##_scalar, ELEMENT, false, false)         \
-    FORWARD(vhead_forward_##DTYPE##_scalar_dropout, ELEMENT, false, true)  \
-    FORWARD_ROWS(vhead_forward_rows_##DTYPE, ELEMENT, false)               \
+#define FORWARD_OF_DTYPE(DTYPE, ELEMENT)                                  \
+    FORWARD(vhead_forward_##DTYPE##_vector, ELEMENT, true, false)         \
+    FORWARD(vhead_forward_##DTYPE##_vector_dropout, ELEMENT, true, true)  \
+    FORWARD(vhead_forward_##DTYPE##_scalar, ELEMENT, false, false)        \
+    FORWARD(vhead_forward_##DTYPE##_scalar_dropout, ELEMENT, false, true) \
+    FORWARD_ROWS(vhead_forward_rows_##DTYPE, ELEMENT, false)              \
     FORWARD_ROWS(vhead_forward_rows_##DTYPE##_dropout, ELEMENT, true)
 
 FORWARD_OF_DTYPE(float32, Float32)
