@@ -8,9 +8,9 @@ struct Mask;
 
 template <>
 struct Mask<true> {
-    typedef OctetState Octet;
-    typedef UpperState Upper;
-    typedef RowState Row;
+    typedef PhiloxOctet Octet;
+    typedef PhiloxUpper Upper;
+    typedef PhiloxRow Row;
 
     Philox philox;
     u32 threshold;  // in the upper half

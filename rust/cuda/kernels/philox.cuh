@@ -28,13 +28,13 @@ __device__ __forceinline__ Product multiply0(u32 word) { return multiply(0xD2511
 __device__ __forceinline__ Product multiply1(u32 word) { return multiply(0xCD9E8D57, word); }
 
 // The parts of an octet, of rows with the same upper word, and of a row.
-struct OctetState {
+struct PhiloxOctet {
     u32 a, b, c;
 };
-struct UpperState {
+struct PhiloxUpper {
     u32 a;
 };
-struct RowState {
+struct PhiloxRow {
     u32 c, d;
 };
 
@@ -51,24 +51,24 @@ struct Philox {
         }
     }
 
-    __device__ __forceinline__ OctetState octet(u32 octet) const {
+    __device__ __forceinline__ PhiloxOctet octet(u32 octet) const {
         const Product first = multiply0(octet);
         const Product second = multiply1(first.high ^ keys[0][1]);
         return {second.high, second.low, first.low};
     }
 
-    __device__ __forceinline__ UpperState upper(u64 row) const {
+    __device__ __forceinline__ PhiloxUpper upper(u64 row) const {
         return {multiply1(static_cast<u32>(row >> 32)).low ^ keys[1][0]};
     }
 
-    __device__ __forceinline__ RowState row(u64 row) const {
+    __device__ __forceinline__ PhiloxRow row(u64 row) const {
         const Product first = multiply1(static_cast<u32>(row >> 32));
         const Product second = multiply0(first.high ^ static_cast<u32>(row) ^ keys[0][0]);
         return {second.high ^ keys[1][1], second.low};
     }
 
     // The last eight rounds.
-    __device__ __forceinline__ Bits128 draw(const OctetState& octet, const UpperState& upper, const RowState& row) const {
+    __device__ __forceinline__ Bits128 draw(const PhiloxOctet& octet, const PhiloxUpper& upper, const PhiloxRow& row) const {
         u32 c0 = octet.a ^ upper.a, c1 = octet.b, c2 = octet.c ^ row.c, c3 = row.d;
 #pragma unroll
         for (u32 round = 2; round < PHILOX_ROUNDS; ++round) {
@@ -83,7 +83,7 @@ struct Philox {
     }
 };
 
-__device__ __forceinline__ UpperState same_in_warp(const UpperState& state) { return {same_in_warp(state.a)}; }
-__device__ __forceinline__ RowState same_in_warp(const RowState& state) {
+__device__ __forceinline__ PhiloxUpper same_in_warp(const PhiloxUpper& state) { return {same_in_warp(state.a)}; }
+__device__ __forceinline__ PhiloxRow same_in_warp(const PhiloxRow& state) {
     return {same_in_warp(state.c), same_in_warp(state.d)};
 }
