@@ -19,6 +19,7 @@ struct alignas(16) FoldMemory {
     float peaks[2][FOLD_BLOCKS];  // of this round and of the one before, which may still be read
     float lanes[SUMS][FOLD_BLOCKS][LANES_APART];
     double sums[SUMS][FOLD_BLOCKS];
+    float peak;  // of the tiles before this one
     float target;
     u32 tied;
 };
@@ -181,12 +182,19 @@ __device__ __forceinline__ float fill_block(const LogitsTile& tile, const float*
     return peak;
 }
 
-// Notes the target's logit, and whether an earlier one of its block is as large as the block's largest.
-__device__ __forceinline__ void note_target(FoldMemory& memory, const Share& share, u32 place, float peak) {
-    for (u32 i = share.lane; i < place; i += LOGITS_LANES) {
-        if (share.line[i] == peak) memory.tied = 1;
+// Notes the target's logit, if it is in this warp's blocks, and whether an earlier one of its block is as large as the block's
+// largest. `place` is the target's in this thread's block, of which `count` are there.
+__device__ __forceinline__ void note_target(FoldMemory& memory, const Share& share, u64 place, u32 count, float peak) {
+    u32 ties = 0;
+    if (place < count) {
+        for (u32 i = share.lane; i < place; i += LOGITS_LANES) ties |= share.line[i] == peak;
     }
-    if (share.lane == 0) memory.target = share.line[place];
+    // The other half of the warp has none.
+    ties = same_in_warp(ties);
+    if (place < count && share.lane == 0) {
+        memory.target = share.line[place];
+        memory.tied = ties;
+    }
 }
 
 // The sums of a round's blocks over their lanes, one after the other.
@@ -207,9 +215,16 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
     // Huge where the target lies before the tile or outside the vocabulary.
     const u64 target = load(targets + blockIdx.x) - tile.first_column;
     // The first thread's; the others follow the peak alone.
-    RowState state = tile.first_column > 0 ? load_written(states + blockIdx.x) : new_row();
-    float peak = state.peak;
-    if (threadIdx.x == 0) memory.tied = 0;
+    RowState state = new_row();
+    if (threadIdx.x == 0) {
+        if (tile.first_column > 0) state = load_written(states + blockIdx.x);
+        memory.peak = state.peak;
+        // The compiler may read these where the target is in no block.
+        memory.target = state.target;
+        memory.tied = 0;
+    }
+    __syncthreads();
+    float peak = memory.peak;
     for (u32 first = 0, round = 0; first < tile.columns; first += FOLD_BLOCKS * LOGITS_BLOCK, ++round) {
         const u32 start = first + share.block * LOGITS_BLOCK, count = share.count(tile, start);
         float* peaks = memory.peaks[round % 2];
@@ -228,7 +243,7 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
         add_lane(share.line + share.lane, (count + LOGITS_LANES - 1) / LOGITS_LANES, reference, sums);
 #pragma unroll
         for (u32 i = 0; i < SUMS; ++i) memory.lanes[i][share.block][share.lane] = sums[i];
-        if (target - start < count) note_target(memory, share, static_cast<u32>(target - start), own_peak);
+        note_target(memory, share, target - start, count, own_peak);
         __syncthreads();
 
         if (threadIdx.x < WARP) {
@@ -261,26 +276,25 @@ vhead_finish_statistics(const RowState* states, u32 rows, const __grid_constant_
     store(to.log_sum + row, is_known ? static_cast<float>(log_sum) : not_a_number());
 }
 
-// Eight products from `column` on, which this thread alone overwrites.
+// Eight products, which this thread alone overwrites. On the scalar path those from number `rest` on lie past the row's end.
 template <bool VECTOR>
-__device__ __forceinline__ void load_products(const float* row, u32 column, u32 columns, float (&products)[OCTET]) {
+__device__ __forceinline__ void load_products(const float* from, u32 rest, float (&products)[OCTET]) {
     if constexpr (VECTOR) {
 #pragma unroll
         for (u32 i = 0; i < OCTET; i += 4) {
-            const Quad quad = load_written(reinterpret_cast<const Quad*>(row + column + i));
+            const Quad quad = load_written(reinterpret_cast<const Quad*>(from + i));
 #pragma unroll
             for (u32 j = 0; j < 4; ++j) products[i + j] = as_float(quad.words[j]);
         }
-        return;
-    }
+    } else {
 #pragma unroll
-    for (u32 j = 0; j < OCTET; ++j) products[j] = column + j < columns ? load_written(row + column + j) : 0.0f;
+        for (u32 j = 0; j < OCTET; ++j) products[j] = j < rest ? load_written(from + j) : 0.0f;
+    }
 }
 
 // What backward knows of a row.
 struct RowGradient {
     float peak, log_sum, entropy, grad_logprob, grad_entropy;
-    u64 target;  // counted from the tile's first column
 };
 
 // The gradient of a product.
@@ -302,30 +316,31 @@ __device__ __forceinline__ float differentiate(const LogitsRule& rule, const Row
 template <class Element>
 __device__ __forceinline__ void differentiate_octet(const LogitsTile& tile, const RowGradients& rows, char* gradients) {
     const u32 segments = (tile.columns + DIFFERENTIATE_COLUMNS - 1) / DIFFERENTIATE_COLUMNS;
-    const u32 n = blockIdx.x / segments, octet = blockIdx.x % segments * DIFFERENTIATE_THREADS + threadIdx.x;
-    if (octet * OCTET >= tile.columns) return;
-    const RowGradient row = {load(rows.peak + n),          load(rows.log_sum + n),      load(rows.entropy + n),
-                             load(rows.grad_logprobs + n), load(rows.grad_entropy + n), load(rows.targets + n) - tile.first_column};
-    const float* products = tile.products + n * tile.row_stride;
-    char* to = gradients + static_cast<u64>(n) * tile.columns * Element::BYTES;
+    const u32 n = blockIdx.x / segments;
+    const u32 column = blockIdx.x % segments * DIFFERENTIATE_COLUMNS + threadIdx.x * OCTET;
+    if (column >= tile.columns) return;
+    const u64 target = load(rows.targets + n) - tile.first_column;
+    const RowGradient row = {load(rows.peak + n), load(rows.log_sum + n), load(rows.entropy + n), load(rows.grad_logprobs + n),
+                             load(rows.grad_entropy + n)};
+    const float* products = tile.products + n * tile.row_stride + column;
+    char* to = gradients + (static_cast<u64>(n) * tile.columns + column) * Element::BYTES;
+    const u32 rest = tile.columns - column;
     const bool is_vector = are_vectors(tile.products, tile.bias, tile.row_stride) && are_vectors(gradients, nullptr, 0) &&
                            tile.columns % OCTET == 0;
     float values[OCTET], biases[OCTET] = {};
     if (is_vector) {
-        load_products<true>(products, octet * OCTET, tile.columns, values);
-        if (tile.bias) load_weights<true>(tile.bias, octet, tile.columns, biases);
+        load_products<true>(products, rest, values);
+        if (tile.bias) load_weights<true>(tile.bias + column, rest, biases);
     } else {
-        load_products<false>(products, octet * OCTET, tile.columns, values);
-        if (tile.bias) load_weights<false>(tile.bias, octet, tile.columns, biases);
+        load_products<false>(products, rest, values);
+        if (tile.bias) load_weights<false>(tile.bias + column, rest, biases);
     }
 #pragma unroll
-    for (u32 j = 0; j < OCTET; ++j) {
-        values[j] = differentiate(tile.rule, row, values[j], biases[j], row.target == octet * OCTET + j);
-    }
+    for (u32 j = 0; j < OCTET; ++j) values[j] = differentiate(tile.rule, row, values[j], biases[j], target == column + j);
     if (is_vector) {
-        store_octet<Element, true>(to, octet, tile.columns, values);
+        store_octet<Element, true>(to, rest, values);
     } else {
-        store_octet<Element, false>(to, octet, tile.columns, values);
+        store_octet<Element, false>(to, rest, values);
     }
 }
 

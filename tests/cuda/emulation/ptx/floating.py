@@ -75,6 +75,14 @@ def absolute(kernel: Kernel, instruction: Instruction) -> Step:
     return elementwise(kernel, instruction, [instruction.type], np.abs)
 
 
+@decodes("rcp")
+def reciprocal(kernel: Kernel, instruction: Instruction) -> Step:
+    """One over a number, rounded once."""
+    if instruction.modifiers[0] != "rn" or instruction.type not in _FLOATS:
+        raise unknown(kernel, instruction)
+    return elementwise(kernel, instruction, [instruction.type], lambda a: np.divide(a.dtype.type(1), a))
+
+
 @decodes("cvt")
 def convert(kernel: Kernel, instruction: Instruction) -> Step:
     """From one type to another."""
@@ -97,6 +105,8 @@ def _conversion(rounding: tuple[str, ...], to: str, source: str) -> Callable[[Ar
         return rounded if rounding == ("rn",) else None
     if source == "f16" and to in _FLOATS:
         return (lambda a: a.view(np.float16).astype(wanted)) if not rounding else None
+    if to == source and len(rounding) == 1 and rounding[0] in _INTEGERS:
+        return _INTEGERS[rounding[0]]
     if to in _FLOATS and not source.endswith("16"):
         exact = (to, source) == ("f64", "f32") or (to == "f64" and source[1:] == "32")
         allowed = ((), ("rn",)) if exact else (("rn",),)
@@ -108,10 +118,11 @@ def _conversion(rounding: tuple[str, ...], to: str, source: str) -> Callable[[Ar
 
 def _to_integer(whole: Array, wanted: type[np.integer]) -> Array:
     """Whole numbers as integers: those too large become the largest, a NaN becomes zero."""
-    if np.dtype(wanted).itemsize > 4:
-        raise NotImplementedError(f"{whole.dtype} to {wanted}")
     limits = np.iinfo(wanted)
-    return np.clip(np.nan_to_num(whole.astype(np.float64), nan=0.0), limits.min, limits.max).astype(wanted)
+    known = np.nan_to_num(whole.astype(np.float64), nan=0.0)
+    # The largest integer of 64 bits is no float64: numbers from 2^63 or 2^64 on are found by their own comparison.
+    inside = np.where(known < float(limits.max), np.maximum(known, float(limits.min)), 0.0).astype(wanted)
+    return np.where(known < float(limits.max), inside, wanted(limits.max))
 
 
 def _convert_pair(kernel: Kernel, instruction: Instruction) -> Step:
