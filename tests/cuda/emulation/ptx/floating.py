@@ -89,7 +89,8 @@ def convert(kernel: Kernel, instruction: Instruction) -> Step:
     *rounding, to, source = instruction.modifiers
     if to.endswith("x2"):
         return _convert_pair(kernel, instruction)
-    conversion = _conversion(tuple(rounding), to, source)
+    is_whole = to == source and to in _FLOATS and len(rounding) == 1
+    conversion = _INTEGERS.get(rounding[0]) if is_whole else _conversion(tuple(rounding), to, source)
     if conversion is None:
         raise unknown(kernel, instruction)
     return elementwise(kernel, instruction, [source], conversion)
@@ -105,8 +106,6 @@ def _conversion(rounding: tuple[str, ...], to: str, source: str) -> Callable[[Ar
         return rounded if rounding == ("rn",) else None
     if source == "f16" and to in _FLOATS:
         return (lambda a: a.view(np.float16).astype(wanted)) if not rounding else None
-    if to == source and len(rounding) == 1 and rounding[0] in _INTEGERS:
-        return _INTEGERS[rounding[0]]
     if to in _FLOATS and not source.endswith("16"):
         exact = (to, source) == ("f64", "f32") or (to == "f64" and source[1:] == "32")
         allowed = ((), ("rn",)) if exact else (("rn",),)
