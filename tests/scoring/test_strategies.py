@@ -10,7 +10,7 @@ from transformers import modeling_utils
 
 from vhead import Rollout, Scorer
 from vhead.backbone import plan_for
-from vhead.scoring import attention, packing, plan, strategies
+from vhead.scoring import attention, attention_segments, packing, plan, self_check, strategies
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4
@@ -93,7 +93,7 @@ def test_rollouts_of_one_prompt_are_found_across_the_window(models):
 def test_the_comparison_sees_rollouts_that_see_each_other(models, architecture, way, monkeypatch):
     scorer = by_way(Scorer(models[architecture]), way)
     states = WAYS[way].states
-    monkeypatch.setattr(WAYS[way], "states", lambda self, batch: states(self, plan._spoilt(batch)))
+    monkeypatch.setattr(WAYS[way], "states", lambda self, batch: states(self, self_check._spoilt(batch)))
     assert worst(models[architecture], trees(), scorer.score(trees(), FIELDS)) > 100 * TOLERANCE
 
 
@@ -118,7 +118,7 @@ class TestSelfCheck:
     @needs_interface
     def test_a_way_that_is_wrong_is_not_used(self, models, monkeypatch):
         right = packing.TreePacking.states
-        monkeypatch.setattr(packing.TreePacking, "states", lambda self, batch: right(self, plan._spoilt(batch)))
+        monkeypatch.setattr(packing.TreePacking, "states", lambda self, batch: right(self, self_check._spoilt(batch)))
         ways = self.ways(models["llama"])
         assert isinstance(ways.usual, packing.MaskedTreePacking)
         assert "of the largest state" in ways.rejected["tree packing"]
@@ -156,7 +156,7 @@ class TestSelfCheck:
         assert ways.rejected["tree packing"] == "ImportError: no attention interface"
 
     def test_probes_keep_clear_of_special_tokens(self, models):
-        sequences = plan.probes(models["llama"].pretrained_model, None)
+        sequences = self_check.probes(models["llama"].pretrained_model, None)
         assert not {0, 1, 2} & {int(token) for sequence in sequences for token in sequence}
         assert max(int(sequence.max()) for sequence in sequences) < VOCABULARY
 
@@ -167,27 +167,48 @@ class TestSelfCheck:
 
 
 class TestLimits:
-    def test_rollouts_beyond_the_window_are_not_packed(self):
+    def test_rollouts_beyond_the_window_are_not_packed_under_a_dense_mask(self):
         model = critic("mistral", sliding_window=24)
-        scorer = Scorer(model, token_budget=500)
+        scorer = Scorer(model, token_budget=500, attention="mask")
         assert scorer.plan.longest_shared == 24
         records = [*trees(), Rollout([5] * 20, [6, 7]), Rollout([5] * 20, [8, 9])]
         assert worst(model, records, scorer.score(records, FIELDS)) < TOLERANCE
         encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(records)]
         for work in scorer._engine.work(encoded, 500, FIELDS):
-            packed = isinstance(work.strategy, packing.TreePacking | packing.MaskedTreePacking)
+            packed = isinstance(work.strategy, packing.MaskedTreePacking)
             assert all((len(encoded[place]) <= 24) == packed for place in work.batch.places)
 
     @needs_interface
-    def test_the_comparison_sees_a_window_that_is_ignored(self):
+    @pytest.mark.parametrize("window", [8, 24])
+    def test_attention_by_segments_keeps_to_sliding_windows(self, window):
+        model = critic("mistral", sliding_window=window)
+        scorer = Scorer(model)
+        assert (scorer.plan.strategy, scorer.plan.longest_shared) == ("tree packing", None)
+        assert model.pretrained_model.config.sliding_window == window
+        assert worst(model, trees(), scorer.score(trees(), FIELDS)) < TOLERANCE
+
+    @needs_interface
+    def test_the_comparison_sees_a_window_that_is_ignored(self, monkeypatch):
         model = critic("mistral", sliding_window=24)
-        scorer = by_way(Scorer(model), "TreePacking")
+        scorer = Scorer(model)
+        attend = attention_segments.SegmentAttention.__call__
+        monkeypatch.setattr(
+            attention_segments.SegmentAttention,
+            "__call__",
+            lambda self, *states, **options: attend(self, *states, **options | {"window": None}),
+        )
         assert worst(model, trees(), scorer.score(trees(), FIELDS)) > 100 * TOLERANCE
+        assert Scorer(model).plan.longest_shared == 24
 
     def test_a_window_shorter_than_the_check_rules_sharing_out(self):
-        found = Scorer(critic("mistral", sliding_window=8)).plan
+        found = Scorer(critic("mistral", sliding_window=8, attention_chunk_size=8)).plan
         assert found.strategy == "length-sorted batches"
         assert found.rejected["tree packing"] == "its layers look back 8 tokens only"
+
+    def test_a_window_that_cannot_be_tried_stays_a_limit(self):
+        """The configuration states one, and the model heeds none."""
+        found = Scorer(critic("llama", sliding_window=24)).plan
+        assert (found.strategy, found.longest_shared) == ("tree packing", 24)
 
     def test_windows_by_place_in_the_row_are_kept_by_short_rows(self):
         model = critic("gpt_neo")
@@ -200,7 +221,7 @@ class TestLimits:
         settings = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
         model = critic("llama", rope_parameters=settings, rope_scaling=settings, max_position_embeddings=32)
         scorer = Scorer(model)
-        scorer._encoder._context_length = CONTEXT
+        scorer._encoder._limit = dataclasses.replace(scorer._encoder._limit, tokens=CONTEXT)
         records = [*trees(), Rollout([5] * 20, [6] * 20, id="long"), Rollout([5] * 20, [7] * 25, id="longer")]
         scores = scorer.score(records, FIELDS)
         assert scorer.plan.longest_shared == 32
@@ -224,14 +245,14 @@ class TestState:
         def fail(*_args, **_kwargs):
             raise ValueError("broken")
 
-        monkeypatch.setattr(attention.TreeAttention, "__call__", fail)
+        monkeypatch.setattr(attention_segments.SegmentAttention, "__call__", fail)
         with pytest.raises(ValueError, match="broken"):
             scorer.score(trees())
         assert models["llama"].config._attn_implementation == before
-        assert attention._active.attention is None
+        assert attention._active.attend is None
 
     def test_queries_in_several_blocks(self, models, monkeypatch):
-        monkeypatch.setattr(attention, "_QUERY_BLOCK", 3)
+        monkeypatch.setattr(attention_segments, "_QUERY_BLOCK", 3)
         for architecture in ("llama", "gemma2"):
             scorer = Scorer(models[architecture])
             assert scorer.plan.strategy.startswith("tree packing")

@@ -17,7 +17,7 @@ from vhead.scoring.caching import PromptThenCompletion
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded
 from vhead.scoring.logits import find_logits_rule
-from vhead.scoring.plan import ScorerPlan, find_ways
+from vhead.scoring.plan import Attention, ScorerPlan, find_ways
 from vhead.scoring.scores import PER_TOKEN
 from vhead.scoring.statistics import statistics_of_logits, token_statistics
 from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy
@@ -45,6 +45,7 @@ class Engine:
         num_threads: Torch's threads while computing; None leaves them as they are.
         conventions: Which positions are read.
         batch_invariant: Whether a rollout's numbers may not depend on what else is scored.
+        attention: The only way of attending in packed trees that will do; None: the fastest that passes.
 
     Attributes:
         device: Where token ids go.
@@ -54,7 +55,7 @@ class Engine:
 
     Raises:
         HeadError: The model has no value head, or one with several outputs.
-        VheadError: The model is an encoder-decoder.
+        VheadError: The model is an encoder-decoder, or cannot take the asked-for attention.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Engine:
         conventions: Conventions | None = None,
         *,
         batch_invariant: bool = False,
+        attention: Attention | None = None,
     ) -> None:
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
@@ -85,10 +87,14 @@ class Engine:
         with self._computing():
             self._rule = find_logits_rule(body, plan)
             own_logits = self._rule is None
-            self._ways = find_ways(self._body, batch_invariant=batch_invariant, own_logits=own_logits)
+            self._ways = find_ways(
+                self._body, batch_invariant=batch_invariant, own_logits=own_logits, attention=attention
+            )
         self.plan = ScorerPlan(
             architecture=type(body).__name__,
             strategy=self._ways.usual.name,
+            attention=self._ways.attention,
+            attention_reason=self._ways.attention_reason,
             rejected=dict(self._ways.rejected),
             longest_shared=self._ways.longest_usual,
             long_strategy=self._ways.padded.name,

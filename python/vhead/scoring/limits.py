@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 # Attributes by which transformers' models limit how far some of their layers look back.
+_SLIDING = "sliding_window"
 _WINDOWS = (
-    "sliding_window",
+    _SLIDING,
     "sliding_window_size",
     "attention_window",
     "attention_window_size",
@@ -39,11 +40,23 @@ def context_length(config: Any) -> int | None:  # noqa: ANN401, a configuration 
     return length if isinstance(length, int) and length > 0 else None
 
 
-def attention_window(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
-    """Tokens that the layer with the shortest sight sees, None where all see everything."""
+def attention_window(config: Any, *, sliding: bool = True) -> int | None:  # noqa: ANN401, a configuration of any class
+    """Tokens that the layer with the shortest sight sees, None where all see everything.
+
+    Args:
+        config: Of any class.
+        sliding: Whether `sliding_window` counts, which transformers tells attention functions.
+    """
     text = text_config(config)
-    found = [size for name in _WINDOWS for size in _integers(getattr(text, name, None)) if size > 0]
+    names = _WINDOWS if sliding else tuple(name for name in _WINDOWS if name != _SLIDING)
+    found = [size for name in names for size in _integers(getattr(text, name, None)) if size > 0]
     return min(found, default=None)
+
+
+def sliding_window(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    """Tokens that layers with a sliding window see, None where there are none."""
+    window = getattr(text_config(config), _SLIDING, None)
+    return window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None
 
 
 def selected_tokens(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class

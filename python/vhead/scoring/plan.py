@@ -1,34 +1,21 @@
-"""Which way of batching a language model can take, found by trying each on a few tokens, and never assumed.
+"""Which way of batching a language model can take, found by trying each on a few tokens, and never assumed."""
 
-What a batch gives is compared with what each sequence gives alone. A check that cannot fail proves nothing, so each
-tree is also attended wrongly on purpose: a way is used only where that would have been noticed.
-"""
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from vhead.errors import VheadError
+from vhead.scoring import limits
+from vhead.scoring.caching import PrefixCache, PromptThenCompletion
+from vhead.scoring.packing import FlashTreePacking, FlexTreePacking, MaskedTreePacking, TreePacking
+from vhead.scoring.self_check import LONG, SelfCheck, probes
+from vhead.scoring.strategies import Body, OneByOne, PaddedBatches, Strategy
 
-from vhead.scoring import attention, limits
-from vhead.scoring.caching import PrefixCache, PromptAndCompletion, PromptThenCompletion, SharedPrefix
-from vhead.scoring.gates import is_gated
-from vhead.scoring.packing import MaskedTreePacking, TreePacking
-from vhead.scoring.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
-from vhead.scoring.trees import Pack, Segment, Tokens
+Attention = Literal["segments", "flex", "flash", "mask"]
+ATTENTIONS: tuple[Attention, ...] = ("segments", "flex", "flash", "mask")
 
-# Differences from a sequence alone that count as rounding, as a part of the largest state.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
-_HALF_TOLERANCE = 3e-2
-# Half-precision states may differ from a sequence alone by this times what padded batches differ.
-_NOISE_FACTOR = 3.0
-# What an error on purpose has to exceed.
-_CONTROL_FACTOR = 4.0
-
-_UNLIMITED = 10**6
-_PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
+# From the fastest on: measured on a CPU; on CUDA expected from the number of launches, and not measured.
+_ORDER: dict[str, tuple[Attention, ...]] = {"cpu": ("segments", "mask"), "cuda": ("flex", "flash", "segments", "mask")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +25,8 @@ class ScorerPlan:
     Attributes:
         architecture: The language model's class.
         strategy: How rollouts of usual length are batched.
+        attention: The way of attending in packed trees; None where there are none.
+        attention_reason: Why it is this one.
         rejected: The faster ways that this model cannot take, each with the reason.
         longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
         long_strategy: How those are batched.
@@ -46,6 +35,8 @@ class ScorerPlan:
 
     architecture: str
     strategy: str
+    attention: Attention | None
+    attention_reason: str | None
     rejected: dict[str, str]
     longest_shared: int | None
     long_strategy: str
@@ -53,6 +44,8 @@ class ScorerPlan:
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
+        if self.attention is not None:
+            lines.append(f"  attention: {self.attention}, {self.attention_reason}")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
@@ -71,6 +64,8 @@ class Ways:
         alone: For the longest.
         own_logits: For what needs the model's own logits, like `padded`.
         rejected: The faster ways that did not pass, and why.
+        attention: How the usual strategy attends in packed trees; None where there are none.
+        attention_reason: Why in this way.
     """
 
     usual: Strategy
@@ -80,6 +75,8 @@ class Ways:
     alone: OneByOne
     own_logits: PaddedBatches
     rejected: dict[str, str]
+    attention: Attention | None = None
+    attention_reason: str | None = None
 
     def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
         """Which of these sequences go which way: each place once."""
@@ -99,181 +96,132 @@ class Ways:
         return self.usual if within else self.padded
 
 
-def find_ways(body: Body, *, batch_invariant: bool = False, own_logits: bool = False) -> Ways:
+def find_ways(
+    body: Body, *, batch_invariant: bool = False, own_logits: bool = False, attention: Attention | None = None
+) -> Ways:
     """Tries the ways of batching from the fastest on; the model has to be in evaluation mode.
 
     Args:
         body: The language model.
         batch_invariant: Whether only ways will do in which no rollout's numbers depend on another rollout.
         own_logits: Whether logits of padded batches will be needed.
+        attention: The only way of attending in packed trees that will do; None: the fastest that passes.
+
+    Raises:
+        VheadError: The model cannot take the asked-for attention.
     """
-    config = body.model.config
-    window, rotary = limits.attention_window(config), limits.stable_rotary_length(config)
-    context = limits.context_length(config)
-    batched = _least(rotary, limits.selected_tokens(config))
-    shared = _least(window, batched)
-    check = SelfCheck(body, probes(body.model, context))
+    bounds = _Bounds.of(body)
+    check = SelfCheck(body, probes(body.model, bounds.context))
     body.in_place = check.in_place_agrees()
-    alone = OneByOne(body, forgets=rotary is not None)
+    alone = OneByOne(body, forgets=bounds.rotary is not None)
     padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
     rejected: dict[str, str] = {}
     if (reason := check.padding(padded)) is not None:
         padded, rejected = alone, {PaddedBatches.name: reason}
-    candidates: list[Strategy] = [
-        TreePacking(body),
-        MaskedTreePacking(body, _least(shared, context)),
-        PrefixCache(body),
-    ]
-    usual, reasons = _first([PromptThenCompletion(body)] if batch_invariant else candidates, check, shared)
+    kind = body.device.type
+    if batch_invariant:
+        candidates: list[Strategy] = [PromptThenCompletion(body)]
+    elif attention is not None:
+        candidates = [_packing(attention, body, bounds)]
+    else:
+        order = _ORDER.get(kind, _ORDER["cpu"])
+        candidates = [*(_packing(name, body, bounds) for name in order), PrefixCache(body)]
+    usual, longest, reasons = _first(candidates, check, bounds, padded)
+    if attention is not None and usual is None:
+        (reason,) = reasons.values()
+        raise VheadError(
+            f"attention: expected one that the {type(body.model).__name__} can take, got {attention!r}: {reason}"
+        )
     logits = alone if own_logits and not check.logits_agree(padded) else padded
-    return Ways(usual or padded, shared, padded, batched, alone, logits, reasons | rejected)
+    ways = Ways(usual or padded, longest, padded, bounds.batched, alone, logits, reasons | rejected)
+    chosen: Attention | None = getattr(usual, "attention", None)
+    return replace(ways, attention=chosen, attention_reason=_why(chosen, kind, asked_for=attention is not None))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What a configuration says about lengths, None where it states no limit.
+
+    Attributes:
+        context: Tokens that the model takes.
+        rotary: Up to which rotary embeddings do not depend on the batch.
+        batched: Up to which a batch gives what each sequence gives alone.
+        sliding: Whether there is a sliding window of the kind that attention is told of.
+        other_window: What other limits let a token see.
+        window: What all limits let a token see.
+    """
+
+    context: int | None
+    rotary: int | None
+    batched: int | None
+    sliding: bool
+    other_window: int | None
+    window: int | None
+
+    @classmethod
+    def of(cls, body: Body) -> "_Bounds":
+        """Of a model's configuration."""
+        config = body.model.config
+        rotary, window = limits.stable_rotary_length(config), limits.attention_window(config)
+        return cls(
+            context=limits.context_length(config),
+            rotary=rotary,
+            batched=_least(rotary, limits.selected_tokens(config)),
+            sliding=limits.sliding_window(config) is not None,
+            other_window=limits.attention_window(config, sliding=False),
+            window=window,
+        )
+
+
+def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy:
+    match attention:
+        case "segments":
+            return TreePacking(body)
+        case "flex":
+            return FlexTreePacking(body)
+        case "flash":
+            return FlashTreePacking(body)
+        case "mask":
+            return MaskedTreePacking(body, _least(bounds.window, bounds.batched, bounds.context))
 
 
 def _first(
-    candidates: Sequence[Strategy], check: "SelfCheck", limit: int | None
-) -> tuple[Strategy | None, dict[str, str]]:
-    """The first way that passes, and why those before it did not."""
+    candidates: Sequence[Strategy], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches
+) -> tuple[Strategy | None, int | None, dict[str, str]]:
+    """The first way that passes, the most tokens that it may be used for, and why those before it did not pass."""
     rejected: dict[str, str] = {}
     for candidate in candidates:
-        reason = check.shortness(limit) or check.sharing(candidate)
+        window = bounds.window
+        if bounds.sliding and isinstance(candidate, TreePacking) and check.windows(candidate) is None:
+            window = bounds.other_window
+        limit = _least(window, bounds.batched)
+        reason = check.shortness(limit) or check.sharing(candidate) or _in_blocks(candidate, check, bounds, padded)
         if reason is None:
-            return candidate, rejected
+            return candidate, limit, rejected
         rejected[candidate.name] = reason
-    return None, rejected
+    return None, _least(bounds.window, bounds.batched), rejected
 
 
-def probes(model: nn.Module, context: int | None) -> list[Tokens]:
-    """Short sequences of ordinary tokens: three with a common beginning, two of which share more, and one other."""
-    special = limits.special_tokens(model.config)
-    vocabulary = limits.vocabulary_size(model)
-    usable = np.array([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
-    rng = np.random.default_rng(0)
-
-    def draw(count: int) -> Tokens:
-        return rng.choice(usable, count)
-
-    prompt, second = draw(_PROMPT), draw(_SECOND)
-    sequences = [
-        np.concatenate([prompt, draw(_FIRST)]),
-        np.concatenate([prompt, second]),
-        np.concatenate([prompt, second[:_FORK], draw(_THIRD)]),
-        draw(_OTHER),
-    ]
-    return [sequence[:context] for sequence in sequences]
-
-
-class SelfCheck:
-    """Compares batches of a few short sequences with the same sequences alone.
-
-    Args:
-        body: The language model.
-        sequences: The sequences.
-    """
-
-    def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
-        self._body, self._sequences = body, sequences
-        way = OneByOne(body)
-        batches = list(way.batches(sequences, [], 1))
-        states = [way.states(batch).float() for batch in batches]
-        self._alone = states
-        self._scale = max(float(state.abs().max()) for state in states)
-        self._tolerance = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE) * self._scale
-        self._half = body.dtype not in _TOLERANCE
-
-    def shortness(self, limit: int | None) -> str | None:
-        """Why sequences as short as these are too long for sharing, or None."""
-        longest = max(map(len, self._sequences))
-        if limit is not None and limit < longest:
-            return f"its layers look back {limit} tokens only"
+def _in_blocks(candidate: Strategy, check: SelfCheck, bounds: _Bounds, padded: PaddedBatches) -> str | None:
+    """The same check on several blocks of rows, where the way's kernel works in blocks."""
+    if not isinstance(candidate, FlexTreePacking | FlashTreePacking):
         return None
+    body = check.body
+    long = SelfCheck(body, probes(body.model, bounds.context, LONG))
+    long.padding(padded)
+    return long.sharing(candidate, last=None)
 
-    def in_place_agrees(self) -> bool:
-        """Whether gated layers may work in place, found on the sequences alone."""
-        if self._body.device.type != "cpu" or not any(is_gated(module) for module in self._body.model.modules()):
-            return False
-        self._body.in_place = True
-        try:
-            alone = OneByOne(self._body)
-            return self._difference(alone, self._batches(alone)) <= self._tolerance
-        finally:
-            self._body.in_place = False
 
-    def padding(self, way: PaddedBatches) -> str | None:
-        """Why padded batches cannot be used, or None."""
-        try:
-            difference = self._difference(way, self._batches(way))
-        except Exception as error:  # Whatever a model raises means that it cannot.
-            return _said(error)
-        if not difference <= self._tolerance:
-            return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
-        if self._half:
-            self._tolerance = max(_NOISE_FACTOR * difference, 2**-8 * self._scale)
+def _why(chosen: Attention | None, kind: str, *, asked_for: bool) -> str | None:
+    if chosen is None:
         return None
-
-    def logits_agree(self, way: PaddedBatches) -> bool:
-        """Whether the model's own logits are in padded batches what they are alone."""
-        alone = OneByOne(self._body)
-        expected = [alone.states_and_logits(batch)[1].float() for batch in self._batches(alone)]
-        for batch in self._batches(way):
-            logits = way.states_and_logits(batch)[1].float()
-            for place, rows in zip(batch.places, batch.rows, strict=True):
-                difference = logits[torch.from_numpy(rows).to(logits.device)] - expected[place]
-                if not _largest(difference) <= self._tolerance / self._scale * float(expected[place].abs().max()):
-                    return False
-        return True
-
-    def sharing(self, way: Strategy) -> str | None:
-        """Why this way of sharing tokens cannot be used, or None."""
-        try:
-            if isinstance(way, TreePacking):
-                attention.register()
-            batches = self._batches(way)
-            difference = self._difference(way, batches)
-            if not difference <= self._tolerance:
-                return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
-            wrong = self._difference(way, [_spoilt(batch) for batch in batches], last=1)
-        except Exception as error:  # Whatever a model raises means that it cannot.
-            return _said(error)
-        if not wrong > _CONTROL_FACTOR * self._tolerance:
-            return "a wrong result would not be noticed"
-        return None
-
-    def _batches(self, way: Strategy) -> list[Batch]:
-        return list(way.batches(self._sequences, [min(_PROMPT, len(s) - 1) for s in self._sequences], _UNLIMITED))
-
-    def _difference(self, way: Strategy, batches: Sequence[Batch], last: int | None = None) -> float:
-        """The largest difference over all tokens, or over the last so many of each sequence."""
-        worst = 0.0
-        for batch in batches:
-            states = way.states(batch).float()
-            for place, rows in zip(batch.places, batch.rows, strict=True):
-                chosen = states[torch.from_numpy(rows).to(states.device)]
-                difference = chosen - self._alone[place]
-                worst = max(worst, _largest(difference if last is None else difference[-last:]))
-        return worst
-
-
-def _spoilt(batch: Batch) -> Batch:
-    """The batch as a way that mixes sequences up, or that loses what they share, would run it."""
-    content = batch.content
-    if isinstance(content, Pack):
-        content = replace(content, segments=(Segment(0, len(content.tokens), ()),))
-    elif isinstance(content, SharedPrefix):
-        content = replace(content, prefix=content.prefix[::-1].copy())
-    elif isinstance(content, PromptAndCompletion):
-        content = replace(content, prompt=content.prompt[::-1].copy())
-    return replace(batch, content=content)
-
-
-def _largest(difference: Tensor) -> float:
-    largest = float(difference.abs().max())
-    return math.inf if math.isnan(largest) else largest
+    if asked_for:
+        return "as asked for"
+    first = _ORDER.get(kind, _ORDER["cpu"])[0]
+    if chosen != first:
+        return "the next that passed"
+    return "the fastest measured on a CPU" if first == "segments" else "expected to be the fastest on CUDA"
 
 
 def _least(*numbers: int | None) -> int | None:
     return min((number for number in numbers if number is not None), default=None)
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

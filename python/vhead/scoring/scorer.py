@@ -15,7 +15,7 @@ from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded, Encoder, IdRegistry
 from vhead.scoring.engine import Engine, Work
 from vhead.scoring.loading import Critic, load_critic
-from vhead.scoring.plan import ScorerPlan
+from vhead.scoring.plan import ATTENTIONS, Attention, ScorerPlan
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.rollout import Rollout
 from vhead.scoring.scores import Score, Scores, check_fields
@@ -50,6 +50,7 @@ class ScorerOptions(TypedDict, total=False):
     num_threads: int | None
     conventions: Conventions | None
     batch_invariant: bool
+    attention: Attention | None
     truncation: Truncation | None
     max_length: int | None
 
@@ -73,6 +74,8 @@ class Scorer:
         conventions: Which positions values and rewards are read at; None: as above.
         batch_invariant: Whether a rollout's numbers are the same bit for bit whatever else is scored, on one machine
             with one number of threads. Costs time: each completion then goes through the model by itself.
+        attention: How tokens see each other in packed rollouts: `"segments"`, `"flex"` (FlexAttention), `"flash"` (the
+            package flash_attn) or `"mask"`; None: the fastest one that the model can take.
         truncation: What becomes of a rollout with more tokens than `max_length`: `"prompt"` cuts off the prompt's first
             tokens, a beginning-of-sequence token among them, `"completion"` the completion's last ones, None neither:
             it cannot be scored. The scores then say which rollouts were truncated.
@@ -84,9 +87,10 @@ class Scorer:
 
     Raises:
         HeadError: The model has no value head, or one with several outputs.
-        VheadError: The model is an encoder-decoder, or takes fewer tokens than `max_length`.
-        ValueError: The budget, the window or the number of threads is below 1, `max_length` is below 2, or `truncation`
-            is none of these.
+        VheadError: The model is an encoder-decoder, takes fewer tokens than `max_length`, or cannot take the asked-for
+            attention.
+        ValueError: The budget, the window or the number of threads is below 1, `max_length` is below 2, `truncation` or
+            `attention` is none of these, or `attention` is given with `batch_invariant`, which packs nothing.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Scorer:
         num_threads: int | None = None,
         conventions: Conventions | None = None,
         batch_invariant: bool = False,
+        attention: Attention | None = None,
         truncation: Truncation | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -106,9 +111,14 @@ class Scorer:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
+        if attention is not None and (batch_invariant or attention not in ATTENTIONS):
+            expected = "None with batch_invariant" if batch_invariant else f"one of {', '.join(ATTENTIONS)}"
+            raise ValueError(f"attention: expected {expected}, got {attention!r}")
         self.model = model
         self._conventions = conventions or Conventions()
-        self._engine = Engine(model, num_threads, self._conventions, batch_invariant=batch_invariant)
+        self._engine = Engine(
+            model, num_threads, self._conventions, batch_invariant=batch_invariant, attention=attention
+        )
         limit = LengthLimit.of(self._engine.context_length, max_length, truncation)
         self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, limit)
         self._truncates = truncation is not None

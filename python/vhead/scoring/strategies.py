@@ -84,11 +84,12 @@ class Body:
 
     def states(self, tokens: Tensor, **inputs: object) -> Tensor:
         """The last hidden states `[N, H]` of `[B, T]` token ids, N = B * T."""
+        device = self.device
         on_device = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+            name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
         with in_place_gates(self.model) if self.in_place else nullcontext():
-            hidden = last_hidden_state(self.model, plan=self.plan, input_ids=tokens.to(self.device), **on_device)
+            hidden = last_hidden_state(self.model, plan=self.plan, input_ids=to_device(tokens, device), **on_device)
         return hidden.flatten(0, 1)
 
     def states_and_logits(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,6 +161,13 @@ class OneByOne(PaddedBatches):
     def _forget(self, tokens: Tensor) -> None:
         if self._forgets:
             self._body.states(tokens[:, :1])
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to CUDA from page-locked memory, so that neither side waits for the other."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def as_row(array: NDArray[np.int64]) -> Tensor:
