@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emulation.ptx import Memory, Module
 from vhead import _native
 
 KERNELS = Path(__file__).parents[3] / "rust" / "cuda" / "kernels"
@@ -81,6 +82,29 @@ class Emulator(Protocol):
 
     def launch(self, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Runs a kernel to its end."""
+
+
+class Ptx:
+    """The interpreter as an emulator of the kernels."""
+
+    def __init__(self, module: Module) -> None:
+        self._module, self._memory = module, Memory()
+
+    def start(self) -> None:
+        """Forgets all memory."""
+        self._memory = Memory()
+
+    def input(self, name: str, array: np.ndarray) -> Allocation:
+        """Memory that kernels only read."""
+        return self._memory.input(name, array)
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: Any) -> Allocation:
+        """Memory that kernels write."""
+        return self._memory.output(name, shape, dtype)
+
+    def launch(self, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Runs a kernel to its end."""
+        self._module.launch(name, (blocks,), (threads,), arguments, self._memory)
 
 
 @dataclass(frozen=True)
