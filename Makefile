@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name '*.zlib' -o -name Cargo.toml)
 WORKERS ?= 2
 REUSED := benchmarks/results/head-reused-memory.json
 
@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
 .PHONY: demo test build lint rust-format rust-lint python-format python-lint python-types stubs rust-test python-test \
-	bench compatibility format clean
+	cuda-test cuda-images bench compatibility format clean
 
 demo: $(VENV)/.built
 	$(BIN)/vhead demo
@@ -59,6 +59,16 @@ rust-test: $(VENV)/.python
 
 python-test: $(VENV)/.dev $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+# From the CUDA kernels' sources to executed PTX, on a machine without a GPU: under five minutes.
+cuda-test: $(VENV)/.dev $(VENV)/.built
+	$(BIN)/python tools/cuda_images.py --check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/cuda
+
+# What rust/cuda embeds, and the tables of docs/cuda.md, from rust/cuda/kernels.
+cuda-images: $(VENV)/.dev
+	$(BIN)/python tools/cuda_images.py
+	$(BIN)/python tools/cuda_report.py
 
 bench: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/python benchmarks/head.py

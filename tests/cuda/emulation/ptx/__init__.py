@@ -14,6 +14,7 @@ barrier and shuffle for threads that are missing.
 from emulation.ptx.errors import (
     AccessError,
     BarrierError,
+    EndlessError,
     LaunchError,
     PtxError,
     PtxSyntaxError,
@@ -28,6 +29,7 @@ __all__ = [
     "AccessError",
     "Allocation",
     "BarrierError",
+    "EndlessError",
     "Launch",
     "LaunchError",
     "Memory",

@@ -31,3 +31,7 @@ class BarrierError(PtxError):
 
 class ShuffleError(PtxError):
     """A warp's exchange from which threads that its mask names are missing."""
+
+
+class EndlessError(PtxError):
+    """More instructions than the launch may take."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from emulation.ptx import floating, integers  # noqa: F401, they fill the table of operations
 from emulation.ptx.accesses import whole_warps
-from emulation.ptx.errors import BarrierError
+from emulation.ptx.errors import BarrierError, EndlessError
 from emulation.ptx.lanes import ALL, Array, At, Lanes
 from emulation.ptx.operands import reader
 from emulation.ptx.operations import Step, decode, unknown
@@ -50,15 +50,18 @@ def _predicate(kernel: Kernel, instruction: Instruction) -> Callable[[Lanes, At]
 class Machine:
     """Some blocks at work."""
 
-    def __init__(self, program: Program, lanes: Lanes) -> None:
+    def __init__(self, program: Program, lanes: Lanes, most_instructions: int) -> None:
         self._program, self._lanes, self._kernel = program, lanes, program.kernel
         self._ready: dict[int, list[Array]] = {0: [np.arange(lanes.count)]}
         self._waiting = np.full(lanes.count, _RUNNING, np.int64)
         self.executed = np.zeros(len(self._kernel.instructions), np.int64)
+        self._left = most_instructions
 
     def run(self) -> None:
         """Runs every lane to its end."""
         while self._ready or self._open_barriers():
+            if self._left <= 0:
+                raise EndlessError(f"{self._kernel.name}: does not end")
             place = min(self._ready)
             groups = self._ready.pop(place)
             self._run_group(place, groups[0] if len(groups) == 1 else np.sort(np.concatenate(groups)))
@@ -72,6 +75,7 @@ class Machine:
             if place >= len(steps):
                 raise unknown(self._kernel, self._kernel.instructions[-1], "is followed by nothing")
             executed[place] += 1
+            self._left -= 1
             chosen, step, predicate = at, steps[place], predicates[place]
             if predicate is not None:
                 chosen = _chosen(predicate(self._lanes, at), at, group)

@@ -22,9 +22,13 @@ _SIDE_BY_SIDE = 1 << 14
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch executed: instructions by opcode, once for all lanes that ran one together."""
+    """What a launch executed, each instruction once for all lanes that ran it together.
+
+    `instructions` counts by opcode, `executed` by the instruction's number in the kernel.
+    """
 
     instructions: Counter[str]
+    executed: tuple[int, ...]
 
 
 class Module:
@@ -32,6 +36,12 @@ class Module:
 
     def __init__(self, text: str) -> None:
         self._programs = {name: Program(kernel) for name, kernel in parse(text).items()}
+
+    def without(self, name: str, number: int) -> "Module":
+        """A module of one kernel of this one, instruction `number` of it left out: for tests of the tests."""
+        module = Module.__new__(Module)
+        module._programs = {name: Program(self.kernels[name].without(number))}
+        return module
 
     @property
     def kernels(self) -> dict[str, Kernel]:
@@ -52,6 +62,7 @@ class Module:
         memory: Memory,
         *,
         shared: int = 0,
+        most_instructions: int = 10_000_000,
     ) -> Launch:
         """Runs a kernel to its end.
 
@@ -63,6 +74,7 @@ class Module:
                 `bytes` takes (a `ctypes.Structure`) for a struct.
             memory: All that the kernel may touch.
             shared: Bytes of dynamic shared memory.
+            most_instructions: How many may be executed before the kernel counts as endless.
 
         Raises:
             LaunchError: The arguments or the grid do not fit.
@@ -83,13 +95,13 @@ class Module:
             for first in range(0, shape.blocks, together):
                 blocks = Blocks(shape, first, min(together, shape.blocks - first))
                 lanes = Lanes(program.kernel, blocks, memory, parameters, shared_bytes)
-                machine = Machine(program, lanes)
+                machine = Machine(program, lanes, most_instructions)
                 machine.run()
                 executed += machine.executed
         counts: Counter[str] = Counter()
         for instruction, times in zip(program.kernel.instructions, executed.tolist(), strict=True):
             counts[".".join((instruction.opcode, *instruction.modifiers))] += times
-        return Launch(counts)
+        return Launch(counts, tuple(executed.tolist()))
 
 
 def _shape(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...]) -> Shape:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from emulation.ptx.errors import PtxSyntaxError
 
@@ -58,6 +58,12 @@ class Kernel:
     shared_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+
+    def without(self, number: int) -> "Kernel":
+        """The kernel with one instruction left out."""
+        kept = [instruction for i, instruction in enumerate(self.instructions) if i != number]
+        labels = {label: place - (place > number) for label, place in self.labels.items()}
+        return replace(self, instructions=kept, labels=labels)
 
     @property
     def symbols(self) -> dict[str, int]:
