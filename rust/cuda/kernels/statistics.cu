@@ -182,15 +182,15 @@ __device__ __forceinline__ float fill_block(const LogitsTile& tile, const float*
     return peak;
 }
 
-// Notes the target's logit, if it is in this warp's blocks, and whether an earlier one of its block is as large as the block's
-// largest. `place` is the target's in this thread's block, of which `count` are there.
+// Notes the target's logit, if it is in this thread's block, and whether an earlier one of the block is as large as the largest.
+// `place` is the target's in the block, of which `count` are there.
 __device__ __forceinline__ void note_target(FoldMemory& memory, const Share& share, u64 place, u32 count, float peak) {
     u32 ties = 0;
     if (place < count) {
         for (u32 i = share.lane; i < place; i += LOGITS_LANES) ties |= share.line[i] == peak;
     }
-    // The other half of the warp has none.
-    ties = same_in_warp(ties);
+#pragma unroll
+    for (u32 half = LOGITS_LANES / 2; half > 0; half /= 2) ties |= shuffle_xor(ties, half);
     if (place < count && share.lane == 0) {
         memory.target = share.line[place];
         memory.tied = ties;
