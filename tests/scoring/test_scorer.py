@@ -113,8 +113,8 @@ def test_token_statistics_of_impossible_tokens():
     assert entropy[1].item() == pytest.approx(np.log(3), abs=1e-6)
 
 
-def batch_sizes(scorer, fields):
-    encoded = [scorer._encoder.encode(index, record, "") for index, record in enumerate(rollouts())]
+def batch_sizes(scorer, fields, records=None):
+    encoded = [scorer._encoder.encode(index, record, "") for index, record in enumerate(records or rollouts())]
     return [work.batch.tokens for work in scorer._engine.work(encoded, scorer.token_budget, fields)]
 
 
@@ -208,6 +208,12 @@ class TestBatching:
             handle.remove()
         assert max(shape.numel() for shape in shapes) <= 120
         assert len(shapes) < 30, "rollouts are batched"
+
+    @pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, True), (torch.float32, False)])
+    def test_half_precision_has_few_batch_sizes_on_a_cpu(self, dtype, few):
+        scorer = by_way(Scorer(critic().to(dtype), token_budget=192), "TreePacking")
+        sizes = {size for seed in range(6) for size in batch_sizes(scorer, ["values"], rollouts(20, seed))}
+        assert (sizes <= {64, 128, 192}) is few
 
     def test_order_is_the_input_s(self, model, scorer):
         records = rollouts(25)

@@ -30,9 +30,9 @@ def visible(pack):
 
 
 @settings(deadline=None)
-@given(SEQUENCES, st.sampled_from([1, 15, 40, 1000]))
-def test_each_row_sees_the_tokens_of_its_own_sequence_and_no_others(sequences, budget):
-    packs = list(pack_trees(sequences, budget))
+@given(SEQUENCES, st.sampled_from([1, 15, 40, 1000]), st.sampled_from([1, 8]))
+def test_each_row_sees_the_tokens_of_its_own_sequence_and_no_others(sequences, budget, multiple):
+    packs = list(pack_trees(sequences, budget, multiple))
     assert sorted(place for pack in packs for place in pack.places) == list(range(len(sequences)))
     for pack in packs:
         assert [row for segment in pack.segments for row in range(segment.start, segment.stop)] == list(
@@ -47,10 +47,12 @@ def test_each_row_sees_the_tokens_of_its_own_sequence_and_no_others(sequences, b
 
 
 @settings(deadline=None)
-@given(SEQUENCES, st.sampled_from([1, 15, 40]))
-def test_packs_keep_to_the_budget_unless_one_sequence_alone_is_longer(sequences, budget):
-    for pack in pack_trees(sequences, budget):
-        assert len(pack.tokens) <= budget or len({sequences[place].tobytes() for place in pack.places}) == 1
+@given(SEQUENCES, st.sampled_from([1, 15, 40]), st.sampled_from([1, 8]))
+def test_packs_keep_to_the_budget_unless_one_sequence_alone_is_longer(sequences, budget, multiple):
+    for pack in pack_trees(sequences, budget, multiple):
+        alone = len({sequences[place].tobytes() for place in pack.places}) == 1
+        assert len(pack.tokens) <= max(budget, multiple) or alone
+        assert len(pack.tokens) % multiple == 0
 
 
 def test_shared_tokens_stand_once():

@@ -11,6 +11,7 @@ from vhead.scoring.attention_flash import FlashAttention
 from vhead.scoring.attention_flex import FlexAttention, whole_blocks
 from vhead.scoring.attention_segments import SegmentAttention
 from vhead.scoring.attention_visibility import dense_mask
+from vhead.scoring.shapes import row_multiple
 from vhead.scoring.strategies import Batch, Body, as_row
 from vhead.scoring.trees import Pack, Segment, Tokens, pack_trees
 
@@ -29,7 +30,7 @@ class TreePacking:
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
         """One packed row each."""
         del prompts
-        return (_packed(pack) for pack in pack_trees(sequences, budget))
+        return (_packed(pack) for pack in pack_trees(sequences, budget, _multiple(self._body)))
 
     def states(self, batch: Batch) -> Tensor:
         """No mask is given, as none is looked at."""
@@ -81,7 +82,7 @@ class MaskedTreePacking:
         """One packed row each."""
         del prompts
         budget = budget if self._longest_row is None else min(budget, self._longest_row)
-        return (_packed(pack) for pack in pack_trees(sequences, budget))
+        return (_packed(pack) for pack in pack_trees(sequences, budget, _multiple(self._body)))
 
     def states(self, batch: Batch) -> Tensor:
         """The mask is additive, as every model that takes one expects."""
@@ -93,6 +94,10 @@ class MaskedTreePacking:
 def _filled(array: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
     """With so many zeros more: any token, at the first position."""
     return np.concatenate([array, np.zeros(padding, np.int64)])
+
+
+def _multiple(body: Body) -> int:
+    return row_multiple(body.device, body.dtype)
 
 
 def _packed(pack: Pack) -> Batch:

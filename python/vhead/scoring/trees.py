@@ -45,7 +45,7 @@ class Pack:
         places: Which of the given sequences these are.
         tokens: int64 `[T]`.
         positions: Of each token in its sequence, int64 `[T]`.
-        segments: Cover all rows, in order.
+        segments: Cover all rows, in order; rows that no path has are there for their number only.
         paths: For each sequence, the row ranges of its tokens, in order.
     """
 
@@ -61,7 +61,7 @@ class Pack:
         return ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
 
 
-def pack_trees(sequences: Sequence[Tokens], budget: int) -> Iterator[Pack]:
+def pack_trees(sequences: Sequence[Tokens], budget: int, multiple: int = 1) -> Iterator[Pack]:
     """Packs sequences so that none of the packs has more than `budget` rows, and trees stay together where they fit.
 
     A tree that does not fit is divided between its leaves, and what those share is then computed once per pack. A
@@ -70,11 +70,13 @@ def pack_trees(sequences: Sequence[Tokens], budget: int) -> Iterator[Pack]:
     Args:
         sequences: Token ids `[length]`, none empty.
         budget: Rows of a pack.
+        multiple: What the number of a pack's rows is a multiple of.
 
     Yields:
         Packs that hold each sequence once.
     """
-    builder = _Builder(sequences)
+    budget = max(multiple, budget - budget % multiple)
+    builder = _Builder(sequences, multiple)
     for tree in _trees(sequences):
         size = sum(len(sequences[place]) - shared for place, shared in tree)
         if builder.size and builder.size + size > budget:
@@ -128,8 +130,8 @@ def _common(first: Tokens, second: Tokens) -> int:
 class _Builder:
     """The pack that is being filled, and the path of the sequence that was added last."""
 
-    def __init__(self, sequences: Sequence[Tokens]) -> None:
-        self._sequences = sequences
+    def __init__(self, sequences: Sequence[Tokens], multiple: int) -> None:
+        self._sequences, self._multiple = sequences, multiple
         self._counted = np.arange(max(map(len, sequences), default=0))
         self._reset()
 
@@ -164,8 +166,16 @@ class _Builder:
         self._places.append(place)
         self._paths.append(tuple(path))
 
+    def _fill(self, rows: int) -> None:
+        """Adds rows that nobody reads: tokens of the pack again, since any others might mean something to the model."""
+        if rows:
+            self._segments.append(Segment(self.size, self.size + rows, ()))
+            self._tokens.append(np.resize(self._tokens[0], rows))
+            self._positions.append(np.zeros(rows, np.int64))
+
     def finish(self) -> Pack:
         """The pack; the next one starts empty."""
+        self._fill(-self.size % self._multiple)
         pack = Pack(
             places=tuple(self._places),
             tokens=np.concatenate(self._tokens),
