@@ -76,10 +76,10 @@ class Head:
 
 
 class Device:
-    """A head's arguments in the interpreter's memory, and its kernels."""
+    """A head's arguments in the interpreter's memory, or in another emulator's, and its kernels."""
 
-    def __init__(self, module: Module, head: Head, path: str | None = None) -> None:
-        self.module, self.head, self.memory = module, head, Memory()
+    def __init__(self, module: Module, head: Head, path: str | None = None, memory: Memory | None = None) -> None:
+        self.module, self.head, self.memory = module, head, Memory() if memory is None else memory
         self.constants = constants()
         self.hidden = self.memory.input("hidden", to_numpy(_storage(head.hidden)))
         self.weight = self.memory.input("weight", head.weight.numpy())
