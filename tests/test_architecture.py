@@ -212,7 +212,7 @@ def test_length_rule_can_fail() -> None:
     assert function_lengths(f'def long():\n    """Doc."""\n{body}') == {"long:1": 71}
 
 
-@pytest.mark.parametrize("crate", ["core", "candle", "python"])
+@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "python"])
 def test_every_rust_file_is_compiled(crate: str) -> None:
     assert unnamed_rust_files(ROOT / "rust" / crate) == set()
 
@@ -231,6 +231,7 @@ def test_core_knows_neither_python_nor_candle() -> None:
     foreign = {"pyo3", "candle-core", "vhead-candle", "vhead-python"}
     assert crates_below("vhead-core") & foreign == set()
     assert crates_below("vhead-candle") & {"pyo3", "vhead-python"} == set()
+    assert crates_below("vhead-cuda") & foreign == set()
 
 
 def test_crate_rule_can_fail() -> None:
@@ -281,7 +282,7 @@ def test_version_is_written_once() -> None:
     workspace = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
     assert version("vhead") == workspace
     manifests = [tomllib.loads(path.read_text())["package"] for path in (ROOT / "rust").glob("*/Cargo.toml")]
-    assert [package["version"] for package in manifests] == [{"workspace": True}] * 3
+    assert [package["version"] for package in manifests] == [{"workspace": True}] * 4
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert [path.name for path in SOURCES if workspace in path.read_text()] == []
 

@@ -1,0 +1,93 @@
+//! The kernels of an image, by what they compute.
+use crate::Result;
+use crate::arguments::Dtype;
+use crate::device::find_function;
+use cudarc::driver::sys::{CUfunction, CUmodule};
+
+/// A kernel of a loaded module.
+#[derive(Debug)]
+pub(crate) struct Function {
+    pub(crate) handle: CUfunction,
+    pub(crate) name: String,
+}
+
+/// One kernel for each dtype, without and with dropout.
+#[derive(Debug)]
+pub(crate) struct Family(Vec<Function>);
+
+impl Family {
+    fn read(module: CUmodule, prefix: &str, path: &str) -> Result<Self> {
+        let names = Dtype::ALL
+            .into_iter()
+            .flat_map(|dtype| ["", "_dropout"].map(|dropout| format!("{prefix}_{}{path}{dropout}", dtype.name())));
+        names.map(|name| find_function(module, name)).collect::<Result<_>>().map(Self)
+    }
+
+    /// The kernel for hidden states of `dtype`.
+    pub(crate) fn get(&self, dtype: Dtype, has_dropout: bool) -> &Function {
+        &self.0[2 * dtype as usize + usize::from(has_dropout)]
+    }
+}
+
+/// Kernels that read 16 bytes at a time, and those that read one element at a time.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    vector: Family,
+    scalar: Family,
+}
+
+impl Paths {
+    fn read(module: CUmodule, prefix: &str) -> Result<Self> {
+        let path = |path| Family::read(module, prefix, path);
+        Ok(Self { vector: path("_vector")?, scalar: path("_scalar")? })
+    }
+
+    /// The kernels of a path.
+    pub(crate) fn get(&self, is_vector: bool) -> &Family {
+        if is_vector { &self.vector } else { &self.scalar }
+    }
+}
+
+/// Every kernel of a module.
+#[derive(Debug)]
+pub(crate) struct Functions {
+    pub(crate) forward: Paths,
+    /// Several rows a warp: one output, vectors.
+    pub(crate) forward_rows: Family,
+    pub(crate) backward: Paths,
+    /// Without the gradient of the hidden states.
+    pub(crate) backward_weight: Paths,
+    pub(crate) add_chunks: Function,
+    pub(crate) add_rows: Function,
+    pub(crate) fold_logits: Function,
+    pub(crate) finish_statistics: Function,
+    differentiate_logits: Vec<Function>,
+}
+
+impl Functions {
+    /// Looks all of them up, so that none is missing later.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] with the name of one that the module does not have.
+    pub(crate) fn read(module: CUmodule) -> Result<Self> {
+        Ok(Self {
+            forward: Paths::read(module, "vhead_forward")?,
+            forward_rows: Family::read(module, "vhead_forward_rows", "")?,
+            backward: Paths::read(module, "vhead_backward")?,
+            backward_weight: Paths::read(module, "vhead_backward_weight")?,
+            add_chunks: find_function(module, "vhead_add_chunks".to_owned())?,
+            add_rows: find_function(module, "vhead_add_rows".to_owned())?,
+            fold_logits: find_function(module, "vhead_fold_logits".to_owned())?,
+            finish_statistics: find_function(module, "vhead_finish_statistics".to_owned())?,
+            differentiate_logits: Dtype::ALL
+                .into_iter()
+                .map(|dtype| find_function(module, format!("vhead_differentiate_logits_{}", dtype.name())))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// The kernel that writes gradients of `dtype`.
+    pub(crate) fn differentiate_logits(&self, dtype: Dtype) -> &Function {
+        &self.differentiate_logits[dtype as usize]
+    }
+}
