@@ -1,4 +1,4 @@
-"""The compiled extension: kernels on torch's CPU tensors. Only `vhead.ops` and `vhead.candle` import it."""
+"""The compiled extension: kernels on torch's CPU and CUDA tensors. Only `vhead.ops` and `vhead.candle` import it."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -10,11 +10,16 @@ from torch import Tensor
 
 __all__ = [
     "CandleValueHead",
+    "CudaLogitGradients",
+    "CudaLogitStatistics",
     "LogitGradients",
     "LogitStatistics",
     "backends",
     "build_info",
     "configure",
+    "cuda_absence",
+    "cuda_value_head",
+    "cuda_value_head_backward",
     "dropout_mask",
     "init_linear",
     "init_normal",
@@ -40,12 +45,39 @@ def value_head(
     """
 
 def try_value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_enabled: bool) -> Tensor | None:
-    """`value_head` where every argument is a plain CPU tensor that fits and needs no gradient; None otherwise."""
+    """`value_head` where every argument is a plain tensor that fits and needs no gradient; None otherwise.
+
+    None as well on a CUDA device whose kernels have not been loaded yet.
+    """
 
 def value_head_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for (hidden, weight, bias), each where needed: hidden's in its dtype, the others float32."""
+
+def cuda_absence(ordinal: int) -> str | None:
+    """Why a CUDA device has no kernels of this package; None where it has, and they are loaded then.
+
+    Raises:
+        ValueError: There is no such device.
+        CudaError: Loading failed and may succeed later, or the process was forked after CUDA had started.
+    """
+
+def cuda_value_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | int | None = None
+) -> Tensor:
+    """`value_head` on a CUDA device, on torch's current stream. A seed on that device is read there, by the kernel.
+
+    Raises:
+        TypeError: As `value_head`.
+        ValueError: As `value_head`, and for tensors that are not on one CUDA device.
+        CudaError: The driver or the device refuses, or there are no kernels for it.
+    """
+
+def cuda_value_head_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | int | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`value_head_backward` on a CUDA device."""
 
 def value_head_two_layer(
     hidden: Tensor,
@@ -122,6 +154,45 @@ class LogitGradients:
         gradients: Sequence[Tensor],
     ) -> LogitGradients: ...
     def differentiate(self, products: Tensor, row: int, column: int) -> None: ...
+
+@final
+class CudaLogitStatistics:
+    """`LogitStatistics` on a CUDA device, on torch's current stream. Targets are not checked, since that would wait.
+
+    Raises:
+        TypeError: As `LogitStatistics`.
+        ValueError: Sizes do not fit, or tensors are not on one CUDA device.
+        CudaError: The driver or the device refuses, or there are no kernels for it.
+    """
+
+    def __new__(
+        cls,
+        targets: Tensor,
+        vocabulary: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+    ) -> CudaLogitStatistics: ...
+    def fold(self, products: Tensor, row: int, column: int) -> None: ...
+    def finish(self) -> list[Tensor]: ...
+
+@final
+class CudaLogitGradients:
+    """`LogitGradients` on a CUDA device; the gradients go to `out`, which may be the products."""
+
+    def __new__(
+        cls,
+        targets: Tensor,
+        vocabulary: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        statistics: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> CudaLogitGradients: ...
+    def differentiate(self, products: Tensor, row: int, column: int, out: Tensor) -> None: ...
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> object: ...

@@ -33,12 +33,13 @@ def bare(torch_name: object) -> str:
     return str(torch_name).removeprefix("torch.")
 
 
-def seed_tensor(dropout_p: float, seed: Seed) -> Tensor | None:
-    """The seed as an int64 scalar tensor; None where nothing is dropped."""
+def seed_tensor(dropout_p: float, seed: Seed, device: torch.device) -> Tensor | None:
+    """The seed as an int64 scalar tensor, for hidden states on `device`; None where nothing is dropped."""
     if not threshold(dropout_p):
         return None
     if seed is None:
-        return draw_seed()
+        # On CUDA it is drawn and read on the device: nothing waits for it, and a captured graph draws anew.
+        return draw_seed(device if device.type == "cuda" else torch.device("cpu"))
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed: expected int64, got {bare(seed.dtype)}")
@@ -52,6 +53,6 @@ def seed_tensor(dropout_p: float, seed: Seed) -> Tensor | None:
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
 
 
-def draw_seed() -> Tensor:
-    """64 bits from torch's default generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+def draw_seed(device: torch.device) -> Tensor:
+    """64 bits from torch's default generator of `device`."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

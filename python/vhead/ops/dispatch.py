@@ -21,6 +21,7 @@ from torch.compiler import is_dynamo_compiling
 
 from vhead import _native
 from vhead.env import read_settings
+from vhead.ops.cuda import has_cuda_kernels
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
@@ -101,7 +102,8 @@ class Implementation:
     """What an operation computes, each way.
 
     Every function takes the operator's arguments in order: tensors, then `dropout_p` and `seed`; those of the backward
-    pass the gradient, the saved tensors, `dropout_p`, `seed`, and which gradients are needed.
+    pass the gradient, the saved tensors, `dropout_p`, `seed`, and which gradients are needed. `forward` and `backward`
+    run on the CPU, `cuda_forward` and `cuda_backward` on devices with this package's kernels, the plain ones anywhere.
     """
 
     name: str
@@ -113,6 +115,8 @@ class Implementation:
     plain_backward: Callable[..., Gradients]
     fake: Callable[..., Tensor]
     fake_gradients: Callable[..., tuple[Tensor, ...]]
+    cuda_forward: Callable[..., Tensor]
+    cuda_backward: Callable[..., Gradients]
 
 
 class Operation:
@@ -146,7 +150,17 @@ class Operation:
 
     def eager(self, *inputs: Any) -> Tensor:  # noqa: ANN401
         """Forward on plain tensors, without a graph."""
-        return self._of.forward(*_resolved(inputs)) if inputs[0].is_cpu else self._of.plain(*inputs)
+        if inputs[0].is_cpu:
+            return self._of.forward(*_resolved(inputs))
+        return self._cuda_forward(*inputs)
+
+    def _cuda_forward(self, *inputs: Any) -> Tensor:  # noqa: ANN401
+        """On a device with kernels, by them; on any other, plain."""
+        return self._of.cuda_forward(*_resolved(inputs)) if has_cuda_kernels(inputs[0]) else self._of.plain(*inputs)
+
+    def _cuda_backward(self, *inputs: Any) -> Gradients:  # noqa: ANN401
+        native = has_cuda_kernels(inputs[1])
+        return self._of.cuda_backward(*_resolved(inputs)) if native else self._of.plain_backward(*inputs)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401, ARG002, torch's protocol
         """Keeps for backward what it needs."""
@@ -170,7 +184,7 @@ class Operation:
         if is_dynamo_compiling() or intercepted() or not all(is_plain(tensor) for tensor in tensors):
             gradients = self.backward_operator(*inputs)
             return tuple(g if n else None for g, n in zip(gradients, inputs[-1], strict=True))
-        return self._of.backward(*_resolved(inputs)) if tensors[1].is_cpu else self._of.plain_backward(*inputs)
+        return self._of.backward(*_resolved(inputs)) if tensors[1].is_cpu else self._cuda_backward(*inputs)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:  # noqa: ANN401
         """The loop over samples that vmap means, as one call where that numbers the mask's rows the same way."""
@@ -195,6 +209,8 @@ class Operation:
         if not SETTINGS.plain_torch:
             library.impl(of.name, of.forward, "CPU")
             library.impl(f"{of.name}_backward", partial(_all_gradients, of.backward), "CPU")
+            library.impl(of.name, self._cuda_forward, "CUDA")
+            library.impl(f"{of.name}_backward", partial(_all_gradients, self._cuda_backward), "CUDA")
         library.impl(of.name, of.plain, "CompositeExplicitAutograd")
         library.impl(f"{of.name}_backward", partial(_all_gradients, of.plain_backward), "CompositeExplicitAutograd")
         name = f"vhead::{of.name}"

@@ -17,8 +17,9 @@ from vhead.ops.dropout import sharding_module
 def init_linear_(weight: Tensor, bias: Tensor | None) -> None:
     """Fills in place with `nn.Linear`'s default distribution, uniform within `1 / sqrt(in_features)` of zero.
 
-    One seed is drawn from torch's default generator; the numbers are a function of it, the same on every device. They
-    are made in float32 and rounded to the parameters' dtype. Parameters without data (meta, fake) are left alone.
+    One seed is drawn from torch's default generator of the CPU; the numbers are a function of it, the same on every
+    device. They are made in float32 and rounded to the parameters' dtype. Parameters without data (meta, fake) are left
+    alone.
 
     Args:
         weight: `[out_features, in_features]`, any floating dtype, any device.
@@ -46,7 +47,7 @@ def _fill(parameters: dict[str, Tensor | None], draw: Callable[[list[int], str, 
     present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
     if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in present.values()):
         return
-    seed = int(draw_seed().item())
+    seed = int(draw_seed(torch.device("cpu")).item())
     for name, parameter in present.items():
         numbers = draw(list(parameter.shape), name, seed)
         parameter.copy_(_distributed_like(parameter, numbers.to(parameter.device)))

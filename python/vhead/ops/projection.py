@@ -44,7 +44,7 @@ def value_head(
         if values is not None:
             return values
     _check_tensors(hidden, weight, bias)
-    return _VALUE_HEAD(hidden, weight, bias, dropout_p, seed_tensor(dropout_p, seed))
+    return _VALUE_HEAD(hidden, weight, bias, dropout_p, seed_tensor(dropout_p, seed, hidden.device))
 
 
 def value_head_plain(
@@ -56,7 +56,7 @@ def value_head_plain(
     where `VHEAD_PLAIN_TORCH=1`. Arguments, result and errors are `value_head`'s.
     """
     _check_tensors(hidden, weight, bias)
-    return _plain(hidden, weight, bias, dropout_p, seed_tensor(dropout_p, seed))
+    return _plain(hidden, weight, bias, dropout_p, seed_tensor(dropout_p, seed, hidden.device))
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -152,5 +152,7 @@ _VALUE_HEAD = Operation(
         plain_backward=_plain_backward,
         fake=_fake,
         fake_gradients=_fake_gradients,
+        cuda_forward=_native.cuda_value_head,
+        cuda_backward=_native.cuda_value_head_backward,
     )
 )

@@ -24,9 +24,10 @@ def value_head_two_layer(
 ) -> Tensor:
     """Projects hidden states to values: `bias2 + weight2 @ relu(bias1 + scale * weight1 @ (keep * hidden))`.
 
-    Both sums are accumulated in float32, in one order of additions: a row's value depends on that row and the weights
-    alone, bit for bit. Activations are never stored; backward computes them again. Dropout falls on the hidden states,
-    with the mask of `value_head`. A NaN stays a NaN through the ReLU. Under autocast the result stays float32.
+    Both sums are accumulated in float32, on the CPU in one order of additions: there a row's value depends on that row
+    and the weights alone, bit for bit. On CUDA the first layer is torch's own product, whose order of additions is
+    torch's. Activations are never stored; backward computes them again. Dropout falls on the hidden states, with the
+    mask of `value_head`. A NaN stays a NaN through the ReLU. Under autocast the result stays float32.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16 or float16. float64 (here or in a weight) computes in float64, in plain
@@ -46,7 +47,7 @@ def value_head_two_layer(
         ValueError: Shapes do not fit, devices differ, a tensor is not dense, `dropout_p` or `seed` is out of range.
     """
     _check_tensors(hidden, weight1, bias1, weight2, bias2)
-    return _TWO_LAYER(hidden, weight1, bias1, weight2, bias2, dropout_p, seed_tensor(dropout_p, seed))
+    return _TWO_LAYER(hidden, weight1, bias1, weight2, bias2, dropout_p, seed_tensor(dropout_p, seed, hidden.device))
 
 
 def value_head_two_layer_plain(
@@ -61,7 +62,7 @@ def value_head_two_layer_plain(
 ) -> Tensor:
     """`value_head_two_layer` in plain torch operations: the same mask bit for bit, the sums in torch's own order."""
     _check_tensors(hidden, weight1, bias1, weight2, bias2)
-    return _plain(hidden, weight1, bias1, weight2, bias2, dropout_p, seed_tensor(dropout_p, seed))
+    return _plain(hidden, weight1, bias1, weight2, bias2, dropout_p, seed_tensor(dropout_p, seed, hidden.device))
 
 
 def _check_tensors(
@@ -103,10 +104,8 @@ def _plain(  # noqa: PLR0917, the operator's schema
 ) -> Tensor:
     dtype = _precision(hidden, weight1, weight2)
     with own_precision(hidden):
-        x = hidden.to(dtype)
-        if seed is not None:
-            x = x * keep_mask(hidden, dropout_p, seed)
-        activations = _before_relu(x, weight1, bias1, dropout_p, seed).relu()
+        kept = _kept(hidden, dtype, dropout_p, seed)
+        activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu()
         values = torch.matmul(activations, weight2.to(dtype).t())
         if bias2 is not None:
             values = values + bias2.to(dtype)
@@ -118,6 +117,10 @@ def _precision(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def _kept(hidden: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor:
+    return hidden.to(dtype) if seed is None else hidden.to(dtype) * keep_mask(hidden, dropout_p, seed)
 
 
 def _before_relu(kept: Tensor, weight1: Tensor, bias1: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -140,25 +143,79 @@ def _plain_backward(  # noqa: PLR0917, the operator's schema
     dtype = _precision(hidden, weight1, weight2)
     with own_precision(hidden):
         grad = (grad.unsqueeze(-1) if weight2.shape[0] == 1 else grad).to(dtype)
-        keep = None if seed is None else keep_mask(hidden, dropout_p, seed)
-        kept = hidden.to(dtype) if keep is None else hidden.to(dtype) * keep
+        kept = _kept(hidden, dtype, dropout_p, seed)
         activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu()
         before = torch.matmul(grad, weight2.to(dtype)) * (activations > 0)
-        scaled = before if seed is None else before * scale(dropout_p)
-        of_hidden = of_weight1 = of_bias1 = of_weight2 = of_bias2 = None
-        if needed[0]:
-            of_hidden = torch.matmul(scaled, weight1.to(dtype))
-            of_hidden = (of_hidden if keep is None else of_hidden * keep).to(hidden.dtype)
-        if needed[1]:
-            of_weight1 = torch.matmul(scaled.reshape(-1, scaled.shape[-1]).t(), kept.reshape(-1, kept.shape[-1]))
-        if needed[2]:
-            of_bias1 = before.reshape(-1, before.shape[-1]).sum(0)
+        of_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
+        of_weight2 = of_bias2 = None
         if needed[3]:
             rows = activations.reshape(-1, activations.shape[-1])
             of_weight2 = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), rows)
         if needed[4]:
             of_bias2 = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return of_hidden, of_weight1, of_bias1, of_weight2, of_bias2
+        return *of_first, of_weight2, of_bias2
+
+
+def _first_layer_gradients(  # noqa: PLR0917, what the layer was computed from
+    before: Tensor,
+    kept: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needed: tuple[bool, ...],
+) -> Gradients:
+    """Gradients of hidden, weight1 and bias1 by that of what the ReLU takes."""
+    scaled = before if seed is None else before * scale(dropout_p)
+    of_hidden = of_weight1 = of_bias1 = None
+    if needed[0]:
+        of_hidden = torch.matmul(scaled, weight1.to(before.dtype))
+        of_hidden = (of_hidden if seed is None else of_hidden * keep_mask(hidden, dropout_p, seed)).to(hidden.dtype)
+    if needed[1]:
+        of_weight1 = torch.matmul(scaled.reshape(-1, scaled.shape[-1]).t(), kept.reshape(-1, kept.shape[-1]))
+    if needed[2]:
+        of_bias1 = before.reshape(-1, before.shape[-1]).sum(0)
+    return of_hidden, of_weight1, of_bias1
+
+
+# --- CUDA: torch's product for the first layer, whose order of additions is torch's, and the kernel for the second ----
+
+
+def _cuda_forward(  # noqa: PLR0917, the operator's schema
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    with torch.no_grad(), own_precision(hidden):
+        kept = _kept(hidden, torch.float32, dropout_p, seed)
+        activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu_()
+        return _native.cuda_value_head(activations, weight2, bias2)
+
+
+def _cuda_backward(  # noqa: PLR0917, the operator's schema
+    grad: Tensor,
+    hidden: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needed: tuple[bool, ...],
+) -> Gradients:
+    with torch.no_grad(), own_precision(hidden):
+        kept = _kept(hidden, torch.float32, dropout_p, seed)
+        activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu_()
+        needed2 = (any(needed[:3]), needed[3], needed[4])
+        before, of_weight2, of_bias2 = _native.cuda_value_head_backward(grad, activations, weight2, 0.0, None, needed2)
+        if before is None:
+            return None, None, None, of_weight2, of_bias2
+        before.mul_(activations > 0)
+        of_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
+        return *of_first, of_weight2, of_bias2
 
 
 # --- Native ----------------------------------------------------------------------------------------------------------
@@ -254,5 +311,7 @@ _TWO_LAYER = Operation(
         plain_backward=_plain_backward,
         fake=_fake,
         fake_gradients=_fake_gradients,
+        cuda_forward=_cuda_forward,
+        cuda_backward=_cuda_backward,
     )
 )

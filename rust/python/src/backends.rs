@@ -1,35 +1,22 @@
 //! What runs where, and what this binary is: for `vhead env` and for the registration of torch ops.
 use crate::torch::{self, Dtype, Torch};
-use crate::{gate, threads};
+use crate::{cuda, gate, threads};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use vhead_core::{Error, Level};
 
-/// A device that has native kernels.
-struct Backend {
-    /// torch's device type.
-    device: &'static str,
-    /// torch's dispatch key.
-    dispatch_key: &'static str,
-    /// Dtypes of the hidden states.
-    dtypes: &'static [Dtype],
-}
-
-/// A new device is a new row.
-const BACKENDS: &[Backend] = &[Backend { device: "cpu", dispatch_key: "CPU", dtypes: &Dtype::FLOATS }];
-
-/// One dictionary a device that has native kernels.
+/// A dictionary for each device type that has native kernels: a new one is a new row.
 #[pyfunction]
 pub(crate) fn backends(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
-    BACKENDS.iter().map(|backend| describe(py, backend)).collect()
+    Ok(vec![describe_cpu(py)?, cuda::describe(py)?])
 }
 
-fn describe<'py>(py: Python<'py>, backend: &Backend) -> PyResult<Bound<'py, PyDict>> {
+fn describe_cpu(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let threads = threads::Threads::now(py)?;
     let row = PyDict::new(py);
-    row.set_item("device", backend.device)?;
-    row.set_item("dispatch_key", backend.dispatch_key)?;
-    row.set_item("dtypes", backend.dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>())?;
+    row.set_item("device", "cpu")?;
+    row.set_item("dispatch_key", "CPU")?;
+    row.set_item("dtypes", Dtype::FLOATS.map(Dtype::name).to_vec())?;
     row.set_item("simd", Level::best().name())?;
     row.set_item("simd_available", Level::available().into_iter().map(Level::name).collect::<Vec<_>>())?;
     row.set_item("threads", threads.executor().threads())?;

@@ -9,6 +9,11 @@ use std::ptr::null_mut;
 
 /// `kDLCPU`.
 pub(crate) const CPU: i32 = 1;
+/// `kDLCUDA`.
+pub(crate) const CUDA: i32 = 2;
+
+type View = unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int;
+type CurrentStream = unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int;
 
 /// `DLDevice`.
 #[repr(C)]
@@ -62,18 +67,19 @@ struct Table {
     allocate: *const c_void,
     managed_from_object: *const c_void,
     object_from_managed: *const c_void,
-    view: Option<unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int>,
-    current_stream: *const c_void,
+    view: Option<View>,
+    current_stream: Option<CurrentStream>,
 }
 
 /// The functions of a tensor type.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Exchange {
-    view: unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int,
+    view: View,
+    current_stream: CurrentStream,
 }
 
 impl Exchange {
-    /// The table of `kind`, where it has one of major version 1 with a function for views.
+    /// The table of `kind`, where it has one of major version 1 with functions for views and streams.
     pub(crate) fn of(kind: &Bound<'_, PyType>) -> Option<Self> {
         let capsule = kind.getattr("__dlpack_c_exchange_api__").ok()?;
         let pointer = capsule.cast::<PyCapsule>().ok()?.pointer_checked(Some(c"dlpack_exchange_api")).ok()?;
@@ -82,7 +88,7 @@ impl Exchange {
         if table.major != 1 {
             return None;
         }
-        Some(Self { view: table.view? })
+        Some(Self { view: table.view?, current_stream: table.current_stream? })
     }
 
     /// A borrowed description of `tensor`: valid while `tensor` lives and nobody resizes it.
@@ -94,5 +100,15 @@ impl Exchange {
         // SAFETY: the function came from the type of `tensor`, the thread is attached, and `view` is written only.
         let status = unsafe { (self.view)(tensor.as_ptr().cast(), &raw mut view) };
         if status == 0 { Ok(view) } else { Err(PyErr::fetch(tensor.py())) }
+    }
+    /// The stream that the library sends its work on `device` to now; 0 is the device's default stream.
+    ///
+    /// # Errors
+    /// What the library raises.
+    pub(crate) fn current_stream(&self, py: Python<'_>, device: Device) -> PyResult<usize> {
+        let mut stream = null_mut();
+        // SAFETY: the table's function, on a device that a tensor of the same library is on; it writes a handle.
+        let status = unsafe { (self.current_stream)(device.kind, device.index, &raw mut stream) };
+        if status == 0 { Ok(stream.expose_provenance()) } else { Err(PyErr::fetch(py)) }
     }
 }

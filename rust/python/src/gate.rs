@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pyo3::import_exception!(vhead.errors, CudaError);
 pyo3::import_exception!(vhead.errors, KernelPanicError);
 
 /// Elements that a kernel streams through in about 20 microseconds. Below that, releasing the GIL costs other threads'
@@ -23,10 +24,33 @@ where
 {
     let caught = || catch_unwind(AssertUnwindSafe(kernel));
     let outcome = if elements > SMALL { py.detach(caught) } else { caught() };
+    settle(outcome, to_python)
+}
+
+/// Sends work to a CUDA device, without the GIL as torch's own operations do it: where a stream's queue is full, the driver
+/// waits for the device, and what the device waits for may need the GIL.
+///
+/// # Errors
+/// As [`run`]; `vhead.errors.CudaError` where the driver or the device is at fault.
+pub(crate) fn launch<T, K>(py: Python<'_>, work: K) -> PyResult<T>
+where
+    T: Send,
+    K: FnOnce() -> vhead_cuda::Result<T> + Send,
+{
+    settle(py.detach(|| catch_unwind(AssertUnwindSafe(work))), cuda_to_python)
+}
+
+fn settle<T, E>(outcome: std::thread::Result<Result<T, E>>, to_python: fn(E) -> PyErr) -> PyResult<T> {
     match outcome {
         Ok(result) => result.map_err(to_python),
         Err(panic) => Err(KernelPanicError::new_err(format!("a kernel failed inside: {}", message(panic.as_ref())))),
     }
+}
+
+/// The Python exception for an error of the CUDA crate.
+pub(crate) fn cuda_to_python(error: vhead_cuda::Error) -> PyErr {
+    let text = error.to_string();
+    if error.is_argument() { PyValueError::new_err(text) } else { CudaError::new_err(text) }
 }
 
 /// The Python exception for a kernel's error.

@@ -1,4 +1,5 @@
 //! `value_head` on CPU tensors, forward and backward.
+use crate::description::unsigned;
 use crate::gate;
 use crate::tensor::{Output, TensorView};
 use crate::threads::Threads;
@@ -10,12 +11,47 @@ use pyo3::prelude::*;
 use std::borrow::Cow;
 use vhead_core::{Dropout, Element, Gradients, Head};
 
+/// How many numbers a row gets, and the sizes of what holds them: the same wherever the tensors are.
+#[derive(Debug)]
+pub(crate) struct Shapes {
+    /// `K`.
+    pub(crate) outputs: usize,
+    /// `[...]` for one output, `[..., K]` for several.
+    pub(crate) values: Vec<i64>,
+}
+
+impl Shapes {
+    /// # Errors
+    /// `ValueError` where the arguments' sizes do not fit together.
+    pub(crate) fn new(hidden: &[i64], weight: &[i64], bias: Option<&[i64]>) -> PyResult<Self> {
+        let Some((&columns, outer)) = hidden.split_last().filter(|(columns, _)| **columns > 0) else {
+            return Err(PyValueError::new_err(format!("hidden: expected [..., H] with H >= 1, got {hidden:?}")));
+        };
+        let outputs = match *weight {
+            [width] if width == columns => 1,
+            [outputs, width] if width == columns && outputs > 0 => outputs,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "weight: expected [K, {columns}] or [{columns}] for hidden states {hidden:?}, got {weight:?}"
+                )));
+            }
+        };
+        if let Some(sizes) = bias.filter(|sizes| *sizes != [outputs]) {
+            return Err(PyValueError::new_err(format!("bias: expected [{outputs}], got {sizes:?}")));
+        }
+        let mut values = outer.to_vec();
+        values.extend((outputs != 1).then_some(outputs));
+        Ok(Self { outputs: unsigned(outputs), values })
+    }
+}
+
 /// The checked arguments of a head.
 struct Arguments<'py> {
     hidden: TensorView<'py>,
     weight: TensorView<'py>,
     bias: Option<TensorView<'py>>,
     dropout: Option<Dropout>,
+    shapes: Shapes,
 }
 
 impl<'py> Arguments<'py> {
@@ -28,48 +64,14 @@ impl<'py> Arguments<'py> {
         let hidden = TensorView::new("hidden", hidden, &Dtype::FLOATS)?.with_contiguous_rows()?;
         let weight = TensorView::new("weight", weight, &Dtype::FLOATS)?;
         let bias = bias.map(|bias| TensorView::new("bias", bias, &Dtype::FLOATS)).transpose()?;
-        let arguments = Self { hidden, weight, bias, dropout };
-        arguments.check()?;
-        Ok(arguments)
-    }
-
-    fn check(&self) -> PyResult<()> {
-        let (hidden, weight) = (self.hidden.sizes(), self.weight.sizes());
-        if hidden.last().is_none_or(|&columns| columns == 0) {
-            return Err(PyValueError::new_err(format!("hidden: expected [..., H] with H >= 1, got {hidden:?}")));
-        }
-        if !matches!(weight.len(), 1 | 2) || weight.last() != hidden.last() || self.outputs() == 0 {
-            let columns = self.hidden.columns();
-            return Err(PyValueError::new_err(format!(
-                "weight: expected [K, {columns}] or [{columns}] for hidden states {hidden:?}, got {weight:?}"
-            )));
-        }
-        match self.bias.as_ref().map(TensorView::sizes) {
-            Some([outputs]) if *outputs as usize == self.outputs() => Ok(()),
-            Some(sizes) => Err(PyValueError::new_err(format!("bias: expected [{}], got {sizes:?}", self.outputs()))),
-            None => Ok(()),
-        }
-    }
-
-    /// `K`.
-    fn outputs(&self) -> usize {
-        self.weight.count() / self.weight.columns().max(1)
-    }
-
-    /// `[...]` for one output, `[..., K]` for several.
-    fn value_sizes(&self) -> Vec<i64> {
-        let mut sizes = self.hidden.sizes().to_vec();
-        sizes.pop();
-        if self.outputs() != 1 {
-            sizes.push(self.outputs() as i64);
-        }
-        sizes
+        let shapes = Shapes::new(hidden.sizes(), weight.sizes(), bias.as_ref().map(TensorView::sizes))?;
+        Ok(Self { hidden, weight, bias, dropout, shapes })
     }
 
     /// Elements that the work amounts to.
     fn cost(&self) -> usize {
         let each = if self.dropout.is_some() { gate::DROPOUT_COST } else { 1 };
-        self.hidden.count().saturating_mul(self.outputs()).saturating_mul(each)
+        self.hidden.count().saturating_mul(self.shapes.outputs).saturating_mul(each)
     }
 
     fn threads(&self, py: Python<'_>) -> PyResult<Threads> {
@@ -77,7 +79,7 @@ impl<'py> Arguments<'py> {
     }
 
     fn forward<T: Element>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let mut values = Output::new(py, &self.value_sizes(), Dtype::Float32)?;
+        let mut values = Output::new(py, &self.shapes.values, Dtype::Float32)?;
         let (rows, weight, bias) =
             (self.hidden.rows::<T>(), self.weight.floats(), self.bias.as_ref().map(TensorView::floats));
         let (dropout, threads, out) = (self.dropout, self.threads(py)?, values.elements());
@@ -141,8 +143,8 @@ fn forward<'py>(py: Python<'py>, arguments: &Arguments<'py>) -> PyResult<Bound<'
     }
 }
 
-/// `value_head` without dropout where every argument is a plain CPU tensor that needs no gradient; `None` otherwise, and
-/// for whatever else is unusual: the caller then takes the way that explains.
+/// `value_head` without dropout where every argument is a plain tensor on one device whose kernels are loaded, and needs no
+/// gradient; `None` otherwise, and for whatever else is unusual: the caller then takes the way that explains.
 #[pyfunction]
 pub(crate) fn try_value_head<'py>(
     hidden: &Bound<'py, PyAny>,
@@ -155,6 +157,9 @@ pub(crate) fn try_value_head<'py>(
         if !torch.is_plain(tensor) || (grad_enabled && tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()?) {
             return Ok(None);
         }
+    }
+    if !hidden.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        return crate::cuda::head::try_forward(hidden, weight, bias);
     }
     match Arguments::new(hidden, weight, bias, None) {
         Ok(arguments) => forward(py, &arguments).map(Some),
@@ -177,8 +182,8 @@ pub(crate) fn value_head_backward<'py>(
     let py = hidden.py();
     let arguments = Arguments::new(hidden, weight, None, dropout(dropout_p, seed)?)?;
     let grad = TensorView::new("grad", grad, &[Dtype::Float32])?;
-    if grad.sizes() != arguments.value_sizes() {
-        let (expected, actual) = (arguments.value_sizes(), grad.sizes());
+    if grad.sizes() != arguments.shapes.values {
+        let (expected, actual) = (&arguments.shapes.values, grad.sizes());
         return Err(PyValueError::new_err(format!("grad: expected {expected:?}, got {actual:?}")));
     }
     let mut outputs = allocate(py, &arguments, needed)?;
@@ -197,6 +202,6 @@ fn allocate<'py>(py: Python<'py>, arguments: &Arguments<'py>, needed: [bool; 3])
     Ok(Outputs {
         hidden: output(needed[0], arguments.hidden.sizes(), arguments.hidden.dtype())?,
         weight: output(needed[1], arguments.weight.sizes(), Dtype::Float32)?,
-        bias: output(needed[2], &[arguments.outputs() as i64], Dtype::Float32)?,
+        bias: output(needed[2], &[arguments.shapes.outputs as i64], Dtype::Float32)?,
     })
 }

@@ -3,6 +3,8 @@ use pyo3::prelude::*;
 
 mod backends;
 mod candle;
+mod cuda;
+mod description;
 mod dlpack;
 mod gate;
 mod head;
@@ -19,6 +21,12 @@ mod _native {
     use super::backends::{backends, build_info, configure, panic_on_purpose, worker_threads};
     #[pymodule_export]
     use super::candle::CandleValueHead;
+    #[pymodule_export]
+    use super::cuda::cuda_absence;
+    #[pymodule_export]
+    use super::cuda::head::{cuda_value_head, cuda_value_head_backward};
+    #[pymodule_export]
+    use super::cuda::statistics::{CudaLogitGradients, CudaLogitStatistics};
     #[pymodule_export]
     use super::head::{try_value_head, value_head, value_head_backward};
     #[pymodule_export]

@@ -1,5 +1,6 @@
 //! What is asked of the running torch once: its types, its dtypes, how it lends tensors.
 use crate::dlpack::{self, Exchange};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
@@ -53,14 +54,17 @@ struct TorchDtype {
     /// `dtype` and `device` for `torch.empty`. The device is said, since a default device (`with torch.device("meta")`)
     /// must not reach a kernel's output.
     keywords: Py<PyDict>,
+    /// `dtype` for `Tensor.new_empty`.
+    only_dtype: Py<PyDict>,
 }
 
 impl TorchDtype {
     fn read(torch: &Bound<'_, PyModule>, dtype: Dtype) -> PyResult<Self> {
         let (object, keywords) = (torch.getattr(dtype.name())?, PyDict::new(torch.py()));
         keywords.set_item("dtype", &object)?;
+        let only_dtype = keywords.copy()?;
         keywords.set_item("device", torch.getattr("device")?.call1(("cpu",))?)?;
-        Ok(Self { dtype, object: object.unbind(), keywords: keywords.unbind() })
+        Ok(Self { dtype, object: object.unbind(), keywords: keywords.unbind(), only_dtype: only_dtype.unbind() })
     }
 }
 
@@ -75,6 +79,8 @@ pub(crate) struct Torch {
     default_dispatch: Py<PyAny>,
     empty: Py<PyAny>,
     get_num_threads: Py<PyAny>,
+    /// Takes a device's number and gives its current stream's handle; older releases have it under its public name only.
+    current_raw_stream: Option<Py<PyAny>>,
 }
 
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
@@ -104,6 +110,7 @@ impl Torch {
             strided: torch.getattr("strided")?.unbind(),
             empty: torch.getattr("empty")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
+            current_raw_stream: torch.getattr("_C")?.getattr("_cuda_getCurrentRawStream").ok().map(Bound::unbind),
         })
     }
 
@@ -149,6 +156,33 @@ impl Torch {
         let known = self.dtypes.iter().find(|known| known.dtype == dtype);
         let keywords = known.map(|known| known.keywords.bind(py));
         self.empty.bind(py).call((PyTuple::new(py, sizes)?,), keywords)
+    }
+
+    /// A new contiguous tensor, not initialised, from torch's own allocator, on the device of `tensor`.
+    pub(crate) fn new_empty<'py>(
+        &self,
+        tensor: &Bound<'py, PyAny>,
+        sizes: &[i64],
+        dtype: Dtype,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = tensor.py();
+        let known = self.dtypes.iter().find(|known| known.dtype == dtype);
+        let keywords = known.map(|known| known.only_dtype.bind(py));
+        tensor.call_method(intern!(py, "new_empty"), (PyTuple::new(py, sizes)?,), keywords)
+    }
+
+    /// The stream that torch sends its work on `device` to now, as the driver numbers it.
+    pub(crate) fn current_stream(&self, py: Python<'_>, device: dlpack::Device) -> PyResult<usize> {
+        if let Some(exchange) = self.exchange() {
+            return exchange.current_stream(py, device);
+        }
+        match &self.current_raw_stream {
+            Some(function) => function.bind(py).call1((device.index,))?.extract(),
+            None => {
+                let stream = py.import("torch.cuda")?.call_method1("current_stream", (device.index,))?;
+                stream.getattr("cuda_stream")?.extract()
+            }
+        }
     }
 
     /// `torch.get_num_threads()`.
