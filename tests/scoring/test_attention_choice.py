@@ -1,11 +1,12 @@
 """Which way of attending a scorer takes, how it says so, and that each way gives the same scores."""
 
-import numpy as np
+import sys
+
 import pytest
 import torch
 from attention_cases import flash_attn_varlen_func, install_flash
 from scoring_models import by_way, critic, rollouts, trees, worst
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from vhead import Scorer, VheadError
@@ -15,12 +16,13 @@ from vhead.scoring import (
     attention_flash,
     attention_segments,
     attention_visibility,
+    engine,
     packing,
     plan,
     strategies,
 )
+from vhead.scoring.logits import LogitsRule
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.trees import pack_trees
 
 TOLERANCE = 1e-5
 # Grouped heads, a sliding window of 12, soft-capped scores with a window in every other layer.
@@ -183,7 +185,7 @@ class TestChoice:
 
     def test_without_the_package_segments_follow(self, models, as_on_cuda, monkeypatch):
         monkeypatch.setitem(packing.FlexAttention.__init__.__globals__, "_kernel", None)
-        monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
         found = Scorer(models["llama"]).plan
         assert found.attention == "segments"
         assert found.rejected["tree packing with FlashAttention"].startswith(
@@ -231,20 +233,27 @@ class TestOnCuda:
     """A whole model whose tensors say they are on CUDA and hold nothing: whatever waits for the device raises."""
 
     @pytest.mark.parametrize("way", ["TreePacking", "MaskedTreePacking"])
-    def test_a_batch_goes_through_without_waiting(self, way, monkeypatch):
+    def test_a_batch_goes_through_without_waiting(self, models, way, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        config = critic("llama").pretrained_model.config
-        sequences = [np.concatenate([r.prompt, r.completion]) for r in trees()]
+        attention.register()
+        scorer = Scorer(models["llama"])
+        encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(trees())]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             with torch.device("cuda"):
-                model = AutoModelForCausalLM.from_config(config).eval()
+                model = AutoModelForCausalLM.from_config(models["llama"].pretrained_model.config).eval()
+                head = torch.nn.Linear(32, 1)
             body = strategies.Body(model, plan_for(model))
-            arguments = (body, None) if way == "MaskedTreePacking" else (body,)
-            made = getattr(packing, way)(*arguments)
-            if way == "TreePacking":
-                __import__("vhead.scoring.attention", fromlist=["register"]).register()
-            for batch in made.batches(sequences, [], 2048):
-                states = made.states(batch)
-                assert states.device.type == "cuda"
-                assert states.shape == (batch.tokens, 32)
-        assert sum(len(pack.tokens) for pack in pack_trees(sequences, 2048)) > 0
+            strategy = packing.TreePacking(body) if way == "TreePacking" else packing.MaskedTreePacking(body, None)
+            own = object.__new__(engine.Engine)
+            own._head, own._rule = head, LogitsRule(model.lm_head)
+            (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
+            states = strategy.states(batch)
+            read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None)
+            computed = own._head_outputs(states, read, FIELDS)
+            computed |= own._statistics(states, None, read, FIELDS, temperature=1.0)
+            assert {(tensor.device.type, tensor.shape) for tensor in computed.values()} == {
+                ("cuda", (sum(read.counts),)),
+                ("cuda", (len(encoded),)),
+            }
+            with pytest.raises(DataDependentOutputException):
+                computed["values"].sum().item()

@@ -58,7 +58,7 @@ class FlexAttention:
         if window not in self._masks:
             self._masks[window] = block_mask(self._visibility, window, query.device)
         if softcap is not None and softcap not in self._caps:
-            self._caps[softcap] = _capped(torch.tensor(softcap, device=query.device))
+            self._caps[softcap] = _capped(torch.full((), softcap, device=query.device))
         attended: Tensor = _kernel(query.device.type)(
             query,
             key,

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vhead.scoring.strategies import to_device
 from vhead.scoring.trees import Segment
 
 
@@ -41,7 +42,8 @@ class Visibility:
 
 def dense_mask(segments: Sequence[Segment], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """What each row sees, as an additive mask `[1, 1, T, T]`, made where it is needed."""
-    ends = torch.from_numpy(Visibility.of(segments).ends).to(device)
+    device = torch.device("cpu") if device is None else device
+    ends = to_device(torch.from_numpy(Visibility.of(segments).ends), device)
     rows = torch.arange(len(ends), device=device)
     visible = (rows <= rows[:, None]) & (rows[:, None] < ends)
     mask = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)

@@ -20,7 +20,7 @@ from vhead.scoring.logits import find_logits_rule
 from vhead.scoring.plan import Attention, ScorerPlan, find_ways
 from vhead.scoring.scores import PER_TOKEN
 from vhead.scoring.statistics import statistics_of_logits, token_statistics
-from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy
+from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy, to_device
 
 Fields = dict[str, NDArray[np.float32]]
 
@@ -183,7 +183,7 @@ class Engine:
         rows = {name: index for name, index in readable.items() if name in fields}
         if not rows:
             return {}
-        index = torch.cat(list(rows.values())).to(states.device)
+        index = to_device(torch.cat(list(rows.values())), states.device)
         outputs = self._head(states[index])
         parts = outputs.float().flatten().split([len(part) for part in rows.values()])
         return dict(zip(rows, parts, strict=True))
@@ -191,7 +191,7 @@ class Engine:
     def _statistics(
         self, states: Tensor, logits: Tensor | None, read: "Read", fields: Sequence[str], temperature: float
     ) -> dict[str, Tensor]:
-        rows, entropy = read.predicting.to(states.device), "entropy" in fields
+        rows, entropy = to_device(read.predicting, states.device), "entropy" in fields
         if self._rule is not None and logits is None:
             logprobs, spread = token_statistics(states[rows], self._rule, read.targets, temperature, entropy=entropy)
         elif logits is not None:

@@ -64,6 +64,10 @@ class FlexTreePacking(TreePacking):
         return states[: len(pack.tokens)]
 
 
+# Rows of a dense mask, which has their square of entries.
+_LONGEST_MASK = 4096
+
+
 class MaskedTreePacking:
     """Trees of sequences as one row, with a mask over all pairs of tokens.
 
@@ -81,7 +85,7 @@ class MaskedTreePacking:
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
         """One packed row each."""
         del prompts
-        budget = budget if self._longest_row is None else min(budget, self._longest_row)
+        budget = min(budget, self._longest_row or _LONGEST_MASK, _LONGEST_MASK)
         return (_packed(pack) for pack in pack_trees(sequences, budget, _multiple(self._body)))
 
     def states(self, batch: Batch) -> Tensor:

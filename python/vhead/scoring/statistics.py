@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vhead import ops
 from vhead.scoring.logits import LogitsRule
+from vhead.scoring.strategies import to_device
 
 _LOGITS_BYTES = 32 * 1024 * 1024
 _FLOAT32_BYTES = 4
@@ -42,7 +43,7 @@ def token_statistics(
     logprobs, spread = ops.token_logprobs(
         states,
         output.weight,
-        targets.to(states.device),
+        to_device(targets, states.device),
         bias=output.bias,
         temperature=temperature,
         softcap=rule.softcap,
@@ -72,7 +73,7 @@ def _in_chunks(
     logprobs, entropies = [], []
     for rows in row_chunks(len(targets), vocabulary):
         logits = logits_of(rows)
-        logprob, spread = _statistics(logits, targets[rows].to(logits.device), temperature, entropy=entropy)
+        logprob, spread = _statistics(logits, to_device(targets[rows], logits.device), temperature, entropy=entropy)
         logprobs.append(logprob)
         entropies.append(spread)
     return torch.cat(logprobs), torch.cat([part for part in entropies if part is not None]) if entropy else None

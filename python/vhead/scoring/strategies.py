@@ -94,9 +94,9 @@ class Body:
 
     def states_and_logits(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last hidden states `[N, H]` and the model's own logits `[N, V]`."""
-        inputs: dict[str, object] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        inputs: dict[str, object] = {"input_ids": to_device(tokens, self.device), "use_cache": False}
         if mask is not None:
-            inputs["attention_mask"] = mask.to(self.device)
+            inputs["attention_mask"] = to_device(mask, self.device)
         output, hidden = run(self.model, self.plan, inputs)
         logits: Tensor = output.logits
         return hidden.flatten(0, 1), logits.flatten(0, 1)
