@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulation import ptx_images
+from emulation import build, ptx_images
 from emulation.ptx import Module, PtxError
-from emulation.statistics_kernels import BLOCK, Case, Kernels, Ptx, bits, differing
+from emulation.shim_kernels import EmulationError
+from emulation.statistics_kernels import BLOCK, Case, Emulator, Kernels, bits, differing, ptx, shim
 
 # (what is broken, a text of the source that occurs once, what stands there instead)
 MUTANTS = [
@@ -27,7 +28,7 @@ MUTANTS = [
     ),
     ("no barrier of the warp", "            __syncwarp();\n", ""),
     ("one buffer of peaks", "memory.peaks[round % 2]", "memory.peaks[0]"),
-    ("peaks of half the lanes", "half = LOGITS_LANES / 2; half > 0", "half = LOGITS_LANES / 4; half > 0"),
+    ("peaks of single lanes", "const float other = shuffle_xor(peak, half);", "const float other = peak;"),
     ("no end of a row", "if (i < count) z = logit", "if (true) z = logit"),
     ("no end of the rows", "if (row >= rows) return;", ""),
     ("no end of a row of gradients", "if (column >= tile.columns) return;", ""),
@@ -49,15 +50,15 @@ MUTANTS = [
 SOURCE = "statistics.cu"
 
 
-def judge(emulator: Ptx) -> str | None:
-    """What is wrong: a result that is not rust/core's, or what the interpreter will not do."""
+def judge(emulator: Emulator) -> str | None:
+    """What is wrong: a result that is not rust/core's, or what an emulator refuses."""
     try:
         return next(wrong(emulator), None)
-    except PtxError as error:
+    except (PtxError, EmulationError) as error:
         return type(error).__name__
 
 
-def wrong(emulator: Ptx) -> Iterator[str]:
+def wrong(emulator: Emulator) -> Iterator[str]:
     """One thing after the other: rising peaks, ties, minus infinity, a row's uneven end, the second round and tile."""
     torch.manual_seed(0)
     products = torch.randn(3, 9500) + torch.arange(9500) / 1000
@@ -75,21 +76,40 @@ def wrong(emulator: Ptx) -> Iterator[str]:
         yield "gradients"
 
 
-def emulator(broken: str = "", instead: str = "") -> Ptx:
-    """The kernels of the token statistics alone, as they are or broken."""
-    sources = ptx_images.tool("cuda_images").read_sources()
+def sources(broken: str = "", instead: str = "") -> dict[str, str]:
+    """The kernels' files, as they are or broken."""
+    files = build.read_sources()
     if broken:
-        text = sources[SOURCE].decode()
-        assert text.count(broken) == 1, "a mutant's text has to stand in the source once"
-        sources[SOURCE] = text.replace(broken, instead).encode()
-    sources["vhead.cu"] = f'#include "{SOURCE}"\n'.encode()
-    return Ptx(Module(ptx_images.compiled(sources, ptx_images.ARCHITECTURE).decode()))
+        assert files[SOURCE].count(broken) == 1, "a mutant's text has to stand in the source once"
+        files[SOURCE] = files[SOURCE].replace(broken, instead)
+    return files
+
+
+def compiled(files: dict[str, str]) -> Emulator:
+    """The kernels of the token statistics alone, as PTX."""
+    unit = {name: text.encode() for name, text in {**files, "vhead.cu": f'#include "{SOURCE}"\n'}.items()}
+    return ptx(Module(ptx_images.compiled(unit, ptx_images.ARCHITECTURE).decode()))
 
 
 def test_whole_kernels_are_right() -> None:
-    assert judge(emulator()) is None
+    assert judge(compiled(sources())) is None
 
 
 @pytest.mark.parametrize(("broken", "instead"), [row[1:] for row in MUTANTS], ids=[row[0] for row in MUTANTS])
 def test_mutants_are_caught(broken, instead) -> None:
-    assert judge(emulator(broken, instead))
+    assert judge(compiled(sources(broken, instead)))
+
+
+# What a device would do with threads in another order, the shim does as well.
+OF_THE_ORDER = [row for row in MUTANTS if "barrier" in row[0] or "buffer" in row[0]]
+
+
+@pytest.mark.parametrize(("broken", "instead"), [row[1:] for row in OF_THE_ORDER], ids=[row[0] for row in OF_THE_ORDER])
+def test_threads_in_another_order_find_missing_barriers(broken, instead) -> None:
+    library = build.build(sources(broken, instead), unit=SOURCE)
+    assert any(judge(shim(library, seed)) for seed in range(1, 20))
+
+
+def test_threads_in_another_order_find_nothing_else() -> None:
+    library = build.build(unit=SOURCE)
+    assert not any(judge(shim(library, seed)) for seed in range(3))

@@ -139,8 +139,10 @@ class Replay:
         inputs = b"".join(_sized(allocation.array.tobytes()) for allocation in self._allocations)
         tape = _words(len(self._allocations)) + inputs + _words(len(self._launches)) + b"".join(self._launches)
         done = subprocess.run([str(self._path)], input=tape, capture_output=True, check=False)
-        if done.returncode or done.stderr:
-            raise EmulationError(done.stderr.decode(errors="replace"))
+        # Of fibers as such ASan warns once; the shim tells it about each switch.
+        said = [line for line in done.stderr.splitlines() if b"doesn't fully support makecontext" not in line]
+        if done.returncode or said:
+            raise EmulationError(b"\n".join(said).decode(errors="replace"))
         start = 0
         for allocation in self._allocations:
             found = np.frombuffer(done.stdout, np.uint8, allocation.array.nbytes, start)

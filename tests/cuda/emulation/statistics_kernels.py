@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emulation import shim_kernels
 from emulation.ptx import Memory, Module
 from vhead import _native
 
@@ -68,43 +69,45 @@ class Allocation(Protocol):
         """What it holds now."""
 
 
-class Emulator(Protocol):
-    """What the kernels run in."""
+class Emulator:
+    """What the kernels run in: a PTX module or a library of the shim, and the memory that goes with it."""
+
+    def __init__(self, launcher: Any, memory: Callable[[], Any]) -> None:
+        self._launcher, self._new_memory = launcher, memory
+        self.memory = memory()
 
     def start(self) -> None:
         """Forgets all memory."""
-
-    def input(self, name: str, array: np.ndarray) -> Allocation:
-        """Memory that kernels only read."""
-
-    def output(self, name: str, shape: tuple[int, ...], dtype: Any) -> Allocation:
-        """Memory that kernels write, filled with nonsense."""
+        self.memory = self._new_memory()
 
     def launch(self, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Runs a kernel to its end."""
+        self._launcher.launch(name, (blocks,), (threads,), arguments, self.memory)
+
+    def finish(self) -> None:
+        """Results are read now: runs what has only been noted."""
+        if isinstance(self._launcher, shim_kernels.Replay):
+            self._launcher.run()
+
+    def check_traffic(self, products: Allocation, tile: _Tile) -> None:
+        """A logit is read once."""
+        if not isinstance(self._launcher, shim_kernels.Replay):
+            assert products.bytes_read == 4 * tile.rows * tile.columns
 
 
-class Ptx:
-    """The interpreter as an emulator of the kernels."""
+def ptx(module: Module) -> Emulator:
+    """The interpreter of PTX."""
+    return Emulator(module, Memory)
 
-    def __init__(self, module: Module) -> None:
-        self._module, self._memory = module, Memory()
 
-    def start(self) -> None:
-        """Forgets all memory."""
-        self._memory = Memory()
+def shim(path: Path, seed: int = 0) -> Emulator:
+    """The kernels' source, compiled for this machine; `seed` is the scheduler's."""
+    return Emulator(shim_kernels.Library(path, seed), shim_kernels.Memory)
 
-    def input(self, name: str, array: np.ndarray) -> Allocation:
-        """Memory that kernels only read."""
-        return self._memory.input(name, array)
 
-    def output(self, name: str, shape: tuple[int, ...], dtype: Any) -> Allocation:
-        """Memory that kernels write."""
-        return self._memory.output(name, shape, dtype)
-
-    def launch(self, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
-        """Runs a kernel to its end."""
-        self._module.launch(name, (blocks,), (threads,), arguments, self._memory)
+def sanitized(path: Path, seed: int = 0) -> Emulator:
+    """The same in a program that sanitizers watch."""
+    return Emulator(shim_kernels.Replay(path, seed), shim_kernels.Memory)
 
 
 @dataclass(frozen=True)
@@ -143,16 +146,16 @@ class Kernels:
     def __init__(self, emulator: Emulator, case: Case) -> None:
         emulator.start()
         self._emulator, self.case, self._constants = emulator, case, constants()
-        self._targets = emulator.input("targets", case.targets.numpy())
-        self._bias = None if case.bias is None else emulator.input("bias", case.bias.numpy())
+        self._targets = emulator.memory.input("targets", case.targets.numpy())
+        self._bias = None if case.bias is None else emulator.memory.input("bias", case.bias.numpy())
 
     def statistics(self, columns: int | None = None, rows: int | None = None, padding: int = 0) -> tuple[Tensor, ...]:
         """The statistics, from tiles of so many columns and rows, whose rows lie `padding` elements apart."""
-        states = self._emulator.output("states", (len(self.case.targets), 5), np.uint64)
+        states = self._emulator.memory.output("states", (len(self.case.targets), 5), np.uint64)
         for tile, row, products in self._tiles(columns, rows, padding):
             arguments = [tile, self._targets.address + 8 * row, states.address + 40 * row]
             self._emulator.launch("vhead_fold_logits", tile.rows, self._constants["FOLD_THREADS"], arguments)
-            assert products.bytes_read == 4 * tile.rows * tile.columns, "a logit is read once"
+            self._emulator.check_traffic(products, tile)
         return self._finish(states)
 
     def gradients(
@@ -164,18 +167,23 @@ class Kernels:
     ) -> Tensor:
         """The products' gradients in `dtype`, from tiles of so many columns."""
         _, entropy, _, _, peak, log_sum = self.case.core()
-        numbers = [self._emulator.input("numbers", x.numpy()) for x in (peak, log_sum, entropy, *upstream)]
+        numbers = [self._emulator.memory.input("numbers", x.numpy()) for x in (peak, log_sum, entropy, *upstream)]
         of_rows = _Addresses((ctypes.c_uint64 * 6)(self._targets.address, *(x.address for x in numbers)))
         name = f"vhead_differentiate_logits_{str(dtype).removeprefix('torch.')}"
         parts = []
         for tile, _, products in self._tiles(columns, None, padding, writable=dtype == torch.float32):
             shape, kind = (tile.rows, tile.columns), np.float32 if dtype == torch.float32 else np.uint16
-            to = products if dtype == torch.float32 and not padding else self._emulator.output("gradients", shape, kind)
+            to = (
+                products
+                if dtype == torch.float32 and not padding
+                else self._emulator.memory.output("gradients", shape, kind)
+            )
             segments = -(-tile.columns // self._constants["DIFFERENTIATE_COLUMNS"])
             threads = self._constants["DIFFERENTIATE_THREADS"]
             self._emulator.launch(name, tile.rows * segments, threads, [tile, of_rows, to.address])
-            parts.append(torch.from_numpy(to.array.copy()).view(dtype))
-        return torch.cat(parts, 1)
+            parts.append(to)
+        self._emulator.finish()
+        return torch.cat([torch.from_numpy(part.array.copy()).view(dtype) for part in parts], 1)
 
     def _tiles(
         self, columns: int | None, rows: int | None, padding: int, *, writable: bool = False
@@ -184,11 +192,11 @@ class Kernels:
             for column in range(0, self.case.vocabulary, columns or self.case.vocabulary):
                 part = self.case.products[row:][: rows or None, column:][:, : columns or None]
                 array = np.pad(part.numpy(), ((0, 0), (0, padding)), constant_values=np.nan)
-                memory = self._emulator.output("products", array.shape, np.float32) if writable else None
+                memory = self._emulator.memory.output("products", array.shape, np.float32) if writable else None
                 if memory is not None:
                     memory.array[:] = array
                 else:
-                    memory = self._emulator.input("products", array)
+                    memory = self._emulator.memory.input("products", array)
                 yield self._tile(part, memory.address, array.shape[1], column), row, memory
 
     def _tile(self, part: Tensor, address: int, stride: int, column: int) -> _Tile:
@@ -203,9 +211,10 @@ class Kernels:
 
     def _finish(self, states: Allocation) -> tuple[Tensor, ...]:
         rows, threads = len(self.case.targets), self._constants["FINISH_THREADS"]
-        outputs = [self._emulator.output(name, (rows,), np.float32) for name in STATISTICS]
+        outputs = [self._emulator.memory.output(name, (rows,), np.float32) for name in STATISTICS]
         to = _Addresses((ctypes.c_uint64 * 6)(*(output.address for output in outputs)))
         self._emulator.launch("vhead_finish_statistics", -(-rows // threads), threads, [states.address, rows, to])
+        self._emulator.finish()
         return tuple(torch.from_numpy(output.array.copy()) for output in outputs)
 
 
