@@ -8,6 +8,7 @@ from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, r
 from transformers import modeling_utils
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
+from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.scoring import engine, logits, statistics, strategies
 from vhead.scoring.scores import FIELDS
@@ -214,6 +215,9 @@ class TestBatching:
         scorer = by_way(Scorer(critic().to(dtype), token_budget=192), "TreePacking")
         sizes = {size for seed in range(6) for size in batch_sizes(scorer, ["values"], rollouts(20, seed))}
         assert (sizes <= {64, 128, 192}) is few
+
+    def test_the_bundled_model_shares_prompts_in_bfloat16(self):
+        assert Scorer.from_pretrained(demo_model_path(), device="cpu").plan.strategy.startswith("tree packing")
 
     def test_order_is_the_input_s(self, model, scorer):
         records = rollouts(25)

@@ -26,8 +26,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 _HALF_TOLERANCE = 3e-2
 # Half-precision states may differ from a sequence alone by this times what padded batches differ.
 _NOISE_FACTOR = 3.0
-# What an error on purpose has to exceed.
-_CONTROL_FACTOR = 4.0
+# How many times the tolerance an error on purpose has to exceed; of half precisions the tolerance is wide already.
+_CONTROL_FACTOR, _HALF_CONTROL_FACTOR = 4.0, 2.0
 
 _UNLIMITED = 10**6
 _PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
@@ -81,6 +81,7 @@ class SelfCheck:
         self._scale = max(float(state.abs().max()) for state in states)
         self._tolerance = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE) * self._scale
         self._half = body.dtype not in _TOLERANCE
+        self._control = _HALF_CONTROL_FACTOR if self._half else _CONTROL_FACTOR
 
     def shortness(self, limit: int | None) -> str | None:
         """Why sequences as short as these are too long for sharing, or None."""
@@ -97,7 +98,7 @@ class SelfCheck:
         """
         with short_windows(self.body.model):
             short = SelfCheck(self.body, self._sequences)
-            if not short._difference_of(self._alone) > _CONTROL_FACTOR * self._tolerance:
+            if not short._difference_of(self._alone) > self._control * self._tolerance:
                 return "its windows cannot be tried"
             short._tolerance = max(short._tolerance, self._tolerance)
             return short.sharing(way)
@@ -162,7 +163,7 @@ class SelfCheck:
             wrong = self._difference(way, [_spoilt(batch) for batch in batches], last)
         except Exception as error:  # Whatever a model raises means that it cannot.
             return _said(error)
-        if not wrong > _CONTROL_FACTOR * self._tolerance:
+        if not wrong > self._control * self._tolerance:
             return "a wrong result would not be noticed"
         return None
 
