@@ -15,12 +15,12 @@ from ops.conftest import DTYPES, HALVES, rms, same_bits
 from vhead import _native
 from vhead.ops import (
     TokenStatistics,
-    statistics,
     statistics_of_logits,
     token_logprobs,
     token_statistics,
     token_statistics_plain,
 )
+from vhead.ops.statistics import operator
 
 OPERATOR = torch.ops.vhead.token_statistics.default
 BACKWARD_OPERATOR = torch.ops.vhead.token_statistics_backward.default
@@ -124,8 +124,8 @@ def test_the_same_call_gives_the_same_bits() -> None:
 def test_chunks_of_rows_change_nothing(dtype, monkeypatch) -> None:
     case = tokens(50, 40, 1500, dtype)
     whole, exact = case.run(batch_invariant=True), case.double().run()
-    monkeypatch.setattr("vhead.ops.statistics._TILE_ROWS", 16)
-    monkeypatch.setattr("vhead.ops.statistics._UPCAST_BYTES", 4 * 40 * 21)
+    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.ROWS", 16)
+    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.UPCAST_BYTES", 4 * 40 * 21)
     assert all(same_bits(a, b) for a, b in zip(case.run(batch_invariant=True)[:3], whole[:3], strict=True))
     torch.testing.assert_close(case.run().logprobs, exact.logprobs.float(), rtol=1e-5, atol=1e-5)
 
@@ -194,7 +194,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_there(dtype) -> None:
     case = tokens(1280, 8, 4000, dtype, bias=False)
     with Largest() as largest:  # inside the operator, which a dispatch mode does not look into
-        statistics._forward(case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False)
+        operator.forward(case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False)
     assert 3 << 20 < largest.bytes <= 6 << 20
     with Largest() as largest:
         case.run(token_statistics_plain)
@@ -211,7 +211,7 @@ def gradients(case: Tokens, function=token_statistics, **rule) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_as_exact_as_the_twin_s(dtype, rule, monkeypatch) -> None:
-    monkeypatch.setattr("vhead.ops.statistics._TILE_ROWS", 16)
+    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.ROWS", 16)
     case = tokens(50, 40, 1500, dtype)
     ours, plain = gradients(case, **rule), gradients(case, token_statistics_plain, **rule)
     exact = gradients(case.double(), token_statistics_plain, **rule)
