@@ -44,7 +44,7 @@ __device__ __forceinline__ u32 rows_of_chunk(const Rows& rows) {
 template <class Element, bool VECTOR, bool DROPOUT, bool HIDDEN, u32 OUTPUTS>
 struct OctetGradient {
     // Rows whose hidden states are under way.
-    static constexpr u32 AHEAD = BACKWARD_BYTES / (OCTET * Element::BYTES);
+    static constexpr u32 AHEAD = VECTOR ? BACKWARD_BYTES / (OCTET * Element::BYTES) : 1;
 
     const Mask<DROPOUT>& mask;
     const Chunk<DROPOUT>& chunk;
@@ -59,7 +59,7 @@ struct OctetGradient {
     typename Mask<DROPOUT>::Upper upper;
     typename Mask<DROPOUT>::Octet octet_mask;
     Octet<Element> hidden[AHEAD];
-    float weight[OCTET];  // of the only output, where there is one
+    float weight[OCTET];  // of the output at hand; it stays where there is but one
     float sums[OUTPUTS][OCTET];
 
     __device__ __forceinline__ OctetGradient(const Mask<DROPOUT>& mask, const Chunk<DROPOUT>& chunk,
@@ -82,15 +82,17 @@ struct OctetGradient {
     __device__ __forceinline__ void run() {
 #pragma unroll
         for (u32 i = 0; i < AHEAD; ++i) fetch(i, i);
-        char* to = gradients.grad_hidden + (first_row * columns + octet * OCTET) * Element::BYTES;
+        u64 offset = (first_row * columns + octet * OCTET) * Element::BYTES;
         for (u32 start = 0; start < count; start += AHEAD) {
 #pragma unroll
             for (u32 i = 0; i < AHEAD; ++i) {
                 const u32 row = start + i;
                 if (row < count) {
                     const Bits128 bits = mask.draw(octet_mask, upper, chunk.masks[row]);
-                    if (HIDDEN && gradients.grad_hidden && first == 0) write_gradient(to, row, bits);
-                    to += static_cast<u64>(columns) * Element::BYTES;
+                    if (HIDDEN && gradients.grad_hidden && first == 0) {
+                        write_gradient(gradients.grad_hidden + offset, row, bits);
+                        offset += static_cast<u64>(columns) * Element::BYTES;
+                    }
                     if (gradients.partials) add_row(i, row, bits);
                     fetch(i, row + AHEAD);
                 }
@@ -121,27 +123,29 @@ struct OctetGradient {
     __device__ __forceinline__ void write_gradient(char* to, u32 row, const Bits128& bits) {
         float gradient[OCTET];
         if constexpr (OUTPUTS == 1) {
-            multiply(chunk.scaled[row][0], weight, bits, gradient);
+            multiply(chunk.scaled[row][0], bits, gradient);
         } else {
             const float* grad_values = gradients.grad_values + (first_row + row) * gradients.outputs;
 #pragma unroll 1
             for (u32 k = 0; k < gradients.outputs; ++k) {
                 load_weight(k, weight);
                 const float scaled = load(grad_values + k) * mask.scale;
-                k == 0 ? multiply(scaled, weight, bits, gradient) : multiply_add(scaled, weight, bits, gradient);
+                if (k == 0) {
+                    multiply(scaled, bits, gradient);
+                } else {
+                    multiply_add(scaled, bits, gradient);
+                }
             }
         }
         store_octet<Element, VECTOR>(to, rest, gradient);
     }
 
-    __device__ __forceinline__ void multiply(float scaled, const float (&weight)[OCTET], const Bits128& bits,
-                                             float (&gradient)[OCTET]) const {
+    __device__ __forceinline__ void multiply(float scaled, const Bits128& bits, float (&gradient)[OCTET]) const {
 #pragma unroll
         for (u32 j = 0; j < OCTET; ++j) gradient[j] = scaled * mask.keep(bits, j, weight[j]);
     }
 
-    __device__ __forceinline__ void multiply_add(float scaled, const float (&weight)[OCTET], const Bits128& bits,
-                                                 float (&gradient)[OCTET]) const {
+    __device__ __forceinline__ void multiply_add(float scaled, const Bits128& bits, float (&gradient)[OCTET]) const {
 #pragma unroll
         for (u32 j = 0; j < OCTET; ++j) gradient[j] = fmaf(scaled, mask.keep(bits, j, weight[j]), gradient[j]);
     }
@@ -189,7 +193,9 @@ __device__ __forceinline__ void backward(Chunk<DROPOUT>& chunk, const Rows& hidd
         if (inside) OctetGradient<Element, VECTOR, DROPOUT, HIDDEN, 1>(mask, chunk, gradients, hidden, octet, 0).run();
         return;
     }
-    for (u32 first = 0; first < gradients.outputs; first += BACKWARD_OUTPUTS) {
+    // The hidden states' gradient takes all outputs at once.
+    const u32 end = gradients.partials ? gradients.outputs : 1;
+    for (u32 first = 0; first < end; first += BACKWARD_OUTPUTS) {
         if (first > 0) {
             __syncthreads();
             fill<Element>(chunk, mask, hidden, gradients, first);

@@ -15,7 +15,7 @@ BUILT = ROOT / "target" / "cuda-emulation"
 COMPILER = ("g++", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 LIBRARY = ("-O1", "-fPIC", "-shared")
 # A program of its own, since Python would have to be started with the sanitizers' libraries.
-SANITIZED = ("-O1", "-DVHEAD_REPLAY", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED = ("-O0", "-DVHEAD_REPLAY", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _KERNEL = re.compile(r'extern "C"\s+void\s+(\w+)\(')
 
 
@@ -29,10 +29,15 @@ def read_sources() -> dict[str, str]:
 
 
 def build(
-    sources: Mapping[str, str] | None = None, *, unit: str = "vhead.cu", options: tuple[str, ...] = LIBRARY
+    sources: Mapping[str, str] | None = None,
+    *,
+    unit: str = "vhead.cu",
+    options: tuple[str, ...] = LIBRARY,
+    program: tuple[str, ...] = ("host.cpp",),
 ) -> Path:
-    """What `options` make of `unit`, one of `sources` or of the kernels' own files."""
-    files = {**(sources or read_sources()), **{name: (HERE / name).read_text() for name in ("shim.hpp", "host.cpp")}}
+    """What `options` make of `unit`, one of `sources` or of the kernels' own files, around it; the first of
+    `program` is compiled, the others are included."""
+    files = {**(sources or read_sources()), **{name: (HERE / name).read_text() for name in ("shim.hpp", *program)}}
     key = hashlib.sha256(repr((sorted(files.items()), unit, COMPILER, options)).encode()).hexdigest()[:20]
     built = BUILT / key
     if not built.exists():
@@ -40,16 +45,16 @@ def build(
         with tempfile.TemporaryDirectory(dir=BUILT) as folder:
             for name, text in files.items():
                 (Path(folder) / name).write_text(text, encoding="utf-8")
-            _compile(Path(folder), unit, options)
+            _compile(Path(folder), unit, options, program[0])
             os.replace(Path(folder) / "built", built)
     return built
 
 
-def _compile(folder: Path, unit: str, options: tuple[str, ...]) -> None:
+def _compile(folder: Path, unit: str, options: tuple[str, ...], program: str) -> None:
     preprocessed = _run(folder, *COMPILER, "-E", "-P", "-include", "shim.hpp", "-x", "c++", unit)
     kernels = [f"KERNEL({name})\n" for name in _KERNEL.findall(preprocessed)]
     (folder / "kernels.inc").write_text("".join(kernels), encoding="utf-8")
-    _run(folder, *COMPILER, *options, f'-DUNIT="{unit}"', "host.cpp", "-o", "built")
+    _run(folder, *COMPILER, *options, f'-DUNIT="{unit}"', program, "-o", "built")
 
 
 def _run(folder: Path, *command: str) -> str:
