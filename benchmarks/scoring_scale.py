@@ -68,7 +68,8 @@ class Samples:
 def growth(samples: list[Sample]) -> dict[str, float]:
     """The line through resident memory after the warm-up, and the rate of the whole run."""
     last = samples[-1]
-    settled = [row for row in samples if row["wall_s"] >= WARM_UP * last["wall_s"]]
+    # At the end a file is put together, which is not what grows with its length.
+    settled = [row for row in samples if WARM_UP * last["rollouts"] <= row["rollouts"] < last["rollouts"]] or samples
     progress = np.array([row["rollouts"] for row in settled])
     memory = np.array([row["rss_bytes"] for row in settled]) / 2**20
     slope = float(np.polyfit(progress, memory, 1)[0]) if np.ptp(progress) else 0.0
@@ -76,7 +77,7 @@ def growth(samples: list[Sample]) -> dict[str, float]:
         "mib_per_million_rollouts": slope * 1e6,
         "mib_at_first": float(memory[0]),
         "mib_at_last": float(memory[-1]),
-        "mib_at_most": float(memory.max()),
+        "mib_at_most": max(row["rss_bytes"] for row in samples) / 2**20,
         "rollouts_per_s": last["rollouts"] / last["wall_s"],
         "wall_s": last["wall_s"],
     }
@@ -115,10 +116,11 @@ def command(rollouts: int, threads: int) -> Iterator[list[Sample]]:
         options = ["--model", demo_model_path(), "--output", output, "--returns", ",".join(FIELDS), "--device", "cpu"]
         arguments = [sys.executable, "-m", "vhead", "score", source, *options, "--num-threads", threads]
         with subprocess.Popen([str(argument) for argument in arguments]) as process:
-            samples = Samples(process.pid)
+            samples, done = Samples(process.pid), 0
             while process.poll() is None:
                 if samples.due():
-                    samples.take(_noted(output))
+                    done = max(done, _noted(output))
+                    samples.take(done)
                     yield samples.rows
                 time.sleep(0.05)
         if process.returncode or pq.read_metadata(output).num_rows != rollouts:

@@ -195,6 +195,15 @@ class TestParquet:
             ("c", [4, 5, 6], [1]),
         ]
 
+    def test_a_row_group_is_not_read_as_a_whole(self, tmp_path):
+        rng = np.random.default_rng(0)
+        texts = [rng.bytes(1000).hex() for _ in range(8000)]
+        pq.write_table(pa.table({"prompt": texts, "completion": ["x"] * 8000}), tmp_path / "in.parquet")
+        before, most = pa.total_allocated_bytes(), 0
+        for row in open_reader(str(tmp_path / "in.parquet")):
+            most = max(most, pa.total_allocated_bytes() - before) if row.position % 100 == 0 else most
+        assert most < sum(map(len, texts)) / 2
+
     def test_columns_and_types_survive(self, file, table, tmp_path):
         rows, scores = list(open_reader(str(file))), scores_of(1, 2, 1)
         with OutputFile(str(tmp_path / "out.parquet")) as output:

@@ -23,6 +23,8 @@ except ImportError as error:
     raise MissingExtraError("pyarrow", "data") from error
 
 _ROWS_AT_ONCE = 1024
+# Of a column, where pyarrow would otherwise hold a whole row group, which may be the whole file.
+_BYTES_AT_ONCE = 2**20
 _ROW_GROUP_BYTES = 64 * 2**20
 
 
@@ -69,7 +71,7 @@ class ParquetRow:
 
 
 class ParquetReader:
-    """The rows of a Parquet file, read in batches.
+    """The rows of a Parquet file, read in batches: memory depends neither on its size nor on that of its row groups.
 
     Raises:
         FileFormatError: The file is not Parquet, or has no columns that make a rollout.
@@ -78,7 +80,7 @@ class ParquetReader:
 
     def __init__(self, path: Path, reserved: tuple[str, ...] = ()) -> None:
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False)
         except pa.ArrowInvalid as error:
             raise FileFormatError(f"{path}: not a readable Parquet file: {error}") from None
         self._path = path
