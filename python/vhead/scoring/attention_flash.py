@@ -161,8 +161,8 @@ class _States:
         output, log_sums, *_ = self._run(query, sequences, causal=causal, return_attn_probs=True)
         if log_sums.shape != query.shape[1::-1]:
             raise RuntimeError(
-                f"flash_attn: expected logarithms of sums of shape {tuple(query.shape[1::-1])}, as from 2.7 on, "
-                f"got {tuple(log_sums.shape)}"
+                f"flash_attn: expected logarithms of sums by token, of shape {tuple(query.shape[1::-1])}, "
+                f"got {tuple(log_sums.shape)}, as earlier versions give"
             )
         return output, log_sums.T
 
