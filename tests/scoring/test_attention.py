@@ -245,7 +245,9 @@ class TestFlash:
 
     def test_logarithms_in_another_layout_are_refused(self, monkeypatch):
         install_flash(monkeypatch, lambda q, *args, **options: (q, torch.zeros(2, q.shape[1], 5), None))
-        with pytest.raises(RuntimeError, match=r"expected logarithms of sums by token, of shape \(4, 9\), got \(2, 4, 5\)"):
+        with pytest.raises(
+            RuntimeError, match=r"expected logarithms of sums by token, of shape \(4, 9\), got \(2, 4, 5\)"
+        ):
             FlashAttention([Segment(0, 5, ()), Segment(5, 9, ((0, 3),))])(*random_states(9, 0))
 
     def test_the_merge_is_one_softmax(self, monkeypatch):
