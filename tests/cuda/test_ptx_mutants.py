@@ -1,5 +1,7 @@
 """Kernels with one instruction, or one piece of the source, taken away: the PTX tests must turn red for each."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -39,9 +41,10 @@ class Limited:
         return self._module.launch(*args, **rest, most_instructions=MOST_INSTRUCTIONS)
 
 
-def case(columns: int = COLUMNS, outputs: int = 1) -> Head:
+def case(columns: int = COLUMNS, outputs: int = 1, *, between: int = 8) -> Head:
+    """Rows in two dimensions, with elements `between` them; with none, reading past the last row leaves the memory."""
     torch.manual_seed(1)
-    hidden = torch.randn(3, ROWS // 3, columns + 8).bfloat16()[..., :columns].transpose(0, 1)
+    hidden = torch.randn(3, ROWS // 3, columns + between).bfloat16()[..., :columns].transpose(0, 1)
     return Head(hidden, torch.randn(outputs, columns), torch.randn(outputs), DROPOUT, SEED, seed_on_device=True)
 
 
@@ -87,11 +90,11 @@ def add_chunks(module: Module, of: Head) -> bool:
 
 def add_rows(module: Module, of: Head) -> bool:
     """Whether a column is added in float64, lane by lane."""
-    many = Head(torch.zeros(300, 8), of.weight[:, :8], None)
+    many = Head(torch.zeros(4500, 8), of.weight[:, :8], None)
     # Large numbers that cancel, so that a digit lost on the way shows in the float32 result.
-    grad_values, places = torch.randn(300, 1), torch.randperm(300)
-    large = torch.randn(100, 1) * 1e13
-    grad_values[places[:100]], grad_values[places[100:200]] = large, -large
+    grad_values, places = torch.randn(4500, 1), torch.randperm(4500)
+    large = torch.randn(1500, 1) * 1e13
+    grad_values[places[:1500]], grad_values[places[1500:3000]] = large, -large
     wanted = _native.value_head_backward(grad_values[:, 0], many.hidden, many.weight, 0.0, None, (False, False, True))[
         2
     ]
@@ -176,3 +179,73 @@ def test_every_barrier_counts(module, name) -> None:
     for number in barriers:
         with pytest.raises((RaceError, BarrierError)):
             check(module.without(name, number), several)
+
+
+# File, what is taken away, what is put there, and the check that must turn red.
+TIGHT = case(between=0)
+SOURCES = {
+    "a bounds test of hidden states": ("elements.cuh", "if (j < rest) octet.words", "octet.words", forward, TIGHT),
+    "a bounds test of weights": ("elements.cuh", "j < rest ? load(from + j) : 0.0f", "load(from + j)", forward, TIGHT),
+    "a bounds test of a gradient": ("elements.cuh", "if (j < rest) store(elements", "store(elements", backward, TIGHT),
+    "a bounds test of values": ("forward.cu", " && first + i < hidden.count", "", several_rows, case(1032)),
+    "a bounds test of sums": (
+        "backward.cu",
+        "threadIdx.y == 0 && column < length",
+        "threadIdx.y == 0",
+        add_chunks,
+        TIGHT,
+    ),
+    "the bias": ("reduce.cuh", "bias + 0.0f", "0.0f", forward, TIGHT),
+    "the scale": ("reduce.cuh", "fmaf(sum, scale,", "fmaf(sum, 1.0f,", forward, TIGHT),
+    "the scale of gradients": ("backward.cu", "first + k) * mask.scale", "first + k)", backward, TIGHT),
+    "the mask": ("dropout.cuh", ">= threshold ? value : 0.0f", ">= 0 ? value : 0.0f", forward, TIGHT),
+    "half of the mask": ("dropout.cuh", "(j % 2 ? word : word << 16)", "(word << 16)", forward, TIGHT),
+    "an inner dimension": ("rows.cuh", "outer % size", "outer", forward, TIGHT),
+    "a shuffle": ("reduce.cuh", "half = WARP / 2", "half = WARP / 4", forward, TIGHT),
+    "the order of octets": (
+        "reduce.cuh",
+        "((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]))",
+        "(((lanes[0] + lanes[1]) + lanes[2]) + lanes[3])",
+        forward,
+        TIGHT,
+    ),
+    "a fused multiply-add": ("forward.cu", "sums[j] = fmaf(", "sums[j] = unfused(", forward, TIGHT),
+}
+UNFUSED = b"__device__ __forceinline__ float unfused(float a, float b, float c) { return a * b + c; }\n"
+# One kernel of each kind is enough, and seconds faster to compile.
+KINDS = {
+    "forward.cu": b"FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)\n"
+    b"FORWARD_ROWS(vhead_forward_rows_bfloat16_dropout, BFloat16, true)\n",
+    "backward.cu": b"BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)\n",
+}
+UNITS = {forward: "forward.cu", several_rows: "forward.cu", backward: "backward.cu", add_chunks: "backward.cu"}
+
+
+def fewer_kernels(sources: dict[str, bytes], unit: str) -> dict[str, bytes]:
+    """The sources with `unit` alone compiled, for one dtype."""
+    text = re.sub(rb"(?m)^(FORWARD|BACKWARD)_OF_DTYPE\(bfloat16, BFloat16\)\n", KINDS[unit], sources[unit])
+    text = re.sub(rb"(?m)^(FORWARD|BACKWARD)_OF_DTYPE\(float\d\d, Float\d\d\)\n", b"", text)
+    return {**sources, unit: text, "vhead.cu": UNFUSED + f'#include "{unit}"\n'.encode()}
+
+
+def compiled(sources: dict[str, bytes], unit: str) -> Module:
+    return Module(ptx_images.compiled(fewer_kernels(sources, unit), ptx_images.ARCHITECTURE).decode())
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, bytes]:
+    return ptx_images.tool("cuda_images").read_sources()
+
+
+@pytest.mark.parametrize("what", SOURCES)
+def test_what_the_source_lacks_is_seen(sources, what) -> None:
+    file, old, new, check, of = SOURCES[what]
+    assert sources[file].count(old.encode()) == 1
+    broken = {**sources, file: sources[file].replace(old.encode(), new.encode())}
+    assert not survives(check, compiled(broken, UNITS[check]), of)
+
+
+@pytest.mark.parametrize("check", UNITS)
+def test_nothing_else_about_them_is_red(sources, check) -> None:
+    of = case(1032) if check is several_rows else TIGHT
+    assert check(compiled(sources, UNITS[check]), of)
