@@ -38,11 +38,15 @@ pub enum Error {
         /// Its strides, in elements.
         strides: Vec<usize>,
     },
-    /// The tensors are on a device that this build has no kernels for.
-    #[error("{what}: this build has kernels for the CPU only")]
+    /// The tensors are on a device that they cannot be used on.
+    #[error("{what}: expected tensors on {expected}, got some on {actual}")]
     Device {
         /// What was to be run.
         what: &'static str,
+        /// Where it runs in this build.
+        expected: &'static str,
+        /// Where the tensors are.
+        actual: &'static str,
     },
     /// No head, half a head or several heads among the tensors of a file.
     #[error("expected {expected}, found {}", list(found))]
@@ -79,6 +83,10 @@ pub enum Error {
     /// The kernels refused their arguments.
     #[error(transparent)]
     Kernel(#[from] vhead_core::Error),
+    /// A CUDA device has no kernels, or refused a launch.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] vhead_cuda::Error),
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -1,12 +1,16 @@
-//! The projection as a candle op. The CUDA side has its place here: `cuda_fwd` of the two traits, and a second arm in
-//! [`Projection::gradients`]; until then candle answers "no cuda implementation for value_head".
+//! The projection as a candle op: on the CPU here, on CUDA devices in [`cuda`].
 use crate::{Error, Result, SharedExecutor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor, WithDType, backend::BackendStorage,
 };
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use vhead_core::{Dropout, Element, Gradients, Head, Rows};
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 /// The dtypes of hidden states, for messages.
 pub(crate) const HIDDEN_DTYPES: &str = "float32, bfloat16 or float16 (f32, bf16, f16)";
@@ -39,6 +43,17 @@ impl CustomOp2 for Projection {
         Ok(self.values((hidden, hidden_layout), (weight, weight_layout), None)?)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        hidden: &CudaStorage,
+        hidden_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok(self.cuda_values((hidden, hidden_layout), (weight, weight_layout), None)?)
+    }
+
     fn bwd(
         &self,
         hidden: &Tensor,
@@ -68,6 +83,19 @@ impl CustomOp3 for Projection {
         Ok(self.values((hidden, hidden_layout), (weight, weight_layout), Some((bias, bias_layout)))?)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        hidden: &CudaStorage,
+        hidden_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok(self.cuda_values((hidden, hidden_layout), (weight, weight_layout), Some((bias, bias_layout)))?)
+    }
+
     fn bwd(
         &self,
         hidden: &Tensor,
@@ -89,12 +117,7 @@ impl Projection {
             DType::F16 => self.values_of::<f16>(hidden, &head),
             other => Err(Error::dtype(HIDDEN, HIDDEN_DTYPES, other)),
         }?;
-        let mut shape = hidden.1.dims().to_vec();
-        shape.truncate(shape.len().saturating_sub(1));
-        if head.outputs() > 1 {
-            shape.push(head.outputs());
-        }
-        Ok((CpuStorage::F32(values), shape.into()))
+        Ok((CpuStorage::F32(values), values_shape(hidden.1, head.outputs())))
     }
 
     fn values_of<T: Hidden>(&self, (storage, layout): View<'_>, head: &Head<'_>) -> Result<Vec<f32>> {
@@ -113,6 +136,10 @@ impl Projection {
     ) -> Result<GradientTensors> {
         // candle hands over gradients as broadcasts too, for instance below a sum.
         let grad_values = grad_values.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if hidden.device().is_cuda() {
+            return self.cuda_gradients(hidden, weight, bias, &grad_values);
+        }
         match hidden.dtype() {
             DType::F32 => self.gradients_of::<f32>(hidden, weight, bias, &grad_values),
             DType::BF16 => self.gradients_of::<bf16>(hidden, weight, bias, &grad_values),
@@ -190,12 +217,24 @@ fn like<T: WithDType>(tensor: &Tensor, data: Vec<T>) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, tensor.shape(), tensor.device())?)
 }
 
+/// `[..., K]`, or `[...]` where `K` is 1, for hidden states `[..., H]`.
+fn values_shape(hidden: &Layout, outputs: usize) -> Shape {
+    let mut shape = hidden.dims().to_vec();
+    shape.truncate(shape.len().saturating_sub(1));
+    if outputs > 1 {
+        shape.push(outputs);
+    }
+    shape.into()
+}
+
 /// The CPU storage of a tensor.
 pub(crate) fn cpu(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        Storage::Cuda(_) | Storage::Metal(_) => Err(Error::Device { what: "value_head" }),
-    }
+    let actual = match storage {
+        Storage::Cpu(storage) => return Ok(storage),
+        Storage::Cuda(_) => "a CUDA device",
+        Storage::Metal(_) => "a Metal device",
+    };
+    Err(Error::Device { what: "value_head", expected: "the CPU", actual })
 }
 
 /// Weight `[K, H]` and bias `[K]` as the kernels take them.
@@ -217,19 +256,25 @@ fn floats<'a>(what: &'static str, (storage, layout): View<'a>) -> Result<&'a [f3
 
 /// Hidden states `[..., H]` where they lie: outer strides are walked, the last dimension must be contiguous.
 fn rows<'a, T: Element>(data: &'a [T], layout: &Layout) -> Result<Rows<'a, T>> {
+    let (columns, sizes, outer) = walk(layout, data.len())?;
+    let outer: Vec<isize> = outer.iter().map(|stride| stride.cast_signed()).collect();
+    let start = data.as_ptr().wrapping_add(layout.start_offset());
+    // SAFETY: candle's strides are not negative, so the farthest element is the last of each dimension; `walk` has found
+    // it inside `data`, which is borrowed for as long as the rows are.
+    Ok(unsafe { Rows::from_raw(start, sizes, &outer, columns) })
+}
+
+/// Elements of a row, and the sizes and strides of the outer dimensions, of a layout that stays inside `length` elements.
+fn walk(layout: &Layout, length: usize) -> Result<(usize, &[usize], &[usize])> {
     let (Some((&columns, sizes)), Some((&step, outer))) = (layout.dims().split_last(), layout.stride().split_last())
     else {
         return Err(Error::Shape { what: HIDDEN, expected: "[..., H]".to_owned(), actual: Vec::new() });
     };
-    let fits = reach(layout).is_some_and(|reach| reach <= data.len());
+    let fits = reach(layout).is_some_and(|reach| reach <= length);
     if !fits || (columns > 1 && step != 1) {
         return Err(strides(HIDDEN, "a contiguous last dimension inside the storage", layout));
     }
-    let outer: Vec<isize> = outer.iter().map(|stride| stride.cast_signed()).collect();
-    let start = data.as_ptr().wrapping_add(layout.start_offset());
-    // SAFETY: candle's strides are not negative, so the farthest element is the last of each dimension; `reach` has
-    // found it inside `data`, which is borrowed for as long as the rows are.
-    Ok(unsafe { Rows::from_raw(start, sizes, &outer, columns) })
+    Ok((columns, sizes, outer))
 }
 
 /// One past the farthest element that a layout reads; `None` where that does not fit a `usize`.

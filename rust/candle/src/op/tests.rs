@@ -10,17 +10,17 @@ use vhead_core::{Executor, Serial, reference};
 const SEED: u64 = 0x5eed;
 
 /// Numbers in [-1, 1), a function of the seed.
-fn random(count: usize, seed: u64) -> Vec<f32> {
+pub(super) fn random(count: usize, seed: u64) -> Vec<f32> {
     let word = |i: usize| philox4x32_10([(i / 4) as u32, 0, 0, Stream::Weight as u32], seed)[i % 4];
     (0..count).map(|i| (f64::from(word(i)) / 2_147_483_648.0 - 1.0) as f32).collect()
 }
 
-fn tensor<S: Into<Shape>>(shape: S, seed: u64, dtype: DType) -> Tensor {
+pub(super) fn tensor<S: Into<Shape>>(shape: S, seed: u64, dtype: DType) -> Tensor {
     let shape = shape.into();
     Tensor::from_vec(random(shape.elem_count(), seed), shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     let floats = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     floats.into_iter().map(f32::to_bits).collect()
 }
@@ -30,7 +30,7 @@ fn elements<T: WithDType>(tensor: &Tensor) -> Vec<T> {
 }
 
 /// Hidden states of `columns` in every kind of layout the op takes: whole, offset, swapped, repeated, one row, none.
-fn layouts(columns: usize, dtype: DType) -> Vec<Tensor> {
+pub(super) fn layouts(columns: usize, dtype: DType) -> Vec<Tensor> {
     let whole = tensor((3, 4, columns), 1, dtype);
     vec![
         whole.clone(),
@@ -146,15 +146,15 @@ fn foreign_rows_have_the_values_of_tensors() {
 }
 
 /// An op with a dropout mask, its three arguments as variables, and the gradient of its values.
-struct Case {
-    op: Projection,
-    hidden: Var,
-    weight: Var,
-    bias: Var,
-    grad_values: Tensor,
+pub(super) struct Case {
+    pub(super) op: Projection,
+    pub(super) hidden: Var,
+    pub(super) weight: Var,
+    pub(super) bias: Var,
+    pub(super) grad_values: Tensor,
 }
 
-fn case(dtype: DType, outputs: usize) -> Case {
+pub(super) fn case(dtype: DType, outputs: usize) -> Case {
     let (rows, columns) = (300, 37);
     let shape = if outputs == 1 { vec![3, 100] } else { vec![3, 100, outputs] };
     Case {

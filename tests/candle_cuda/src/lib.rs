@@ -1,0 +1,1 @@
+//! Nothing: compiling the dependency is the check.
