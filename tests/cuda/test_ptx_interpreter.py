@@ -3,9 +3,9 @@
 import ctypes
 from ctypes.util import find_library
 
-import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from emulation.ptx import (
     AccessError,
     BarrierError,
@@ -69,8 +69,9 @@ def test_fma_is_rounded_once() -> None:
 def test_halves_are_rounded_to_even() -> None:
     edges = np.array([65519.996, 65520, 1e-8, np.inf, -np.inf], np.float32)
     numbers = np.concatenate((floats(4000), edges))
+    by_torch = torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy().view(np.uint16)
     with np.errstate(all="ignore"):
-        assert np.array_equal(to_bfloat16(numbers), numbers.astype(ml_dtypes.bfloat16).view(np.uint16))
+        assert np.array_equal(to_bfloat16(numbers), by_torch)
         assert np.array_equal(to_float16(numbers), numbers.astype(np.float16).view(np.uint16))
         not_a_number = np.array([-np.nan], np.float32)
         assert to_bfloat16(not_a_number) == to_float16(not_a_number) == 0x7FFF
@@ -150,6 +151,17 @@ def test_a_warp_s_barrier_orders_no_other_warp() -> None:
 def test_a_store_over_what_others_still_read_is_a_race() -> None:
     body = NEIGHBOUR.format(barrier="bar.sync 0;") + "st.shared.u32 [%r2], %r5;"
     with pytest.raises(RaceError, match="thread 0 writes where thread 1 read"):
+        run(body, np.zeros(64, np.uint32), threads=64)
+
+
+def test_readers_of_two_warps_are_both_remembered() -> None:
+    """The second warp reads later by its own count of barriers, which says nothing of the first warp's read."""
+    body = """
+        mov.u32 %r2, shared; setp.eq.u32 %p1, %r1, 0; setp.eq.u32 %p2, %r1, 32; setp.gt.u32 %p3, %r1, 31;
+        @%p1 st.shared.u32 [%r2], %r1; bar.sync 0; @%p1 ld.shared.u32 %r3, [%r2];
+        @!%p3 bra $L1; bar.warp.sync -1; $L1: @%p2 ld.shared.u32 %r3, [%r2]; @%p2 st.shared.u32 [%r2], %r1;
+    """
+    with pytest.raises(RaceError, match="thread 32 writes where several threads read"):
         run(body, np.zeros(64, np.uint32), threads=64)
 
 

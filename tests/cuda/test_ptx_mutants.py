@@ -237,6 +237,7 @@ def sources() -> dict[str, bytes]:
     return ptx_images.tool("cuda_images").read_sources()
 
 
+@ptx_images.needs_compiler
 @pytest.mark.parametrize("what", SOURCES)
 def test_what_the_source_lacks_is_seen(sources, what) -> None:
     file, old, new, check, of = SOURCES[what]
@@ -245,6 +246,7 @@ def test_what_the_source_lacks_is_seen(sources, what) -> None:
     assert not survives(check, compiled(broken, UNITS[check]), of)
 
 
+@ptx_images.needs_compiler
 @pytest.mark.parametrize("check", UNITS)
 def test_nothing_else_about_them_is_red(sources, check) -> None:
     of = case(1032) if check is several_rows else TIGHT

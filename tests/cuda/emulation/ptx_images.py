@@ -7,12 +7,20 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from emulation.ptx import Module
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURE = "compute_80"
 # Compiled now and kept for the next run.
 _COMPILED = ROOT / "target" / "cuda-images"
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cuda_nvrtc") is None,
+    reason="the compiler comes with the extra `cuda`, which `dev` holds",
+)
 
 
 @cache

@@ -206,7 +206,9 @@ class Shared:
         self._check("reads what", "wrote", writer, _grains(self._write_era, size)[index], lanes)
         reader, era = _grains(self._reader, size), _grains(self._read_era, size)
         now, before = self._now(lanes)[:, None], reader[index]
-        alone = (before == lanes[:, None]) | (before == _NOBODY) | (era[index] < now)
+        in_my_warp = (before >= 0) & (before // 32 == lanes[:, None] // 32)
+        over = np.where(in_my_warp, era[index] < now, era[index] >> 32 < now >> 32)
+        alone = (before == lanes[:, None]) | (before == _NOBODY) | over
         reader[index] = np.where(alone, lanes[:, None], _SEVERAL)
         # Lanes of one instruction that read one byte overwrite each other above.
         reader[index] = np.where(reader[index] == lanes[:, None], reader[index], _SEVERAL)
