@@ -10,7 +10,8 @@ from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4
-# With the width of the windows where a model has some: the tiny ones see four tokens, which rules sharing out.
+# With the width of the windows where a model has some: the tiny ones see four tokens, which rules sharing out where
+# attention is not told of them.
 SAMPLE = [
     ("codegen", {}),
     ("cpmant", {}),
@@ -23,6 +24,7 @@ SAMPLE = [
     ("mistral", {}),
     ("modernbert-decoder", {}),
     ("mpt", {}),
+    ("olmo3", {}),
     ("prophetnet", {}),
     ("qwen3_moe", {}),
     ("qwen3_next", {}),

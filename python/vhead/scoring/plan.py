@@ -191,11 +191,10 @@ def _first(
     """The first way that passes, the most tokens that it may be used for, and why those before it did not pass."""
     rejected: dict[str, str] = {}
     for candidate in candidates:
-        window = bounds.window
-        if bounds.sliding and isinstance(candidate, TreePacking) and check.windows(candidate) is None:
-            window = bounds.other_window
-        limit = _least(window, bounds.batched)
-        reason = check.shortness(limit) or check.sharing(candidate) or _in_blocks(candidate, check, bounds, padded)
+        windows = bounds.sliding and isinstance(candidate, TreePacking) and check.windows(candidate) is None
+        limit = _least(bounds.other_window if windows else bounds.window, bounds.batched)
+        reason = check.shortness(limit) or check.sharing(candidate, last=None if windows else 1)
+        reason = reason or _in_blocks(candidate, check, bounds, padded)
         if reason is None:
             return candidate, limit, rejected
         rejected[candidate.name] = reason

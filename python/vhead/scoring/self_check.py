@@ -31,7 +31,7 @@ _CONTROL_FACTOR, _HALF_CONTROL_FACTOR = 4.0, 2.0
 
 _UNLIMITED = 10**6
 _PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
-# A window that ends within the shortest sequence.
+# A window that ends within the shortest sequence, and that is never the model's own.
 _SHORT_WINDOW = 6
 # Kernels that work in blocks of 128 rows are tried on sequences of several blocks too.
 LONG = 16
@@ -101,7 +101,7 @@ class SelfCheck:
             if not short._difference_of(self._alone) > self._control * self._tolerance:
                 return "its windows cannot be tried"
             short._tolerance = max(short._tolerance, self._tolerance)
-            return short.sharing(way)
+            return short.sharing(way, last=None)
 
     def in_place_agrees(self) -> bool:
         """Whether gated layers may work in place, found on the sequences alone."""
@@ -194,7 +194,7 @@ def short_windows(model: Any) -> Iterator[None]:  # noqa: ANN401, a language mod
     holders = [holder for holder in (config, *model.modules()) if getattr(holder, "sliding_window", None) == window]
     try:
         for holder in holders:
-            holder.sliding_window = min(window, _SHORT_WINDOW)
+            holder.sliding_window = min(max(1, window // 2), _SHORT_WINDOW)
         yield
     finally:
         for holder in holders:
