@@ -298,6 +298,21 @@ class TestOnCuda:
             tensors = (made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices)
             assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
+    @pytest.mark.parametrize("window", [None, 5])
+    @pytest.mark.parametrize("way", [SegmentAttention, FlashAttention])
+    def test_layers_may_be_on_several_devices(self, way, window, monkeypatch):
+        def varlen(q, k, v, *bounds, **options):
+            assert {bound.device for bound in bounds[:2]} == {q.device}
+            return (q, q.new_empty(4, q.shape[0]), None) if options.get("return_attn_probs") else q
+
+        install_flash(monkeypatch, varlen)
+        pack = random_pack(7)
+        with FakeTensorMode():
+            attend = way(pack.segments)
+            for device in ("cuda:0", "cuda:1"):
+                states = [torch.empty(1, heads, len(pack.tokens), SIZE, device=device) for heads in (4, 2, 2)]
+                assert str(attend(*states, window=window).device) == device
+
     def test_the_check_can_fail(self):
         with FakeTensorMode():
             there, here = torch.empty(3, device="cuda"), torch.empty(3)

@@ -34,8 +34,9 @@ class FlashAttention:
         self._kernel: Callable[..., Any] = import_module("flash_attn").flash_attn_varlen_func
         self._segments = segments
         self._longest = max(segment.path_length + segment.stop - segment.start for segment in segments)
-        self._parts: list[_Sequences] = []
-        self._paths: dict[int, _Sequences] = {}
+        # By device, as a model's layers may be on several.
+        self._parts: dict[torch.device, list[_Sequences]] = {}
+        self._paths: dict[tuple[torch.device, int], _Sequences] = {}
 
     def __call__(
         self,
@@ -67,23 +68,23 @@ class FlashAttention:
 
     def _along_paths(self, window: int, device: torch.device) -> "_Sequences":
         """Each segment with the keys of its path that its window reaches; those of shared rows are repeated."""
-        if window not in self._paths:
+        if (device, window) not in self._paths:
             found = list(pieces(self._segments, window))
             queries = [(piece.start, piece.stop) for piece in found]
-            self._paths[window] = _Sequences.of(queries, [piece.keys for piece in found], device)
-        return self._paths[window]
+            self._paths[device, window] = _Sequences.of(queries, [piece.keys for piece in found], device)
+        return self._paths[device, window]
 
     def _by_depth(self, device: torch.device) -> "list[_Sequences]":
         """Each segment by itself, then what attends to the first stretch of paths, to the second, and so on."""
-        if not self._parts:
+        if device not in self._parts:
             own = [(segment.start, segment.stop) for segment in self._segments]
             levels = itertools.takewhile(len, (after_stretch(self._segments, depth) for depth in itertools.count()))
-            self._parts = [_Sequences.of(own, [(rows,) for rows in own], device)]
-            self._parts += [
+            self._parts[device] = [_Sequences.of(own, [(rows,) for rows in own], device)]
+            self._parts[device] += [
                 _Sequences.of([queries for queries, _ in level], [(keys,) for _, keys in level], device)
                 for level in levels
             ]
-        return self._parts
+        return self._parts[device]
 
 
 def after_stretch(segments: Sequence[Segment], depth: int) -> list[tuple[Range, Range]]:

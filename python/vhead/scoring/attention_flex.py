@@ -41,8 +41,9 @@ class FlexAttention:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._visibility = Visibility.of(segments)
-        self._masks: dict[int | None, Any] = {}
-        self._caps: dict[float, Modification] = {}
+        # By device too, as a model's layers may be on several.
+        self._masks: dict[tuple[torch.device, int | None], Any] = {}
+        self._caps: dict[tuple[torch.device, float], Modification] = {}
 
     def __call__(
         self,
@@ -55,16 +56,17 @@ class FlexAttention:
         window: int | None = None,
     ) -> Tensor:
         """Attends: see `Attend`."""
-        if window not in self._masks:
-            self._masks[window] = block_mask(self._visibility, window, query.device)
-        if softcap is not None and softcap not in self._caps:
-            self._caps[softcap] = _capped(torch.full((), softcap, device=query.device))
-        attended: Tensor = _kernel(query.device.type)(
+        device = query.device
+        if (device, window) not in self._masks:
+            self._masks[device, window] = block_mask(self._visibility, window, device)
+        if softcap is not None and (device, softcap) not in self._caps:
+            self._caps[device, softcap] = _capped(torch.full((), softcap, device=device))
+        attended: Tensor = _kernel(device.type)(
             query,
             key,
             value,
-            score_mod=None if softcap is None else self._caps[softcap],
-            block_mask=self._masks[window],
+            score_mod=None if softcap is None else self._caps[device, softcap],
+            block_mask=self._masks[device, window],
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -112,7 +112,7 @@ class SegmentAttention:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        self._calls: dict[tuple[int | None, int], list[_Call]] = {}
+        self._calls: dict[tuple[torch.device, int | None, int], list[_Call]] = {}
 
     def __call__(
         self,
@@ -132,13 +132,14 @@ class SegmentAttention:
         return output[None, :-1]
 
     def _planned(self, query: Tensor, value: Tensor, window: int | None) -> list[_Call]:
-        """The calls, found once, as every layer makes the same ones."""
+        """The calls, found once, as every layer of a kind makes the same ones; layers may be on several devices."""
         pair_work = 2 * query.shape[1] * (query.shape[3] + value.shape[3])
-        if (window, pair_work) not in self._calls:
+        kind = query.device, window, pair_work
+        if kind not in self._calls:
             call_work = _CALL_WORK.get(query.device.type, _DEVICE_CALL_WORK)
             together = groups(list(pieces(self._segments, window)), pair_work, call_work)
-            self._calls[window, pair_work] = [*_calls(together, query, window)]
-        return self._calls[window, pair_work]
+            self._calls[kind] = [*_calls(together, query, window)]
+        return self._calls[kind]
 
 
 class _States:
