@@ -152,9 +152,14 @@ def test_what_is_refused_says_what_was_expected(head, hidden, error, message):
         head(hidden)
 
 
-class Elsewhere(Legacy):
+class OnCuda(Legacy):
     def __dlpack_device__(self):
-        return 2, 0
+        return 2, 3
+
+
+class OnMetal(Legacy):
+    def __dlpack_device__(self):
+        return 8, 0
 
 
 class Confused(Legacy):
@@ -170,7 +175,8 @@ class Broken(Legacy):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (Elsewhere, ValueError, "hidden: expected an array on the CPU, got one on DLPack device 2"),
+        (OnCuda, ValueError, "hidden: expected an array on the CPU, got one on CUDA device 3: .* vhead.ops.value_head"),
+        (OnMetal, ValueError, "hidden: expected an array on the CPU, got one on DLPack device 8"),
         (Confused, TypeError, "PyCapsule"),
         (Broken, RuntimeError, "cannot export today"),
     ],

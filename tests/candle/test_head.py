@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,7 +103,6 @@ def test_copies_and_pickles_are_the_same_head(again, bias):
         ({"weight": np.zeros((1, 0), np.float32)}, ValueError, r"weight: expected shape \[K, H\] of at least one"),
         ({"bias": np.zeros(2, np.float32)}, ValueError, r"bias: expected shape \[1\], got \[2\]"),
         ({"bias": 0.5}, TypeError, "bias: expected a numpy array or a DLPack tensor, got float"),
-        ({"device": "cuda"}, ValueError, "device: expected 'cpu', got 'cuda': this wheel's candle has no CUDA"),
         ({"num_threads": 0}, ValueError, "num_threads: expected a positive integer, got 0"),
     ],
 )
@@ -110,11 +111,25 @@ def test_wrong_arguments_are_errors(arguments, error, message):
         CandleValueHead(**{"weight": random_floats(1, 8), **arguments})
 
 
-def test_loading_to_another_device_says_why_not(tmp_path, head):
+NO_CUDA = (
+    "the candle of this wheel is built without CUDA. Use vhead.ops.value_head for torch tensors on a CUDA device, or "
+    "the Rust crate vhead-candle with its feature `cuda`"
+)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_cuda_is_refused_with_what_to_use_instead(tmp_path, head, device):
     head.save(tmp_path / "head.safetensors")
-    with pytest.raises(ValueError, match="this wheel's candle has no CUDA"):
-        CandleValueHead.load(tmp_path / "head.safetensors", device="cuda:0")
+    for make in (partial(CandleValueHead.load, tmp_path / "head.safetensors"), partial(CandleValueHead, head.weight)):
+        with pytest.raises(ValueError, match=f"^device: expected 'cpu', got '{device}': {re.escape(NO_CUDA)}$"):
+            make(device=device)
     assert CandleValueHead.load(tmp_path / "head.safetensors", device="cpu", num_threads=1).device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["", "CPU", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "cudart", "metal", "mps"])
+def test_unknown_devices_are_refused_by_name(head, device):
+    with pytest.raises(ValueError, match=f"^device: expected 'cpu', got '{device}'$"):
+        CandleValueHead(head.weight, device=device)
 
 
 def test_the_environment_sets_the_threads(monkeypatch):

@@ -27,7 +27,7 @@ pyo3::import_exception!(vhead.errors, HeadMismatchError);
 /// Args:
 ///     weight: [K, H] or [H], float32, bfloat16 or float16 (widened to float32, exactly): a numpy array or a DLPack tensor.
 ///     bias: [K], likewise.
-///     device: "cpu".
+///     device: "cpu": the candle of this wheel is built without CUDA.
 ///     num_threads: Threads for large inputs; VHEAD_NUM_THREADS, else the cores that this process may use.
 ///
 /// Raises:
@@ -198,7 +198,19 @@ fn parse_device(device: &str) -> PyResult<Device> {
     if device == CPU {
         return Ok(Device::Cpu);
     }
-    Err(PyValueError::new_err(format!("device: expected 'cpu', got '{device}': this wheel's candle has no CUDA")))
+    let reason = if names_cuda(device) {
+        ": the candle of this wheel is built without CUDA. Use vhead.ops.value_head for torch tensors on a CUDA device, or \
+         the Rust crate vhead-candle with its feature `cuda`"
+    } else {
+        ""
+    };
+    Err(PyValueError::new_err(format!("device: expected 'cpu', got '{device}'{reason}")))
+}
+
+/// Whether this is "cuda", or "cuda:" and a number.
+fn names_cuda(device: &str) -> bool {
+    let Some(rest) = device.strip_prefix("cuda") else { return false };
+    rest.is_empty() || rest.strip_prefix(':').is_some_and(|ordinal| ordinal.parse::<u32>().is_ok())
 }
 
 fn to_numpy<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {

@@ -91,11 +91,9 @@ impl<'py> ArrayView<'py> {
     }
 
     fn from_dlpack(name: &str, array: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let (device, _index): (i32, i64) = array.call_method0(intern!(array.py(), "__dlpack_device__"))?.extract()?;
+        let (device, index): (i32, i64) = array.call_method0(intern!(array.py(), "__dlpack_device__"))?.extract()?;
         if device != dlpack::CPU {
-            return Err(PyValueError::new_err(format!(
-                "{name}: expected an array on the CPU, got one on DLPack device {device}"
-            )));
+            return Err(elsewhere(name, device, index));
         }
         let owner = export(array)?;
         let tensor = exported(&owner)?;
@@ -233,6 +231,16 @@ fn dlpack_dtype(name: &str, dtype: dlpack::DataType) -> PyResult<Dtype> {
 
 fn wrong_dtype(name: &str, actual: &str) -> PyErr {
     PyTypeError::new_err(format!("{name}: expected {}, got {actual}", Dtype::EXPECTED))
+}
+
+fn elsewhere(name: &str, device: i32, index: i64) -> PyErr {
+    let actual = match device {
+        dlpack::CUDA => {
+            format!("CUDA device {index}: that is for vhead.ops.value_head, which takes torch tensors there")
+        }
+        other => format!("DLPack device {other}"),
+    };
+    PyValueError::new_err(format!("{name}: expected an array on the CPU, got one on {actual}"))
 }
 
 /// Strides of a C-contiguous array.
