@@ -97,6 +97,9 @@ def goals(results: Results) -> Iterator[str]:
     for fields, least in GOALS.items():
         yield goal(f"{fields}: speed over TRL's loop", least, results.ratio("vhead", fields))
         yield goal(f"{fields}: the same in processor time", least, results.ratio("vhead", fields, "processor_s"))
+    forward = results.ratio("vhead", "values", peer="trl, forward only")
+    if forward is not None:
+        yield f"| values: speed over TRL's forward alone, which leaves log-probabilities out | | {forward:.1f}× | |"
     for fields in GOALS:
         rate = results.ratio("vhead", fields, peer="bare GEMM")
         yield goal(f"{fields}: speed over the bare matrix products", GEMM_GOAL, rate)

@@ -52,6 +52,11 @@ def test_clock(seconds, shown):
     assert progress._clock(seconds) == shown
 
 
+def test_messages_go_to_standard_error(capsys):
+    ScoringProgress(shown=False).say("skipped [line 3]")
+    assert capsys.readouterr() == ("", "skipped [line 3]\n")
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_bar_takes_one_line_however_narrow_the_terminal(monkeypatch, width):
     class Terminal(io.StringIO):
@@ -64,8 +69,9 @@ def test_the_bar_takes_one_line_however_narrow_the_terminal(monkeypatch, width):
     monkeypatch.setenv("TERM", "dumb")
     display = ScoringProgress(total=2_000_000)
     display.rollouts, display.tokens = 1_234_567, 987_654_321
-    display.advance(1, 1, 1)
-    console = display._bar.console
-    lines = console.render_lines(display._bar.get_renderable(), console.options.update(width=width))
+    with display:
+        display.advance(1, 1, 1)
+        console = display._bar.console
+        lines = console.render_lines(display._bar.get_renderable(), console.options.update(width=width))
     assert len(lines) == 1
     assert "1,234,568 rollouts" in "".join(segment.text for segment in lines[0])

@@ -19,19 +19,27 @@ _ERRORS_SHOWN = 20
 
 
 class SkippedRecords:
-    """Says which records were skipped: the first few one by one, the others as a number."""
+    """Says which records were skipped: the first few one by one, the others as a number.
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    Args:
+        source: What the input is called.
+        progress: What is shown while they come.
+
+    Attributes:
+        count: How many so far.
+    """
+
+    def __init__(self, source: str, progress: "ScoringProgress") -> None:
+        self._source, self._progress = source, progress
         self.count = 0
 
     def __call__(self, error: RecordError) -> None:
         """Reports one more."""
         self.count += 1
         if self.count <= _ERRORS_SHOWN:
-            say(f"skipped {self._source}: {error}")
+            self._progress.say(f"vhead: skipped {self._source}: {error}")
         if self.count == _ERRORS_SHOWN:
-            say("further skipped records are only counted")
+            self._progress.say("vhead: further skipped records are only counted")
 
 
 def score(
@@ -102,7 +110,8 @@ def _run(request: option.ScoreRequest) -> None:
     from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
     from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
-    skipped = SkippedRecords(request.source)
+    progress = ScoringProgress(shown=request.shows_progress)
+    skipped = SkippedRecords(request.source, progress)
     settings = request.settings() if request.has_files else None
     with (
         _naming(request.source),
@@ -113,7 +122,7 @@ def _run(request: option.ScoreRequest) -> None:
             from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
 
             scorer = _scorer(request)
-        with ScoringProgress(shown=not request.quiet) as progress:
+        with progress:
             score_file(
                 scorer,
                 reader,
@@ -198,9 +207,9 @@ def _summarise(progress: "ScoringProgress", skipped: int, output: str) -> None:
     counts = (("skipped", skipped), ("truncated", progress.truncated))
     others = "".join(f", {count:,} {what}" for what, count in counts if count)
     target = "" if output == option.STANDARD_STREAM else f", written to {output}"
-    shared = f"; {progress.shared:.0%} of the tokens shared and computed once" if progress.shared else ""
+    shared = f", {progress.shared:.0%} shared" if progress.shared else ""
     say(f"{progress.rollouts:,} rollouts scored{others}{target}")
     say(
-        f"{progress.tokens:,} tokens in {progress.seconds:.1f} s: {progress.rollout_rate:,.0f} rollouts/s, "
-        f"{progress.rate:,.0f} tokens/s{shared}"
+        f"{progress.tokens:,} tokens in {progress.seconds:.1f} s{shared}: {progress.rollout_rate:,.0f} rollouts/s, "
+        f"{progress.rate:,.0f} tokens/s"
     )

@@ -137,8 +137,9 @@ class ScoreRequest:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether somebody is there to see it."""
-        return not self.quiet and sys.stderr.isatty()
+        """Whether somebody is there to see it, and does not see the scores themselves in the same place."""
+        covered = self.output == STANDARD_STREAM and sys.stdout.isatty()
+        return not self.quiet and sys.stderr.isatty() and not covered
 
     def settings(self) -> dict[str, object]:
         """What a run must have in common with the one that it resumes, or the output would be of two minds."""

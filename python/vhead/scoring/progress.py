@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from vhead.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 class ScoringProgress:
@@ -37,7 +37,7 @@ class ScoringProgress:
         self._started = time.monotonic()
         self._ended: float | None = None
         self._bar = _bar() if shown and sys.stderr.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task("", total=total, figures=self.figures)
+        self._task: TaskID | None = None
 
     @property
     def seconds(self) -> float:
@@ -87,12 +87,20 @@ class ScoringProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.rollouts, figures=self.figures)
 
+    def say(self, message: str) -> None:
+        """Writes a line to standard error, above the bar where there is one."""
+        if self._bar is None:
+            sys.stderr.write(f"{message}\n")
+        else:
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
     def _per_second(self, count: int) -> float:
         return count / max(self.seconds, 1e-9)
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         if self._bar is not None:
+            self._task = self._bar.add_task("", total=self._total, figures=self.figures)
             self._bar.start()
         return self
 
