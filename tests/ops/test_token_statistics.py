@@ -384,6 +384,13 @@ def test_batch_invariant_float64_is_refused() -> None:
         token_logprobs(H.double(), W.double(), T, batch_invariant=True)
 
 
+def test_batch_invariance_is_refused_where_it_cannot_be_had() -> None:
+    with pytest.raises(
+        ValueError, match=r"^batch_invariant: expected float32, bfloat16 or float16 on cpu, got bfloat16 on meta$"
+    ):
+        token_logprobs(H.bfloat16().to("meta"), W.bfloat16().to("meta"), T.to("meta"), batch_invariant=True)
+
+
 def test_the_kernels_check_their_tiles() -> None:
     found = _native.LogitStatistics(T, 5, None, 1.0, None, 1.0)
     with pytest.raises(ValueError, match=r"^rows: expected 2 elements, got 3$"):

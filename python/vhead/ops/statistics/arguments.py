@@ -94,7 +94,7 @@ def checked(  # noqa: PLR0917, those of the public functions
     if not -math.inf < factor < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if batch_invariant and not (hidden.is_cpu and are_of_kernels(hidden, lm_head_weight, bias)):
-        got = f"{bare(precision(hidden, lm_head_weight))} on {hidden.device.type}"
+        got = f"{bare(torch.promote_types(hidden.dtype, lm_head_weight.dtype))} on {hidden.device.type}"
         raise ValueError(f"batch_invariant: expected float32, bfloat16 or float16 on cpu, got {got}")
     numbers = (float(temperature), softcap, factor, batch_invariant)
     return Inputs(hidden, lm_head_weight, targets.long(), bias, *numbers)

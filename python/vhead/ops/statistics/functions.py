@@ -44,9 +44,9 @@ def token_statistics(
     """What the distributions `softmax(logits / temperature)` say about the targets, without ever holding the logits.
 
     `logits = softcap * tanh(scale * (hidden @ lm_head_weight.T + bias) / softcap)`, the cap only where there is one.
-    Products are accumulated in float32 from any dtype. The memory needed beside the results is some 10 MiB, for half
-    precisions 16 MiB and `4 KiB * H` more. Log-probabilities and entropies are differentiable in hidden states, weight
-    and bias.
+    Products are accumulated in float32 from any dtype. The memory needed beside the results is some 10 MiB on a CPU,
+    for half precisions 16 MiB and `4 KiB * H` more, and 64 MiB on a CUDA device. Log-probabilities and entropies are
+    differentiable in hidden states, weight and bias; gradients are summed in float32, which takes another `[V, H]`.
 
     A row's statistics are a function of its logits alone. Its logits come from torch's matrix multiplication, which may
     give other last bits with another number of rows or threads; with `batch_invariant` they come from this package's
@@ -67,7 +67,8 @@ def token_statistics(
 
     Raises:
         TypeError: An argument is no tensor or has a dtype that is not listed.
-        ValueError: Shapes do not fit, devices differ, a target is outside the vocabulary, or a number out of range.
+        ValueError: Shapes do not fit, devices differ, a target is outside the vocabulary, or a number out of range. On
+            a CUDA device a target outside the vocabulary is a device-side assertion instead, as in torch's indexing.
     """
     return _compute(checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, batch_invariant))
 
