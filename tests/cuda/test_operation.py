@@ -1,6 +1,12 @@
 """The value head on the emulated driver, in processes that find it: the tests are in `tests/cuda/emulated`."""
 
+import pytest
+import torch
 from emulation import driver
+from torch._subclasses import FakeTensorMode
+
+from vhead.ops import value_head, value_head_two_layer
+from vhead.ops.arguments import seed_tensor
 
 
 def test_under_the_emulated_driver() -> None:
@@ -9,3 +15,22 @@ def test_under_the_emulated_driver() -> None:
 
 def test_by_attributes_and_whatever_the_order_of_threads() -> None:
     assert " passed" in driver.pytest("values.py", "streams.py", VHEAD_TENSOR_VIEW="attributes", VHEAD_MOCK_SEED="5")
+
+
+def test_seeds_are_drawn_where_the_hidden_states_are() -> None:
+    with FakeTensorMode():
+        drawn = seed_tensor(0.3, None, torch.device("cuda:0"))
+    assert (drawn.device, drawn.dtype, drawn.shape) == (torch.device("cuda:0"), torch.int64, ())
+    assert seed_tensor(0.3, None, torch.device("cpu")).is_cpu
+    assert seed_tensor(0.3, 5, torch.device("cuda:0")).is_cpu, "a number is passed by value"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tracers_need_no_device(p) -> None:
+    with FakeTensorMode():
+        hidden = torch.empty(3, 5, 40, device="cuda:0", dtype=torch.bfloat16)
+        weight, weight2 = torch.empty(24, 40, device="cuda:0"), torch.empty(1, 24, device="cuda:0")
+        values = value_head(hidden, weight, dropout_p=p)
+        two = value_head_two_layer(hidden, weight, None, weight2, None, dropout_p=p)
+    assert (values.device, values.dtype, values.shape) == (torch.device("cuda:0"), torch.float32, (3, 5, 24))
+    assert (two.device, two.dtype, two.shape) == (torch.device("cuda:0"), torch.float32, (3, 5))
