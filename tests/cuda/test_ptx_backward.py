@@ -60,7 +60,7 @@ def check(module, of: Head, path: str | None = None) -> None:
 
 
 SIZES = [(8, 3, 1), (512, 5, 1), (520, 130, 1), (1032, 3, 3), (264, 20, 6)]
-ODD_SIZES = [(1, 3, 1), (7, 130, 2), (523, 9, 1), (300, 5, 5)]
+ODD_SIZES = [(1, 3, 1), (7, 12, 2), (523, 9, 1), (300, 5, 5)]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -88,7 +88,7 @@ def test_the_scalar_path_gives_the_vector_path_s_bits(module, dtype) -> None:
     check(module, head(torch.randn(5, 1032).to(dtype), dropout_p=0.1, seed=SEED), "scalar")
 
 
-@pytest.mark.parametrize("chunks", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("chunks", [2, 8, 9, 17])
 def test_chunks_are_dealt_to_slots(module, chunks) -> None:
     """Up to the last slot, past it, and with a chunk that is not whole."""
     check(module, head(torch.randn(128 * chunks - 5, 40).bfloat16(), dropout_p=0.1, seed=SEED))

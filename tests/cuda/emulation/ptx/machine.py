@@ -76,12 +76,12 @@ class Machine:
                 raise unknown(self._kernel, self._kernel.instructions[-1], "is followed by nothing")
             executed[place] += 1
             self._left -= 1
-            chosen, step, predicate = at, steps[place], predicates[place]
-            if predicate is not None:
-                chosen = _chosen(predicate(self._lanes, at), at, group)
+            step, predicate = steps[place], predicates[place]
+            holds = None if predicate is None else predicate(self._lanes, at)
             if step is None:
-                self._control(self._kernel.instructions[place], place, group, chosen)
+                self._control(self._kernel.instructions[place], place, group, holds)
                 return
+            chosen = at if holds is None else _chosen(holds, at, group)
             if chosen is not None:
                 step(self._lanes, chosen)
             place += 1
@@ -93,10 +93,12 @@ class Machine:
         if len(group):
             self._ready.setdefault(place, []).append(group)
 
-    def _control(self, instruction: Instruction, place: int, group: Array, chosen: At | None) -> None:
-        """A branch, an end or a barrier, for the chosen lanes; the others go on."""
-        taken = group if isinstance(chosen, slice) else np.empty(0, np.intp) if chosen is None else chosen
-        self._put(place + 1, np.setdiff1d(group, taken, assume_unique=True))
+    def _control(self, instruction: Instruction, place: int, group: Array, holds: Array | None) -> None:
+        """A branch, an end or a barrier, for the lanes whose predicate holds; the others go on."""
+        taken = group
+        if holds is not None:
+            taken = group[holds]
+            self._put(place + 1, group[~holds])
         if len(taken):
             CONTROL[instruction.opcode](self, instruction, place, taken)
 

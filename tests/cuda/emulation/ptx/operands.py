@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ _HEXADECIMAL_FLOAT = re.compile(r"0[fFdD]([0-9A-Fa-f]+)")
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
+@cache
 def dtype(kind: str) -> type[np.generic]:
     """numpy's type for PTX's `kind`; bits are unsigned integers, half precisions their bits."""
     if kind == "pred":

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from emulation.ptx.errors import PtxSyntaxError
 
@@ -131,6 +132,7 @@ def _parameters(text: str) -> Iterator[Parameter]:
         offset += size * int(count or 1)
 
 
+@cache
 def bits(kind: str) -> int:
     """The width of a type: 32 for `u32`."""
     match = re.fullmatch(r"[busf](\d+)|bf16|f16x2|bf16x2", kind)
