@@ -19,12 +19,7 @@ struct Vocabulary {
 
 impl Vocabulary {
     /// The targets are not read here, since that would wait for the device.
-    fn new(
-        targets: &Bound<'_, PyAny>,
-        size: u64,
-        bias: Option<&Bound<'_, PyAny>>,
-        rule: LogitsRule,
-    ) -> PyResult<Self> {
+    fn new(targets: &Bound<'_, PyAny>, size: u64, bias: Option<&Bound<'_, PyAny>>, rule: LogitsRule) -> PyResult<Self> {
         let targets = CudaView::new("targets", targets, &[Dtype::Int64])?.contiguous()?;
         let bias = bias.map(|bias| targets.beside("bias", bias, &Dtype::FLOATS)?.floats()).transpose()?;
         if let Some(bias) = bias.as_ref().filter(|bias| bias.count() as u64 != size) {
@@ -40,7 +35,12 @@ impl Vocabulary {
     }
 
     /// The tile of `products` that starts at `row` and `column`.
-    fn tile<'py>(&self, products: &Bound<'py, PyAny>, row: u64, column: u64) -> PyResult<(CudaView<'py>, DeviceLogits)> {
+    fn tile<'py>(
+        &self,
+        products: &Bound<'py, PyAny>,
+        row: u64,
+        column: u64,
+    ) -> PyResult<(CudaView<'py>, DeviceLogits)> {
         let py = products.py();
         let products = self.targets(py)?.beside("products", products, &[Dtype::Float32])?.with_contiguous_rows()?;
         let &[rows, columns] = products.sizes() else {
@@ -60,8 +60,15 @@ impl Vocabulary {
         };
         let row_stride = unsigned(products.strides().first().copied().unwrap_or(0)) as u64;
         let products_at = products.address();
-        let tile =
-            DeviceLogits { products: products_at, row_stride, rows, columns, first_column: column, bias, rule: self.rule };
+        let tile = DeviceLogits {
+            products: products_at,
+            row_stride,
+            rows,
+            columns,
+            first_column: column,
+            bias,
+            rule: self.rule,
+        };
         Ok((products, tile))
     }
 }
@@ -176,7 +183,13 @@ impl CudaLogitGradients {
 
     /// Writes the gradients of float32 products `[n, v]` to `out`, contiguous and of the same sizes, float32, bfloat16 or
     /// float16; `out` may be the products themselves, where those are contiguous.
-    fn differentiate(&self, products: &Bound<'_, PyAny>, row: u64, column: u64, out: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn differentiate(
+        &self,
+        products: &Bound<'_, PyAny>,
+        row: u64,
+        column: u64,
+        out: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let py = products.py();
         let (products, tile) = self.of.tile(products, row, column)?;
         let out = products.beside("out", out, &Dtype::FLOATS)?;
