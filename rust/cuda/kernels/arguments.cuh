@@ -11,10 +11,10 @@
 //   vhead_add_chunks(const float* partials, u64 chunks, u32 length, float* grad_weight)
 //   vhead_add_rows(const float* grad_values, u64 rows, u32 outputs, float* grad_bias)
 //
-// weight is [K, H], bias [K] or null, values and grad_values [N, K], grad_hidden [N, H], partials [chunks, K, H] or null where
-// the weight's gradient is not wanted, grad_weight [K, H], grad_bias [K]; all of them are contiguous, and float32 but for
+// weight is [K, H], bias [K] or null, values and grad_values [N, K], grad_hidden [N, H] and partials [chunks, K, H], each null
+// where that gradient is not wanted, grad_weight [K, H], grad_bias [K]; all of them are contiguous, and float32 but for
 // grad_hidden, which has the dtype of the hidden states. `length` is K * H. Without _dropout the Dropout is not read.
-// Everything is overwritten. N, H and K are at least 1.
+// Everything is overwritten. N, H and K are at least 1, and H is below 2^29.
 //
 // The vector path needs H % 8 == 0, and 16-byte aligned rows of hidden (so a stride is a multiple of 8 elements in half
 // precision and of 4 in float32), weight, grad_hidden and partials. The scalar path needs the alignment of one element.

@@ -4,8 +4,8 @@
 // loaded and the columns' part of Philox is computed once for all of them; or one row and up to four outputs, so that the
 // hidden states are read once. More than four outputs read them again for each further four.
 //
-// Each thread has 64 bytes of hidden states under way: an octet's registers are sent for the octet after next, or the
-// fourth next, as soon as it has been added. No barrier and no shared memory comes between.
+// Each thread has 64 bytes of hidden states under way: as soon as an octet has been added, its registers are sent for the
+// row's next one, or with one row for the fourth next. No barrier and no shared memory comes between.
 #include "dropout.cuh"
 #include "elements.cuh"
 #include "reduce.cuh"
@@ -32,8 +32,13 @@ struct Projection {
 
     // `first` is a multiple of ROWS; rows past the last are the last.
     __device__ __forceinline__ Projection(const MaskOf& mask, const Rows& from, u64 first, const float* weight, u32 outputs)
-        : mask(mask), weight(weight), columns(from.columns), octets((columns + OCTET - 1) / OCTET), outputs(outputs), lanes() {
-        upper = same_in_warp(mask.upper(first));
+        : mask(mask),
+          weight(weight),
+          columns(from.columns),
+          octets((from.columns + OCTET - 1) / OCTET),
+          outputs(outputs),
+          upper(same_in_warp(mask.upper(first))),
+          lanes() {
 #pragma unroll
         for (u32 i = 0; i < ROWS; ++i) {
             const u64 row = first + i < from.count ? first + i : from.count - 1;
@@ -151,7 +156,8 @@ __device__ __forceinline__ void forward_rows(const Rows& hidden, const float* we
     }
 }
 
-// The second bound, how many blocks a multiprocessor should hold, limits the registers.
+// The second bound, how many blocks a multiprocessor should hold, limits the registers. Ten blocks leave 96 of them, and have
+// 40 KiB of hidden states under way.
 #define FORWARD(NAME, ELEMENT, VECTOR, DROPOUT)                                                                            \
     extern "C" __global__ void __launch_bounds__(WARP * FORWARD_WARPS, VECTOR ? 8 : 6)                                     \
         NAME(const __grid_constant__ Rows hidden, const float* weight, const float* bias, u32 outputs,                     \

@@ -3,11 +3,13 @@
 #include "shim.hpp"
 
 #include <cstdio>
-#include <iostream>
-#include <iterator>
 #include <map>
 #include <type_traits>
 #include <utility>
+
+#ifdef VHEAD_REPLAY
+#include <iostream>
+#endif
 
 #include UNIT
 
