@@ -31,7 +31,7 @@ __device__ __forceinline__ float logit(const LogitsRule& rule, float product, fl
     return KIND == CAPPED ? hyperbolic_tangent(scaled) * rule.outer : scaled;
 }
 
-// Memory that this kernel also writes.
+// Memory that a kernel also writes.
 #ifdef __CUDA_ARCH__
 template <class T>
 __device__ __forceinline__ T load_written(const T* from) {
@@ -58,7 +58,8 @@ constexpr u32 QUADS = KIND == IDENTITY ? 8 : KIND == SCALED ? 4 : 2;
 
 // `fill` for a whole block that can be read 16 bytes at a time.
 template <u32 KIND>
-__device__ __forceinline__ float fill_quads(const LogitsRule& rule, const float* products, const float* bias, u32 lane, float* line) {
+__device__ __forceinline__ float fill_quads(const LogitsRule& rule, const float* products, const float* bias, u32 lane,
+                                            float* line) {
     float peak = minus_infinity();
 #pragma unroll 1
     for (u32 first = lane; first < LOGITS_BLOCK / 4; first += QUADS<KIND> * LOGITS_LANES) {
@@ -87,10 +88,13 @@ __device__ __forceinline__ float fill_quads(const LogitsRule& rule, const float*
 // Writes a block's logits to its line, minus infinity up to a whole number of lanes; the largest of this thread's, where NaN
 // is none.
 template <u32 KIND>
-__device__ __forceinline__ float fill(const LogitsTile& tile, const float* row, u32 start, u32 count, u32 lane, float* line) {
+__device__ __forceinline__ float fill(const LogitsTile& tile, const float* row, u32 start, u32 count, u32 lane,
+                                      float* line) {
     const float* products = row + start;
     const float* bias = tile.bias ? tile.bias + start : nullptr;
-    if (count == LOGITS_BLOCK && are_vectors(products, bias, 0)) return fill_quads<KIND>(tile.rule, products, bias, lane, line);
+    if (count == LOGITS_BLOCK && are_vectors(products, bias, 0)) {
+        return fill_quads<KIND>(tile.rule, products, bias, lane, line);
+    }
     float peak = minus_infinity();
 #pragma unroll 1
     for (u32 i = lane; i < count + lane; i += LOGITS_LANES) {
@@ -132,7 +136,8 @@ __device__ __forceinline__ void rise(RowState& state, float peak) {
 }
 
 // A round's blocks, one after the other; the target is in block `target_block`, which may be none of them.
-__device__ __forceinline__ void merge(RowState& state, const FoldMemory& memory, const float* peaks, u32 blocks, u64 target_block) {
+__device__ __forceinline__ void merge(RowState& state, const FoldMemory& memory, const float* peaks, u32 blocks,
+                                      u64 target_block) {
     for (u32 block = 0; block < blocks; ++block) {
         const float peak = peaks[block];
         const bool rises = peak > state.peak;
@@ -167,7 +172,8 @@ struct Share {
 };
 
 // The block's line, and its largest logit, which all of its threads get.
-__device__ __forceinline__ float fill_block(const LogitsTile& tile, const float* row, u32 start, u32 count, const Share& share) {
+__device__ __forceinline__ float fill_block(const LogitsTile& tile, const float* row, u32 start, u32 count,
+                                            const Share& share) {
     float peak;
     switch (tile.rule.kind) {
         case IDENTITY: peak = fill<IDENTITY>(tile, row, start, count, share.lane, share.line); break;
@@ -182,8 +188,8 @@ __device__ __forceinline__ float fill_block(const LogitsTile& tile, const float*
     return peak;
 }
 
-// Notes the target's logit, if it is in this thread's block, and whether an earlier one of the block is as large as the largest.
-// `place` is the target's in the block, of which `count` are there.
+// Notes the target's logit, if it is in this thread's block, and whether an earlier one of the block is as large as the
+// largest. `place` is the target's in the block, of which `count` are there.
 __device__ __forceinline__ void note_target(FoldMemory& memory, const Share& share, u64 place, u32 count, float peak) {
     u32 ties = 0;
     if (place < count) {
@@ -249,9 +255,10 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
         if (threadIdx.x < WARP) {
             add_lanes(memory);
             __syncwarp();
-            const u32 blocks = (tile.columns - first + LOGITS_BLOCK - 1) / LOGITS_BLOCK;
+            const u32 left = (tile.columns - first + LOGITS_BLOCK - 1) / LOGITS_BLOCK;
+            const u32 blocks = left < FOLD_BLOCKS ? left : FOLD_BLOCKS;
             const u64 target_block = target < first ? FOLD_BLOCKS : (target - first) / LOGITS_BLOCK;
-            if (threadIdx.x == 0) merge(state, memory, peaks, blocks < FOLD_BLOCKS ? blocks : FOLD_BLOCKS, target_block);
+            if (threadIdx.x == 0) merge(state, memory, peaks, blocks, target_block);
         }
     }
     if (threadIdx.x == 0) store(states + blockIdx.x, state);
@@ -298,8 +305,10 @@ struct RowGradient {
 };
 
 // The gradient of a product.
-__device__ __forceinline__ float differentiate(const LogitsRule& rule, const RowGradient& row, float product, float bias, bool is_target) {
-    float z = rule.kind == IDENTITY ? product : (product + bias) * rule.inner, slope = rule.inner;
+__device__ __forceinline__ float differentiate(const LogitsRule& rule, const RowGradient& row, float product, float bias,
+                                               bool is_target) {
+    float z = rule.kind == IDENTITY ? product : (product + bias) * rule.inner;
+    float slope = rule.inner;
     if (rule.kind == CAPPED) {
         const float t = hyperbolic_tangent(z);
         z = t * rule.outer;
