@@ -186,3 +186,18 @@ class TestFromPretrained:
             VheadError, match="expected a decoder-only language model, got the T5ForConditionalGeneration"
         ):
             Scorer(Wrapper())
+
+
+def test_a_prompt_is_tokenised_once_for_its_completions():
+    asked = []
+
+    class Counting(Bracketed):
+        def __call__(self, text, **options):
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    encoder = Encoder(Counting(), 60, LengthLimit(None))
+    asked.clear()
+    encoded = [encoder.encode(at, Rollout("ab", text), "") for at, text in enumerate(("c", "d", "e"))]
+    assert asked == ["ab", "c", "d", "e"]
+    assert [rollout.tokens[:3].tolist() for rollout in encoded] == [[1, 57, 58]] * 3

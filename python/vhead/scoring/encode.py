@@ -1,6 +1,7 @@
 """From a rollout to token ids that the model can take."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from vhead.errors import FieldError
 from vhead.scoring.rollout import Message, Rollout
 from vhead.scoring.truncation import LengthLimit
 
-# Enough for prompts whose completions do not come one right after the other.
+# Enough for completions that do not come one right after the other.
 _REMEMBERED_PROMPTS = 64
 
 
@@ -57,7 +58,8 @@ class Encoder:
         self._vocabulary_size = vocabulary_size
         self._limit = limit
         self._prefix = [] if tokenizer is None else _prefix_tokens(tokenizer)
-        self._prompts: dict[str, NDArray[np.int64]] = {}
+        # A prompt's other completions mostly come soon after.
+        self._prompt_tokens = lru_cache(_REMEMBERED_PROMPTS)(self._tokens_of_prompt)
 
     def encode(self, index: int, rollout: Rollout, name: str) -> Encoded:
         """The rollout's token ids.
@@ -112,15 +114,8 @@ class Encoder:
             raise FieldError(name, "messages", expected="a chat that the template takes", got=str(error)) from error
         return str(rendered)
 
-    def _prompt_tokens(self, text: str) -> NDArray[np.int64]:
-        """Kept for the prompt's other completions, which mostly come soon after."""
-        tokens = self._prompts.pop(text, None)
-        if tokens is None:
-            tokens = _array([*self._prefix, *self._tokens(text)])
-        self._prompts[text] = tokens
-        if len(self._prompts) > _REMEMBERED_PROMPTS:
-            del self._prompts[next(iter(self._prompts))]
-        return tokens
+    def _tokens_of_prompt(self, text: str) -> NDArray[np.int64]:
+        return _array([*self._prefix, *self._tokens(text)])
 
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
