@@ -17,6 +17,21 @@ def test_by_attributes_and_whatever_the_order_of_threads() -> None:
     assert " passed" in driver.pytest("values.py", "streams.py", VHEAD_TENSOR_VIEW="attributes", VHEAD_MOCK_SEED="5")
 
 
+def test_the_stream_by_its_public_name() -> None:
+    code = """
+        import ctypes, types, torch
+        from vhead import _native
+        del torch._C._cuda_getCurrentRawStream
+        torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0x78 + device)
+        _native.configure(read_attributes=True)
+        _native.cuda_value_head(torch.randn(3, 8), torch.randn(1, 8))
+        log = ctypes.CDLL("libcuda.so.1").vhead_mock_log
+        log.restype = ctypes.c_char_p
+        print(log().decode())
+    """
+    assert f"stream={0x78} " in driver.python("if True:" + code)
+
+
 def test_seeds_are_drawn_where_the_hidden_states_are() -> None:
     with FakeTensorMode():
         drawn = seed_tensor(0.3, None, torch.device("cuda:0"))

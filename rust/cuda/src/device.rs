@@ -292,21 +292,26 @@ impl Drop for Current {
     }
 }
 
+/// What a driver answers to an image that it will never load.
+const REFUSALS: [CUresult; 6] = [
+    CUresult::CUDA_ERROR_INVALID_IMAGE,
+    CUresult::CUDA_ERROR_INVALID_PTX,
+    CUresult::CUDA_ERROR_INVALID_SOURCE,
+    CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU,
+    CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND,
+    CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+];
+
 /// Loads an image in the current context.
 fn load(image: &Image) -> Result<CUmodule> {
     let (bytes, mut module) = (image.read()?, std::ptr::null_mut());
     // SAFETY: a context is current; the bytes are a whole image, which the driver copies.
     let result = unsafe { sys::cuModuleLoadData(&raw mut module, bytes.as_ptr().cast()) };
-    check("cuModuleLoadData", result).map(|()| module).map_err(|failure| match result {
-        CUresult::CUDA_ERROR_INVALID_IMAGE
-        | CUresult::CUDA_ERROR_INVALID_PTX
-        | CUresult::CUDA_ERROR_INVALID_SOURCE
-        | CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
-        | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
-        | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-            Error::Load { image: image.name(), driver: driver_version().unwrap_or(0), failure }
+    check("cuModuleLoadData", result).map(|()| module).map_err(|failure| {
+        if REFUSALS.into_iter().any(|refusal| refusal as u32 == failure.code) {
+            return Error::Load { image: image.name(), driver: driver_version().unwrap_or(0), failure };
         }
-        _ => explain(failure),
+        explain(failure)
     })
 }
 
