@@ -19,8 +19,9 @@ def value_head(
 ) -> Tensor:
     """Projects hidden states to values: `bias + scale * sum(keep * hidden * weight)`, accumulated in float32.
 
-    A row's value depends on that row, the weights and H alone, bit for bit: not on batch size, strides or threads. NaN
-    and infinities propagate, through dropped elements as well. Under autocast the result stays float32.
+    A row's value depends on that row, the weights and H alone, bit for bit: not on batch size, strides or threads, and
+    the kernels of the CPU and of CUDA devices agree. NaN and infinities propagate, through dropped elements as well.
+    Under autocast the result stays float32.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16 or float16; any strides, though a last dimension that is not contiguous is
@@ -29,8 +30,9 @@ def value_head(
         bias: `[1]`, or `[K]`.
         dropout_p: Probability in [0, 1) that an element of `hidden` is dropped, in steps of 1/65536; the kept ones are
             scaled by the exact inverse of the probability that this rounds to.
-        seed: What the mask is a function of: an integer of 64 bits, or an int64 tensor with one element. None: drawn
-            from torch's default generator, only where `dropout_p` is above zero.
+        seed: What the mask is a function of, on any device: an integer of 64 bits, or an int64 tensor with one element,
+            on the CPU or where `hidden` is. None: drawn from torch's default generator, that of the CUDA device where
+            `hidden` is on one; only where `dropout_p` is above zero.
 
     Returns:
         `[...]` for a weight `[1, H]` or `[H]`, else `[..., K]`; float32, or float64 as above.
@@ -38,6 +40,7 @@ def value_head(
     Raises:
         TypeError: An argument is no tensor or has a dtype that is not listed.
         ValueError: Shapes do not fit, devices differ, a tensor is not dense, `dropout_p` or `seed` is out of range.
+        CudaError: A CUDA device that has kernels of this package did not take the work.
     """
     if dropout_p == 0.0 and not is_dynamo_compiling() and not intercepted():
         values = _try_value_head(hidden, weight, bias, torch.is_grad_enabled())
