@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from vhead.scoring import attention_flash, attention_flex, attention_segments
 from vhead.scoring.attention_flash import FlashAttention, after_stretch
 from vhead.scoring.attention_flex import BLOCK, FlexAttention, block_mask, seen_blocks, whole_blocks
-from vhead.scoring.attention_segments import Piece, SegmentAttention, groups, pieces
+from vhead.scoring.attention_segments import Piece, SegmentAttention, branches, groups, pieces
 from vhead.scoring.attention_visibility import Visibility, dense_mask
-from vhead.scoring.trees import Pack, Segment
+from vhead.scoring.trees import Pack, Segment, pack_trees
 
 TOLERANCE = 1e-5
 SEEDS = st.integers(0, 2**32 - 1)
@@ -121,7 +121,7 @@ class TestSegments:
     @given(seed=SEEDS, window=st.none() | st.integers(1, 30), work=st.sampled_from([0.0, 1e4, 1e5, 1e12]))
     def test_every_query_is_in_one_call(self, seed, window, work):
         pack = random_pack(seed)
-        together = groups(list(pieces(pack.segments, window)), 128, work)
+        together = groups(branches(pieces(pack.segments, window), window), 128, work)
         rows = sorted(row for group in together for piece in group for row in range(piece.start, piece.stop))
         assert rows == list(range(len(pack.tokens)))
 
@@ -130,6 +130,28 @@ class TestSegments:
         large = [Piece(at, at + 400, ((at, at + 400),), 400, 400) for at in range(40, 2040, 400)]
         together = groups([*small, *large], 4 * 14 * 64, attention_segments._CALL_WORK["cpu"])
         assert [len(group) for group in together] == [10, 1, 1, 1, 1, 1]
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_short_completions_of_a_long_prompt_are_one_call(self, options):
+        rng = np.random.default_rng(2)
+        prompt = rng.integers(3, 90, 300)
+        tails = [rng.integers(3, 90, int(rng.integers(1, 5))) for _ in range(40)]
+        (pack,) = pack_trees([np.concatenate([prompt, tail]) for tail in tails], 10**6)
+        assert difference(SegmentAttention, pack, 2, options) < TOLERANCE
+        found = branches(pieces(pack.segments, None), None)
+        assert sum(piece.forks for piece in found) <= 2
+        assert len(found) <= 3
+
+    def test_long_completions_of_a_short_prompt_are_calls_of_their_own(self):
+        segments = [Segment(0, 300, ()), *(Segment(at, at + 100, ((0, 200),)) for at in range(300, 1100, 100))]
+        assert branches(pieces(segments, None), None) == list(pieces(segments, None))
+
+    @settings(max_examples=20, deadline=None)
+    @given(seed=SEEDS, window=st.none() | st.integers(1, 60))
+    def test_branches_that_fork_in_any_way(self, seed, window):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_segments, "_JOINED_AS_PAIRS", 10**6)
+            assert difference(SegmentAttention, random_pack(seed), seed, (0.3, None, window)) < TOLERANCE
 
     def test_a_batched_call_has_no_more_pairs_than_its_mask_may(self, monkeypatch):
         monkeypatch.setattr(attention_segments, "_MOST_PAIRS", 50)

@@ -1,10 +1,11 @@
 """Attention by segments: what a mask would hide is not computed.
 
 A segment's queries look at the keys of its path and at their own. Large segments are attended one by one. Small ones,
-of which calls would cost more than arithmetic, are put together: padded to one shape, they are one batched call.
+of which calls would cost more than arithmetic, are put together: padded to one shape, they are one batched call. Short
+ones after the same long path are one call under a mask, so that the path's keys are not copied for each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from vhead.scoring.attention_visibility import Visibility
 from vhead.scoring.strategies import to_device
 from vhead.scoring.trees import Range, Segment
 
@@ -26,6 +28,10 @@ _CALL_WORK = {"cpu": 2e6}
 _DEVICE_CALL_WORK = 1e9
 # Copying a query to the others of a batched call and its result back takes as long as so many keys.
 _COPIED_AS_PAIRS = 32
+# Putting a key and its value beside the others of a path likewise.
+_JOINED_AS_PAIRS = 4
+# Keys of a batched call, which are copied for it.
+_MOST_KEYS = 2**15
 # Pairs of a query and a key in one batched call, which has a mask of that size.
 _MOST_PAIRS = 2**22
 # The CPU's fused kernel takes fewer key heads than query heads; elsewhere that would leave the fused kernel.
@@ -34,7 +40,7 @@ _KERNEL_GROUPS_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive queries of one path.
+    """Consecutive queries of one path, or of paths that differ in these queries alone.
 
     Attributes:
         start: The first query's row.
@@ -42,6 +48,7 @@ class Piece:
         keys: Row ranges of the keys in the order of their path; the queries' own rows are the last ones.
         queries: How many queries.
         key_count: How many keys.
+        forks: Whether the queries' own rows are several paths.
     """
 
     start: int
@@ -49,6 +56,12 @@ class Piece:
     keys: tuple[Range, ...]
     queries: int
     key_count: int
+    forks: bool = False
+
+    @property
+    def path_length(self) -> int:
+        """Keys before the queries' own."""
+        return self.key_count - self.queries
 
     @property
     def pairs(self) -> int:
@@ -72,6 +85,34 @@ def pieces(segments: Sequence[Segment], window: int | None) -> Iterator[Piece]:
             yield Piece(start, stop, keys, stop - start, sum(stop - start for start, stop in keys))
 
 
+def branches(found: Iterable[Piece], window: int | None) -> list[Piece]:
+    """The same with neighbours put together where what a mask then hides costs less than copies of their common path.
+
+    A branch's own rows may fork again: what they see of each other is the tree's matter.
+    """
+    result: list[Piece] = []
+    for piece in found:
+        if result and _belong_together(result[-1], piece, window):
+            first = result.pop()
+            rows, count = (first.start, piece.stop), first.queries + piece.queries
+            branch = Piece(*rows, (*first.keys[:-1], rows), count, first.path_length + count, forks=True)
+            result.append(branch)
+        else:
+            result.append(piece)
+    return result
+
+
+def _belong_together(first: Piece, second: Piece, window: int | None) -> bool:
+    path, common = first.path_length, len(first.keys) - 1
+    inside = all(start >= first.start for start, _ in second.keys[common:])
+    if not path or first.keys[-1][0] != first.start or first.keys[:-1] != second.keys[:common] or not inside:
+        return False
+    count = first.queries + second.queries
+    hidden = count * (path + count) - first.queries * first.key_count - second.queries * second.key_count
+    seen = window is None or window >= max(first.key_count, second.key_count)
+    return seen and hidden <= _JOINED_AS_PAIRS * path and count * (path + count) <= _MOST_PAIRS
+
+
 def groups(found: Sequence[Piece], pair_work: float, call_work: float) -> list[list[Piece]]:
     """Which pieces are attended in one call: as many as cost less together, padding counted, than in a call more.
 
@@ -83,11 +124,11 @@ def groups(found: Sequence[Piece], pair_work: float, call_work: float) -> list[l
     result: list[list[Piece]] = []
     queries, spent = 0, 0
     for piece in sorted(found, key=lambda piece: (piece.key_count, piece.queries)):
-        if result:
+        if result and not piece.forks and not result[-1][0].forks:
             count, wider = len(result[-1]) + 1, max(queries, piece.queries)
             area = count * wider * piece.key_count
             padding = area + _COPIED_AS_PAIRS * count * wider - spent - piece.pairs
-            if padding * pair_work <= call_work and area <= _MOST_PAIRS:
+            if padding * pair_work <= call_work and area <= _MOST_PAIRS and count * piece.key_count <= _MOST_KEYS:
                 result[-1].append(piece)
                 queries, spent = wider, area + _COPIED_AS_PAIRS * count * wider
                 continue
@@ -112,6 +153,7 @@ class SegmentAttention:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
+        self._ends = Visibility.of(segments).ends
         self._calls: dict[tuple[torch.device, int | None, int], list[_Call]] = {}
 
     def __call__(
@@ -137,8 +179,8 @@ class SegmentAttention:
         kind = query.device, window, pair_work
         if kind not in self._calls:
             call_work = _CALL_WORK.get(query.device.type, _DEVICE_CALL_WORK)
-            together = groups(list(pieces(self._segments, window)), pair_work, call_work)
-            self._calls[kind] = [*_calls(together, query, window)]
+            together = groups(branches(pieces(self._segments, window), window), pair_work, call_work)
+            self._calls[kind] = [*_calls(together, query, window, self._ends)]
         return self._calls[kind]
 
 
@@ -220,7 +262,9 @@ class _Together:
         output.index_copy_(0, self.targets, states.attend(query, key, value, self.mask).flatten(0, 1))
 
 
-def _calls(together: Sequence[Sequence[Piece]], query: Tensor, window: int | None) -> Iterator[_Call]:
+def _calls(
+    together: Sequence[Sequence[Piece]], query: Tensor, window: int | None, ends: NDArray[np.int64]
+) -> Iterator[_Call]:
     """Everything that is the same in every layer; the rows go to the device at once."""
     masks: dict[tuple[int, int], Tensor] = {}
     several = [group for group in together if len(group) > 1]
@@ -231,6 +275,8 @@ def _calls(together: Sequence[Sequence[Piece]], query: Tensor, window: int | Non
         if len(group) > 1:
             mask = _mask(query, [p.key_count - p.queries for p in group], queries, keys, window)
             yield _Together(next(rows), next(rows), next(rows), mask)
+        elif piece.forks:
+            yield _Alone(piece, _mask_of_branch(query, piece, ends))
         elif piece.is_causal and (window is None or window >= queries):
             yield _Alone(piece, None)
         else:
@@ -271,6 +317,15 @@ def _mask(query: Tensor, before: Sequence[int], queries: int, keys: int, window:
         hidden |= place <= last - window
     mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device)
     return mask.masked_fill_(hidden, _HIDDEN)[:, None]
+
+
+def _mask_of_branch(query: Tensor, piece: Piece, ends: NDArray[np.int64]) -> Tensor:
+    """Additive, `[1, 1, queries, keys]`: all of the path before the branch, and of its own rows each query's path."""
+    own = to_device(torch.from_numpy(ends[piece.start : piece.stop] - piece.start), query.device)
+    mask = _mask(query, [piece.path_length], piece.queries, piece.key_count, None)
+    left = own <= torch.arange(piece.queries, device=query.device)[:, None]
+    mask[..., piece.path_length :].masked_fill_(left, _HIDDEN)
+    return mask
 
 
 def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
