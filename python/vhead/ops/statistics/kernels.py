@@ -50,5 +50,8 @@ def kernels_for(first: Tensor, *others: Tensor | None) -> Kernels | None:
     if not are_of_kernels(first, *others):
         return None
     if first.is_cpu:
-        return CpuKernels()
-    return CudaKernels() if has_cuda_kernels(first) else None
+        return _CPU
+    return _CUDA if has_cuda_kernels(first) else None
+
+
+_CPU, _CUDA = CpuKernels(), CudaKernels()
