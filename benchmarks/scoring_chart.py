@@ -148,7 +148,7 @@ def finish(axes: Axes, title: str) -> None:
 
 def growth(data: Mapping[str, Any]) -> Figure:
     """Processor time of a token as something grows, a panel each."""
-    figure, panels = pyplot.subplots(1, 4, figsize=(12, 3.1), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
     for axes, (axis, label) in zip(panels, AXES.items(), strict=True):
         for fields, colour in COLOURS.items():
             points = dict(cost(data["times"], axis, fields))
@@ -167,10 +167,11 @@ def growth(data: Mapping[str, Any]) -> Figure:
     panels[0].set_ylabel("processor µs per token", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     base = data["provenance"]["base"]
-    rollouts = f"{base['prompts']} prompts of {base['prompt']} tokens with {base['completions']} completions"
+    rollouts = f"{base['prompts']} prompts of {base['prompt']} tokens with {base['completions']} completions each"
     figure.supxlabel(
-        f"per token of prompts and completions, shared or not; 4 layers of 256, vocabulary {base['vocabulary']:,}, "
-        f"{rollouts} of {base['completion']}, unless said otherwise; {where(data['provenance'])}",
+        f"per token of prompts and completions, shared or not; {rollouts} of {base['completion']} tokens, unless the "
+        f"axis says otherwise (third panel: 192 and 32)\n"
+        f"Llama of 4 layers, hidden size 256, vocabulary {base['vocabulary']:,}, float32; {where(data['provenance'])}",
         fontsize=8,
         color=TEXT,
     )
@@ -203,7 +204,7 @@ def scale(data: Mapping[str, Any]) -> Figure:
             rate.plot(*windowed_rate(rows), color=colour, label=label, linewidth=1.5)
     for axes, title in ((memory, "Resident memory, MiB"), (rate, "Rollouts per second, over 10 s")):
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
         axes.set_xlabel("thousands of rollouts", fontsize=9)
         axes.grid(visible=True, color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)
