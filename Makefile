@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
 .PHONY: demo test build lint rust-format rust-lint python-format python-lint python-types stubs rust-test python-test \
-	cuda-test cuda-images bench compatibility format clean
+	candle-cuda-check cuda-test cuda-images bench compatibility format clean
 
 demo: $(VENV)/.built
 	$(BIN)/vhead demo
@@ -28,6 +28,7 @@ demo: $(VENV)/.built
 test: toolchain
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory rust-test
+	@$(MAKE) --no-print-directory candle-cuda-check
 	@$(MAKE) --no-print-directory python-test
 
 build: $(VENV)/.built
@@ -56,6 +57,10 @@ rust-test: $(VENV)/.python
 	cargo test --quiet --locked --workspace --doc
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace; \
 	else set -x; cargo test --locked --workspace --lib --bins --tests; fi
+
+# The crate's feature `cuda`, without a CUDA toolkit: over two minutes of processor time the first time, seconds from then on.
+candle-cuda-check: $(VENV)/.python
+	$(BIN)/python tools/candle_cuda_check.py
 
 python-test: $(VENV)/.dev $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
