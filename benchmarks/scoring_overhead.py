@@ -142,7 +142,7 @@ def timed(turn: Turn) -> Row:
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--completions", type=int, default=8)
