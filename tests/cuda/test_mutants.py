@@ -69,17 +69,8 @@ FORWARD = [
         "if (mask.keep(bits, j, 1.0f) != 0.0f) sums[j] = fmaf(Element::get(hidden, j)",
     ),
     of_forward("a multiplier of Philox", "0xD2511F53", "0xD2511F57", "philox.cuh"),
-    of_forward("a Weyl constant of Philox", "0xBB67AE85", "0xBB67AE86", "philox.cuh"),
-    of_forward("nine rounds", "PHILOX_ROUNDS = 10", "PHILOX_ROUNDS = 9", "philox.cuh"),
-    of_forward(
-        "the octet's words swapped",
-        "{second.high, second.low, first.low}",
-        "{second.low, second.high, first.low}",
-        "philox.cuh",
-    ),
     of_forward("halves of a word swapped", "(j % 2 ? word : word << 16)", "(j % 2 ? word << 16 : word)", "dropout.cuh"),
     of_forward("a threshold one higher", ">= threshold", "> threshold + 0xffff", "dropout.cuh"),
-    of_forward("the seed's lower word alone", "static_cast<u32>(seed >> 32) +", "0 +", "philox.cuh"),
     of_forward(
         "the seed by value alone",
         "dropout.seed_address ? load(dropout.seed_address) : dropout.seed",
@@ -164,7 +155,6 @@ BACKWARD = [
     of_backward(
         "blocks of columns that overlap", "blockIdx.y * BACKWARD_THREADS", "blockIdx.y * (BACKWARD_THREADS / 2)"
     ),
-    of_backward("the first outputs' sums", "* gradients.outputs + first;\n#pragma", "* gradients.outputs;\n#pragma"),
     of_backward("hidden states' gradient once a group", " && first == 0) {", ") {"),
     of_backward("chunks in the order they come", "chunk += SLOTS) sum", "chunk += 1) sum"),
     of_backward(
