@@ -10,7 +10,6 @@ work on that, candle's own operations do not. Everything is in a workspace and a
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "cuda"))
 
-from emulation.build import build  # noqa: E402, after the path
+from emulation import driver  # noqa: E402, after the path
 
 WORKSPACE = ROOT / "tests" / "candle_cuda"
 TARGET = ROOT / "target" / "candle-cuda"
@@ -34,15 +33,15 @@ def main() -> None:
     cargo("clippy", "--lib", "--tests", "--", "-D", "warnings")
     if not compiles_only:
         make_libraries()
-        cargo("test", "--lib", "cuda::", flags=link_flags(), libraries=LIBRARIES)
+        cargo("test", "--lib", "cuda::", flags=link_flags(), libraries=(LIBRARIES, driver.folder()))
 
 
-def cargo(command: str, *words: str, flags: str = "", libraries: Path | None = None) -> None:
+def cargo(command: str, *words: str, flags: str = "", libraries: tuple[Path, ...] = ()) -> None:
     """Runs a command of cargo on the crate; ends this process where it fails."""
     where = ("--locked", "--quiet", "--manifest-path", WORKSPACE / "Cargo.toml", "--target-dir", TARGET)
     environment = os.environ | ({"RUSTFLAGS": flags} if flags else {})
-    if libraries is not None:
-        environment["LD_LIBRARY_PATH"] = str(libraries)
+    if libraries:
+        environment["LD_LIBRARY_PATH"] = ":".join(map(str, libraries))
     line = ["cargo", command, *where, "--package", "vhead-candle", *words]
     done = subprocess.run(line, cwd=ROOT, env=environment, check=False)  # noqa: S603, our own words
     if done.returncode:
@@ -56,11 +55,9 @@ def make_libraries() -> None:
         library = f"lib{name}.so"
         options = ("-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", LIBRARIES / library)
         subprocess.run(["gcc", *options, WORKSPACE / "libraries.c"], check=True)  # noqa: S603, S607, our own words
-    driver = LIBRARIES / "libcuda.so.1"
-    shutil.copy(build(program=("mock_driver.cpp", "mock_kernels.hpp")), driver)
     linked = LIBRARIES / "libcuda.so"
     linked.unlink(missing_ok=True)
-    linked.symlink_to(driver.name)
+    linked.symlink_to(driver.folder() / "libcuda.so.1")
 
 
 def link_flags() -> str:

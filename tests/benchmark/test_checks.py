@@ -35,8 +35,10 @@ def test_a_check_that_fails_with_an_error_leaves_the_others_running(monkeypatch)
 
 def test_plain_torch_in_place_of_the_kernels_is_found(monkeypatch):
     assert checks.kernels_run(CPU) is None
-    monkeypatch.setattr(machine, "backends", lambda: {"other devices": {"kernel": "plain torch"}})
-    assert checks.kernels_run(CPU) == "plain torch runs there; vhead env says why"
+    table = {"cpu": {"kernel": "plain torch", "reason": "no CUDA driver"}, "other devices": {"kernel": "plain torch"}}
+    monkeypatch.setattr(machine, "backends", lambda: table)
+    assert checks.kernels_run(CPU) == "plain torch runs there: no CUDA driver"
+    assert checks.kernels_run(torch.device("mps")).endswith("there are no kernels for this device")
 
 
 def test_seeds_that_do_not_follow_torch_are_found(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vhead.benchmark.comparison import Inputs, Plan, Setting, differing, outcomes
 from vhead.benchmark.document import Row
-from vhead.benchmark.machine import runs_native
+from vhead.benchmark.machine import why_not_native
 from vhead.ops import init_linear_, init_normal_, token_statistics, token_statistics_plain, value_head
 
 # Says what does not hold; None where it does.
@@ -34,7 +34,8 @@ def run_checks(device: torch.device) -> Iterator[Row]:
 
 def kernels_run(device: torch.device) -> str | None:
     """The head's own kernels run there, not plain torch."""
-    return None if runs_native(device) else "plain torch runs there; vhead env says why"
+    reason = why_not_native(device)
+    return reason and f"plain torch runs there: {reason}"
 
 
 def same_fresh_weights(device: torch.device) -> str | None:

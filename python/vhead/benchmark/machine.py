@@ -102,9 +102,10 @@ def _backend(device: torch.device) -> dict[str, object]:
     return table.get(device.type, table["other devices"])
 
 
-def runs_native(device: torch.device) -> bool:
-    """Whether the head's own kernels run there, not plain torch."""
-    return _backend(device)["kernel"] == "native"
+def why_not_native(device: torch.device) -> str | None:
+    """Why plain torch runs there instead of the head's own kernels; None where they run."""
+    backend = _backend(device)
+    return None if backend["kernel"] == "native" else str(backend.get("reason", "there are no kernels for this device"))
 
 
 def _cpu_field(name: str) -> str:
