@@ -126,22 +126,24 @@ def carrying(module: Module, name: str) -> list[int]:
     ]
 
 
+class Recording:
+    """A module that notes which instructions its launches reach."""
+
+    def __init__(self, module: Module) -> None:
+        self._module, self.reached = module, set()
+
+    def launch(self, *args, **rest):
+        launch = self._module.launch(*args, **rest)
+        self.reached.update(number for number, times in enumerate(launch.executed) if times)
+        return launch
+
+
 def executed(module: Module, name: str) -> set[int]:
-    """Numbers of the instructions that a kernel's case reaches."""
-    reached: set[int] = set()
-
-    class Recording(Module):
-        def __init__(self) -> None:
-            pass
-
-        def launch(self, *args, **rest):
-            launch = module.launch(*args, **rest)
-            reached.update(number for number, times in enumerate(launch.executed) if times)
-            return launch
-
+    """Numbers of the instructions that a kernel's case reaches; the kernel must be right with all of them."""
     check, of = KERNELS[name]
-    assert check(Recording(), of)
-    return reached
+    recording = Recording(module)
+    assert check(recording, of)
+    return recording.reached
 
 
 def survives(check, mutant: Module, of: Head) -> bool:
