@@ -104,8 +104,8 @@ def branches(found: Iterable[Piece], window: int | None) -> list[Piece]:
 
 def _belong_together(first: Piece, second: Piece, window: int | None) -> bool:
     path, common = first.path_length, len(first.keys) - 1
-    inside = all(start >= first.start for start, _ in second.keys[common:])
-    if not path or first.keys[-1][0] != first.start or first.keys[:-1] != second.keys[:common] or not inside:
+    # What follows the common path are rows of the first one, as whatever continues a path comes before anything else.
+    if not path or first.keys[-1][0] != first.start or first.keys[:-1] != second.keys[:common]:
         return False
     count = first.queries + second.queries
     hidden = count * (path + count) - first.queries * first.key_count - second.queries * second.key_count
