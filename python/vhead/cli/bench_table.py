@@ -25,7 +25,8 @@ def _print(console: Console, line: str) -> None:
 def _table(title: str, headings: list[str], *rows: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+        is_label = heading == headings[0]
+        table.add_column(heading, justify="left" if is_label else "right", no_wrap=is_label)
     for row in rows:
         table.add_row(*row)
     return table

@@ -31,8 +31,12 @@
 //! # }
 //! ```
 //!
-//! Work runs on an [`Executor`](vhead_core::Executor) of the caller's choice ([`ValueHead::with_executor`]), never on
-//! rayon's global pool, which candle's own operations use and which does not survive `fork`.
+//! With the feature `cuda`, tensors on candle's CUDA devices are computed there, forward and backward, by `vhead-cuda`'s
+//! kernels on the device's own stream, with the CPU's bits and the CPU's dropout mask. candle's part of that feature needs
+//! nvcc to build; the kernels of this crate do not.
+//!
+//! On the CPU, work runs on an [`Executor`](vhead_core::Executor) of the caller's choice ([`ValueHead::with_executor`]),
+//! never on rayon's global pool, which candle's own operations use and which does not survive `fork`.
 mod error;
 mod file;
 mod head;
