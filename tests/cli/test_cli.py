@@ -29,8 +29,8 @@ def test_help_names_the_commands():
 def test_help_of_score_has_examples_and_every_option():
     done = run("score", "--help")
     assert "vhead score rollouts.jsonl --model ./critic --output scores.jsonl" in done.stdout
-    names = "returns temperature dtype device token-budget num-threads allow-random-head truncate max-length limit on-error quiet"
-    for name in names.split():
+    names = "returns temperature dtype device token-budget num-threads allow-random-head truncate max-length limit"
+    for name in (*names.split(), "on-error", "resume", "quiet"):
         assert f"--{name}" in done.stdout
 
 
