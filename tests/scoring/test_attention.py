@@ -259,6 +259,12 @@ class TestFlash:
         assert after_stretch(segments, 1) == [((40, 45), (35, 38))]
         assert after_stretch(segments, 2) == []
 
+    @pytest.mark.parametrize("shorter", [0, 1, 2])
+    def test_windows_about_as_long_as_the_longest_path(self, shorter):
+        pack = random_pack(7)
+        window = int(pack.positions.max()) + 1 - shorter
+        assert difference(FlashAttention, pack, 7, (0.3, None, window)) < TOLERANCE
+
     def test_without_sharing_it_is_one_call(self, monkeypatch):
         calls = []
         install_flash(monkeypatch, lambda q, *args, **options: (calls.append(options), q)[1])
