@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
 .PHONY: demo test build lint rust-format rust-lint python-format python-lint python-types stubs rust-test python-test \
-	candle-cuda-check cuda-test cuda-images bench compatibility format clean
+	candle-cuda-check cuda-images-check cuda-test cuda-images bench compatibility format clean
 
 demo: $(VENV)/.built
 	$(BIN)/vhead demo
@@ -29,6 +29,7 @@ test: toolchain
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory candle-cuda-check
+	@$(MAKE) --no-print-directory cuda-images-check
 	@$(MAKE) --no-print-directory python-test
 
 build: $(VENV)/.built
@@ -65,9 +66,12 @@ candle-cuda-check: $(VENV)/.python
 python-test: $(VENV)/.dev $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-# From the CUDA kernels' sources to executed PTX, on a machine without a GPU: under five minutes.
-cuda-test: $(VENV)/.dev $(VENV)/.built
+# Whether the embedded images are, byte by byte, what the compiler makes of the sources: under a minute.
+cuda-images-check: $(VENV)/.dev
 	$(BIN)/python tools/cuda_images.py --check
+
+# From the CUDA kernels' sources to executed PTX, on a machine without a GPU: under five minutes.
+cuda-test: cuda-images-check $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/cuda
 
 # What rust/cuda embeds, and the tables of docs/cuda.md, from rust/cuda/kernels.
