@@ -25,6 +25,10 @@ NEWER = {
     # Behind a check that transformers has the table at all; without it, prompts are not packed that way.
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.__setitem__",
+    # Behind a trial whose ImportError is a reason not to attend that way; before torch 2.5 there is no FlexAttention.
+    "torch.nn.attention.flex_attention.BlockMask",
+    "torch.nn.attention.flex_attention.BlockMask.from_kv_blocks",
+    "torch.nn.attention.flex_attention.flex_attention",
 }
 
 
