@@ -26,6 +26,15 @@ needs_flex = pytest.mark.skipif(
 )
 
 
+def tensors_may_claim_a_device() -> bool:
+    """Whether tensors without data can say that they are on CUDA; old releases ask the driver about that."""
+    try:
+        with FakeTensorMode():
+            return torch.arange(2).to("cuda").is_cuda
+    except RuntimeError:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def flash(monkeypatch):
     install_flash(monkeypatch)
@@ -287,6 +296,7 @@ class TestFlash:
         assert difference(FlashAttention, random_pack(7), 7, OPTIONS[0]) > 100 * TOLERANCE
 
 
+@pytest.mark.skipif(not tensors_may_claim_a_device(), reason="this torch asks the driver about fake CUDA tensors")
 class TestOnCuda:
     """Tensors that say they are on CUDA and hold nothing: whatever reads one, or mixes devices, raises."""
 

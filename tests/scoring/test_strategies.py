@@ -208,7 +208,8 @@ class TestLimits:
     def test_a_window_that_cannot_be_tried_stays_a_limit(self):
         """The configuration states one, and the model heeds none."""
         found = Scorer(critic("llama", sliding_window=24)).plan
-        assert (found.strategy, found.longest_shared) == ("tree packing", 24)
+        assert found.strategy.startswith("tree packing")
+        assert found.longest_shared == 24
 
     def test_windows_by_place_in_the_row_are_kept_by_short_rows(self):
         model = critic("gpt_neo")
