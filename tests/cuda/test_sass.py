@@ -1,16 +1,11 @@
 """The machine code of every architecture: registers, memory, loads and instructions, and that docs/cuda.md says so."""
 
 import re
-from importlib import metadata
 
 import pytest
 from emulation import ptx_images
 
-PACKAGE = "nvidia-cuda-nvdisasm"
-pytestmark = pytest.mark.skipif(
-    not list(metadata.distributions(name=PACKAGE)),
-    reason="the disassembler comes with the extra `cuda`, which `dev` holds",
-)
+pytestmark = ptx_images.needs_disassembler
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 DTYPES = ["float32", "bfloat16", "float16"]
 

@@ -3,6 +3,7 @@
 import pytest
 from emulation import ptx_images
 
+pytestmark = ptx_images.needs_disassembler
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 # Logits that a thread takes in a turn of the loop: of the sums, and of the line where a rule is applied or none.
 IN_SUMS, AS_THEY_ARE, SCALED = 8, 32, 16

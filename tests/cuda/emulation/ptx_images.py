@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +18,6 @@ ARCHITECTURE = "compute_80"
 _COMPILED = ROOT / "target" / "cuda-images"
 
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cuda_nvrtc") is None,
-    reason="the compiler comes with the extra `cuda`, which `dev` holds",
-)
-
-
 @cache
 def tool(name: str) -> ModuleType:
     """A module of `tools`."""
@@ -30,6 +25,17 @@ def tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _needs(tool: ModuleType) -> pytest.MarkDecorator:
+    """Leaves tests out where another release is installed, such as the compiler that an older torch pins."""
+    found = [installed.version for installed in metadata.distributions(name=tool.PACKAGE)]
+    reason = f"needs {tool.PACKAGE}=={tool.VERSION}, of the extra `cuda`, which `dev` holds"
+    return pytest.mark.skipif(tool.VERSION not in found, reason=reason)
+
+
+needs_compiler = _needs(tool("cuda_images"))
+needs_disassembler = _needs(tool("cuda_sass"))
 
 
 def is_current() -> bool:
