@@ -25,7 +25,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
 LAYERS = [
     {"errors", "_native"},
-    {"env", "tensor_files", "trunk"},
+    {"env", "tensor_files", "trunk", "upstream"},
     {"ops", "candle", "backbone", "checkpoint"},
     {"formats"},
     {"heads", "reference_model", "placement"},

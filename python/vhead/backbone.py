@@ -26,11 +26,12 @@ from transformers.utils import ModelOutput
 
 from vhead.errors import VheadError
 from vhead.trunk import needs, state_sources, takes, takes_position_ids, trunk_of
+from vhead.upstream import CACHE_NAMES, available, cache_argument, with_cache_as
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
 # What calling encoder and decoder one after the other can do; anything else (UDOP's boxes) goes through the model.
-_ENCODER_DECODER_INPUTS = _DECODER_INPUTS | {
+_ENCODER_DECODER_INPUTS = _DECODER_INPUTS.union(CACHE_NAMES) | {
     "attention_mask",
     "decoder_attention_mask",
     "encoder_outputs",
@@ -39,7 +40,6 @@ _ENCODER_DECODER_INPUTS = _DECODER_INPUTS | {
     "labels",
     "logits_to_keep",
     "output_hidden_states",
-    "past_key_values",
     "return_dict",
     "use_cache",
 }
@@ -75,6 +75,7 @@ class BackbonePlan:
         is_encoder_decoder: Whether the values are those of decoder positions.
         takes_use_cache: Whether the trunk can be told to keep no cache, which some of the oldest models never do.
         needs_input_ids: Whether `input_ids` have to be given even where they are None.
+        cache_argument: The argument by which the model takes a cache; None for one that takes none.
     """
 
     architecture: type
@@ -85,6 +86,7 @@ class BackbonePlan:
     is_encoder_decoder: bool
     takes_use_cache: bool = True
     needs_input_ids: bool = False
+    cache_argument: str | None = None
 
 
 def plan_for(model: nn.Module) -> BackbonePlan:
@@ -105,6 +107,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
         is_encoder_decoder=is_encoder_decoder,
         takes_use_cache=route is not Route.BASE_MODEL or takes(sources[0], "use_cache"),
         needs_input_ids=any(needs(part, "input_ids") for part in (language_model, *sources)),
+        cache_argument=cache_argument(language_model),
     )
 
 
@@ -197,6 +200,7 @@ def _accepted(plan: BackbonePlan, inputs: dict[str, object]) -> dict[str, object
     # Callers of TRL's class pass these to every model; which states are kept is this module's business.
     ours = ("output_hidden_states", "return_dict")
     kept = ("input_ids",) if plan.needs_input_ids else ()
+    inputs = with_cache_as(plan.cache_argument, inputs)
     return {name: value for name, value in inputs.items() if name not in ours and (value is not None or name in kept)}
 
 
@@ -211,9 +215,7 @@ def _route(model: PreTrainedModel) -> Route:
 
 def _selects_hidden_states(source: nn.Module) -> bool:
     """Whether transformers keeps only the chosen hidden states of this module, as its newer models do."""
-    try:
-        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401, PLC0415, probed
-    except ImportError:
+    if not available("transformers.utils.output_capturing.selected_hidden_states"):
         return False
     # What is recorded of Gemma 3n is the last layer's several streams, before they are one.
     if hasattr(getattr(source, "config", None), "altup_num_inputs"):
@@ -261,7 +263,7 @@ def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> T
         "attention_mask": inputs.get("decoder_attention_mask"),
         "encoder_hidden_states": encoder_states[0],
         "encoder_attention_mask": inputs.get("attention_mask"),
-        **_named(inputs, "past_key_values", "use_cache"),
+        **_named(inputs, *CACHE_NAMES, "use_cache"),
     }
     state: Tensor = model.decoder(**decoder_inputs, return_dict=True).last_hidden_state
     return state

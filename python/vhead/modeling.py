@@ -25,6 +25,7 @@ from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
 from vhead.placement import last_hidden_device, uses_several_accelerators
 from vhead.saving import CheckpointSaving
 from vhead.surface import TransformersSurface
+from vhead.upstream import CACHE, cache_of, with_cache_as
 
 logger = logging.getLogger("vhead")
 
@@ -241,7 +242,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
 
         Args:
             input_ids: Token ids `[B, T]`.
-            past_key_values: A cache of earlier positions.
+            past_key_values: A cache of earlier positions. `cache`, as transformers calls it from 5.24 on, is taken too.
             attention_mask: `[B, T]`, 1 for tokens, 0 for padding.
             return_past_key_values: Whether the cache is returned as a fourth item.
             **kwargs: Passed to the language model, for instance `labels`, `position_ids` or `logits_to_keep`.
@@ -258,7 +259,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         # A device map brings the logits back to the inputs' device; the values, not the states, go after them.
         values = self._values_of(hidden_states, None if logits is None else logits.device)
         result = ValueHeadOutput(logits, getattr(output, "loss", None), values)
-        return ValueHeadOutputWithCache(*result, output.past_key_values) if return_past_key_values else result
+        return ValueHeadOutputWithCache(*result, cache_of(output)) if return_past_key_values else result
 
     def values(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """Computes values without building logits.
@@ -331,6 +332,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             GenerationError: One of the three is asked for with beam search, assisted decoding or another way of
                 decoding whose steps are not the tokens of the output.
         """
+        kwargs = with_cache_as(CACHE, kwargs)
         wanted = generation.Wanted(output_values, output_logprobs, output_entropy)
         if not wanted:
             return self.pretrained_model.generate(*args, **kwargs)

@@ -33,6 +33,7 @@ from vhead.modeling import (
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
 )
+from vhead.upstream import CACHE, CACHE_NAMES, cache_of, with_cache_as
 
 # What transformers keeps in every configuration, and asks the outermost one for.
 _ASKED_OF_ALL = (
@@ -66,7 +67,7 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
     text_config = None
     is_composition = True
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
 
     def __init__(
         self,
@@ -107,14 +108,18 @@ class ValueHeadModelOutput(ModelOutput):  # type: ignore[misc]  # transformers i
         loss: The language model's loss, or None without labels.
         logits: `[B, T, V]`, in the dtype that the language model gives them.
         value: `[B, T]`, or `[B, T, K]` for a head with K outputs, float32: the value of the state after each token.
-        past_key_values: The cache, where the language model returns one.
+        cache: The cache, where the language model returns one; `past_key_values` before transformers 5.24.
         hidden_states: The states of every layer, where they are asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     value: Tensor | None = None
-    past_key_values: Cache | None = None
+    # Each release's outputs have the name that its own models use, and 5.24 takes no other in a constructor.
+    if CACHE == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -269,7 +274,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             input_ids: Token ids `[B, T]`.
             attention_mask: `[B, T]`, 1 for tokens, 0 for padding.
             position_ids: `[B, T]`.
-            past_key_values: A cache of earlier positions.
+            past_key_values: A cache of earlier positions. `cache`, as transformers calls it from 5.24 on, is taken too.
             inputs_embeds: Embeddings `[B, T, H]`, in place of token ids.
             labels: Token ids `[B, T]` for the language model's loss, -100 for none.
             use_cache: Whether a cache is returned.
@@ -294,7 +299,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             loss=getattr(output, "loss", None),
             logits=output.logits,
             value=self._values_of(last, None if output.logits is None else output.logits.device),
-            past_key_values=getattr(output, "past_key_values", None),
+            **{CACHE: cache_of(output)},
             hidden_states=states if wants_states else None,
         )
         return result.to_tuple() if return_dict is False else result
@@ -304,6 +309,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         if not returns_states:
             return backbone.run(self.pretrained_model, self._current_plan(), inputs)
         with backbone.observed(self.pretrained_model, self._current_plan()) as last_hidden_state:
+            inputs = with_cache_as(self.plan.cache_argument, inputs)
             output = self.pretrained_model(**inputs, output_hidden_states=True, return_dict=True)
             return output, last_hidden_state()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from typer_runner import RUNNER
-from vhead import cli
+from vhead import cli, upstream
 from vhead.cli.app import app
+from vhead.scoring.packing import TreePacking
 
 
 def run(*arguments):
@@ -62,6 +63,20 @@ def test_env(monkeypatch):
     assert facts["VHEAD_PLAIN_TORCH"] == "1"
     assert facts["torch threads"] == str(torch.get_num_threads())
     assert any(name.startswith("backend") for name in facts)
+    assert facts["upstream names missing"] == "none"
+    assert facts["scorer strategy"].startswith("tree packing")
+
+
+def broken(*_args):
+    raise AttributeError("'Model' object has no attribute 'moved'")
+
+
+def test_env_says_what_a_release_of_another_package_cost(monkeypatch):
+    monkeypatch.setattr(upstream, "NAMES", (*upstream.NAMES, upstream.Name("torch.gone", "a test")))
+    monkeypatch.setattr(TreePacking, "batches", broken)
+    facts = dict(re.split("  +", line, maxsplit=1) for line in run("env").stdout.splitlines())
+    assert facts["upstream names missing"] == "torch.gone"
+    assert facts["scorer not tree packing"] == "AttributeError: 'Model' object has no attribute 'moved'"
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):

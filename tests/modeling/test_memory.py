@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from library_versions import SELECTS_HIDDEN_STATES
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone import Retention
+from vhead.upstream import cache_of
 
 LAYERS = {
     "llama": "model.layers",
@@ -109,6 +110,6 @@ def test_values_builds_no_logits(architecture):
 def test_values_builds_no_cache():
     model = wrapped("llama")
     seen = []
-    model.backbone.register_forward_hook(lambda _module, _args, output: seen.append(output.past_key_values))
+    model.backbone.register_forward_hook(lambda _module, _args, output: seen.append(cache_of(output)))
     model.values(**batch(model.pretrained_model))
     assert seen == [None]

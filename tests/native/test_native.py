@@ -17,6 +17,7 @@ from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithVa
 from vhead.errors import BodyMismatchError, HeadError, HeadNotFoundError
 from vhead.heads import ValueHead
 from vhead.native import ValueHeadConfig, ValueHeadModel
+from vhead.upstream import CACHE
 
 sys.path.append(str(Path(__file__).parent.parent / "modeling"))
 from tiny_models import SEQ2SEQ, batch, build
@@ -156,7 +157,7 @@ def test_the_output_has_what_was_asked_for():
     model = native()
     inputs = batch(model.pretrained_model)
     output = model(**inputs, labels=inputs["input_ids"], use_cache=True)
-    assert list(output.keys()) == ["loss", "logits", "value", "past_key_values"]
+    assert list(output.keys()) == ["loss", "logits", "value", CACHE]
     states = model(**inputs, output_hidden_states=True)
     assert len(states.hidden_states) == model.config.num_hidden_layers + 1
     assert torch.equal(states.value, output.value)

@@ -35,6 +35,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield from ((name, _version(name)) for name in _PACKAGES)
     yield from _torch_facts()
     yield from _backend_facts()
+    yield from _scorer_facts()
     yield from sorted((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
 
 
@@ -58,6 +59,22 @@ def _backend_facts() -> Iterator[tuple[str, str]]:
     from vhead.ops import backends  # noqa: PLC0415, imports torch
 
     yield from _flat("backend", backends())
+
+
+def _scorer_facts() -> Iterator[tuple[str, str]]:
+    """What these releases of torch and transformers cost: names that are gone, and ways that failed on a trial."""
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415, imports torch
+
+    from vhead import Scorer, upstream  # noqa: PLC0415, imports torch
+    from vhead.demo import demo_model_path  # noqa: PLC0415
+
+    missing = [name.path for name in upstream.missing_names()]
+    yield "upstream names missing", ", ".join(missing) or "none"
+    disable_progress_bar()
+    plan = Scorer.from_pretrained(demo_model_path()).plan
+    yield "scorer strategy", f"{plan.strategy}, with the bundled model"
+    yield "scorer attention", str(plan.attention)
+    yield from ((f"scorer not {name}", reason) for name, reason in plan.rejected.items())
 
 
 def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -22,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from vhead import _native
 from vhead.env import read_settings
 from vhead.ops.cuda import has_cuda_kernels
+from vhead.upstream import available
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
@@ -37,10 +39,9 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def _private(name: str) -> Callable[[], Any]:
     """A function of `torch._C` that has no public name; where a release lacks it, everything takes the long way."""
-    found: Any = torch._C
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return cast("Callable[[], Any]", found) if callable(found) else lambda: 1
+    if not available(f"torch._C.{name}"):
+        return lambda: 1
+    return cast("Callable[[], Any]", attrgetter(name)(torch._C))
 
 
 _dispatch_modes = _private("_len_torch_dispatch_stack")

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vhead.upstream import available
+
 NAME = "vhead_tree"
 # What some models add to attention scores, by the names of the interface's arguments.
 _TERMS = ("s_aux", "position_bias")
@@ -74,8 +76,10 @@ def register() -> None:
     """Makes the attention function known to transformers under its own name.
 
     Raises:
-        ImportError: This version of transformers has no attention interface.
+        NotImplementedError: This release of transformers has no attention interface.
     """
+    if not available("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS"):
+        raise NotImplementedError("this release of transformers has no attention interface")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415, absent before 4.48
 
     # Before 4.50 it was a dict.

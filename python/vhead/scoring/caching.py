@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vhead.scoring.batches import token_budget_batches
 from vhead.scoring.strategies import Batch, Body, as_row, padded, padded_tokens
 from vhead.scoring.trees import Tokens, shared_prefixes
+from vhead.upstream import empty_cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +52,14 @@ class PrefixCache:
             tokens, mask = batch.content
             return self._body.states(tokens, attention_mask=mask)
         shared: SharedPrefix = batch.content
-        cache = new_cache(self._body.model)
-        first = self._body.states(as_row(shared.prefix), past_key_values=cache, use_cache=True)
+        cache = empty_cache(self._body.model)
+        first = self._body.states(as_row(shared.prefix), cache=cache, use_cache=True)
         cache.batch_repeat_interleave(shared.tokens.shape[0])
         seen = shared.mask.new_ones(shared.mask.shape[0], len(shared.prefix))
         rest = self._body.states(
             shared.tokens,
             attention_mask=torch.cat([seen, shared.mask], dim=1),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return torch.cat([first, rest])
@@ -106,26 +106,17 @@ class PromptThenCompletion:
         prompt, completion = batch.content.prompt, batch.content.completion
         key = prompt.tobytes()
         if self._kept is None or self._kept[0] != key:
-            cache = new_cache(self._body.model)
-            self._kept = key, cache, self._body.states(as_row(prompt), past_key_values=cache, use_cache=True)
+            cache = empty_cache(self._body.model)
+            self._kept = key, cache, self._body.states(as_row(prompt), cache=cache, use_cache=True)
         _, cache, first = self._kept
         # A copy, as the model appends to the cache.
         own, mask = copy.deepcopy(cache), torch.ones(1, len(prompt) + len(completion), dtype=torch.long)
-        rest = self._body.states(as_row(completion), attention_mask=mask, past_key_values=own, use_cache=True)
+        rest = self._body.states(as_row(completion), attention_mask=mask, cache=own, use_cache=True)
         return torch.cat([first, rest])
 
     def forget(self) -> None:
         """Drops the prompt that is kept, as the model's weights may change."""
         self._kept = None
-
-
-def new_cache(model: Any) -> Any:  # noqa: ANN401, a language model of any class and its cache
-    """An empty cache of the kinds of layers that the model has."""
-    try:
-        return DynamicCache(config=model.config)
-    except TypeError:
-        # Before transformers 4.56 it took no configuration.
-        return DynamicCache()
 
 
 def _with_prefix(places: Sequence[int], sequences: Sequence[Tokens], shared: int) -> Batch:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vhead import upstream
 from vhead.errors import HeadNotFoundError, VheadError
 from vhead.formats import find_head
 
@@ -58,18 +59,10 @@ def load_critic(
 def _load(path: str | Path, dtype: torch.dtype | str | None) -> Any:  # noqa: ANN401, the class is imported on use
     from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
 
-    options = {} if dtype is None else {_dtype_argument(): _dtype(dtype)}
+    options = {} if dtype is None else {upstream.DTYPE: _dtype(dtype)}
     with _named(path):
         model = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
     return model.eval()
-
-
-def _dtype_argument() -> str:
-    """The name of transformers' argument, which 4.56 changed."""
-    import transformers  # noqa: PLC0415, slow, and only needed to load
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -20,6 +20,7 @@ from vhead.scoring.gates import is_gated
 from vhead.scoring.packing import TreePacking
 from vhead.scoring.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
 from vhead.scoring.trees import Pack, Segment, Tokens
+from vhead.upstream import warn_once
 
 # Differences from a sequence alone that count as rounding, as a part of the largest state.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -119,7 +120,7 @@ class SelfCheck:
         try:
             difference = self._difference(way, self._batches(way))
         except Exception as error:  # Whatever a model raises means that it cannot.
-            return _said(error)
+            return self._refused(way, error)
         if not difference <= self._tolerance:
             return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
         if self._half:
@@ -162,10 +163,20 @@ class SelfCheck:
                 return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
             wrong = self._difference(way, [_spoilt(batch) for batch in batches], last)
         except Exception as error:  # Whatever a model raises means that it cannot.
-            return _said(error)
+            return self._refused(way, error)
         if not wrong > self._control * self._tolerance:
             return "a wrong result would not be noticed"
         return None
+
+    def _refused(self, way: Strategy, error: Exception) -> str:
+        """What was raised, which the log says too: a release that broke this way must not pass for a slow model."""
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        # This one is raised on purpose, where it is known that something cannot be.
+        if not isinstance(error, NotImplementedError):
+            architecture = type(self.body.model).__name__
+            warn_once(f"{architecture} is not scored by {way.name}, which failed on a trial: {reason}")
+        return reason
 
     def _difference_of(self, alone: Sequence[Tensor]) -> float:
         """The largest difference of other states of the same sequences."""
@@ -216,8 +227,3 @@ def _spoilt(batch: Batch) -> Batch:
 def _largest(difference: Tensor) -> float:
     largest = float(difference.abs().max())
     return math.inf if math.isnan(largest) else largest
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
