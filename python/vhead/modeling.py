@@ -14,12 +14,19 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedModel
+from transformers.utils import is_peft_available
 
 from vhead import adapters, backbone, generation
 from vhead.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadError
 from vhead.formats import HeadWeights
-from vhead.heads import HeadArguments, ValueHead, check_head_arguments
+from vhead.heads import (
+    DEFAULT_INITIALIZER_RANGE,
+    HeadArguments,
+    InitialArguments,
+    ValueHead,
+    check_head_arguments,
+)
 from vhead.loading import LoadArguments, load, prepare_given
 from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
 from vhead.placement import last_hidden_device, uses_several_accelerators
@@ -53,6 +60,8 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
     """
 
     transformers_parent_class: ClassVar[Any] = None
+    # The names of language-model heads, for the classes whose body must have one.
+    lm_head_namings: ClassVar[tuple[str, ...]] = ()
     pretrained_model: PreTrainedModel
 
     supported_args: ClassVar[tuple[str, ...]] = (
@@ -74,6 +83,8 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
     ) -> None:
         super().__init__()
         self.pretrained_model = pretrained_model
+        if self.lm_head_namings and not self._has_lm_head():
+            raise _no_lm_head(pretrained_model, self.lm_head_namings)
         self.v_head = ValueHead(pretrained_model.config, hidden_size=_head_width(pretrained_model), **kwargs)
         self.plan = backbone.plan_for(pretrained_model)
         self.head_source: str | None = None
@@ -123,7 +134,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             HeadFileError: A file that should hold the head is truncated, malformed or hostile.
             HeadError: The head's arguments, or the first argument, are not what they must be.
         """
-        arguments = LoadArguments.divide(kwargs, HeadArguments.__annotations__)
+        arguments = LoadArguments.divide(kwargs, cls._head_argument_names())
         check_head_arguments(**arguments.head)
         given = pretrained_model_name_or_path
         if isinstance(given, nn.Module):
@@ -194,6 +205,33 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         if device is not None and device.type not in ("cpu", "meta"):
             self.v_head.to(device)
         self.is_sequential_parallel = uses_several_accelerators(body)
+
+    def _has_lm_head(self) -> bool:
+        body = backbone.without_adapter(self.pretrained_model)
+        if any(name.rpartition(".")[2] in self.lm_head_namings for name, _ in body.named_modules()):
+            return True
+        # Some architectures name theirs otherwise, and some of those do not say which module it is.
+        return body.get_output_embeddings() is not None or bool(body.can_generate())
+
+    def _init_weights(self, **kwargs: Unpack[InitialArguments]) -> None:
+        """Draws the head's weights anew if the arguments name a strategy; subclasses call it after making a head."""
+        strategy = kwargs.get("v_head_init_strategy")
+        if strategy is not None:
+            self.v_head.initialize(strategy, kwargs.get("v_head_initializer_range", DEFAULT_INITIALIZER_RANGE))
+
+    @classmethod
+    def _head_argument_names(cls) -> frozenset[str]:
+        """The constructor's own arguments about the head, and those that a subclass adds to `supported_args`."""
+        return frozenset(HeadArguments.__annotations__).union(cls.supported_args)
+
+    @classmethod
+    def _split_kwargs(cls, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Divides arguments: the head's, transformers', and peft's for k-bit models; subclasses call it."""
+        k_bit_names = adapters.k_bit_argument_names() if is_peft_available() else frozenset()
+        head_names = cls._head_argument_names()
+        head = {name: value for name, value in kwargs.items() if name in head_names}
+        k_bit = {name: value for name, value in kwargs.items() if name in k_bit_names}
+        return head, {name: value for name, value in kwargs.items() if name not in head | k_bit}, k_bit
 
     @classmethod
     def _get_current_device(cls) -> int | str:
@@ -344,30 +382,18 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
     """A causal language model with a value head."""
 
     transformers_parent_class = AutoModelForCausalLM
+    lm_head_namings = ("lm_head", "embed_out")
 
 
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder language model with a value head on the decoder's last hidden state."""
 
     transformers_parent_class = AutoModelForSeq2SeqLM
-    lm_head_namings: ClassVar[tuple[str, ...]] = ("lm_head", "embed_out", "output_projection")
+    lm_head_namings = ("lm_head", "embed_out", "output_projection")
 
     def __init__(self, pretrained_model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, passed on
-        if not self._has_lm_head(pretrained_model):
-            raise HeadError(
-                f"pretrained_model: expected a language-model head ({', '.join(self.lm_head_namings)}), "
-                f"found none in a {type(pretrained_model).__name__}"
-            )
         super().__init__(pretrained_model, *args, **kwargs)
         self.is_encoder_decoder = True
-
-    @classmethod
-    def _has_lm_head(cls, model: nn.Module) -> bool:
-        names = [name for name, _ in model.named_modules()]
-        if any(naming in name for name in names for naming in cls.lm_head_namings):
-            return True
-        # Two BERTs made an encoder-decoder keep theirs under a name of BERT's.
-        return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
 def _head_width(model: nn.Module) -> int | None:
@@ -375,6 +401,13 @@ def _head_width(model: nn.Module) -> int | None:
     embeddings = backbone.without_adapter(model).get_output_embeddings()
     width = getattr(embeddings, "in_features", None)
     return width if isinstance(width, int) else None
+
+
+def _no_lm_head(model: nn.Module, namings: tuple[str, ...]) -> HeadError:
+    return HeadError(
+        f"pretrained_model: expected a model with a language-model head ({', '.join(namings)}), "
+        f"found none in a {type(backbone.without_adapter(model)).__name__}"
+    )
 
 
 def _not_a_model(given: object) -> HeadError:

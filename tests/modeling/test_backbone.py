@@ -140,6 +140,22 @@ def test_padding_on_either_side_is_the_same(architecture):
     torch.testing.assert_close(model.values(**inputs)[1:, :5], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "t5"])
+@torch.no_grad()
+def test_padding_changes_neither_log_probabilities_nor_values_of_forward(architecture):
+    """As TRL's old trainer pads: on the right, an encoder's input on its own."""
+    seq2seq = architecture in SEQ2SEQ
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    model = wrapper(build(architecture))
+    inputs = batch(model.pretrained_model)
+    together = model(**inputs)
+    alone = model(**{name: value[1:, : value.shape[1] - 2] for name, value in inputs.items()})
+    length = alone.value.shape[1]
+    torch.testing.assert_close(together.value[1:, :length], alone.value, rtol=1e-4, atol=1e-5)
+    together, alone = (output.logits.log_softmax(-1) for output in (together, alone))
+    torch.testing.assert_close(together[1:, :length], alone, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_given_position_ids_are_used():
     model = AutoModelForCausalLMWithValueHead(build("gpt2"))

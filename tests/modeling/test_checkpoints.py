@@ -88,12 +88,18 @@ def test_trl_cannot_reload_its_own_shards(tmp_path, trl):
         trl.AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path))
 
 
-def test_plain_transformers_reads_the_body(saved):
-    model, folder = saved
-    body, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "8KB"}], ids=["single", "sharded"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_plain_transformers_reads_the_body(tmp_path, architecture, options):
+    body = build(architecture)
+    seq2seq = body.config.is_encoder_decoder
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    wrapper(body).save_pretrained(tmp_path, **options)
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
+    loaded, info = wrapper.transformers_parent_class.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["unexpected_keys"]) == HEAD_KEYS
     assert not info["missing_keys"]
-    assert same_state(body, model.pretrained_model)
+    assert same_state(loaded, build(architecture))
 
 
 def test_saves_a_state_dict_of_another_layout(tmp_path):
@@ -270,6 +276,20 @@ def test_a_model_with_a_device_map(saved, device_map):
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder, device_map=device_map)
     inputs = batch(model.pretrained_model)
     assert torch.equal(loaded.values(**inputs), model.values(**inputs))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("way", ["argument", "configuration"])
+def test_the_dropout_of_a_loaded_model_is_what_was_asked_for(tmp_path, architecture, way):
+    body = build(architecture)
+    if way == "configuration":
+        body.config.summary_dropout_prob = 0.5
+    body.save_pretrained(tmp_path)
+    seq2seq = body.config.is_encoder_decoder
+    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    arguments = {"summary_dropout_prob": 0.5} if way == "argument" else {}
+    assert wrapper.from_pretrained(tmp_path, **arguments).v_head.dropout.p == 0.5
+    assert wrapper.from_pretrained(body, **arguments).v_head.dropout.p == 0.5
 
 
 def test_arguments_are_not_changed(saved):

@@ -1,5 +1,6 @@
 """What is read off while a model generates equals what a second forward over its output gives."""
 
+import copy
 import pickle
 
 import pytest
@@ -147,6 +148,30 @@ def test_the_tokens_are_those_of_plain_generation() -> None:
     torch.manual_seed(5)
     output = model.generate(**prompts, **arguments, **EVERYTHING)
     assert torch.equal(output.sequences, plain)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_a_prompt_goes_on_in_a_batch_as_it_does_alone(architecture: str) -> None:
+    model = critic(architecture)
+    prompts = padded_prompts(model)
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "suppress_tokens": [0, 2]}
+    together = model.generate(**prompts, **arguments)
+    for row, mask in enumerate(prompts["attention_mask"].bool()):
+        prompt = prompts["input_ids"][row][mask][None]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
+        assert torch.equal(together[row, -NEW_TOKENS:], alone[0, -NEW_TOKENS:])
+
+
+def test_a_copy_with_another_language_model_head_goes_on_otherwise() -> None:
+    model = critic("gpt2")
+    reference = copy.deepcopy(model)
+    head = reference.pretrained_model.lm_head.weight
+    head.data = -head.data
+    prompts = padded_prompts(model)
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    before = model.generate(**prompts, **arguments)
+    assert not torch.equal(reference.generate(**prompts, **arguments), before)
+    assert torch.equal(model.generate(**prompts, **arguments), before)
 
 
 @pytest.fixture

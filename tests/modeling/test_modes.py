@@ -109,6 +109,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert gradient is None or torch.equal(gradient, gradients[1][name])
 
 
+def test_gradients_of_minibatches_add_up_to_the_batch_s():
+    model = wrapped()
+    inputs = batch(model.pretrained_model)
+    (model(**inputs).value - 0.3).square().mean().backward()
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if "v_head" in name}
+    model.zero_grad()
+    for row in range(2):
+        minibatch = {name: value[row : row + 1] for name, value in inputs.items()}
+        ((model(**minibatch).value - 0.3).square().mean() / 2).backward()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_on_the_meta_device():
     with torch.device("meta"):
         model = AutoModelForCausalLMWithValueHead(build_on_meta())

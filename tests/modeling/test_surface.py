@@ -6,8 +6,18 @@ import inspect
 import pytest
 import torch
 from tiny_models import batch, build
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    EncoderDecoderConfig,
+)
 
+from library_versions import DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
+from vhead.errors import HeadError
 from vhead.modeling import ValueHeadOutput
 
 
@@ -131,6 +141,159 @@ def test_forward_names_the_columns_a_dataset_keeps(model):
 def test_the_wrapper_class_itself_wraps():
     model = PreTrainedModelWrapper(build("gpt2"))
     assert model(**batch(model.pretrained_model)).value.shape == (2, 7)
+
+
+def bert(**settings):
+    return BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, **settings
+    )
+
+
+HEADLESS = {
+    "gpt2's trunk": (AutoModelForCausalLMWithValueHead, lambda: build("gpt2").transformer),
+    "llama's classifier": (
+        AutoModelForCausalLMWithValueHead,
+        lambda: AutoModelForSequenceClassification.from_config(build("llama").config),
+    ),
+    "bart's trunk": (AutoModelForSeq2SeqLMWithValueHead, lambda: build("bart").model),
+    "t5's trunk": (AutoModelForSeq2SeqLMWithValueHead, lambda: AutoModel.from_config(build("t5").config)),
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+@pytest.mark.parametrize("way", ["constructor", "from_pretrained"])
+def test_a_model_without_a_language_model_head_is_refused(name, way):
+    wrapper, make = HEADLESS[name]
+    body = make()
+    with pytest.raises(
+        HeadError, match=rf"expected a model with .*\(lm_head, .* found none in a {type(body).__name__}"
+    ):
+        (wrapper if way == "constructor" else wrapper.from_pretrained)(body)
+    assert issubclass(HeadError, ValueError)
+    assert PreTrainedModelWrapper(body).v_head.num_outputs == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it by its old name
+def test_an_adapter_does_not_hide_that_there_is_no_language_model_head():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    body = peft.get_peft_model(build("gpt2").transformer, lora)
+    with pytest.raises(HeadError, match="found none in a GPT2Model"):
+        AutoModelForCausalLMWithValueHead(body)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "parent", "config"),
+    [
+        (AutoModelForCausalLMWithValueHead, AutoModelForCausalLM, bert(is_decoder=True)),
+        (
+            AutoModelForSeq2SeqLMWithValueHead,
+            AutoModelForSeq2SeqLM,
+            EncoderDecoderConfig.from_encoder_decoder_configs(bert(), bert(is_decoder=True, add_cross_attention=True)),
+        ),
+    ],
+    ids=["bert", "two berts"],
+)
+def test_a_language_model_head_of_another_name_is_one(wrapper, parent, config):
+    body = parent.from_config(config)
+    assert not any(name.rpartition(".")[2] in wrapper.lm_head_namings for name, _ in body.named_modules())
+    assert wrapper(body).v_head.hidden_size == 32
+
+
+class Unnamed(torch.nn.Module):
+    """A body with a language-model head that it names in a usual way, and otherwise keeps to itself."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.config = build("llama").config
+        self.add_module(name, torch.nn.Linear(32, 97))
+
+    def get_output_embeddings(self):
+        return None
+
+    def can_generate(self):
+        return False
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_out", "output_projection", "embed_tokens"])
+@pytest.mark.parametrize("wrapper", [AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead])
+def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch, wrapper, name):
+    usual = name in wrapper.lm_head_namings
+    # How the last hidden state of such a body would be reached is another matter.
+    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    for namings, accepted in ((wrapper.lm_head_namings, usual), ((name,), True), ((), True)):
+        kind = type("Kind", (wrapper,), {"lm_head_namings": namings})
+        if accepted:
+            assert kind(Unnamed(name)).lm_head_namings == namings
+        else:
+            with pytest.raises(HeadError, match="found none in a Unnamed"):
+                kind(Unnamed(name))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "architecture"),
+    [
+        (AutoModelForCausalLMWithValueHead, "llama"),
+        (AutoModelForCausalLMWithValueHead, "opt"),
+        (AutoModelForSeq2SeqLMWithValueHead, "t5"),
+    ],
+)
+@torch.no_grad()
+def test_a_dtype_reaches_the_language_model_head_that_the_names_find(tmp_path, wrapper, architecture):
+    build(architecture).save_pretrained(tmp_path)
+    model = wrapper.from_pretrained(tmp_path, **{DTYPE: torch.bfloat16})
+    heads = [getattr(model.pretrained_model, name, None) for name in wrapper.lm_head_namings]
+    assert [head.weight.dtype for head in heads if head is not None] == [torch.bfloat16]
+    assert torch.isfinite(model(**batch(model.pretrained_model)).value).all()
+
+
+def test_every_parameter_of_a_plain_model_trains(model):
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    body_size = sum(parameter.numel() for parameter in model.pretrained_model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == body_size + 32 + 1
+
+
+class Critic(AutoModelForCausalLMWithValueHead):
+    """A subclass in the way of TRL's own: it divides its arguments, makes its head anew and draws its weights."""
+
+    supported_args = (*AutoModelForCausalLMWithValueHead.supported_args, "scale")
+
+    def __init__(self, pretrained_model, scale=1.0, **kwargs):
+        super().__init__(pretrained_model, **kwargs)
+        self.scale = scale
+        head_arguments, others, _ = self._split_kwargs(kwargs)
+        assert not others
+        self._init_weights(**head_arguments)
+
+
+def test_an_argument_that_a_subclass_supports_reaches_it(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    assert Critic.from_pretrained(tmp_path, scale=2.5, summary_dropout_prob=0.25).scale == 2.5
+    assert Critic.from_pretrained(build("llama"), scale=0.5).scale == 0.5
+
+
+def test_arguments_are_divided_as_trls_are(model):
+    head = {"summary_dropout_prob": 0.25, "v_head_init_strategy": "normal", "num_outputs": 2}
+    assert model._split_kwargs({**head, "device_map": "cpu"}) == (head, {"device_map": "cpu"}, {})
+    assert model._split_kwargs({"scale": 2.0}) == ({}, {"scale": 2.0}, {})
+    assert Critic._split_kwargs({"scale": 2.0}) == ({"scale": 2.0}, {}, {})
+
+
+def test_arguments_for_a_k_bit_model_are_divided_off(model):
+    pytest.importorskip("peft")
+    k_bit = {"use_gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    assert model._split_kwargs({**k_bit, "revision": "main"}) == ({}, {"revision": "main"}, k_bit)
+
+
+def test_weights_are_drawn_again_where_a_strategy_is_named(model):
+    before = model.v_head.summary.weight.clone()
+    model._init_weights(summary_dropout_prob=0.25)
+    assert torch.equal(model.v_head.summary.weight, before)
+    model._init_weights(v_head_init_strategy="normal", v_head_initializer_range=3.0)
+    assert model.v_head.summary.weight.std() > 1.0
+    assert model.v_head.summary.bias.item() == 0.0
+    with pytest.raises(HeadError, match="v_head_init_strategy"):
+        model._init_weights(v_head_init_strategy="uniform")
 
 
 def test_a_peft_model_as_object_trains_head_and_adapter():
