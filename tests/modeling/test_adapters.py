@@ -149,13 +149,14 @@ def test_trl_reads_what_we_wrote(saved):
 
 
 def test_a_plain_adapter_gets_a_fresh_head(base, saved, caplog):
-    _, folder = saved
+    model, folder = saved
     for name in ("value_head.safetensors", "pytorch_model.bin"):
         (folder / name).unlink()
     with caplog.at_level(logging.WARNING, logger="vhead"):
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
-    assert model.head_source is None
+        loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    assert loaded.head_source is None
     assert "fresh" in caplog.text
+    assert same_parameters(loaded.pretrained_model, model.pretrained_model)
 
 
 def test_a_configuration_is_not_used_where_there_is_an_adapter(saved, caplog):
@@ -443,19 +444,23 @@ def test_without_peft_an_adapter_says_what_to_install(saved, monkeypatch):
         AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"), peft_config=object())
 
 
-def test_without_peft_everything_else_works(fresh_python):
+def test_without_peft_everything_else_works(fresh_python, tmp_path):
     folder = Path(__file__).parent
     code = f"""
 import sys
 sys.modules["peft"] = None
 sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]
 from tiny_models import batch, build
-from vhead import AutoModelForCausalLMWithValueHead
-model = AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"))
-model(**batch(model.pretrained_model)).value.sum().backward()
-print(model.v_head.summary.bias.grad.item())
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+for architecture, wrapper in (("llama", AutoModelForCausalLMWithValueHead), ("t5", AutoModelForSeq2SeqLMWithValueHead)):
+    build(architecture).save_pretrained({str(tmp_path)!r} + architecture)
+    model = wrapper.from_pretrained({str(tmp_path)!r} + architecture)
+    output = model(**batch(model.pretrained_model))
+    (output.logits.square().mean() + output.value.sum()).backward()
+    print(all(parameter.grad is not None for parameter in model.parameters()), model.v_head.summary.bias.grad.item())
+print(model._split_kwargs({{"device_map": "cpu"}}))
 """
-    assert fresh_python(code) == "14.0"
+    assert fresh_python(code).splitlines() == ["True 14.0", "True 10.0", "({}, {'device_map': 'cpu'}, {})"]
 
 
 # Quantised models: what transformers and bitsandbytes would do is told by a stand-in.
@@ -532,6 +537,29 @@ def test_a_quantised_model_is_prepared_for_its_new_adapter(base, quantised, prep
     body.is_loaded_in_8bit = True
     wrapped(body)
     assert [call[0] for call in prepared][1:] == [body]
+
+
+class Linear8Bit(torch.nn.Linear):
+    """Stands in for a quantised layer, of which peft knows no more than that it is a linear one."""
+
+
+@pytest.mark.parametrize("given", ["path", "object"])
+def test_the_layers_of_a_quantised_model_stay_what_they_are(base, monkeypatch, prepared, given):
+    class Quantising(Quantised):
+        def from_pretrained(self, location, **arguments):
+            body, info = super().from_pretrained(location, **arguments)
+            for layer in body.model.layers:
+                layer.mlp.up_proj = Linear8Bit(32, 48, bias=False)
+            return body.requires_grad_(requires_grad=False), info
+
+    parent = Quantising("is_loaded_in_8bit")
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "transformers_parent_class", parent)
+    model = wrapped(base, load_in_8bit=True) if given == "path" else wrapped(parent.from_pretrained(base)[0])
+    assert len(prepared) == 1
+    assert model.is_loaded_in_8bit
+    layers = model.pretrained_model.get_base_model().model.layers
+    assert {type(layer.mlp.up_proj) for layer in layers} == {Linear8Bit}
+    assert all("lora_" in name or "v_head" in name for name in trained_names(model))
 
 
 def test_another_model_is_not_prepared(base, prepared):

@@ -26,6 +26,11 @@ def wrapped(architecture="llama", dtype=torch.float32):
     return model
 
 
+def wrapper_for(body):
+    is_encoder_decoder = body.config.is_encoder_decoder
+    return AutoModelForSeq2SeqLMWithValueHead if is_encoder_decoder else AutoModelForCausalLMWithValueHead
+
+
 def same_state(a, b):
     a, b = a.state_dict(), b.state_dict()
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
@@ -92,14 +97,24 @@ def test_trl_cannot_reload_its_own_shards(tmp_path, trl):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
 def test_plain_transformers_reads_the_body(tmp_path, architecture, options):
     body = build(architecture)
-    seq2seq = body.config.is_encoder_decoder
-    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    wrapper = wrapper_for(body)
     wrapper(body).save_pretrained(tmp_path, **options)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
     loaded, info = wrapper.transformers_parent_class.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["unexpected_keys"]) == HEAD_KEYS
     assert not info["missing_keys"]
     assert same_state(loaded, build(architecture))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_the_state_dict_is_the_body_s_and_the_head_s(architecture):
+    body = build(architecture)
+    wrapper = (
+        AutoModelForSeq2SeqLMWithValueHead if body.config.is_encoder_decoder else AutoModelForCausalLMWithValueHead
+    )
+    state, expected = wrapper(body).state_dict(), build(architecture).state_dict()
+    assert set(state) == set(expected) | HEAD_KEYS
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_saves_a_state_dict_of_another_layout(tmp_path):
@@ -285,8 +300,7 @@ def test_the_dropout_of_a_loaded_model_is_what_was_asked_for(tmp_path, architect
     if way == "configuration":
         body.config.summary_dropout_prob = 0.5
     body.save_pretrained(tmp_path)
-    seq2seq = body.config.is_encoder_decoder
-    wrapper = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
+    wrapper = wrapper_for(body)
     arguments = {"summary_dropout_prob": 0.5} if way == "argument" else {}
     assert wrapper.from_pretrained(tmp_path, **arguments).v_head.dropout.p == 0.5
     assert wrapper.from_pretrained(body, **arguments).v_head.dropout.p == 0.5

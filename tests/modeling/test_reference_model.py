@@ -35,6 +35,28 @@ def test_an_independent_frozen_copy():
     assert not any(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.dim() > 1)
 
 
+@pytest.mark.parametrize("shared_layers", [None, 1])
+def test_a_reference_starts_as_the_policy_and_stays(shared_layers):
+    model = wrapped("gpt2")
+    reference = create_reference_model(model, num_shared_layers=shared_layers)
+    start = {name: value.clone() for name, value in wrapped("gpt2").state_dict().items()}
+    tokens = torch.randint(3, 97, (2, 6))
+    output = model(tokens, labels=tokens)
+    (output.loss + output.value.square().mean()).backward()
+    torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1.0).step()
+    for name, parameter in reference.named_parameters():
+        assert parameter.grad is None
+        if "v_head" not in name:
+            assert torch.equal(parameter, start[name.removeprefix("pretrained_model.")]), name
+    changed = {
+        name for name, value in model.pretrained_model.state_dict().items() if not torch.equal(value, start[name])
+    }
+    layer = "transformer.h.{}.attn.c_attn.weight"
+    assert [layer.format(i) in changed for i in range(3)] == [shared_layers is None, True, True]
+    assert "transformer.ln_f.weight" in changed
+    assert model.v_head.summary.weight.grad is not None
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_shared_layers_lie_in_the_same_memory(architecture):
     model = wrapped(architecture)
