@@ -1,7 +1,8 @@
 # Two commands do everything on a machine with Python >= 3.11 and a Rust toolchain:
 #   make demo   build the package into .venv and score the bundled rollouts
 #   make test   build, lint, and run the Rust and Python tests
-# Everything is incremental: a second run repeats only what its inputs changed.
+# Everything is incremental: a second run repeats only what its inputs changed. Packages come from requirements/, pinned with
+# their hashes; `make lock` moves those pins, and `make test-newest` runs the tests without them.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,6 +10,11 @@ BIN := $(VENV)/bin
 RUST_VERSION := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name '*.zlib' -o -name Cargo.toml)
 WORKERS ?= 2
+# The folder of the pins that are installed: demo.txt and test.txt.
+PINS := requirements
+COMPILE = $(BIN)/uv pip compile --quiet --no-build --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command 'make $@'
+UNIVERSAL := --universal --python-version 3.11 --fork-strategy fewest
 REUSED := benchmarks/results/head-reused-memory.json
 
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
@@ -18,14 +24,19 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
-.PHONY: demo test build lint rust-format rust-lint python-format python-lint python-types stubs rust-test python-test \
-	candle-cuda-check cuda-images-check cuda-test cuda-images bench compatibility format clean
+.PHONY: demo test test-newest lock build lint rust-format rust-lint python-format python-lint python-types stubs \
+	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
+	compatibility format clean
 
-demo: $(VENV)/.built
+# Two jobs: the packages arrive while the extension compiles.
+demo: toolchain
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.demo $(VENV)/.built
+	$(BIN)/uv pip check
 	$(BIN)/vhead demo
 
 # One after another, whatever -j says: the compilers and the tests share the cores, and the runners' summaries end the output.
 test: toolchain
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.test $(VENV)/.built
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory candle-cuda-check
@@ -34,7 +45,11 @@ test: toolchain
 
 build: $(VENV)/.built
 
-lint: rust-format rust-lint python-format python-lint python-types stubs
+lint: packages-check rust-format rust-lint python-format python-lint python-types stubs workflows
+
+# Whether what is installed is what vhead and all the rest of it ask for.
+packages-check: $(VENV)/.test $(VENV)/.built
+	$(BIN)/uv pip check
 
 rust-format: toolchain
 	cargo fmt --all --check
@@ -42,17 +57,23 @@ rust-format: toolchain
 rust-lint: $(VENV)/.python
 	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 
-python-format: $(VENV)/.dev
+python-format: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
-python-lint: $(VENV)/.dev
+python-lint: $(VENV)/.test
 	$(BIN)/ruff check .
 
-python-types: $(VENV)/.dev
+python-types: $(VENV)/.test
 	$(BIN)/mypy
 
-stubs: $(VENV)/.dev $(VENV)/.built
+stubs: $(VENV)/.test $(VENV)/.built
 	$(BIN)/stubtest --mypy-config-file pyproject.toml vhead._native
+
+# The workflows' form, and what lets somebody else run code or read a token; actionlint too, on a machine that has it.
+workflows: $(VENV)/.test
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	@if actionlint --version >/dev/null 2>&1; then set -x; actionlint; fi
 
 rust-test: $(VENV)/.python
 	cargo test --quiet --locked --workspace --doc
@@ -63,11 +84,28 @@ rust-test: $(VENV)/.python
 candle-cuda-check: $(VENV)/.python
 	$(BIN)/python tools/candle_cuda_check.py
 
-python-test: $(VENV)/.dev $(VENV)/.built
+python-test: $(VENV)/.test $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
+# The same on today's newest releases, in an environment of its own. It begins with those that are not the pinned ones.
+test-newest: toolchain
+	rm -rf .venv-newest
+	@$(MAKE) --no-print-directory VENV=.venv-newest PINS=.venv-newest packages-check python-test
+
+.venv-newest/test.txt: .venv-newest/.python
+	$(COMPILE) pyproject.toml --all-extras --group build --output-file $@
+	@echo 'Releases that differ from the pinned ones, and packages of other systems:'
+	@cat requirements/test.txt $@ | sed -n 's/^\([^ ]*==[^ ]*\).*/  \1/p' | sort | uniq -u
+
+# Moves every pin to today's newest release; what the demo and the build need has the same pins as the whole.
+lock: $(VENV)/.python
+	$(COMPILE) $(UNIVERSAL) --upgrade pyproject.toml --all-extras --group build --output-file requirements/test.txt
+	$(COMPILE) $(UNIVERSAL) --constraint requirements/test.txt pyproject.toml --extra cli --extra data \
+		--output-file requirements/demo.txt
+	$(COMPILE) $(UNIVERSAL) --constraint requirements/test.txt --group build --output-file requirements/build.txt
+
 # Whether the embedded images are, byte by byte, what the compiler makes of the sources: under a minute.
-cuda-images-check: $(VENV)/.dev
+cuda-images-check: $(VENV)/.test
 	$(BIN)/python tools/cuda_images.py --check
 
 # From the CUDA kernels' sources to executed PTX, on a machine without a GPU: under five minutes.
@@ -75,11 +113,11 @@ cuda-test: cuda-images-check $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/cuda
 
 # What rust/cuda embeds, and the tables of docs/cuda.md, from rust/cuda/kernels.
-cuda-images: $(VENV)/.dev
+cuda-images: $(VENV)/.test
 	$(BIN)/python tools/cuda_images.py
 	$(BIN)/python tools/cuda_report.py
 
-bench: $(VENV)/.dev $(VENV)/.built
+bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py
@@ -87,29 +125,30 @@ bench: $(VENV)/.dev $(VENV)/.built
 	$(BIN)/python benchmarks/report.py $(REUSED)
 
 # What docs/compatibility.md says, found by running every model type of the installed transformers: about three minutes.
-compatibility: $(VENV)/.dev $(VENV)/.built
+compatibility: $(VENV)/.test $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python tools/compatibility_table.py --fresh
 
-format: $(VENV)/.dev
+format: $(VENV)/.test
 	cargo fmt --all
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) target dist
+	rm -rf $(VENV) .venv-newest target dist
 
 # The extension and the package, editable: changed Python needs no build, changed Rust builds again.
 $(VENV)/.built: $(RUST_SOURCES) pyproject.toml $(VENV)/.python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'maturin>=1.12,<2'
-	$(BIN)/maturin develop --release --locked --extras cli,data
+	$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.built
-	$(BIN)/maturin develop --release --locked --extras dev
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(PINS)/%.txt $(VENV)/.python
+	$(BIN)/uv pip install --quiet --no-build --require-hashes --requirement $<
 	@touch $@
 
-$(VENV)/.python: | toolchain
-	$(PYTHON) -m venv $(VENV)
+# Made anew when a pin moves, so that it holds the pins and nothing besides.
+$(VENV)/.python: requirements/build.txt requirements/demo.txt requirements/test.txt | toolchain
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/build.txt
 	@touch $@
 
 .PHONY: toolchain

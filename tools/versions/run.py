@@ -18,10 +18,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WORLDS = sorted(path.stem for path in HERE.glob("*.txt"))
 RESULTS = HERE / "results.jsonl"
-REPORTED = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "trl", "peft", "accelerate", "pyarrow")
+REPORTED = ("torch", "transformers", "numpy", "safetensors", "huggingface-hub", "trl", "peft", "accelerate", "pyarrow")
 
 # The source tree, its documents and the table of architectures are the same in every world.
-LEFT_OUT = ("test_architecture.py", "test_readme.py", "architectures")
+LEFT_OUT = ("test_architecture.py", "test_readme.py", "test_requirements.py", "architectures")
 # What old releases warn about themselves.
 IGNORED_WARNINGS = (
     "default:`torch.cpu.amp.autocast(args...)` is deprecated:FutureWarning",
@@ -59,9 +59,9 @@ def environment(folder: Path, pins: Path) -> Path:
     """The Python of a world, which is made if need be."""
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)  # noqa: S603, our own command
-    pip(python, "install", "--requirement", str(pins))
-    pip(python, "uninstall", "--yes", "vhead")
+        uv("venv", "--python", sys.executable, str(folder))
+    uv("pip", "install", "--python", str(python), "--requirement", str(pins))
+    uv("pip", "uninstall", "--python", str(python), "vhead")
     return python
 
 
@@ -73,22 +73,20 @@ def build(folder: Path) -> Path:
 
 
 def install(python: Path, wheel: Path) -> None:
-    """Installs the wheel with its command line and Parquet, whose requirements pip may add but should find."""
-    pip(python, "install", f"{wheel.absolute()}[cli,data]")
+    """Installs the wheel with its command line and Parquet, whose requirements uv may add but should find."""
+    uv("pip", "install", "--python", str(python), f"{wheel.absolute()}[cli,data]")
 
 
 def freeze(python: Path) -> set[str]:
     """Every package but vhead, with its version."""
-    lines = pip(python, "freeze").splitlines()
+    lines = uv("pip", "freeze", "--python", str(python)).splitlines()
     return {line for line in lines if not line.lower().startswith("vhead")}
 
 
-def pip(python: Path, command: str, *arguments: str) -> str:
-    """Runs pip, and returns what it printed."""
-    words = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", command, *arguments]
-    # Only what `freeze` prints is data; the rest is for the reader.
-    kept = subprocess.PIPE if command == "freeze" else None
-    return subprocess.run(words, check=True, stdout=kept, text=True).stdout or ""  # noqa: S603, our own command
+def uv(*arguments: str) -> str:
+    """Runs uv, and returns what it printed on its standard output; its messages are for the reader."""
+    command = [sys.executable, "-m", "uv", "--quiet", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603, our own command
 
 
 def run_tests(python: Path, pytest_arguments: list[str]) -> dict[str, int]:
