@@ -19,7 +19,20 @@ from pathlib import Path
 from vhead.compat.trl import install, uninstall
 from vhead.compat.trl.names import CAUSAL, NAMES, SUPPORTED, value_of
 
-VERSIONS = ("0.9.6", "0.11.4", "0.19.1", "0.24.0", "0.26.2", "0.27.0", "0.28.0", "0.29.0", "1.12.0", "1.13.0", "1.16.0")
+VERSIONS = (
+    "0.8.6",
+    "0.9.6",
+    "0.11.4",
+    "0.19.1",
+    "0.24.0",
+    "0.26.2",
+    "0.27.0",
+    "0.28.0",
+    "0.29.0",
+    "1.12.0",
+    "1.13.0",
+    "1.16.0",
+)
 PAGE = Path(__file__).parent.parent / "docs" / "compat.md"
 BEGIN, END = "<!-- tools/trl_wheels.py writes this table -->\n", "<!-- end of the table -->\n"
 TRAINERS = (("trl", "PPOTrainer"), ("trl.experimental.ppo", "PPOTrainer"))

@@ -207,7 +207,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         self.is_sequential_parallel = uses_several_accelerators(body)
 
     def _has_lm_head(self) -> bool:
-        body = backbone.without_adapter(self.pretrained_model)
+        body = self.pretrained_model
         if any(name.rpartition(".")[2] in self.lm_head_namings for name, _ in body.named_modules()):
             return True
         # Some architectures name theirs otherwise, and some of those do not say which module it is.

@@ -231,6 +231,15 @@ def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch,
 
 
 @pytest.mark.parametrize(
+    ("method", "answer"), [("can_generate", True), ("get_output_embeddings", torch.nn.Linear(32, 97))]
+)
+def test_a_body_that_says_so_has_a_language_model_head_whatever_it_is_called(monkeypatch, method, answer):
+    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    monkeypatch.setattr(Unnamed, method, lambda _self: answer)
+    assert AutoModelForCausalLMWithValueHead(Unnamed("embed_tokens")).v_head.hidden_size == 32
+
+
+@pytest.mark.parametrize(
     ("wrapper", "architecture"),
     [
         (AutoModelForCausalLMWithValueHead, "llama"),

@@ -1,4 +1,4 @@
-"""trl's value-head classes, for code that imports them from trl: every path from trl 0.9 to 1.12, any trl or none.
+"""trl's value-head classes, for code that imports them from trl: every path from trl 0.8 to 1.12, any trl or none.
 
 `install()` in the program, before or after it imports trl; or `python -m vhead.compat.trl` in place of `python` for a
 program that cannot change.

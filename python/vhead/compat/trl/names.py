@@ -1,4 +1,4 @@
-"""What trl exported about value heads, and where, in every release from 0.9 to 1.12."""
+"""What trl exported about value heads, and where, in every release from 0.8 to 1.12."""
 
 import importlib
 
