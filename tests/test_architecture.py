@@ -26,11 +26,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
 LAYERS = [
     {"errors", "_native"},
-    {"env", "tensor_files", "trunk", "upstream"},
+    {"env", "trunk", "upstream"},
+    {"tensor_files"},
     {"ops", "candle", "backbone", "checkpoint"},
     {"formats"},
     {"heads", "reference_model", "placement"},
-    {"outputs", "state", "surface", "adapters", "auto_classes", "generation"},
+    {"outputs", "state", "surface", "adapters", "auto_classes", "config_bounds", "generation"},
     {"loading", "saving"},
     {"modeling"},
     {"native", "compat"},

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "python" / "vhead"
 # Names with an underscore that stand in files or are parts of names: data, not somebody's Python.
 DATA = {
     "_extra_state",
+    "_checkpoint_wrapped_module",
     "_forward_module",
     "_fsdp_wrapped_module",
     "_orig_mod",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vhead.checkpoint import Checkpoint
-from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError
+from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError, loading
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
 from vhead.formats.writing import write_tensors
 from vhead.heads import hidden_size_of
@@ -186,7 +186,7 @@ def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Lin
     if adapter is None:
         raise AdapterError(f"reward_adapter: found no {CONFIG_FILE} in {checkpoint.location!r}")
     score = _read_score(checkpoint, adapter.weights, hidden_size_of(model.config))
-    with unchanged(model):
+    with unchanged(model), loading(checkpoint.location):
         model.load_adapter(os.fspath(adapter.folder), name, is_trainable=False)
     return score.to(last_hidden_device(model))
 

@@ -32,9 +32,10 @@ def class_for(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any: 
     if wanted is not AutoModelForCausalLM:
         return wanted
     config = stated_config(location, arguments)
-    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+    code, model_type, names = (config.get(name) for name in ("auto_map", "model_type", "architectures"))
+    if not isinstance(model_type, str) or (isinstance(code, Mapping) and "AutoModelForCausalLM" in code):
         return wanted
-    model_type, stated = config.get("model_type"), next(iter(config.get("architectures") or ()), None)
+    stated = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     own = _class_name(wanted, model_type)
     multimodal = [getattr(transformers, name) for name in _MULTIMODAL_CLASSES if hasattr(transformers, name)]
     for candidate in multimodal:
@@ -62,7 +63,7 @@ def stated_config(location: str, arguments: Mapping[str, Any]) -> Mapping[str, A
     return config if isinstance(config, dict) else {}
 
 
-def _class_name(auto_class: Any, model_type: object) -> str | None:  # noqa: ANN401, see `class_for`
+def _class_name(auto_class: Any, model_type: str) -> str | None:  # noqa: ANN401, see `class_for`
     """The name of the class that an auto class has for a type of model, or None."""
     found = auto_class._model_mapping._model_mapping.get(model_type)
     name: str | None = found[0] if isinstance(found, tuple | list) else found

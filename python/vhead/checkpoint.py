@@ -7,7 +7,9 @@ keeps transformers from reporting the same tensors as unexpected when it reads t
 
 import json
 import logging
+import os
 import re
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,17 +21,27 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from torch import Tensor
 
-from vhead.errors import HeadFileError
-from vhead.tensor_files import TensorFile, TensorInfo, open_tensors
+from vhead.errors import HeadFileError, LoadError
+from vhead.tensor_files import TensorFile, TensorInfo, open_tensors, unpickles_safely
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_HEAD_FILE = "value_head.safetensors"
+_CONFIG_FILES = ("config.json", "adapter_config.json")
+
+# The files beside the weights that a tokenizer, a processor, generation or a model's own code needs.
+SIDE_FILES = frozenset({".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"})
+_WEIGHT_FILES = frozenset({".safetensors", ".bin"})
+
+# Ten times what the longest index and the longest configuration of today take.
+_LONGEST_JSON = 100_000_000
 
 _LOADING_LOGGER = "transformers.modeling_utils"
 _TABLE_STATUS = re.compile(r"\b(?:UNEXPECTED|MISSING|MISMATCH|CONVERSION)\b")
@@ -69,6 +81,7 @@ class Checkpoint:
         self._subfolder = arguments.pop("subfolder", None) or ""
         self._hub_arguments: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         self._opened: dict[Path, TensorFile] = {}
+        self._absence: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -89,7 +102,7 @@ class Checkpoint:
         if self.is_file:
             return self.names_in(Path(self.location).name)
         for name, index_name in self._weight_files():
-            if self.path(name) is not None:
+            if self.path(name) is not None and not self._is_pickled_copy(name):
                 return self.names_in(name)
             index = self.path(index_name)
             if index is not None:
@@ -103,13 +116,86 @@ class Checkpoint:
         if root.is_file():
             return root if root.name == name else None
         if root.is_dir():
-            path = root / self._subfolder / name
-            return path if path.is_file() else None
+            return regular_file(root, str(PurePosixPath(self._subfolder, name)))
+        if root.exists():
+            raise HeadFileError(f"{root}: expected a folder or a file, found a pipe or a device")
+        return None if self._absence is not None else self._download(name)
+
+    def _download(self, name: str) -> Path | None:
+        """One of a repository's files; a hub that does not have the repository, or does not answer, is asked once."""
         try:
             return Path(hf_hub_download(self.location, name, subfolder=self._subfolder or None, **self._hub_arguments))
-        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            # Where the repository itself is missing, the body's loader says so in its own words.
-            return None
+        except HFValidationError:
+            self._absence = "there is no such folder"
+        except RevisionNotFoundError:
+            self._absence = f"the hub's repository has no revision {self._hub_arguments.get('revision')!r}"
+        except RepositoryNotFoundError:
+            self._absence = "there is no such folder, and the hub shows no such repository"
+        except LocalEntryNotFoundError:
+            # Either the hub does not answer, or it must not be asked. What its cache has is found without it.
+            self._hub_arguments["local_files_only"] = True
+        except EntryNotFoundError:
+            pass
+        return None
+
+    def require(self) -> None:
+        """Checks that there is a model or an adapter, before other packages look for each of its files in turn.
+
+        Raises:
+            LoadError: There is none.
+            HeadFileError: The location is a pipe or a device.
+        """
+        if any(self.path(name) is not None for name in _CONFIG_FILES):
+            return
+        reason = f"found neither {' nor '.join(_CONFIG_FILES)}"
+        if self._absence is not None:
+            reason = self._absence
+        elif not self.is_local and self._hub_arguments.get("local_files_only"):
+            reason = "there is no such folder, its cache has nothing of that name, and the hub cannot be reached"
+        raise LoadError(f"{self.location}: expected the folder of a model, or a repository on the hub: {reason}")
+
+    def check(self) -> None:
+        """Refuses what no loader may open, before other packages open the checkpoint's files by their names.
+
+        Raises:
+            HeadFileError: A file is none of the checkpoint's, is something else than its name says, or is longer than
+                any model's.
+        """
+        for name in self._local_names():
+            path = regular_file(Path(self.location), name)
+            if path is not None and path.suffix == ".json" and path.stat().st_size > _LONGEST_JSON:
+                raise HeadFileError(f"{path}: expected at most {_LONGEST_JSON:,} bytes, got {path.stat().st_size:,}")
+        adapter = [name for name in _ADAPTER_FILES if self.path(name) is not None]
+        for name in {*self.weight_map.values(), *adapter}:
+            # Of a repository, transformers downloads the weights; pickled ones are looked at before it opens them.
+            if self.is_local or name.endswith(".bin"):
+                self._open(name).check()
+
+    def _local_names(self) -> Iterator[str]:
+        """The files of a folder that a model, a tokenizer or an adapter may be loaded from."""
+        folder = Path(self.location, self._subfolder)
+        for parent in (folder, folder / "additional_chat_templates"):
+            for path in parent.iterdir() if parent.is_dir() else ():
+                is_read = path.suffix in SIDE_FILES | _WEIGHT_FILES
+                if parent is not folder or (is_read and not path.is_dir()):
+                    yield str(path.relative_to(self.location))
+
+    def held_bytes(self) -> int | None:
+        """Bytes in the model's files of weights; None where they are not all on this machine."""
+        here = Checkpoint(
+            self.location,
+            **{**self._hub_arguments, "subfolder": self._subfolder, "force_download": None, "local_files_only": True},
+        )
+        paths = [here.path(name) for name in set(self.weight_map.values())]
+        sizes = [path.stat().st_size for path in paths if path is not None]
+        return sum(sizes) if sizes and len(sizes) == len(paths) else None
+
+    def _is_pickled_copy(self, name: str) -> bool:
+        """Whether a file beside an adapter is its head for TRL, which cannot be read here, and safetensors hold it."""
+        is_unreadable = name.endswith(".bin") and not unpickles_safely()
+        return is_unreadable and all(
+            self.path(file) is not None for file in ("adapter_config.json", _ADAPTER_HEAD_FILE)
+        )
 
     def names_in(self, name: str) -> dict[str, str]:
         """The tensors of one file, as `weight_map` lists them."""
@@ -168,6 +254,46 @@ class Checkpoint:
         if path not in self._opened:
             self._opened[path] = open_tensors(path, name)
         return self._opened[path]
+
+
+def regular_file(folder: Path, name: str) -> Path | None:
+    """The path of a checkpoint's file, or None where there is none of that name.
+
+    A checkpoint's files are regular ones. A link stays inside the checkpoint, or leads from a snapshot of the hub's
+    cache to the contents that the cache keeps beside its snapshots: through any other one, a folder that somebody has
+    unpacked would show files of whoever reads it.
+
+    Args:
+        folder: The checkpoint's folder.
+        name: The file's name in it, which may lead through folders.
+
+    Raises:
+        HeadFileError: There is something of that name which is no regular file, or a link that leads nowhere or out of
+            the checkpoint.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+        kind = target.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        raise HeadFileError(f"{path}: expected a file of the checkpoint, found a link that leads nowhere") from error
+    if not (target.is_relative_to(root) or _is_cached_content(root, target)):
+        raise HeadFileError(
+            f"{path}: expected a file of the checkpoint, found a link to {target}: put the file itself here"
+        )
+    if not stat.S_ISREG(kind):
+        found = "a folder" if stat.S_ISDIR(kind) else "a pipe or a device"
+        raise HeadFileError(f"{path}: expected a file of the checkpoint, found {found}")
+    return path
+
+
+def _is_cached_content(root: Path, target: Path) -> bool:
+    """Whether a file is the content behind a link in the hub's cache, where snapshots link to `blobs` beside them."""
+    return any(
+        parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in (root, *root.parents)
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -4,9 +4,10 @@
 |---|---|
 | `VHEAD_PLAIN_TORCH` | `1`: run everything through plain torch operations, never through a native kernel |
 | `VHEAD_NUM_THREADS` | threads of the native CPU kernels; unset: as many as torch has been told to use |
+| `VHEAD_ALLOW_PICKLE` | `1`: read pickled checkpoints also on torch before 2.6, where such a file can run code |
 | `VHEAD_TENSOR_VIEW` | `attributes`: read tensors by their Python attributes even where torch offers DLPack's C table |
 
-They are read once, when `vhead.ops` is imported.
+They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened.
 """
 
 import os
@@ -35,6 +36,15 @@ def read_settings() -> Settings:
         num_threads=_positive("VHEAD_NUM_THREADS"),
         tensor_view=_choice("VHEAD_TENSOR_VIEW", ("exchange", "attributes")),
     )
+
+
+def allows_pickle() -> bool:
+    """Whether the user trusts pickled files whatever the release of torch.
+
+    Raises:
+        EnvironmentVariableError: `VHEAD_ALLOW_PICKLE` is neither 0 nor 1.
+    """
+    return _choice("VHEAD_ALLOW_PICKLE", ("0", "1")) == "1"
 
 
 def _choice(name: str, choices: tuple[str, ...]) -> str:

@@ -1,4 +1,15 @@
-"""Every exception class of the package; all of them survive pickling, as workers send them between processes."""
+"""Every exception class of the package; all of them survive pickling, as workers send them between processes.
+
+`loading` is the gate through which other packages load what somebody else wrote.
+"""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+_LONGEST_REASON = 500
 
 
 class VheadError(Exception):
@@ -11,6 +22,10 @@ class HeadError(VheadError, ValueError):
 
 class HeadMismatchError(HeadError):
     """A checkpoint holds something like a head that does not fit; the message lists what was found and expected."""
+
+
+class LoadError(VheadError, OSError, ValueError):
+    """Another package could not load what a folder or a file holds; the message names it, the cause is that error."""
 
 
 class HeadFileError(HeadError):
@@ -117,3 +132,43 @@ class BenchmarkError(VheadError, ValueError):
 
 class CudaError(VheadError, RuntimeError):
     """The CUDA driver or a device refused what was asked of it; what was asked for was not computed."""
+
+
+@contextmanager
+def loading(what: str | Path) -> Iterator[None]:
+    """Turns whatever another package raises while it loads something into a `LoadError` of one line.
+
+    This package's own exceptions pass as they are, and so does what its own code raises by mistake, which a message
+    about a file would hide. A panic of a Rust extension, which is no `Exception`, is an error like any other.
+
+    Args:
+        what: What is loaded, for the message: a folder, a file, a hub repository's id.
+
+    Raises:
+        LoadError: Another package raised something.
+    """
+    try:
+        yield
+    except (VheadError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if _is_own_mistake(error):
+            raise
+        raise LoadError(f"{what}: cannot be loaded: {in_one_line(error)}") from error
+
+
+def _is_own_mistake(error: BaseException) -> bool:
+    """Whether an exception of Python's own was raised by a line of this package, not by what the line called."""
+    if isinstance(error, OSError) or type(error).__module__ != "builtins":
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # Python asks `__getattr__` for what an object lacks: who asked has made the mistake.
+    raisers = [frame.f_code for frame in frames if frame.f_code.co_name != "__getattr__"]
+    return bool(raisers) and _PACKAGE in Path(raisers[-1].co_filename).parents
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line and of a length that a terminal can take."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__

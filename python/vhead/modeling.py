@@ -27,7 +27,7 @@ from vhead.heads import (
     ValueHead,
     check_head_arguments,
 )
-from vhead.loading import LoadArguments, load, prepare_given
+from vhead.loading import LoadArguments, load, prepare_given, read_head
 from vhead.outputs import ValueHeadOutput, ValueHeadOutputWithCache
 from vhead.placement import last_hidden_device, uses_several_accelerators
 from vhead.saving import CheckpointSaving
@@ -35,6 +35,9 @@ from vhead.surface import TransformersSurface
 from vhead.upstream import CACHE, cache_of, with_cache_as
 
 logger = logging.getLogger("vhead")
+
+# What TRL's constructor takes beside the head's arguments.
+_OF_LOADING = ("dtype", "torch_dtype", "device_map")
 
 
 class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
@@ -81,11 +84,13 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         rm_adapter_name: str | None = None,
         **kwargs: Unpack[HeadArguments],
     ) -> None:
+        _check_is_loaded(pretrained_model)
         super().__init__()
         self.pretrained_model = pretrained_model
         if self.lm_head_namings and not self._has_lm_head():
             raise _no_lm_head(pretrained_model, self.lm_head_namings)
-        self.v_head = ValueHead(pretrained_model.config, hidden_size=_head_width(pretrained_model), **kwargs)
+        head_arguments: Any = _without_loading_arguments(kwargs)
+        self.v_head = ValueHead(pretrained_model.config, hidden_size=_head_width(pretrained_model), **head_arguments)
         self.plan = backbone.plan_for(pretrained_model)
         self.head_source: str | None = None
         self.is_peft_model = hasattr(pretrained_model, "get_base_model")
@@ -123,15 +128,19 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             *model_args: Passed to transformers.
             **kwargs: The head's arguments; `peft_config`, for an adapter to put on the model; `is_trainable`, for
                 whether a loaded adapter trains on; `reward_adapter` and `reward_adapter_name`, for a second adapter
-                with a reward head; with `peft_config`, those of `peft.prepare_model_for_kbit_training`. Everything
-                else is passed to transformers untouched. Those that say where files are (`revision`, `cache_dir`,
-                `subfolder`, ...) hold for an adapter and the head as well.
+                with a reward head; `head`, the file, folder or hub repository with the head where the checkpoint does
+                not hold it; with `peft_config`, those of `peft.prepare_model_for_kbit_training`. Everything else is
+                passed to transformers. Those that say where files are (`revision`, `cache_dir`, `subfolder`, ...) hold
+                for an adapter and the head as well. Code that the checkpoint brings along runs only with
+                `trust_remote_code=True`, and nobody is asked.
 
         Raises:
             AdapterError: An adapter is missing, malformed, or not one that such a model can have.
             BodyMismatchError: The checkpoint's weights are not those of the model that its configuration names.
             HeadMismatchError: The checkpoint holds something like a head that does not fit.
-            HeadFileError: A file that should hold the head is truncated, malformed or hostile.
+            HeadFileError: A file is truncated, malformed or hostile.
+            HeadNotFoundError: There is no head where `head` says that one is.
+            LoadError: There is no such model, or transformers or peft cannot load it.
             HeadError: The head's arguments, or the first argument, are not what they must be.
         """
         arguments = LoadArguments.divide(kwargs, cls._head_argument_names())
@@ -139,8 +148,11 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         given = pretrained_model_name_or_path
         if isinstance(given, nn.Module):
             cls._check_is_language_model(given)
-            model = cls._around(prepare_given(given, arguments), arguments)
-            logger.info("%s was given as an object: starting from a fresh value head", type(given).__name__)
+            model, head = cls._around(prepare_given(given, arguments), arguments), read_head(arguments)
+            if head is None:
+                logger.info("%s was given as an object: starting from a fresh value head", type(given).__name__)
+            else:
+                model._load_head(head)
             return model
         if not isinstance(given, str | os.PathLike):
             raise _not_a_model(given)
@@ -408,6 +420,21 @@ def _no_lm_head(model: nn.Module, namings: tuple[str, ...]) -> HeadError:
         f"pretrained_model: expected a model with a language-model head ({', '.join(namings)}), "
         f"found none in a {type(backbone.without_adapter(model)).__name__}"
     )
+
+
+def _check_is_loaded(given: object) -> None:
+    if not isinstance(given, nn.Module):
+        raise HeadError(
+            f"pretrained_model: expected a language model, got {given!r}: a checkpoint is loaded by from_pretrained"
+        )
+
+
+def _without_loading_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The head's arguments; those that say how a language model is loaded are taken and not used, as in TRL."""
+    unused = [name for name in arguments if name in _OF_LOADING]
+    if unused:
+        logger.warning("%s: not used, since the language model is loaded already", ", ".join(unused))
+    return {name: value for name, value in arguments.items() if name not in unused}
 
 
 def _not_a_model(given: object) -> HeadError:

@@ -167,7 +167,10 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         if config.text_config is None:
             raise HeadError("text_config: expected the configuration of a language model, got none")
         super().__init__(config)
-        body = _auto_class(config).from_config(config.text_config) if pretrained_model is None else pretrained_model
+        body = pretrained_model
+        if body is None:
+            # Left out, transformers would ask on standard input about code that the configuration names.
+            body = _auto_class(config).from_config(config.text_config, trust_remote_code=False)
         # The model owns its configuration: what changes there, the size of the vocabulary for instance, shows here.
         config.text_config = body.config
         self.pretrained_model = body

@@ -1,10 +1,13 @@
 """The names of a wrapped model's weights: without a prefix in checkpoints, with one in the module itself."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from vhead.formats.layout import PRIVATE_WRAPPER, WRAPPERS
 
 BODY = "pretrained_model"
 
@@ -39,9 +42,11 @@ class CheckpointState(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:
+        own_name_of = partial(self._module_name, own=self._own_names())
         for name in [name for name in state_dict if name.startswith(prefix)]:
-            own_name = prefix + self._module_name(name.removeprefix(prefix))
-            if own_name != name:
+            own_name = prefix + own_name_of(name.removeprefix(prefix))
+            # What two models in one state dict both have stays as it is, for torch to name.
+            if own_name not in state_dict:
                 state_dict[own_name] = state_dict.pop(name)
         if any(name.startswith(f"{prefix}v_head.summary.") for name in state_dict):
             self.head_source = "load_state_dict"
@@ -68,15 +73,25 @@ class CheckpointState(nn.Module):
         return cls.state_dict is not CheckpointState.state_dict
 
     def _checkpoint_items(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        own = self._own_names()
         for name, value in state_dict.items():
-            yield self._module_name(name).removeprefix(f"{BODY}."), value
+            yield self._module_name(name, own).removeprefix(f"{BODY}."), value
 
-    def _module_name(self, name: str) -> str:
+    def _own_names(self) -> dict[str, str]:
+        """This module's own names, by themselves without what compilers and trainers have wrapped around its parts."""
+        tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
+        return {PRIVATE_WRAPPER.sub("", name): name for name, _ in tensors}
+
+    def _module_name(self, name: str, own: Mapping[str, str]) -> str:
         """Turns a name of any layout (checkpoint, raw module, wrapped in `module.`) into this module's own."""
-        first = name.partition(".")[0]
-        if first == "module" and not hasattr(self.pretrained_model, "module"):
-            return self._module_name(name.removeprefix("module."))
-        return name if first in self._modules else f"{BODY}.{name}"
+        plain = PRIVATE_WRAPPER.sub("", name)
+        known = next((own[path] for path in (plain, f"{BODY}.{plain}") if path in own), None)
+        if known is not None:
+            return known
+        first, _, rest = plain.partition(".")
+        if first in WRAPPERS and first not in self._modules and not hasattr(self.pretrained_model, first):
+            return self._module_name(rest, own)
+        return plain if first in self._modules else f"{BODY}.{plain}"
 
 
 def _tell_what_is_missing(module: CheckpointState, result: Any) -> None:  # noqa: ANN401, torch's private tuple

@@ -85,6 +85,15 @@ MISFITS = {
     "model.score.1.weight": torch.ones(1, 8),
     "value_head.summary.weight": torch.ones(1, 8),
     "valuehead.weight": torch.ones(1, 8),
+    "regression_head.weight": torch.ones(1, 8),
+    "model.regression_head.dense.weight": torch.ones(1, 8),
+    "rank_head.weight": torch.ones(1, 8),
+    "regression_layer.weight": torch.ones(1, 8),
+    "reward.weight": torch.ones(1, 8),
+    "model.reward.2.weight": torch.ones(1, 8),
+    "value.weight": torch.ones(1, 8),
+    "module.value_function.weight": torch.ones(1, 8),
+    "critic.weight": torch.ones(1, 8),
 }
 
 
@@ -108,6 +117,11 @@ def test_something_head_like_is_never_passed_over(tmp_path, name):
         "model.score_norm.weight",
         "transformer.output_layer.weight",
         "vision.classifier.weight",
+        "bert.encoder.layer.0.attention.self.value.weight",
+        "model.layers.0.attention.value_layer.weight",
+        "model.layers.0.self_attn.value_proj.weight",
+        "critic.model.norm.weight",
+        "value_model.model.norm.weight",
     ],
 )
 def test_what_only_sounds_like_a_head_is_not_one(tmp_path, name):
@@ -324,3 +338,31 @@ def test_a_classifier_s_adapter_holds_its_head(tmp_path, file):
     # A head of the model's own stands before the adapter's.
     torch.save(head_state(), tmp_path / "pytorch_model.bin")
     assert torch.equal(find_head(tmp_path).weight, head_state()[WEIGHT_KEY])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.nemo", "critic.pt", "value_model-00001-of-00002.safetensors", "reward_head.bin"]
+)
+def test_a_head_in_a_file_that_no_format_knows_is_named(tmp_path, name):
+    save_file({"model.norm.weight": torch.randn(8)}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(
+        HeadMismatchError, match=f"found none there and {name}, which may hold one: name the file itself"
+    ):
+        find_head(tmp_path)
+
+
+def test_a_head_of_slime_in_a_folder_is_named_and_read_by_its_name(tmp_path):
+    shutil.copytree(GOLDEN / "slime", tmp_path / "slime")
+    with pytest.raises(HeadMismatchError, match=r"model_optim_rng\.pt, which may hold one"):
+        find_head(tmp_path / "slime")
+    assert find_head(tmp_path / "slime" / "model_optim_rng.pt").format == "megatron"
+
+
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "optimizer.pt", "critic_optimizer.pt", "rng_state_0.pth", "consolidated.00.pth"]
+)
+def test_other_files_beside_a_model_are_no_heads(tmp_path, name):
+    save_file({"model.norm.weight": torch.randn(8)}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(b"x")
+    assert find_head(tmp_path) is None

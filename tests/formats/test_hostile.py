@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from test_find_head import Bomb, header
 
-from vhead.errors import HeadError, HeadFileError, HeadMismatchError
+import vhead.tensor_files
+from vhead.checkpoint import regular_file
+from vhead.errors import EnvironmentVariableError, HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import BIAS_KEY, FORMATS, WEIGHT_KEY, detect, find_head, load
 
 # Archives have their own tests; the shards' tensors are those of `trl_single`.
@@ -284,7 +288,7 @@ def test_hostile_archives(tmp_path):
 
 
 def test_a_tensor_that_claims_more_than_it_stores(tmp_path):
-    huge = torch.zeros(1).expand(1, 1 << 40)
+    huge = torch.zeros(1).expand(1, 1 << 28)
     torch.save({WEIGHT_KEY: huge, BIAS_KEY: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     error = outcome(tmp_path)
     assert type(error) is HeadMismatchError
@@ -404,3 +408,196 @@ def test_the_header_property_begins_with_a_header_that_is_right(tmp_path):
     content = save({BIAS_KEY: torch.zeros(1), WEIGHT_KEY: torch.zeros(1, 8)})
     (tmp_path / "model.safetensors").write_bytes(content)
     assert find_head(tmp_path).weight.tolist() == [[0.0] * 8]
+
+
+class TestFilesOfACheckpoint:
+    """Only regular files that belong to a checkpoint are read."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        shutil.copytree(GOLDEN / "llama_factory_safetensors", tmp_path / "critic")
+        return tmp_path / "critic"
+
+    @pytest.mark.parametrize("name", ["value_head.safetensors", "model.safetensors", "config.json"])
+    def test_a_link_out_of_the_checkpoint_is_not_followed(self, folder, tmp_path, name):
+        secret = tmp_path / "secret"
+        secret.write_bytes((GOLDEN / "llama_factory_safetensors" / "value_head.safetensors").read_bytes())
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+        with pytest.raises(HeadFileError, match=f"{name}: expected a file of the checkpoint, found a link to .*secret"):
+            regular_file(folder, name)
+
+    def test_a_folder_s_link_that_leads_out_is_not_followed(self, folder, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "x.json").write_text("{}")
+        (folder / "inner").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(HeadFileError, match="found a link to"):
+            regular_file(folder, "inner/x.json")
+
+    def test_a_link_that_stays_inside_is_followed(self, folder):
+        (folder / "value_head.safetensors").rename(folder / "head")
+        (folder / "value_head.safetensors").symlink_to("head")
+        assert torch.equal(load(folder).weight, load(GOLDEN / "llama_factory_safetensors").weight)
+
+    def test_a_snapshot_of_the_hub_s_cache_is_read(self, folder, tmp_path):
+        blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1f"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for file in folder.iterdir():
+            file.rename(blobs / f"0{file.name}")
+            (snapshot / file.name).symlink_to(f"../../blobs/0{file.name}")
+        assert torch.equal(load(snapshot).weight, load(GOLDEN / "llama_factory_safetensors").weight)
+
+    def test_a_link_that_leads_nowhere_is_no_missing_head(self, folder):
+        (folder / "value_head.safetensors").unlink()
+        (folder / "value_head.safetensors").symlink_to("gone")
+        assert type(outcome(folder)) is HeadFileError
+
+    def test_a_link_to_itself(self, folder):
+        (folder / "value_head.safetensors").unlink()
+        (folder / "value_head.safetensors").symlink_to("value_head.safetensors")
+        assert type(outcome(folder)) is HeadFileError
+
+    def test_a_pipe_is_not_opened(self, folder):
+        (folder / "value_head.safetensors").unlink()
+        os.mkfifo(folder / "value_head.safetensors")
+        error = outcome(folder)
+        assert type(error) is HeadFileError
+        assert "found a pipe or a device" in str(error)
+
+    def test_a_device_is_not_opened(self, folder):
+        (folder / "value_head.safetensors").unlink()
+        (folder / "value_head.safetensors").symlink_to("/dev/zero")
+        assert type(outcome(folder)) is HeadFileError
+
+    def test_a_folder_in_a_file_s_place(self, folder):
+        (folder / "model.safetensors").mkdir()
+        error = outcome(folder)
+        assert type(error) is HeadFileError
+        assert "found a folder" in str(error)
+
+
+def zipped(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def head_state():
+    return {WEIGHT_KEY: torch.randn(1, 8), BIAS_KEY: torch.randn(1)}
+
+
+@pytest.fixture
+def torch_opens_nothing(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("torch.load was called")
+
+    monkeypatch.setattr(torch, "load", refuse)
+
+
+class TestPickledFiles:
+    """Archives that torch would run, or that become far longer than they are, are told by their content."""
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "value_head.bin", "value_head.pt", "adapter_model.bin"])
+    def test_a_torchscript_archive_is_refused_before_torch_opens_it(self, tmp_path, torch_opens_nothing, name):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        zipped(tmp_path / name, {"x/constants.pkl": b"\x80\x02).", "x/data.pkl": b"\x80\x02).", "x/version": b"3\n"})
+        error = outcome(tmp_path)
+        assert type(error) is HeadFileError
+        assert "got a TorchScript archive, which is a program" in str(error)
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "value_head.bin", "value_head.pt"])
+    def test_a_tar_archive_is_refused_before_torch_opens_it(self, tmp_path, torch_opens_nothing, name):
+        archive(tmp_path / name, [("pickle", b"\x80\x02}."), ("storages", b""), ("tensors", b"")])
+        error = outcome(tmp_path)
+        assert type(error) is HeadFileError
+        assert "got a tar archive" in str(error)
+
+    def test_the_check_can_fail(self, tmp_path, torch_opens_nothing):
+        with pytest.raises(HeadFileError, match=r"torch\.load was called"):
+            load(GOLDEN / "trl_adapter")
+
+    def test_a_compressed_archive_is_refused(self, tmp_path, torch_opens_nothing):
+        torch.save(head_state(), tmp_path / "plain")
+        with zipfile.ZipFile(tmp_path / "plain") as plain:
+            members = {name: plain.read(name) for name in plain.namelist()}
+        zipped(tmp_path / "pytorch_model.bin", members, zipfile.ZIP_DEFLATED)
+        assert "torch.save, which compresses nothing" in str(outcome(tmp_path))
+
+    def test_members_that_share_their_bytes_are_refused(self, tmp_path, torch_opens_nothing):
+        path = zipped(tmp_path / "pytorch_model.bin", {f"x/data/{index}": bytes(1000) for index in range(2)})
+        content = path.read_bytes()
+        start = content.rindex(b"PK\x01\x02")
+        # The second member's place becomes the first one's, and both claim more than is there.
+        entries = bytearray(content)
+        for entry in (content.index(b"PK\x01\x02"), start):
+            entries[entry + 20 : entry + 28] = (2000).to_bytes(4, "little") * 2
+            entries[entry + 42 : entry + 46] = bytes(4)
+        path.write_bytes(entries)
+        assert "expected at most" in str(outcome(tmp_path))
+
+    def test_before_torch_2_6_a_pickled_file_needs_a_yes(self, tmp_path, torch_opens_nothing, monkeypatch):
+        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+        torch.save(head_state(), tmp_path / "pytorch_model.bin")
+        error = outcome(tmp_path)
+        assert type(error) is HeadFileError
+        assert "VHEAD_ALLOW_PICKLE=1" in str(error)
+        archived = outcome(location("nemo_archive"))
+        assert type(archived) is HeadFileError
+        assert "VHEAD_ALLOW_PICKLE=1" in str(archived)
+
+    def test_before_torch_2_6_the_yes_is_an_environment_variable(self, monkeypatch):
+        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+        monkeypatch.setenv("VHEAD_ALLOW_PICKLE", "1")
+        assert load(GOLDEN / "trl_adapter").format == "trl"
+        monkeypatch.setenv("VHEAD_ALLOW_PICKLE", "yes")
+        with pytest.raises(EnvironmentVariableError, match="VHEAD_ALLOW_PICKLE: expected one of 0, 1, got 'yes'"):
+            load(GOLDEN / "trl_adapter")
+
+    def test_before_torch_2_6_an_adapter_s_head_is_read_from_safetensors(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+        state = head_state()
+        (tmp_path / "adapter_config.json").write_text("{}")
+        save_file(state, tmp_path / "value_head.safetensors")
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        assert torch.equal(load(tmp_path).weight, state[WEIGHT_KEY])
+
+
+class TestSizes:
+    """What is in a file is compared with the file before anything is allocated for it."""
+
+    def test_a_header_longer_than_any_model_s(self, tmp_path):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write((83_000_000).to_bytes(8, "little"))
+            file.truncate(83_000_008)
+        error = outcome(tmp_path)
+        assert type(error) is HeadFileError
+        assert "expected a header of at most 25,000,000 bytes, got one of 83,000,000" in str(error)
+
+    def test_a_head_as_wide_as_a_sparse_file_allows(self, tmp_path):
+        size = (2 << 30) + 32
+        entry = {"dtype": "F32", "shape": [1, size // 4], "data_offsets": [0, size]}
+        bias = {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]}
+        text = json.dumps({WEIGHT_KEY: entry, BIAS_KEY: bias}).encode()
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write(header(len(text), text))
+            file.truncate(8 + len(text) + size + 4)
+        error = outcome(tmp_path)
+        assert type(error) is HeadMismatchError
+        assert "[1, 536870920]" in str(error)
+
+    def test_an_archive_that_becomes_gigabytes(self, tmp_path):
+        with tarfile.open(tmp_path / "x.nemo", "w:gz") as file:
+            member = tarfile.TarInfo("model_weights.ckpt")
+            member.size = 64 << 20
+            file.addfile(member, io.BytesIO(bytes(member.size)))
+        error = outcome(tmp_path / "x.nemo")
+        assert type(error) is HeadFileError
+        assert "weights, which hardly compress" in str(error)
+
+    def test_an_archive_whose_member_is_longer_than_itself(self, tmp_path):
+        member = tarfile.TarInfo("model_weights.ckpt")
+        member.size = 1 << 33
+        (tmp_path / "x.nemo").write_bytes(member.tobuf() + bytes(2048))
+        assert type(outcome(tmp_path / "x.nemo")) is HeadFileError

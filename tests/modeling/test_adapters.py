@@ -504,7 +504,7 @@ def test_a_quantised_model_goes_to_the_current_device(base, quantised, asked, ca
     model = AutoModelForCausalLMWithValueHead.from_pretrained(base, **asked)
     assert quantised.arguments["device_map"] == {"": model.current_device}
     assert "device_map: none given for a quantised model" in caplog.text
-    assert quantised.arguments.items() >= asked.items()
+    assert quantised.arguments["quantization_config"] == asked.get("quantization_config", asked)
     assert model.is_loaded_in_4bit
 
 
@@ -513,6 +513,17 @@ def test_other_models_go_where_they_were_sent(base, quantised, asked, caplog):
     AutoModelForCausalLMWithValueHead.from_pretrained(base, **asked)
     assert quantised.arguments.get("device_map") == asked.get("device_map")
     assert "device_map" not in caplog.text
+
+
+def test_flags_of_quantisation_go_into_its_configuration_which_newer_transformers_asks_for(base, quantised):
+    AutoModelForCausalLMWithValueHead.from_pretrained(base, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    assert quantised.arguments["quantization_config"] == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert "load_in_4bit" not in quantised.arguments
+
+
+def test_load_in_4bit_false_asks_for_nothing(base):
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(base, load_in_4bit=False, load_in_8bit=False)
+    assert not model.is_loaded_in_4bit
 
 
 @pytest.fixture

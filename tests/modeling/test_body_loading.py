@@ -1,19 +1,24 @@
 """Which class loads a body, what its checkpoint lacked, and prefixed names: right or refused, never a random body."""
 
+import json
 import re
+from functools import reduce
 
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_checkpoints import same_state
 from tiny_models import COMMON, batch, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
+import vhead.checkpoint
 from library_versions import TRANSFORMERS
-from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead, formats
-from vhead.errors import BodyMismatchError, HeadError, HeadMismatchError
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, Scorer, ValueHead, formats
+from vhead.errors import BodyMismatchError, HeadError, HeadMismatchError, HeadNotFoundError, LoadError
+from vhead.formats import HeadWeights, LinearWeights
 from vhead.loading import LoadArguments
 
 RENAMES = Version("5") <= TRANSFORMERS
@@ -324,3 +329,170 @@ def test_plain_transformers_reads_a_head_of_another_kind_past(tmp_path):
     model.save_pretrained(tmp_path)
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model.pretrained_model)
     assert formats.load(tmp_path).num_outputs == 3
+
+
+def test_the_head_of_another_place_takes_the_checkpoints_own_ones(tmp_path):
+    model, other = wrapped(), wrapped()
+    model.save_pretrained(tmp_path / "model")
+    formats.save(head_of(other), tmp_path / "other.safetensors", format="trl")
+    for body in (tmp_path / "model", build("llama")):
+        loaded = AutoModelForCausalLMWithValueHead.from_pretrained(body, head=tmp_path / "other.safetensors")
+        assert torch.equal(loaded.v_head.summary.weight, other.v_head.summary.weight)
+        assert str(tmp_path / "other.safetensors") in loaded.head_source
+    with pytest.raises(HeadNotFoundError, match="nothing: expected a trained value head, found none"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "model", head=tmp_path / "nothing")
+
+
+def head_of(model):
+    linear = model.v_head.summary
+    return HeadWeights((LinearWeights(linear.weight.detach(), linear.bias.detach()),), "trl", "a test")
+
+
+# What trainers and compilers wrap around a model
+
+
+WRAPPED = ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "policy.", "value_model.", "actor.", "_orig_mod.module."]
+
+
+def renamed(folder, rename):
+    file = folder / "model.safetensors"
+    save_file({rename(name): value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.skipif(not RENAMES, reason="this transformers does not rename a checkpoint's weights")
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_a_folder_of_a_wrapped_model_loads(tmp_path, prefix):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    renamed(tmp_path, lambda name: prefix + name)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert same_state(loaded, model)
+    assert loaded.untrained == frozenset()
+
+
+@pytest.mark.skipif(not RENAMES, reason="this transformers does not rename a checkpoint's weights")
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_a_folder_of_a_wrapped_model_without_a_head_loads(tmp_path, prefix):
+    body = build("llama")
+    body.save_pretrained(tmp_path)
+    renamed(tmp_path, lambda name: prefix + name)
+    assert same_state(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path).pretrained_model, body)
+
+
+@pytest.mark.skipif(not RENAMES, reason="this transformers does not rename a checkpoint's weights")
+def test_a_folder_of_wrapped_layers_loads(tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    parts = {"layers.1.": "layers.1._checkpoint_wrapped_module._orig_mod.", "mlp.": "mlp._fsdp_wrapped_module."}
+    renamed(tmp_path, lambda name: "_orig_mod." + reduce(lambda path, part: path.replace(*part), parts.items(), name))
+    assert same_state(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_a_state_dict_of_a_wrapped_model_loads(prefix):
+    model, other = wrapped(), wrapped()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    other.load_state_dict(state)
+    assert same_state(other, model)
+    assert other.head_source == "load_state_dict"
+
+
+def test_a_state_dict_of_wrapped_layers_loads_into_wrapped_layers_and_back():
+    model, other = wrapped(), wrapped()
+    layers = other.pretrained_model.model.layers
+    layers[1] = torch.nn.ModuleDict({"_orig_mod": layers[1]})
+    other.load_state_dict(model.state_dict())
+    state = other.state_dict()
+    assert any("._orig_mod." in name for name in state)
+    fresh = wrapped()
+    fresh.load_state_dict(state)
+    assert same_state(fresh, model)
+
+
+def test_two_models_in_one_state_dict_are_not_mixed():
+    state = wrapped().state_dict()
+    both = {f"{name}.{key}": value for name in ("policy", "value_model") for key, value in state.items()}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        wrapped().load_state_dict(both)
+
+
+@pytest.mark.skipif(not RENAMES, reason="this transformers does not rename a checkpoint's weights")
+def test_a_folder_of_trl_s_ppo_trainer_gives_the_value_model(tmp_path):
+    """It holds a policy and, beside it, the classifier whose score is the value."""
+    policy, value_model = build("llama"), classifier()
+    policy.save_pretrained(tmp_path)
+    parts = {"policy": policy, "value_model": value_model}
+    state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert same_state(loaded.pretrained_model.model, value_model.model)
+    assert torch.equal(loaded.v_head.summary.weight, value_model.score.weight)
+    assert loaded.untrained == {"lm_head.weight"}
+
+
+# What is left over
+
+
+def test_layers_that_the_configuration_does_not_have_are_not_left_out(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(
+        BodyMismatchError, match=r"holds layers that its configuration does not have: model\.layers\.2\."
+    ):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+
+
+def test_a_caller_may_ask_for_fewer_layers(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(loaded.pretrained_model.model.layers) == 2
+
+
+@pytest.mark.parametrize("name", ["something.weight", "model.something.weight"])
+def test_a_row_of_an_unknown_name_is_a_head_that_does_not_fit(tmp_path, name):
+    build("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), name: torch.randn(1, 32)}, file, metadata={"format": "pt"})
+    with pytest.raises(HeadMismatchError, match=f"{name} \\[1, 32\\]"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+
+
+# Where there is nothing
+
+
+class DeadHub:
+    """Counts how often the hub is asked, and never answers."""
+
+    def __init__(self, error):
+        self.asked, self._error = 0, error
+
+    def __call__(self, *_arguments, **_options):
+        self.asked += 1
+        raise self._error("of the hub")
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLMWithValueHead.from_pretrained, Scorer.from_pretrained])
+def test_a_repository_that_cannot_be_reached_is_asked_for_a_few_times_at_most(monkeypatch, load):
+    hub = DeadHub(LocalEntryNotFoundError)
+    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", hub)
+    with pytest.raises(LoadError, match=r"^org/typo: expected the folder of a model, .* the hub cannot be reached"):
+        load("org/typo")
+    assert hub.asked <= 2
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "no/such/folder"])
+def test_a_missing_folder_has_a_sentence_of_our_own(name):
+    with pytest.raises(LoadError, match=f"^{re.escape(name)}: expected the folder of a model, .* no such folder"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(name)
+
+
+@pytest.mark.parametrize("cls", [AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead])
+def test_a_path_given_to_the_constructor_names_from_pretrained(cls):
+    with pytest.raises(HeadError, match=r"expected a language model, got 'some/path': .* from_pretrained"):
+        cls("some/path")
+
+
+def test_the_constructor_takes_what_trl_s_takes(caplog):
+    AutoModelForCausalLMWithValueHead(build("llama"), torch_dtype=torch.float32, device_map="auto")
+    assert "torch_dtype, device_map: not used, since the language model is loaded already" in caplog.text

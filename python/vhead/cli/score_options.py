@@ -67,6 +67,10 @@ NormalizeRewards = Annotated[
 AllowRandomHead = Annotated[
     bool, typer.Option("--allow-random-head", help="Score with an untrained head where there is no trained one.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that the model's folder or repository brings along."),
+]
 TruncateOption = Annotated[
     Truncate,
     typer.Option(
@@ -104,6 +108,7 @@ class ScoreRequest:
     batch_invariant: bool
     normalize_rewards: bool
     allow_random_head: bool
+    trust_remote_code: bool
     truncation: Literal["prompt", "completion"] | None
     max_length: int | None
     limit: int | None

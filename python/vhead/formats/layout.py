@@ -13,22 +13,36 @@ from vhead.checkpoint import Checkpoint
 from vhead.errors import HeadFileError, HeadMismatchError
 from vhead.formats.weights import HeadWeights, LinearWeights
 
-# What trainers and compilers wrap around a model leaves its name before the names of the model's tensors.
+# What compilers and trainers wrap around any module leaves its name wherever such a module is.
+_PRIVATE_WRAPPERS = ("_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod")
+# What a trainer calls the model beside its policy, in a checkpoint that has both.
+CRITICS = ("critic", "value_model")
+# What is wrapped around a model leaves its name before the names of the model's tensors.
 WRAPPERS = (
-    "_forward_module",
-    "_fsdp_wrapped_module",
-    "_orig_mod",
+    *_PRIVATE_WRAPPERS,
+    *CRITICS,
+    "actor",
     "base_model",
-    "critic",
     "model",
     "module",
+    "policy",
     "pretrained_model",
 )
+PRIVATE_WRAPPER = re.compile(rf"(?<![^.])(?:(?:{'|'.join(_PRIVATE_WRAPPERS)})\.)+")
 _WRAPPED = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
 _ANYTHING = r"(?:.+\.)?"
 
-# Names that only a head has, wherever it is, and one that other modules have too, unless only wrappers are around it.
-HEAD_LIKE = re.compile(rf"(?:(?:^|\.)(?:v|value|reward|rm|critic|score)_?heads?|^{_WRAPPED}score)(?:\.|$)")
+# Names that only a head has, wherever it is, and some that others have too, unless only wrappers are around them.
+HEAD_LIKE = re.compile(
+    r"(?:^|\.)(?:v|values?|rewards?|rm|critic|score|rank|ranking|regression|regressor|preference)_?heads?(?:\.|$)"
+    rf"|^{_WRAPPED}score(?:\.|$)"
+    rf"|^{_WRAPPED}(?:values?|rewards?|critic|scorer|ranker|ranking|regression|regressor)"
+    r"(?:_(?:fc|function|layers?|linear|net|out|output|predictor|proj|projection))?"
+    r"(?:\.(?:dense|fc|layers|linear|mlp|net|out|out_proj|proj|summary|[0-9]+))*\.(?:weight|bias)$"
+)
+
+# Two gigabytes as float32; two projections of today's widest models have half as many.
+_MOST_ELEMENTS = 1 << 29
 
 _FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
@@ -227,7 +241,7 @@ def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) 
     width: int | None = None
     for names in sighting.layers:
         shape = checkpoint.shape(names.weight, sighting.found[names.weight])
-        fits = len(shape) == 2 and min(shape) > 0 and width in (None, shape[1])
+        fits = len(shape) == 2 and min(shape) > 0 and width in (None, shape[1]) and math.prod(shape) <= _MOST_ELEMENTS
         if fits and names.bias is not None and names.bias in sighting.found:
             fits = checkpoint.shape(names.bias, sighting.found[names.bias]) == shape[:1]
         if not fits:

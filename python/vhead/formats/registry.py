@@ -1,5 +1,6 @@
 """The formats in the order in which they are tried, and how one of them is chosen for a checkpoint."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -9,7 +10,7 @@ import torch
 from vhead.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
 from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
-from vhead.formats.layout import HEAD_LIKE, WRAPPERS, Format, Sighting, check_fits, mismatch, read
+from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Format, Sighting, check_fits, mismatch, read
 from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
 from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
 from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
@@ -36,6 +37,13 @@ FORMATS: tuple[Format, ...] = (
 
 # The modules around a language model whose names transformers does not take off again; `model` is one of its own.
 _BODY_WRAPPERS = frozenset({*WRAPPERS, "rwtransformer", "rwtranrsformer"} - {"model"})
+
+# Files beside a model that hold a head, or a whole critic, and are read only where somebody names them.
+_HEAD_FILE = re.compile(
+    r".+\.nemo|model_optim_rng\.pt|(?!.*(?:optim|sched|rng|scaler))(?:.+[_.-])?"
+    r"(?:v|values?|rewards?|rm|critic|score|rank|ranking|regression)(?:[_-]?(?:heads?|layer|model))?"
+    r"(?:[_.-][\w.-]*)?\.(?:bin|ckpt|pt|pth|safetensors)"
+)
 
 
 def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> HeadWeights | None:
@@ -140,13 +148,30 @@ def choose(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sig
     if suspects:
         expected = TRL.expected if name is None else format_named(name).expected
         raise mismatch(checkpoint, suspects, f"{expected}, or another format's names")
+    _check_files(checkpoint)
     return None
 
 
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Refuses a folder with a head in a file of its own that no format knows by its name."""
+    folder = Path(checkpoint.location)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = sorted(name for name in names if _HEAD_FILE.fullmatch(name))
+    if found:
+        raise HeadMismatchError(
+            f"{folder}: expected a head among the model's tensors, found none there and {', '.join(found)}, which may "
+            "hold one: name the file itself, head=... (--head), or move it elsewhere"
+        )
+
+
 def body_names(checkpoint: Checkpoint, head_format: Format, sighting: Sighting) -> list[str]:
-    """The names of the language model's own tensors."""
+    """The names of the language model's own tensors: those of the critic, where a policy lies beside it."""
     others = head_format.extras
-    return [name for name in checkpoint.weight_map if name not in sighting.found and not name.startswith(others)]
+    names = [name for name in checkpoint.weight_map if name not in sighting.found and not name.startswith(others)]
+    parts = sighting.root.split(".")
+    critic = next((index for index, part in enumerate(parts[:-1]) if part in CRITICS), None)
+    prefix = "" if critic is None else ".".join([*parts[: critic + 1], ""])
+    return [name for name in names if name.startswith(prefix)] or names
 
 
 def body_prefix(names: Sequence[str]) -> str:

@@ -1,8 +1,6 @@
 """Loading what a scorer needs: a language model, its trained head and its tokenizer."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,13 @@ import torch
 from torch import nn
 
 from vhead import upstream
-from vhead.errors import HeadNotFoundError, VheadError
+from vhead.checkpoint import Checkpoint
+from vhead.errors import BodyMismatchError, HeadNotFoundError, LoadError, VheadError, loading
 from vhead.formats import find_head
 
 logger = logging.getLogger("vhead")
+
+_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -39,30 +40,52 @@ def load_critic(
     device: torch.device | str | None,
     head: str | Path | None,
     allow_random_head: bool,
+    trust_remote_code: bool,
 ) -> Critic:
     """Loads a model, its trained head and its tokenizer; the arguments are those of `Scorer.from_pretrained`."""
-    _check_config(path)
-    weights = find_head(path if head is None else head)
+    with loading(path):
+        # A folder that is no model's, or a name with a typing mistake, is found before anything is said about heads.
+        Checkpoint(path).require()
+        weights = find_head(path if head is None else head)
     if weights is None and (head is not None or not allow_random_head):
         raise HeadNotFoundError(
             f"{path if head is None else head}: expected a trained value head, found none; "
             "allow_random_head=True (--allow-random-head) scores with a new, untrained one"
         )
-    model = _load(path, dtype)
-    if head is not None and weights is not None:
-        model._load_head(weights)
+    model = _load(path, dtype, head, trust_remote_code=trust_remote_code)
     _move(model, device)
     statistics = (None, None) if weights is None else (weights.mean, weights.std)
-    return Critic(model, _tokenizer(path), statistics)
+    return Critic(model, _tokenizer(path, trust_remote_code=trust_remote_code), statistics)
 
 
-def _load(path: str | Path, dtype: torch.dtype | str | None) -> Any:  # noqa: ANN401, the class is imported on use
+def _load(
+    path: str | Path, dtype: torch.dtype | str | None, head: str | Path | None, *, trust_remote_code: bool
+) -> Any:  # noqa: ANN401, the class is imported on use
     from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
 
     options = {} if dtype is None else {upstream.DTYPE: _dtype(dtype)}
-    with _named(path):
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(path, **options)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        path, head=head, trust_remote_code=trust_remote_code, **options
+    )
+    _check_complete(model, path)
     return model.eval()
+
+
+def _check_complete(model: Any, path: str | Path) -> None:  # noqa: ANN401, as above
+    """Layers that the checkpoint lacks are drawn at random; a language-model head is only missed where it is used."""
+    from vhead.loading import trunk_names  # noqa: PLC0415, imports transformers
+
+    missing = sorted(trunk_names(model.pretrained_model, set(model.untrained)))
+    if missing:
+        raise BodyMismatchError(
+            f"{path}: the checkpoint does not hold the whole language model: {_listed(missing)}: missing, or of "
+            "another shape"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -70,30 +93,6 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point dtype of torch, got {dtype!r}")
     return found
-
-
-def _check_config(path: str | Path) -> None:
-    """A folder that is no model's, or a name with a typing mistake, is found before anything is said about heads."""
-    from transformers import AutoConfig  # noqa: PLC0415, slow, and only needed to load
-
-    folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return
-    if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith(".")):
-        raise VheadError(f"{path}: expected the folder of a model, found no such folder")
-    with _named(path):
-        AutoConfig.from_pretrained(path)
-
-
-@contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Errors of transformers say which model they are about."""
-    try:
-        yield
-    except VheadError:
-        raise
-    except (OSError, ValueError) as error:
-        raise VheadError(f"{path}: the model cannot be loaded: {error}") from error
 
 
 def _move(model: nn.Module, device: torch.device | str | None) -> None:
@@ -106,13 +105,13 @@ def _move(model: nn.Module, device: torch.device | str | None) -> None:
         raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
-def _tokenizer(path: str | Path) -> Any:  # noqa: ANN401, any tokenizer of transformers
+def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401, any tokenizer of transformers
     """The model's tokenizer, or None where it has none: token ids can be scored without."""
     from transformers import AutoTokenizer  # noqa: PLC0415, slow, and only needed to load
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        # A KeyError is how transformers 4 says that a registered model type has no tokenizer of its own.
+        with loading(path):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code is True)
+    except LoadError as error:
         logger.warning("%s: no tokenizer, so that only token ids can be scored: %s", path, error)
         return None

@@ -9,7 +9,7 @@ from typing import Any, Self, TypedDict, Unpack
 import torch
 from torch import nn
 
-from vhead.errors import HeadError, RecordError
+from vhead.errors import HeadError, RecordError, loading
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.encode import Encoded, Encoder, IdRegistry
@@ -141,6 +141,7 @@ class Scorer:
         head: str | Path | None = None,
         allow_random_head: bool = False,
         normalize_rewards: bool = False,
+        trust_remote_code: bool = False,
         **options: Unpack[ScorerOptions],
     ) -> Self:
         """Loads a model, its trained head and its tokenizer.
@@ -153,17 +154,28 @@ class Scorer:
             allow_random_head: Whether a checkpoint without a head gets a new, untrained one.
             normalize_rewards: Whether rewards are normalised by the mean and the standard deviation that the checkpoint
                 states, as OpenRLHF writes them.
+            trust_remote_code: Whether code that the checkpoint brings along, or names, is run; nobody is asked.
             **options: The constructor's other arguments.
 
         Raises:
             HeadNotFoundError: There is no trained head, and a random one is not allowed.
             HeadError: There is a head that does not fit, or its file is broken.
+            BodyMismatchError: The checkpoint lacks layers of the language model.
+            LoadError: There is no such model, or transformers or peft cannot load or run it.
             VheadError: The model cannot be found, read, or moved to the device.
         """
-        critic = load_critic(path, dtype=dtype, device=device, head=head, allow_random_head=allow_random_head)
+        critic = load_critic(
+            path,
+            dtype=dtype,
+            device=device,
+            head=head,
+            allow_random_head=allow_random_head,
+            trust_remote_code=trust_remote_code,
+        )
         if normalize_rewards:
             options["conventions"] = _normalising(options.get("conventions"), critic, path if head is None else head)
-        return cls(critic.model, critic.tokenizer, **options)
+        with loading(path):
+            return cls(critic.model, critic.tokenizer, **options)
 
     def score(
         self,
