@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
 LAYERS = [
     {"errors", "_native"},
-    {"env", "trunk", "upstream"},
+    {"env", "padding", "trunk", "upstream"},
     {"tensor_files"},
     {"ops", "candle", "backbone", "checkpoint"},
     {"formats"},

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from vhead import padding
 from vhead.errors import VheadError
-from vhead.trunk import needs, state_sources, takes, takes_position_ids, trunk_of
+from vhead.padding import Padding
+from vhead.trunk import needs, reads_padding, state_sources, takes, takes_position_ids, trunk_of
 from vhead.upstream import CACHE_NAMES, available, cache_argument, with_cache_as
 
 _DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
@@ -71,10 +74,11 @@ class BackbonePlan:
         retention: How it is kept beside logits.
         compiled_retention: The same under `torch.compile`, which cannot trace a capture. It is not the usual way where
             transformers offers it, because the hooks that transformers then leaves in the model cannot be pickled.
-        takes_position_ids: Whether left padding can be corrected by position ids.
+        takes_position_ids: Whether tokens that follow a cache can be told how many came before them.
         is_encoder_decoder: Whether the values are those of decoder positions.
         takes_use_cache: Whether the trunk can be told to keep no cache, which some of the oldest models never do.
         needs_input_ids: Whether `input_ids` have to be given even where they are None.
+        padding: What becomes of padding when values are computed.
         cache_argument: The argument by which the model takes a cache; None for one that takes none.
     """
 
@@ -86,6 +90,7 @@ class BackbonePlan:
     is_encoder_decoder: bool
     takes_use_cache: bool = True
     needs_input_ids: bool = False
+    padding: Padding = Padding.BEHIND
     cache_argument: str | None = None
 
 
@@ -107,6 +112,7 @@ def plan_for(model: nn.Module) -> BackbonePlan:
         is_encoder_decoder=is_encoder_decoder,
         takes_use_cache=route is not Route.BASE_MODEL or takes(sources[0], "use_cache"),
         needs_input_ids=any(needs(part, "input_ids") for part in (language_model, *sources)),
+        padding=Padding.LEFT_OUT if reads_padding(language_model) else Padding.BEHIND,
         cache_argument=cache_argument(language_model),
     )
 
@@ -114,8 +120,8 @@ def plan_for(model: nn.Module) -> BackbonePlan:
 def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **inputs: object) -> Tensor:
     """Runs a language model up to its last hidden state, after the final normalisation; no logits are built.
 
-    Where every row of a two-dimensional `attention_mask` may start with padding and the model takes `position_ids`,
-    they are derived from the mask, so that a left-padded row gets the states of the unpadded one.
+    Padding plays no part, on whichever side it is: a token is what a two-dimensional `attention_mask` has a 1 for, and
+    its position is the number of tokens before it in its row.
 
     Args:
         model: A language model, or one wrapped by peft.
@@ -131,6 +137,11 @@ def last_hidden_state(model: nn.Module, *, plan: BackbonePlan | None = None, **i
     plan = plan_for(model) if plan is None else plan
     if plan.takes_position_ids and inputs.get("position_ids") is None:
         inputs = {**inputs, **_position_ids(inputs)}
+    states_of = partial(_last_hidden_state, model, plan)
+    return padding.run(states_of, inputs, plan.padding, is_encoder_decoder=plan.is_encoder_decoder)
+
+
+def _last_hidden_state(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> Tensor:
     language_model = without_adapter(model)
     if _needs_full_forward(language_model, plan, inputs):
         return run(model, plan, inputs)[1]
@@ -229,13 +240,12 @@ def _selects_hidden_states(source: nn.Module) -> bool:
 
 
 def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Counts positions from each row's first real token, which for a right-padded row is what models do themselves."""
+    """The positions of tokens that follow a cache, where padding among the cached ones cannot be moved any more."""
     mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or mask.shape[1] <= tokens.shape[1]:
         return {}
-    leading = mask.ne(0).long().argmax(dim=-1, keepdim=True)
-    positions = torch.arange(mask.shape[1], device=mask.device) - leading
+    positions = mask.ne(0).long().cumsum(dim=-1) - 1
     return {"position_ids": positions.clamp(min=0)[:, -tokens.shape[1] :]}
 
 

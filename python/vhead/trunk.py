@@ -23,6 +23,10 @@ _OWN_POSITIONS = (
     "_pad_to_mult_of_chunk_length",
 )
 
+# Models that see padding wherever it is, by `model_type`, as nothing in their structure tells: they attend to it in
+# both directions, or hash and group it with their tokens. tests/architectures holds the list against every model.
+_READ_PADDING = ("cpmant", "paligemma", "reformer")
+
 
 def trunk_of(model: nn.Module) -> nn.Module | None:
     """The part that takes the model's inputs and returns the state that its head reads, or None without such a part."""
@@ -51,10 +55,15 @@ def state_sources(model: nn.Module) -> list[nn.Module]:
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether left padding is corrected by `position_ids` that count from each row's first token."""
+    """Whether `position_ids` that count a row's tokens from zero are what the model would count itself."""
     module = trunk_of(model) or model
     has_own = any(hasattr(part, name) for part in module.modules() for name in _OWN_POSITIONS)
     return not has_own and "position_ids" in signature(module.forward).parameters
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether also padding behind a row's tokens changes their states."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _READ_PADDING
 
 
 def takes(module: nn.Module, argument: str) -> bool:

@@ -127,6 +127,10 @@ NAMES = (
     # transformers
     Name("transformers.PretrainedConfig()._attn_implementation", "choosing how a model attends"),
     Name("transformers.PretrainedConfig()._attn_implementation_internal", "choosing how a model attends"),
+    Name(
+        "transformers.GenerationMixin._prepare_generation_config",
+        "knowing the tokens that end a generated row",
+    ),
     Name("transformers.AutoModelForCausalLM._model_mapping._model_mapping", "finding a model type's classes"),
     Name("transformers.PreTrainedModel._tied_weights_keys", "naming tied weights in the native form"),
     Name(

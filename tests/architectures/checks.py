@@ -13,12 +13,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architectures.inputs import Inputs, is_encoder_decoder, left_padded, right_padded, text_inputs
+from architectures.inputs import (
+    REQUIRED,
+    Inputs,
+    is_encoder_decoder,
+    left_padded,
+    per_token,
+    right_padded,
+    text_inputs,
+    words,
+)
 from architectures.tiny import build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, backbone
 from vhead.backbone import Retention
+from vhead.scoring.limits import context_length
 
 HOLDS = "yes"
+# Models whose tiny form keeps a longer context are not run to its end.
+LONGEST = 4096
 
 
 @dataclass
@@ -170,6 +182,40 @@ def left_padding(subject: Subject) -> str:
     return close(values, seeded(lambda: subject.model.values(**subject.inputs)))
 
 
+def right_padding(subject: Subject) -> str:
+    """`values` of a right-padded row are those of its tokens alone."""
+    padded, length = right_padded(subject.inputs), int(right_padded(subject.inputs)["attention_mask"][1].sum())
+    last = {name: value[1:] for name, value in padded.items() if name != "attention_mask"}
+    alone = {n: v[:, :length] if n in per_token(subject.inputs) else v for n, v in last.items()}
+    values = seeded(lambda: subject.model.values(**padded))[1:]
+    if not is_encoder_decoder(subject.body):
+        values = values[:, :length]
+    return close(values, seeded(lambda: subject.model.values(**alone)))
+
+
+def generated_values(subject: Subject) -> str:
+    """The values that are read off while a left-padded batch is continued are those of the finished sequences."""
+    padded, settings = left_padded(subject.inputs), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    output = seeded(lambda: subject.model.generate(**padded, **settings, output_values=True))
+    new = output.values.shape[1]
+    tokens = output.sequences
+    if tokens.shape[1] == new:
+        tokens = torch.cat([padded["input_ids"], tokens], dim=-1)
+    mask = torch.cat([padded["attention_mask"], padded["attention_mask"].new_ones(len(tokens), new)], dim=-1)
+    values = seeded(lambda: subject.model.values(tokens, attention_mask=mask))
+    return close(output.values, values[:, -new - 1 : -1])
+
+
+def longest_sequence(subject: Subject) -> str:
+    """A sequence of as many tokens as the scorer lets through goes through."""
+    length = context_length(subject.body)
+    return HOLDS if seeded(lambda: subject.model.values(_words(length))).isfinite().all() else "not finite"
+
+
+def _words(length: int) -> Tensor:
+    return words(length, seed=15)[:1]
+
+
 def gradients(subject: Subject) -> str:
     """A loss on the values reaches the head, and the body down to its embeddings."""
     subject.model.zero_grad(set_to_none=True)
@@ -233,9 +279,12 @@ ASPECTS: dict[str, Callable[[Subject], str]] = {
     "forward": forward_value,
     "values": values_without_logits,
     "gradients": gradients,
+    "right padding": right_padding,
     "left padding": left_padding,
     "labels": labels,
     "generate": generation,
+    "generated values": generated_values,
+    "longest": longest_sequence,
     "save, load": save_and_load,
 }
 
@@ -243,4 +292,9 @@ ASPECTS: dict[str, Callable[[Subject], str]] = {
 def applies(aspect: str, subject: Subject) -> bool:
     if aspect == "labels":
         return is_encoder_decoder(subject.body)
-    return aspect != "left padding" or "input_ids" in subject.inputs
+    if aspect in ("left padding", "right padding"):
+        return "input_ids" in subject.inputs
+    if aspect in ("generated values", "longest"):
+        takes_text_alone = not is_encoder_decoder(subject.body) and subject.model_type not in REQUIRED
+        return takes_text_alone and (aspect != "longest" or 0 < (context_length(subject.body) or 0) <= LONGEST)
+    return True

@@ -41,9 +41,14 @@ def right_padded(inputs: Inputs) -> Inputs:
 
 def left_padded(inputs: Inputs, padding: int = 3) -> Inputs:
     """The same tokens behind columns of padding; what else is given for each token is padded with them."""
-    per_token = [n for n, value in inputs.items() if value.shape[:2] == (ROWS, LENGTH) and n != "qformer_input_ids"]
     mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    return {**inputs, "attention_mask": _behind(mask, padding)} | {n: _behind(inputs[n], padding) for n in per_token}
+    moved = {name: _behind(inputs[name], padding) for name in per_token(inputs)}
+    return {**inputs, "attention_mask": _behind(mask, padding), **moved}
+
+
+def per_token(inputs: Inputs) -> list[str]:
+    """The inputs that have one entry for each token."""
+    return [n for n, value in inputs.items() if value.shape[:2] == (ROWS, LENGTH) and n != "qformer_input_ids"]
 
 
 def _behind(values: Tensor, padding: int) -> Tensor:

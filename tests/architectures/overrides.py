@@ -94,6 +94,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1},
     },
     "unlimited_ocr": _SAM,
+    "omniasr": {"audio_config": {"conv_dim": [32] * 7}},
+    # Ranges of its vocabulary follow one another.
+    "apertus1p5": {
+        "vision_config": _IMAGE_TOKENIZER | {"codebook_size": 8, "attn_resolutions": []},
+        "audio_config": {"codebook_size": 8, "num_filters": 4},
+        "image_token_offset": 104,
+        "audio_token_offset": 112,
+    },
     # Its own vision tower is one of the library timm.
     "fast_vlm": {"vision_config": _SIGLIP},
     "perception_lm": {"vision_config": _SIGLIP | {"model_args": {"embed_dim": 32}}},

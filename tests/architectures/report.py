@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from architectures.checks import ASPECTS, HOLDS, Subject, applies, subject
-from architectures.limits import LEFT_OUT, LIMITS
+from architectures.limits import LIMITS, left_out
 from vhead.backbone import Retention, Route
 
 KNOWN_LIMIT = "no"
@@ -22,7 +22,10 @@ COLUMNS = {
     "gradients": ("gradients",),
     "generate": ("generate",),
     "save, load": ("save, load",),
+    "right padding": ("right padding",),
     "left padding": ("left padding",),
+    "generated values": ("generated values",),
+    "longest": ("longest",),
 }
 
 
@@ -48,8 +51,8 @@ class Row:
 
 def examine(model_type: str, auto_class: str) -> Row:
     """Builds one model and runs every check on it."""
-    if model_type in LEFT_OUT:
-        return Row(model_type, auto_class, "not examined", notes=[LEFT_OUT[model_type]])
+    if (reason := left_out(model_type, auto_class)) is not None:
+        return Row(model_type, auto_class, "not examined", notes=[reason])
     with _quiet():
         model = subject(model_type, auto_class)
         results = {aspect: _result(aspect, model) for aspect in ASPECTS}

@@ -29,7 +29,17 @@ cannot be built, or are no language models.
 - **gradients**: a loss on the values reaches the head, and the model down to its embeddings.
 - **generate**: the model continues the text.
 - **save, load**: `save_pretrained` and `from_pretrained` give the same bits in body and head.
-- **left padding**: `values(...)` of a batch with padding on the left is that of the unpadded one, up to rounding.
+- **right padding**, **left padding**: `values(...)` of padded rows are those of the same tokens without padding, up to
+  rounding.
+- **generated values**: those that `generate(..., output_values=True)` reads off while it continues a left-padded batch
+  are what `values(...)` gives for the finished sequences. Where they are not, transformers' own `generate` runs the
+  model otherwise than its `forward`; what is read off is that of the run that chose the token.
+- **longest**: a sequence as long as the scorer lets through goes through the model.
+
+How padding is made harmless: where a token comes after padding, `values` moves each row's tokens before its padding,
+runs the model, and moves the states back, so that no model can count, read or group what is no token. CPM-Ant,
+PaliGemma and Reformer see padding behind tokens too: each of their padded rows runs alone (`model.plan.padding`).
+`forward` passes inputs as they are, as TRL's class does: padded rows are what the model itself makes of them.
 
 The **route** is how the last hidden state is reached without logits. *Base model*: the model's trunk is called.
 *Encoder, then decoder*: the T5 family has no trunk of its own. *Full forward*: the whole model runs, logits included,

@@ -15,6 +15,8 @@ from library_versions import HAS_FSMT, TRACES_WHOLE_MODELS, TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone import BackbonePlan, Retention, Route, last_hidden_state, plan_for
 from vhead.errors import VheadError
+from vhead.padding import Padding
+from vhead.upstream import CACHE
 
 ROUTES = dict.fromkeys(CAUSAL, Route.BASE_MODEL) | {
     "bart": Route.BASE_MODEL,
@@ -66,6 +68,8 @@ def test_the_plan_is_plain_data():
         compiled_retention=plan.compiled_retention,
         takes_position_ids=True,
         is_encoder_decoder=False,
+        padding=Padding.BEHIND,
+        cache_argument=CACHE,
     )
     assert plan_for(build("bloom")).compiled_retention is Retention.CAPTURE
     assert plan_for(build("fsmt")).retention is Retention.ALL_LAYERS
@@ -128,7 +132,7 @@ def test_forward_leaves_positions_to_the_model_as_trl_did():
     padded = left_padded(tokens, 4)
     assert not torch.allclose(model(**padded).value[:, 4:], model.values(tokens), atol=1e-2)
     positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    torch.testing.assert_close(model(**padded, position_ids=positions).value, model.values(**padded))
+    torch.testing.assert_close(model(**padded, position_ids=positions).value[:, 4:], model.values(**padded)[:, 4:])
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -235,6 +239,10 @@ def test_forward_and_values_compile():
     torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).value, expected)
     values = torch.compile(lambda: model.values(**inputs), backend="eager", fullgraph=TRACES_WHOLE_MODELS)
     torch.testing.assert_close(values(), expected)
+    padded = left_padded(torch.randint(3, 97, (2, 6)), 4)
+    expected = model.values(**padded)
+    values = torch.compile(lambda: model.values(**padded), backend="eager", fullgraph=TRACES_WHOLE_MODELS)
+    torch.testing.assert_close(values()[:, 4:], expected[:, 4:])
 
 
 def with_adapter(peft, config):

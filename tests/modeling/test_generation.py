@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from tiny_models import batch, build
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from library_versions import HAS_FSMT, TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
@@ -203,27 +205,156 @@ def test_rows_end_at_different_lengths(
     assert_equal_to_scoring(model, prompts, output)
 
 
-class StopsRowOne(StoppingCriteria):
-    """Ends row 1 at a length."""
+class StopsRow(StoppingCriteria):
+    """Ends a row at a length."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, row: int, length: int) -> None:
+        self.row = row
         self.length = length
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         ends = torch.zeros(input_ids.shape[0], dtype=torch.bool)
-        ends[1] = input_ids.shape[1] >= self.length
+        ends[self.row] = input_ids.shape[1] >= self.length
         return ends
 
 
 def test_rows_that_another_criterion_ends_are_masked() -> None:
     model = critic("llama")
     prompts = padded_prompts(model)
-    criteria = [StopsRowOne(prompts["input_ids"].shape[1] + 3)]
+    criteria = [StopsRow(1, prompts["input_ids"].shape[1] + 3)]
     output = model.generate(
         **prompts, max_new_tokens=NEW_TOKENS, do_sample=False, stopping_criteria=criteria, **EVERYTHING
     )
     assert output.completion_mask.sum(dim=-1).tolist()[1] == 3
     assert_equal_to_scoring(model, prompts, output)
+
+
+@pytest.mark.parametrize("pad_token", [0, 2])
+def test_a_row_that_a_criterion_ended_is_told_from_one_that_wrote_an_end_though_padding_and_end_are_one(
+    ends_early: tuple[PreTrainedModelWrapper, dict[str, Tensor], GenerationConfig], pad_token: int
+) -> None:
+    model, prompts, config = ends_early
+    ended_by_token = model.generate(**prompts, generation_config=config, **EVERYTHING).completion_mask.sum(dim=-1)
+    config.pad_token_id = config.eos_token_id if pad_token else pad_token
+    criteria = [StopsRow(0, prompts["input_ids"].shape[1] + 3)]
+    output = model.generate(**prompts, generation_config=config, stopping_criteria=criteria, **EVERYTHING)
+    lengths = output.completion_mask.sum(dim=-1).tolist()
+    assert lengths == [min(3, int(ended_by_token[0])), *ended_by_token.tolist()[1:]]
+    assert_equal_to_scoring(model, prompts, output)
+
+
+def test_ends_and_padding_that_only_the_model_s_configuration_names_are_masked(
+    ends_early: tuple[PreTrainedModelWrapper, dict[str, Tensor], GenerationConfig],
+) -> None:
+    model, prompts, config = ends_early
+    expected = model.generate(**prompts, generation_config=config, **EVERYTHING)
+    assert not expected.completion_mask.all()
+    own = model.pretrained_model.generation_config
+    own.eos_token_id, own.pad_token_id = config.eos_token_id, config.pad_token_id
+    bare = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert (bare.eos_token_id, bare.pad_token_id) == (None, None)
+    for arguments in ({"generation_config": bare}, {"max_new_tokens": NEW_TOKENS, "do_sample": False}):
+        output = model.generate(**prompts, **arguments, **EVERYTHING)
+        assert torch.equal(output.completion_mask, expected.completion_mask)
+        assert torch.equal(output.values, expected.values)
+
+
+def test_a_mask_with_a_hole_gives_the_same_values_by_every_way() -> None:
+    """Tokens are counted, columns are not: as `generate` and TRL count positions."""
+    for architecture in ("llama", "gpt2"):
+        model = critic(architecture)
+        tokens = padded_prompts(model)["input_ids"]
+        mask = torch.ones_like(tokens)
+        mask[0, :2], mask[0, 4], mask[1, 3:5] = 0, 0, 0
+        prompts = {"input_ids": tokens, "attention_mask": mask}
+        output = model.generate(**prompts, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **EVERYTHING)
+        whole = torch.cat([mask, torch.ones_like(output.completion_mask, dtype=torch.long)], dim=-1)
+        positions = (whole.cumsum(dim=-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            values = model.values(output.sequences, attention_mask=whole)
+            forward = model(output.sequences, attention_mask=whole, position_ids=positions).value
+        real = whole.bool()
+        torch.testing.assert_close(values[real], forward[real], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(values[:, -NEW_TOKENS - 1 : -1], output.values, rtol=1e-4, atol=2e-5)
+        assert_equal_to_scoring(model, prompts, output)
+        by_column = torch.arange(whole.shape[1]).expand_as(whole)
+        shifted = model(output.sequences, attention_mask=whole, position_ids=by_column).value
+        assert (shifted - values)[real].abs().max() > 1e-2
+
+
+class Intruder(StoppingCriteria, BaseStreamer):
+    """Runs the model in the middle of a decoding step, on rows of its own."""
+
+    def __init__(self, run: Callable[[Tensor], object]) -> None:
+        self._run = run
+        self.runs = 0
+
+    def intrude(self) -> None:
+        self.runs += 1
+        torch.manual_seed(self.runs)
+        self._run(torch.randint(3, 97, (5, 4)))
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        self.intrude()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.intrude()
+        return scores
+
+    def put(self, value: Tensor) -> None:
+        self.intrude()
+
+    def end(self) -> None:
+        self.intrude()
+
+    def allow(self, row: int, tokens: Tensor) -> list[int]:
+        self.intrude()
+        return list(range(97))
+
+
+INTRUSIONS = {
+    "logits processor": lambda intruder: {"logits_processor": [intruder.process]},
+    "stopping criterion": lambda intruder: {"stopping_criteria": [intruder]},
+    "streamer": lambda intruder: {"streamer": intruder},
+    "allowed tokens": lambda intruder: {"prefix_allowed_tokens_fn": intruder.allow},
+}
+RUNS = {
+    "forward": lambda model: model,
+    "values": lambda model: model.values,
+    "the language model": lambda model: model.pretrained_model,
+    "generate": lambda model: lambda tokens: model.generate(tokens, max_new_tokens=2, **EVERYTHING),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("intrusion", INTRUSIONS)
+def test_a_second_run_of_the_model_within_a_step_does_not_change_what_is_read_off(intrusion: str, run: str) -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    rows = slice(1, 2) if intrusion == "streamer" else slice(None)
+    prompts = {name: value[rows] for name, value in prompts.items()}
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**prompts, **arguments, **EVERYTHING)
+    intruder = Intruder(RUNS[run](model))
+    output = model.generate(**prompts, **arguments, **INTRUSIONS[intrusion](intruder), **EVERYTHING)
+    assert intruder.runs >= 3
+    assert torch.equal(output.sequences, expected.sequences)
+    for name in ("values", "logprobs", "entropy"):
+        assert torch.equal(getattr(output, name), getattr(expected, name))
+
+
+def test_arguments_by_position_are_those_by_name() -> None:
+    model = critic("llama")
+    prompts = padded_prompts(model)
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
+    criteria = [StopsRow(1, prompts["input_ids"].shape[1] + 3)]
+    tokens, mask = prompts["input_ids"], prompts["attention_mask"]
+    output = model.generate(tokens, config, None, criteria, attention_mask=mask, **EVERYTHING)
+    assert output.completion_mask.sum(dim=-1).tolist()[1] == 3
+    assert_equal_to_scoring(model, prompts, output)
+    with pytest.raises(TypeError, match="inputs"):
+        model.generate(tokens, inputs=tokens, **EVERYTHING)
 
 
 @pytest.mark.parametrize("name", ["values", "logprobs", "entropy"])
@@ -266,6 +397,7 @@ REFUSED = {
     "beam sampling": {"num_beams": 2, "do_sample": True},
     "prompt lookup": {"prompt_lookup_num_tokens": 2, "do_sample": False},
     "no dictionary": {"return_dict_in_generate": False},
+    "guidance": {"guidance_scale": 1.5, "do_sample": False},
 }
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scoring_models import CONTEXT, VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
+from scoring_models import VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 from transformers import modeling_utils
 
 from vhead import Rollout, Scorer
@@ -222,7 +222,6 @@ class TestLimits:
         settings = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
         model = critic("llama", rope_parameters=settings, rope_scaling=settings, max_position_embeddings=32)
         scorer = Scorer(model)
-        scorer._encoder._limit = dataclasses.replace(scorer._encoder._limit, tokens=CONTEXT)
         records = [*trees(), Rollout([5] * 20, [6] * 20, id="long"), Rollout([5] * 20, [7] * 25, id="longer")]
         scores = scorer.score(records, FIELDS)
         assert scorer.plan.longest_shared == 32

@@ -81,7 +81,7 @@ class Engine:
         self._body = Body(body, plan)
         self.device: torch.device = self._body.device
         self.vocabulary_size = limits.vocabulary_size(body)
-        self.context_length = limits.context_length(body.config)
+        self.context_length = limits.context_length(body)
         self._untrained = _untrained_output(model, body)
         self._pad_token = limits.pad_token(body.config)
         with self._computing():

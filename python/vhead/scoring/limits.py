@@ -1,9 +1,9 @@
-"""What a language model's configuration says about the tokens it takes: how many, and from how far away."""
+"""What a language model and its configuration say about the tokens it takes: how many, and from how far away."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # Attributes by which transformers' models limit how far some of their layers look back.
 _SLIDING = "sliding_window"
@@ -22,7 +22,11 @@ _WINDOWS = (
 )
 # Attributes by which they limit how many tokens a layer looks at: which, depends beyond that on how ties are broken.
 _SELECTIONS = ("keep_window_size", "index_topk")
+# Attributes that state how many positions a model has; the first one that is there counts.
+_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 _ROTARY = ("rope_parameters", "rope_scaling")
+# Rotary embeddings of these kinds reach further than the original context, by a factor.
+_SCALED_ROTARY = ("linear", "dynamic", "yarn", "longrope", "su", "llama3")
 # Rotary embeddings of these kinds depend on a batch's longest sequence once it is longer than the original context.
 _CHANGING_ROTARY = ("dynamic", "longrope")
 
@@ -34,10 +38,41 @@ def vocabulary_size(body: Any) -> int:  # noqa: ANN401, a language model of any 
     return min(embedding.shape[0], predicted.shape[0])
 
 
-def context_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
-    """Tokens that the model takes at once, None where it states no limit."""
-    length = getattr(text_config(config), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+def context_length(body: Any) -> int | None:  # noqa: ANN401, a language model of any class
+    """Tokens that the model takes at once, None where it states no limit.
+
+    Rotary embeddings that are scaled take the original context times their factor, or what the configuration states
+    where that is more. A table of positions that begins behind the padding's has so many fewer.
+    """
+    text = text_config(body.config)
+    length = _stated_length(text)
+    if length is None:
+        return None
+    tables = [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in body.named_modules()
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None and "position_embeddings" in name
+    ]
+    # ProphetNet's second stream reads the position after each token's.
+    return min([max(length, *_scaled_lengths(text)), *(table - bool(getattr(text, "ngram", 0)) for table in tables)])
+
+
+def _stated_length(text: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+    stated = (getattr(text, name, None) for name in _LENGTHS)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+
+
+def _scaled_lengths(text: Any) -> Iterator[int]:  # noqa: ANN401, a configuration of any class
+    """The stated length, and those that scaled rotary embeddings reach."""
+    stated = _stated_length(text) or 0
+    yield stated
+    for rotary in _rotary(text):
+        original, factor = _original_length(text, rotary), rotary.get("factor")
+        # Where only some kinds of layers are scaled, as Gemma 3's, the stated length is the final one.
+        if original is None and not _has_kinds(text):
+            original = stated
+        if _rotary_kind(rotary) in _SCALED_ROTARY and original and isinstance(factor, int | float):
+            yield int(original * factor)
 
 
 def attention_window(config: Any, *, sliding: bool = True) -> int | None:  # noqa: ANN401, a configuration of any class
@@ -68,14 +103,8 @@ def selected_tokens(config: Any) -> int | None:  # noqa: ANN401, a configuration
 def stable_rotary_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
     """The length up to which rotary embeddings do not depend on the batch, None where they never do."""
     text = text_config(config)
-    lengths = [
-        rotary.get("original_max_position_embeddings")
-        or getattr(text, "original_max_position_embeddings", None)
-        or context_length(config)
-        for name in _ROTARY
-        for rotary in _mappings(getattr(text, name, None))
-        if rotary.get("rope_type", rotary.get("type")) in _CHANGING_ROTARY
-    ]
+    changing = [rotary for rotary in _rotary(text) if _rotary_kind(rotary) in _CHANGING_ROTARY]
+    lengths = [_original_length(text, rotary) or _stated_length(text) for rotary in changing]
     return min((length for length in lengths if length is not None), default=None)
 
 
@@ -103,6 +132,27 @@ def text_config(config: Any) -> Any:  # noqa: ANN401, a configuration of any cla
 def _integers(value: object) -> Iterator[int]:
     values = value if isinstance(value, list | tuple) else [value]
     return (item for item in values if isinstance(item, int) and not isinstance(item, bool))
+
+
+def _rotary(text: Any) -> Iterator[Mapping[str, Any]]:  # noqa: ANN401, a configuration of any class
+    """The parameters of a configuration's rotary embeddings, of each kind of layers."""
+    return (rotary for name in _ROTARY for rotary in _mappings(getattr(text, name, None)))
+
+
+def _rotary_kind(rotary: Mapping[str, Any]) -> object:
+    return rotary.get("rope_type", rotary.get("type"))
+
+
+def _original_length(text: Any, rotary: Mapping[str, Any]) -> int | None:  # noqa: ANN401, a configuration of any class
+    name = "original_max_position_embeddings"
+    return rotary.get(name) or getattr(text, name, None)
+
+
+def _has_kinds(text: Any) -> bool:  # noqa: ANN401, a configuration of any class
+    """Whether layers of several kinds have rotary embeddings of their own."""
+    return hasattr(text, "rope_local_base_freq") or any(
+        isinstance(value, Mapping) for rotary in _rotary(text) for value in rotary.values()
+    )
 
 
 def _mappings(value: object) -> Iterator[Mapping[str, Any]]:

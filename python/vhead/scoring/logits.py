@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from vhead.backbone import BackbonePlan, last_hidden_state
 
+# Weights of other dtypes are quantised, and their module converts what it reads by itself.
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 # Large enough for a soft cap of any size in use (30, 50) to bend the probe's logits visibly.
 _PROBE_PEAK = 50.0
 _PROBE_TOKENS = 8
@@ -41,9 +44,14 @@ class LogitsRule:
         cap = "" if self.softcap is None else f", capped at {self.softcap:g}"
         return f"the language-model head's output{scale}{cap}"
 
+    def readable(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the weight's dtype: Mamba's and others' are float32 in a half-precision model too."""
+        dtype = self.lm_head.get_parameter("weight").dtype
+        return hidden.to(dtype) if dtype in _PLAIN_DTYPES else hidden
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]`, float32, of hidden states `[N, H]`; scaled and capped in place, as they are large."""
-        logits: Tensor = self.lm_head(hidden).float()
+        logits: Tensor = self.lm_head(self.readable(hidden)).float()
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -80,7 +88,7 @@ def _number(config: object, name: str) -> float | None:
 def _agrees(rule: LogitsRule, lm_head: nn.Module, model: nn.Module, plan: BackbonePlan) -> bool:
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     tokens = torch.arange(1, 1 + _PROBE_TOKENS, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
-    hidden = last_hidden_state(model, plan=plan, input_ids=tokens)
+    hidden = rule.readable(last_hidden_state(model, plan=plan, input_ids=tokens))
     peak = lm_head(hidden).abs().max().item()
     factor = _PROBE_PEAK / peak if 0.0 < peak < float("inf") else 1.0
     handle = lm_head.register_forward_pre_hook(lambda _module, args: (args[0] * factor, *args[1:]))

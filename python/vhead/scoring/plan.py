@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vhead.errors import VheadError
+from vhead.padding import Padding
 from vhead.scoring import limits
 from vhead.scoring.caching import PrefixCache, PromptThenCompletion
 from vhead.scoring.packing import FlashTreePacking, FlexTreePacking, MaskedTreePacking, TreePacking
@@ -116,7 +117,9 @@ def find_ways(
     alone = OneByOne(body, forgets=bounds.rotary is not None)
     padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
     rejected: dict[str, str] = {}
-    if (reason := check.padding(padded)) is not None:
+    reads_padding = body.plan.padding is Padding.LEFT_OUT
+    reason = "the model reads padding" if reads_padding else check.padding(padded)
+    if reason is not None:
         padded, rejected = alone, {PaddedBatches.name: reason}
     kind = body.device.type
     if batch_invariant:
@@ -164,7 +167,7 @@ class _Bounds:
         config = body.model.config
         rotary, window = limits.stable_rotary_length(config), limits.attention_window(config)
         return cls(
-            context=limits.context_length(config),
+            context=limits.context_length(body.model),
             rotary=rotary,
             batched=_least(rotary, limits.selected_tokens(config)),
             sliding=limits.sliding_window(config) is not None,

@@ -41,7 +41,7 @@ def token_statistics(
     if not _is_plain_linear(output) or output.weight.device != states.device:
         return _in_chunks(lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature, entropy=entropy)
     logprobs, spread = ops.token_logprobs(
-        states,
+        rule.readable(states),
         output.weight,
         to_device(targets, states.device),
         bias=output.bias,
