@@ -1,4 +1,4 @@
-"""The compiled extension: kernels on torch's CPU and CUDA tensors. Only `vhead.ops` and `vhead.candle` import it."""
+"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle` and `vhead.env` import it."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -14,6 +14,7 @@ __all__ = [
     "CudaLogitStatistics",
     "LogitGradients",
     "LogitStatistics",
+    "available_cores",
     "backends",
     "build_info",
     "configure",
@@ -115,6 +116,9 @@ def backends() -> list[dict[str, object]]:
 
 def build_info() -> dict[str, str]:
     """Version, profile and target of this binary."""
+
+def available_cores() -> int:
+    """The cores that this process may use: what affinity and the quota of its control group leave, at least 1."""
 
 def worker_threads(tasks: int) -> list[int]:
     """Runs short naps as a kernel's pieces are run; the system's ids of the threads that ran them."""

@@ -3,17 +3,23 @@
 | variable | meaning |
 |---|---|
 | `VHEAD_PLAIN_TORCH` | `1`: run everything through plain torch operations, never through a native kernel |
-| `VHEAD_NUM_THREADS` | threads of the native CPU kernels; unset: as many as torch has been told to use |
+| `VHEAD_NUM_THREADS` | threads of the native CPU kernels, 1 to 1024; unset: as many as torch has been told to use |
 | `VHEAD_ALLOW_PICKLE` | `1`: read pickled checkpoints also on torch before 2.6, where such a file can run code |
 | `VHEAD_TENSOR_VIEW` | `attributes`: read tensors by their Python attributes even where torch offers DLPack's C table |
 
 They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened.
+The commands also set variables of OpenMP: see `vhead.cli.threads`.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
+from vhead import _native
 from vhead.errors import EnvironmentVariableError
+
+# Starting more of them fails, on many systems by ending the process. The extension has the same limit.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ def read_settings() -> Settings:
     """
     return Settings(
         plain_torch=_choice("VHEAD_PLAIN_TORCH", ("0", "1")) == "1",
-        num_threads=_positive("VHEAD_NUM_THREADS"),
+        num_threads=_thread_count("VHEAD_NUM_THREADS"),
         tensor_view=_choice("VHEAD_TENSOR_VIEW", ("exchange", "attributes")),
     )
 
@@ -47,6 +53,11 @@ def allows_pickle() -> bool:
     return _choice("VHEAD_ALLOW_PICKLE", ("0", "1")) == "1"
 
 
+def available_cores() -> int:
+    """The cores that this process may use: what affinity and the quota of its control group leave, at least 1."""
+    return _native.available_cores()
+
+
 def _choice(name: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name) or choices[0]
     if value not in choices:
@@ -54,10 +65,10 @@ def _choice(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _positive(name: str) -> int | None:
+def _thread_count(name: str) -> int | None:
     value = os.environ.get(name)
     if not value:
         return None
-    if not value.isascii() or not value.isdigit() or int(value) < 1:
-        raise EnvironmentVariableError(f"{name}: expected a positive integer, got {value!r}")
+    if re.fullmatch(r"0*[1-9][0-9]{0,3}", value) is None or int(value) > MOST_THREADS:
+        raise EnvironmentVariableError(f"{name}: expected an integer from 1 to {MOST_THREADS}, got {value!r}")
     return int(value)

@@ -186,11 +186,23 @@ def test_dlpack_tensors_that_cannot_be_read_are_errors(head, kind, error, messag
         head(kind(random_floats(2, COLUMNS)))
 
 
+class DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_kind", ctypes.c_int32),
+        ("device_index", ctypes.c_int32),
+        ("dimensions", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
 class Edited(Legacy):
     """A library that writes what numpy never does into the fields of DLPack's C structure."""
-
-    # Byte positions in `DLManagedTensor`, which starts with its `DLTensor`.
-    SIZES, STRIDES, BYTE_OFFSET = 24, 32, 40
 
     def __init__(self, array, edit):
         super().__init__(array)
@@ -200,39 +212,87 @@ class Edited(Legacy):
         capsule = self.array.__dlpack__()
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        self.edit(pointer(capsule, b"dltensor"))
+        tensor = DLTensor.from_address(pointer(capsule, b"dltensor"))
+        self.edit(tensor)
         return capsule
 
 
-def field(address):
-    return ctypes.c_int64.from_address(address)
+def with_fields(**fields):
+    """An edit that sets fields; a list is what sizes or strides point at."""
+    # numpy 1 leaves out the strides of a contiguous array.
+    contiguous = (ctypes.c_int64 * 2)(COLUMNS, 1)
+
+    def edit(tensor):
+        for name, value in fields.items():
+            if isinstance(value, list):
+                if not getattr(tensor, name):
+                    setattr(tensor, name, ctypes.cast(contiguous, ctypes.POINTER(ctypes.c_int64)))
+                for place, number in enumerate(value):
+                    getattr(tensor, name)[place] = number
+            else:
+                setattr(tensor, name, value)
+
+    return edit
 
 
 def test_the_byte_offset_of_a_dlpack_tensor_is_applied(head):
     hidden = random_floats(5, COLUMNS)
-
-    def skip_two_rows(tensor):
-        field(tensor + Edited.BYTE_OFFSET).value = 2 * COLUMNS * 4
-        field(field(tensor + Edited.SIZES).value).value = 3
-
-    assert bits(head(Edited(hidden, skip_two_rows))) == bits(head(hidden[2:]))
+    edited = Edited(hidden, with_fields(byte_offset=2 * COLUMNS * 4, sizes=[3]))
+    assert bits(head(edited)) == bits(head(hidden[2:]))
 
 
 def test_a_dlpack_tensor_without_strides_is_contiguous(head):
     hidden = random_floats(4, 3, COLUMNS)
-
-    def forget_strides(tensor):
-        field(tensor + Edited.STRIDES).value = 0
-
-    assert bits(head(Edited(hidden, forget_strides))) == bits(head(hidden))
+    assert bits(head(Edited(hidden, with_fields(strides=None)))) == bits(head(hidden))
 
 
-def test_a_dlpack_tensor_of_negative_size_is_an_error(head):
-    def shrink(tensor):
-        field(field(tensor + Edited.SIZES).value).value = -1
+def test_a_dlpack_tensor_that_is_not_aligned_is_read(head):
+    memory = np.zeros(4 * 2 * COLUMNS + 1, np.uint8)
+    hidden = random_floats(2, COLUMNS)
+    memory[1:] = hidden.view(np.uint8).ravel()
+    aligned = memory[: 4 * 2 * COLUMNS].view(np.float32).reshape(2, COLUMNS)
+    assert bits(head(Edited(aligned, with_fields(byte_offset=1)))) == bits(head(hidden))
 
-    with pytest.raises(ValueError, match="hidden: expected sizes that are not negative"):
-        head(Edited(random_floats(4, COLUMNS), shrink))
+
+def test_a_dlpack_tensor_without_elements_may_point_nowhere(head):
+    assert head(Edited(random_floats(4, COLUMNS), with_fields(data=None, sizes=[0]))).shape == (0,)
+
+
+NOWHERE = r"hidden: expected an array in memory, got sizes \[.*\] with strides \[.*\] at address"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": None}, NOWHERE),
+        ({"byte_offset": 2**63}, NOWHERE),
+        ({"byte_offset": 2**64 - 4}, NOWHERE),
+        ({"data": 4096, "strides": [-COLUMNS, 1]}, NOWHERE),
+        ({"strides": [2**61, 1]}, NOWHERE),
+        ({"strides": [-(2**63), 1]}, NOWHERE),
+        ({"strides": [2**63 - 1, 2**63 - 1]}, NOWHERE),
+        ({"sizes": [2**63 - 1], "strides": [0]}, NOWHERE),
+        ({"sizes": [2**62]}, NOWHERE),
+        ({"sizes": [-1]}, r"hidden: expected sizes that are not negative, got \[-1, 96\]"),
+        ({"sizes": [4, -(2**63)]}, "hidden: expected sizes that are not negative"),
+        ({"sizes": None}, "hidden: expected sizes and strides in memory, got some at 0x0 and"),
+        ({"sizes": ctypes.cast(1, ctypes.POINTER(ctypes.c_int64))}, "hidden: expected sizes and strides in memory"),
+        ({"strides": ctypes.cast(9, ctypes.POINTER(ctypes.c_int64))}, "hidden: expected sizes and strides in memory"),
+        ({"dimensions": -1}, "hidden: expected 0 to 64 dimensions, got -1"),
+        ({"dimensions": 65}, "hidden: expected 0 to 64 dimensions, got 65"),
+        ({"dimensions": 2**31 - 1}, "hidden: expected 0 to 64 dimensions, got 2147483647"),
+        ({"device_kind": 2}, "hidden: expected an array on the CPU, got one on CUDA device 0"),
+    ],
+)
+def test_a_dlpack_tensor_that_cannot_be_in_memory_is_an_error(head, fields, message):
+    with pytest.raises(ValueError, match=message):
+        head(Edited(random_floats(4, COLUMNS), with_fields(**fields)))
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_dlpack_tensor_of_vectors_is_an_error(head, lanes):
+    with pytest.raises(TypeError, match=f"DLPack dtype 2 of 32 bits in {lanes} lanes"):
+        head(Edited(random_floats(4, COLUMNS), with_fields(lanes=lanes)))
 
 
 def test_a_capsule_that_was_consumed_before_is_an_error(head):

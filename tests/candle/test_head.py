@@ -103,7 +103,12 @@ def test_copies_and_pickles_are_the_same_head(again, bias):
         ({"weight": np.zeros((1, 0), np.float32)}, ValueError, r"weight: expected shape \[K, H\] of at least one"),
         ({"bias": np.zeros(2, np.float32)}, ValueError, r"bias: expected shape \[1\], got \[2\]"),
         ({"bias": 0.5}, TypeError, "bias: expected a numpy array or a DLPack tensor, got float"),
-        ({"num_threads": 0}, ValueError, "num_threads: expected a positive integer, got 0"),
+        ({"num_threads": 0}, ValueError, "num_threads: expected 1 to 1024, got 0"),
+        ({"num_threads": -1}, ValueError, "num_threads: expected 1 to 1024, got -1"),
+        ({"num_threads": 2**20}, ValueError, "num_threads: expected 1 to 1024, got 1048576"),
+        ({"num_threads": 2**62}, ValueError, "num_threads: expected 1 to 1024, got 4611686018427387904"),
+        ({"num_threads": 2**70}, ValueError, "num_threads: expected 1 to 1024, got 1180591620717411303424"),
+        ({"num_threads": 1.5}, TypeError, "'float' object cannot be interpreted as an integer"),
     ],
 )
 def test_wrong_arguments_are_errors(arguments, error, message):

@@ -142,8 +142,9 @@ print(row["kernel"], row["threads"], row["thread_source"], row["tensor_view"], g
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("VHEAD_NUM_THREADS", "two", "VHEAD_NUM_THREADS: expected a positive integer, got 'two'"),
-        ("VHEAD_NUM_THREADS", "0", "VHEAD_NUM_THREADS: expected a positive integer, got '0'"),
+        ("VHEAD_NUM_THREADS", "two", "VHEAD_NUM_THREADS: expected an integer from 1 to 1024, got 'two'"),
+        ("VHEAD_NUM_THREADS", "0", "VHEAD_NUM_THREADS: expected an integer from 1 to 1024, got '0'"),
+        ("VHEAD_NUM_THREADS", "1025", "VHEAD_NUM_THREADS: expected an integer from 1 to 1024, got '1025'"),
         ("VHEAD_PLAIN_TORCH", "yes", "VHEAD_PLAIN_TORCH: expected one of 0, 1, got 'yes'"),
         ("VHEAD_TENSOR_VIEW", "raw", "VHEAD_TENSOR_VIEW: expected one of exchange, attributes, got 'raw'"),
     ],

@@ -69,6 +69,14 @@ pub enum Error {
     /// Bytes that are not a whole safetensors file.
     #[error("not a safetensors file: {0}")]
     Format(#[from] safetensors::SafeTensorError),
+    /// The list of a safetensors file's tensors is longer than any checkpoint's.
+    #[error("not a safetensors file: expected a header of at most {most} bytes, got {actual}")]
+    Header {
+        /// Its length.
+        actual: u64,
+        /// The longest that is read.
+        most: u64,
+    },
     /// A file could not be read or written.
     #[error(transparent)]
     Io(#[from] std::io::Error),

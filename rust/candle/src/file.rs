@@ -6,9 +6,10 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use vhead_core::allocation::{self, collected};
 
 /// Where a head may lie in a file, and whether a bias must lie beside the weight there: a TRL head always has one, so
 /// that its absence means half a head.
@@ -24,8 +25,20 @@ pub(crate) struct Parameters {
     pub(crate) columns: usize,
 }
 
+/// Bytes of the longest header that is read, which lists some hundred thousand tensors. Longer ones take seconds and a
+/// multiple of their length in memory, and say nothing that a checkpoint has to say.
+const MOST_HEADER: u64 = 16 << 20;
+
+/// More than the header of a head takes.
+const HEADER_ROOM: usize = 1024;
+
 /// The bytes of a file, which must not be truncated while they are in use.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    let kind = fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_dir() {
+        // Opening a pipe waits for whoever writes to it; a device has no length.
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, "expected a regular file").into());
+    }
     let file = File::open(path)?;
     // SAFETY: the mapping is private and dropped once the head has been copied out. A file that another process cuts
     // short in that time is a bus error, as for every reader that maps; ours are replaced by renaming, never cut.
@@ -34,6 +47,7 @@ pub(crate) fn map(path: &Path) -> Result<Mmap> {
 
 /// The one head among the tensors of a safetensors file.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Parameters> {
+    check_header(bytes)?;
     let tensors = SafeTensors::deserialize(bytes)?;
     let present: Vec<_> = PREFIXES.iter().filter(|(prefix, _)| holds_part(&tensors, prefix)).collect();
     let &[&(prefix, needs_bias)] = present.as_slice() else { return Err(keys(&tensors)) };
@@ -55,10 +69,12 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Parameters> {
 /// A head in the bytes that `safetensors.torch.save_file` writes with metadata `{"format": "pt"}`.
 pub(crate) fn serialize(weight: &[f32], bias: &[f32], columns: usize) -> Result<Vec<u8>> {
     let [weight_name, bias_name] = names(PREFIXES[0].0);
-    let (weight_bytes, bias_bytes) = (little_endian(weight), little_endian(bias));
+    let (weight_bytes, bias_bytes) = (little_endian(weight)?, little_endian(bias)?);
     let weight = TensorView::new(Dtype::F32, vec![bias.len(), columns], &weight_bytes)?;
     let bias = TensorView::new(Dtype::F32, vec![bias.len()], &bias_bytes)?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    // safetensors ends the process where there is no memory for the file.
+    drop(allocation::reserved::<u8>(weight_bytes.len() + bias_bytes.len() + HEADER_ROOM)?);
     Ok(safetensors::serialize([(weight_name, weight), (bias_name, bias)], Some(metadata))?)
 }
 
@@ -87,6 +103,14 @@ fn beside(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// What is wrong with a header that is not there is safetensors' to say.
+fn check_header(bytes: &[u8]) -> Result<()> {
+    match bytes.first_chunk().map(|length| u64::from_le_bytes(*length)) {
+        Some(actual) if actual > MOST_HEADER => Err(Error::Header { actual, most: MOST_HEADER }),
+        _ => Ok(()),
+    }
+}
+
 fn names(prefix: &str) -> [String; 2] {
     [format!("{prefix}weight"), format!("{prefix}bias")]
 }
@@ -106,14 +130,16 @@ fn unfit(name: &str, expected: &str, found: String) -> Error {
 /// Little-endian numbers, wherever they lie, as float32: exact for each of the three dtypes.
 fn widen(name: &str, tensor: &TensorView<'_>) -> Result<Vec<f32>> {
     let (pairs, quads) = (tensor.data().as_chunks().0, tensor.data().as_chunks().0);
-    match tensor.dtype() {
-        Dtype::F32 => Ok(quads.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
-        Dtype::BF16 => Ok(pairs.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect()),
-        Dtype::F16 => Ok(pairs.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect()),
-        other => Err(unfit(name, "dtype F32, BF16 or F16", format!("{other:?}"))),
-    }
+    let widened = match tensor.dtype() {
+        Dtype::F32 => collected(quads.len(), quads.iter().map(|bytes| f32::from_le_bytes(*bytes))),
+        Dtype::BF16 => collected(pairs.len(), pairs.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32())),
+        Dtype::F16 => collected(pairs.len(), pairs.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32())),
+        other => return Err(unfit(name, "dtype F32, BF16 or F16", format!("{other:?}"))),
+    };
+    Ok(widened?)
 }
 
-fn little_endian(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+fn little_endian(numbers: &[f32]) -> Result<Vec<u8>> {
+    let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
+    Ok(collected(size_of_val(numbers), bytes)?)
 }

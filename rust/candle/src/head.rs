@@ -4,8 +4,8 @@ use crate::{Error, Result, file};
 use candle_core::{DType, Device, Tensor};
 use std::path::Path;
 use std::sync::Arc;
-use vhead_core::threads::Pool;
-use vhead_core::{Dropout, Element, Executor, Rows};
+use vhead_core::threads::{Pool, available_cores};
+use vhead_core::{Dropout, Element, Executor, Rows, allocation};
 
 /// An executor that several heads and threads can hold.
 pub type SharedExecutor = Arc<dyn Executor + Send + Sync>;
@@ -35,8 +35,8 @@ impl ValueHead {
                 return Err(shape("bias", format!("[{outputs}]"), bias));
             }
         }
-        let bias = bias.map(|bias| bias.contiguous()).transpose()?;
-        Ok(Self { weight: weight.contiguous()?, bias, executor: Arc::new(Pool::new(available_threads())) })
+        let bias = bias.as_ref().map(op::contiguous).transpose()?;
+        Ok(Self { weight: op::contiguous(&weight)?, bias, executor: Arc::new(Pool::new(available_cores())) })
     }
 
     /// The same head, run by `executor` instead of a pool of as many threads as this process may use.
@@ -51,7 +51,8 @@ impl ValueHead {
     /// `weight` and perhaps `bias` (a linear layer alone). bfloat16 and float16 are widened to float32, exactly.
     ///
     /// # Errors
-    /// [`Error::File`], around what is wrong: [`Error::Io`], [`Error::Format`], [`Error::Keys`] or [`Error::Tensor`].
+    /// [`Error::File`], around what is wrong: [`Error::Io`], [`Error::Format`], [`Error::Header`], [`Error::Keys`],
+    /// [`Error::Tensor`], or [`Error::Kernel`] where there is no memory for the head.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         file::map(path).and_then(|bytes| Self::from_bytes(&bytes, device)).map_err(Error::in_file(path))
@@ -60,7 +61,7 @@ impl ValueHead {
     /// [`load`](Self::load) from the bytes of such a file.
     ///
     /// # Errors
-    /// [`Error::Format`], [`Error::Keys`] or [`Error::Tensor`].
+    /// As [`load`](Self::load), but for the file's.
     pub fn from_bytes(bytes: &[u8], device: &Device) -> Result<Self> {
         let file::Parameters { weight, bias, outputs, columns } = file::parse(bytes)?;
         let bias = bias.map(|bias| Tensor::from_vec(bias, outputs, device)).transpose()?;
@@ -82,12 +83,13 @@ impl ValueHead {
     /// The bytes that [`save`](Self::save) writes.
     ///
     /// # Errors
-    /// [`Error::Candle`] where the tensors cannot be read back from their device.
+    /// [`Error::Candle`] where the tensors cannot be read back from their device, [`Error::Kernel`] where there is no memory
+    /// for them.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let weight = self.weight.flatten_all()?.to_vec1()?;
+        let weight = numbers(&self.weight)?;
         let bias = match &self.bias {
-            Some(bias) => bias.to_vec1()?,
-            None => vec![0.0; self.out_features()],
+            Some(bias) => numbers(bias)?,
+            None => allocation::zeros(self.out_features())?,
         };
         file::serialize(&weight, &bias, self.in_features())
     }
@@ -168,7 +170,7 @@ impl ValueHead {
         if !matches!(hidden.dtype(), DType::F32 | DType::BF16 | DType::F16) {
             return Err(Error::dtype(op::HIDDEN, op::HIDDEN_DTYPES, hidden.dtype()));
         }
-        let hidden = if hidden.stride().last() == Some(&1) { hidden.clone() } else { hidden.contiguous()? };
+        let hidden = if hidden.stride().last() == Some(&1) { hidden.clone() } else { op::contiguous(hidden)? };
         let op = Projection { dropout, executor: self.executor.clone() };
         Ok(match &self.bias {
             Some(bias) => hidden.apply_op3(&self.weight, bias, op)?,
@@ -195,6 +197,18 @@ impl std::fmt::Debug for ValueHead {
     }
 }
 
+/// A float32 tensor's elements in row-major order, for a tensor that has them so.
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match op::cpu(&storage) {
+        Ok(storage) => {
+            let numbers = op::floats("head", (storage, layout))?;
+            Ok(allocation::collected(numbers.len(), numbers.iter().copied())?)
+        }
+        Err(_) => Ok(tensor.flatten_all()?.to_vec1()?),
+    }
+}
+
 fn check_float32(what: &'static str, tensor: &Tensor) -> Result<()> {
     match tensor.dtype() {
         DType::F32 => Ok(()),
@@ -204,8 +218,4 @@ fn check_float32(what: &'static str, tensor: &Tensor) -> Result<()> {
 
 fn shape(what: &'static str, expected: String, tensor: &Tensor) -> Error {
     Error::Shape { what, expected, actual: tensor.dims().to_vec() }
-}
-
-fn available_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }

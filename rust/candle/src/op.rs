@@ -5,9 +5,8 @@ use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Storage, Tensor, WithDType, backend::BackendStorage,
 };
-use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
-use vhead_core::{Dropout, Element, Gradients, Head, Rows};
+use vhead_core::{Dropout, Element, Gradients, Head, Rows, allocation};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -122,7 +121,7 @@ impl Projection {
 
     fn values_of<T: Hidden>(&self, (storage, layout): View<'_>, head: &Head<'_>) -> Result<Vec<f32>> {
         let rows = rows::<T>(T::cpu_storage_as_slice(storage)?, layout)?;
-        let mut values = vec![0.0; rows.count() * head.outputs()];
+        let mut values = allocation::zeros(rows.count().saturating_mul(head.outputs()))?;
         vhead_core::forward(&rows, head, self.dropout.as_ref(), &mut values, &*self.executor)?;
         Ok(values)
     }
@@ -135,7 +134,7 @@ impl Projection {
         grad_values: &Tensor,
     ) -> Result<GradientTensors> {
         // candle hands over gradients as broadcasts too, for instance below a sum.
-        let grad_values = grad_values.contiguous()?;
+        let grad_values = contiguous(grad_values)?;
         #[cfg(feature = "cuda")]
         if hidden.device().is_cuda() {
             return self.cuda_gradients(hidden, weight, bias, &grad_values);
@@ -156,9 +155,9 @@ impl Projection {
         grad_values: &Tensor,
     ) -> Result<GradientTensors> {
         let wanted = |tensor: &Tensor| tensor.track_op().then(|| tensor.elem_count());
-        let mut grad_hidden = wanted(hidden).map(T::zeros);
-        let mut grad_weight = wanted(weight).map(f32::zeros);
-        let mut grad_bias = bias.and_then(wanted).map(f32::zeros);
+        let mut grad_hidden = wanted(hidden).map(allocation::zeros::<T>).transpose()?;
+        let mut grad_weight = wanted(weight).map(allocation::zeros).transpose()?;
+        let mut grad_bias = bias.and_then(wanted).map(allocation::zeros).transpose()?;
         let gradients = Gradients {
             hidden: grad_hidden.as_deref_mut(),
             weight: grad_weight.as_deref_mut(),
@@ -190,28 +189,9 @@ impl Projection {
 }
 
 /// The kernels' and candle's idea of a hidden-state dtype, together.
-trait Hidden: Element + WithDType {
-    /// `count` zeros, from memory that the allocator has already cleared where it can.
-    fn zeros(count: usize) -> Vec<Self>;
-}
+trait Hidden: Element + WithDType {}
 
-impl Hidden for f32 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0.0; count]
-    }
-}
-
-impl Hidden for bf16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0_u16; count].reinterpret_into()
-    }
-}
-
-impl Hidden for f16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0_u16; count].reinterpret_into()
-    }
-}
+impl<T: Element + WithDType> Hidden for T {}
 
 fn like<T: WithDType>(tensor: &Tensor, data: Vec<T>) -> Result<Tensor> {
     Ok(Tensor::from_vec(data, tensor.shape(), tensor.device())?)
@@ -225,6 +205,19 @@ fn values_shape(hidden: &Layout, outputs: usize) -> Shape {
         shape.push(outputs);
     }
     shape.into()
+}
+
+/// A tensor in row-major order: itself where it has that, else a copy.
+///
+/// candle ends the process where there is no memory for the copy, as there never is for some broadcast sizes; so that much
+/// is asked for first, and given back.
+pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.device().is_cpu() && !tensor.is_contiguous() {
+        let size = tensor.dtype().size_in_bytes();
+        let bytes = tensor.dims().iter().fold(size, |bytes, size| bytes.saturating_mul(*size));
+        drop(allocation::reserved::<u8>(bytes)?);
+    }
+    Ok(tensor.contiguous()?)
 }
 
 /// The CPU storage of a tensor.
@@ -246,7 +239,7 @@ pub(crate) fn head<'a>(weight: View<'a>, bias: Option<View<'a>>) -> Result<Head<
     Ok(Head::new(floats("weight", weight)?, bias, columns)?)
 }
 
-fn floats<'a>(what: &'static str, (storage, layout): View<'a>) -> Result<&'a [f32]> {
+pub(crate) fn floats<'a>(what: &'static str, (storage, layout): View<'a>) -> Result<&'a [f32]> {
     let CpuStorage::F32(data) = storage else {
         return Err(Error::dtype(what, "float32 (f32)", storage.dtype()));
     };

@@ -254,3 +254,11 @@ fn a_failed_save_leaves_nothing_behind() {
     assert!(error.contains("taken"), "{error}");
     assert_eq!(folder.names(), ["taken"]);
 }
+
+#[test]
+fn a_header_longer_than_any_checkpoint_s_is_refused_before_it_is_read() {
+    let mut written = vec![b' '; 40 << 20];
+    written[..8].copy_from_slice(&((16_u64 << 20) + 1).to_le_bytes());
+    let message = read(&written).unwrap_err().to_string();
+    assert_eq!(message, "not a safetensors file: expected a header of at most 16777216 bytes, got 16777217");
+}

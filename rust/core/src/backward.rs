@@ -16,7 +16,7 @@ use crate::simd::gradient::{BLOCK, Gradient};
 use crate::simd::keep::Keep;
 use crate::simd::project::Weights;
 use crate::threads::{Shared, advise_huge_pages, for_each_chunk};
-use crate::{Dropout, Element, Error, Executor, Head, Level, Result, Rows, reduce};
+use crate::{Dropout, Element, Error, Executor, Head, Level, Result, Rows, allocation, reduce};
 use std::ops::Range;
 
 /// Rows whose weight gradients form one chain of additions.
@@ -70,11 +70,11 @@ pub fn backward_with<T: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let (rows, columns, outputs) = (hidden.count(), hidden.columns(), head.outputs());
-    check(level, hidden, head.columns(), "grad_values", grad_values.len(), rows * outputs)?;
+    check(level, hidden, head.columns(), "grad_values", grad_values.len(), outputs)?;
     check_lengths(&gradients, rows, columns, outputs)?;
     let scale = dropout.map_or(1.0, Dropout::scale);
-    let scaled: Vec<f32> = grad_values.iter().map(|g| g * scale).collect();
-    let keep = dropout.map(|dropout| Keep::new(dropout, columns));
+    let scaled = allocation::collected(grad_values.len(), grad_values.iter().map(|g| g * scale))?;
+    let keep = dropout.map(|dropout| Keep::new(dropout, columns)).transpose()?;
     let Gradients { hidden: mut grad_hidden, weight: grad_weight, bias: grad_bias } = gradients;
     if let Some(to) = &mut grad_hidden {
         advise_huge_pages(to);
@@ -82,14 +82,14 @@ pub fn backward_with<T: Element>(
     let tiles = Tiles {
         level,
         hidden,
-        weights: Weights::new(head),
+        weights: Weights::new(head)?,
         outputs,
         keep,
         scaled,
         grad_hidden: grad_hidden.map(Shared::new),
     };
     match grad_weight {
-        Some(to) => tiles.run_with_weight(to, executor),
+        Some(to) => tiles.run_with_weight(to, executor)?,
         None if tiles.grad_hidden.is_some() => tiles.run(0..rows.div_ceil(CHUNK), None, executor),
         None => {}
     }
@@ -103,7 +103,7 @@ pub fn backward_with<T: Element>(
 
 fn check_lengths<T>(gradients: &Gradients<'_, T>, rows: usize, columns: usize, outputs: usize) -> Result<()> {
     let lengths = [
-        ("grad_hidden", gradients.hidden.as_ref().map(|to| to.len()), rows * columns),
+        ("grad_hidden", gradients.hidden.as_ref().map(|to| to.len()), rows.saturating_mul(columns)),
         ("grad_weight", gradients.weight.as_ref().map(|to| to.len()), outputs * columns),
         ("grad_bias", gradients.bias.as_ref().map(|to| to.len()), outputs),
     ];
@@ -176,11 +176,11 @@ impl<T: Element> Tiles<'_, T> {
     }
 
     /// [`Tiles::run`] on all chunks, wave by wave, and the sums of their partial sums.
-    fn run_with_weight(&self, to: &mut [f32], executor: &dyn Executor) {
+    fn run_with_weight(&self, to: &mut [f32], executor: &dyn Executor) -> Result<()> {
         let (columns, chunks) = (self.hidden.columns(), self.hidden.count().div_ceil(CHUNK));
         let blocks = columns.div_ceil(BLOCK);
-        let mut partials = Buffer::new(chunks.min(WAVE) * blocks * self.sums());
-        let mut slots = vec![[0.0_f32; SLOTS]; to.len()];
+        let mut partials = Buffer::new(chunks.min(WAVE) * blocks * self.sums())?;
+        let mut slots = allocation::filled([0.0_f32; SLOTS], to.len())?;
         for first in (0..chunks).step_by(WAVE) {
             let wave = first..chunks.min(first + WAVE);
             self.run(wave.clone(), Some(&mut partials), executor);
@@ -191,6 +191,7 @@ impl<T: Element> Tiles<'_, T> {
         for (to, slots) in to.iter_mut().zip(&mut slots) {
             *to = reduce::fold_halves(slots);
         }
+        Ok(())
     }
 
     /// Adds a wave's partial sums to the slots of the weights from number `first` on.

@@ -1,4 +1,5 @@
 //! Scratch memory that starts on a cache line: a vector load that straddles two lines costs as much as two.
+use crate::{Result, allocation};
 
 /// Float32 numbers of one cache line.
 #[derive(Debug, Clone, Copy)]
@@ -11,8 +12,11 @@ pub(crate) struct Buffer(Vec<Line>);
 
 impl Buffer {
     /// At least `length` numbers.
-    pub(crate) fn new(length: usize) -> Self {
-        Self(vec![Line([0.0; 16]); length.div_ceil(16)])
+    ///
+    /// # Errors
+    /// [`Error::Allocation`](crate::Error::Allocation).
+    pub(crate) fn new(length: usize) -> Result<Self> {
+        allocation::filled(Line([0.0; 16]), length.div_ceil(16)).map(Self)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Everything that can be wrong with a call, as one enum.
 
-/// Why a kernel refused its arguments. Nothing is written when one of these is returned.
+/// Why a kernel refused its arguments. Nothing is written when one of these is returned, but for [`Error::Allocation`].
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -33,6 +33,12 @@ pub enum Error {
     /// An instruction set that this processor does not have.
     #[error("instruction set {0} is not available on this processor")]
     Level(&'static str),
+    /// Memory that the arguments' sizes ask for is not there. What was to be written is unspecified.
+    #[error("cannot allocate {bytes} bytes")]
+    Allocation {
+        /// How much was asked for.
+        bytes: usize,
+    },
     /// Strides and sizes that reach outside the buffer, or do not fit together.
     #[error("{what}: sizes {sizes:?} with strides {strides:?} do not fit a buffer of {length} elements")]
     Layout {

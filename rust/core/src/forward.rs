@@ -1,7 +1,7 @@
 //! `value[n, k] = bias[k] + scale * sum_h keep(n, h) * hidden[n, h] * weight[k, h]`.
 use crate::simd::keep::Keep;
 use crate::simd::project::{Project, Weights};
-use crate::threads::for_each_chunk;
+use crate::threads::try_for_each_chunk;
 use crate::{Dropout, Element, Error, Executor, Level, Result, Rows};
 
 /// Bytes of hidden states that are worth waking a thread for.
@@ -92,15 +92,17 @@ pub fn forward_with<T: Element>(
     values: &mut [f32],
     executor: &dyn Executor,
 ) -> Result<()> {
-    check(level, hidden, head.columns(), "values", values.len(), hidden.count() * head.outputs())?;
-    let weights = Weights::new(head);
-    let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns()));
+    check(level, hidden, head.columns(), "values", values.len(), head.outputs())?;
+    let weights = Weights::new(head)?;
+    let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns())).transpose()?;
     let scale = dropout.map_or(1.0, Dropout::scale);
     let rows = rows_in_task(hidden, executor);
-    for_each_chunk(executor, values, rows * head.outputs(), |task, values| {
-        level.run(Project { hidden, head, weights: &weights, keep: keep.as_ref(), scale, first: task * rows, values });
-    });
-    Ok(())
+    try_for_each_chunk(executor, values, rows * head.outputs(), |task, values| {
+        let (keep, first) = (keep.as_ref(), task * rows);
+        let bits = &mut *weights.bits(keep)?;
+        level.run(Project { hidden, head, weights: &weights, keep, scale, first, bits, values });
+        Ok(())
+    })
 }
 
 /// Rows that one task takes; all of them where threads would not pay.
@@ -113,14 +115,15 @@ fn rows_in_task<T: Element>(hidden: &Rows<'_, T>, executor: &dyn Executor) -> us
     even.min(TASK_BYTES / row).max(1)
 }
 
-/// What every kernel asks of its arguments; `columns` are the weight's.
+/// What every kernel asks of its arguments; `columns` are the weight's, `actual` is how long what has `outputs` numbers a row
+/// is.
 pub(crate) fn check<T: Element>(
     level: Level,
     hidden: &Rows<'_, T>,
     columns: usize,
     what: &'static str,
     actual: usize,
-    expected: usize,
+    outputs: usize,
 ) -> Result<()> {
     if !level.is_available() {
         return Err(Error::Level(level.name()));
@@ -128,6 +131,7 @@ pub(crate) fn check<T: Element>(
     if hidden.columns() != columns {
         return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: columns });
     }
+    let expected = hidden.count().saturating_mul(outputs);
     if actual != expected {
         return Err(Error::Length { what, expected, actual });
     }

@@ -22,6 +22,7 @@
 //!
 //! Kernels are written once, over vectors ([`simd`]), and run on threads of the caller's choice ([`threads`]); neither
 //! changes a bit of a result.
+pub mod allocation;
 mod backward;
 mod buffer;
 pub mod dropout;

@@ -13,8 +13,8 @@ use crate::simd::WIDTH;
 use crate::simd::keep::Keep;
 use crate::simd::panel::{Multiply, OUTPUTS, Order, Pack, Read, Second, Sink, Source, Store, Tile, room};
 use crate::simd::project::Weights;
-use crate::threads::{Shared, for_each_chunk};
-use crate::{Dropout, Element, Error, Executor, Head, Level, Result, Rows, reduce};
+use crate::threads::{Shared, for_each_chunk, try_for_each_chunk, try_run};
+use crate::{Dropout, Element, Error, Executor, Head, Level, Result, Rows, allocation, reduce};
 use reduce::LANES;
 
 /// Bytes of packed rows and second sums that are held at once. The weights are packed again for each such chunk of rows.
@@ -43,7 +43,7 @@ impl<'a, W: Element> Linear<'a, W> {
         if let Some(bias) = bias.filter(|bias| bias.len() != outputs) {
             return Err(Error::Length { what: "bias", expected: outputs, actual: bias.len() });
         }
-        let mut padded = vec![0.0; outputs.next_multiple_of(OUTPUTS)];
+        let mut padded = allocation::filled(0.0, outputs.next_multiple_of(OUTPUTS))?;
         for (to, bias) in padded.iter_mut().zip(bias.into_iter().flatten()) {
             *to = bias + 0.0;
         }
@@ -128,14 +128,14 @@ pub fn two_layer_with<T: Element, W: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let outputs = head.second.outputs();
-    check(level, hidden, head.first.weight.columns(), "values", values.len(), hidden.count() * outputs)?;
-    let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns()));
+    check(level, hidden, head.first.weight.columns(), "values", values.len(), outputs)?;
+    let keep = dropout.map(|dropout| Keep::new(dropout, hidden.columns())).transpose()?;
     let source = Source { rows: hidden, keep: keep.as_ref(), first_masked: 0 };
-    let weights = Weights::new(&head.second);
-    let chunks = Chunks::new(level, &source, &head.first.weight, LANES * outputs, executor);
+    let weights = Weights::new(&head.second)?;
+    let chunks = Chunks::new(level, &source, &head.first.weight, LANES * outputs, executor)?;
     for rows in chunks.starts() {
-        let panels = chunks.pack(rows);
-        let mut lanes = Buffer::new(chunks.padded(rows) * outputs * LANES);
+        let panels = chunks.pack(rows)?;
+        let mut lanes = Buffer::new(chunks.padded(rows) * outputs * LANES)?;
         let sink = Second {
             lanes: Shared::new(&mut lanes),
             weights: &weights,
@@ -144,7 +144,7 @@ pub fn two_layer_with<T: Element, W: Element>(
             scale: dropout.map_or(1.0, Dropout::scale),
             bias: &head.first.bias,
         };
-        chunks.multiply(&panels, rows, LANES, &sink);
+        chunks.multiply(&panels, rows, LANES, &sink)?;
         let count = chunks.rows.min(hidden.count() - rows);
         let values = &mut values[rows * outputs..][..count * outputs];
         for_each_chunk(executor, values, 64 * outputs, |task, values| {
@@ -186,15 +186,15 @@ pub fn linear_with<T: Element, W: Element>(
     executor: &dyn Executor,
 ) -> Result<()> {
     let outputs = layer.outputs();
-    check(level, hidden, layer.weight.columns(), "outputs", to.len(), hidden.count() * outputs)?;
+    check(level, hidden, layer.weight.columns(), "outputs", to.len(), outputs)?;
     let source = Source { rows: hidden, keep: None, first_masked: 0 };
-    let chunks = Chunks::new(level, &source, &layer.weight, 0, executor);
+    let chunks = Chunks::new(level, &source, &layer.weight, 0, executor)?;
     for rows in chunks.starts() {
-        let panels = chunks.pack(rows);
+        let panels = chunks.pack(rows)?;
         let count = chunks.rows.min(hidden.count() - rows);
         let to = Shared::new(&mut to[rows * outputs..][..count * outputs]);
         let sink = Store { to, rows: count, outputs, scale, bias: &layer.bias, relu };
-        chunks.multiply(&panels, rows, outputs.next_multiple_of(OUTPUTS), &sink);
+        chunks.multiply(&panels, rows, outputs.next_multiple_of(OUTPUTS), &sink)?;
     }
     Ok(())
 }
@@ -210,18 +210,18 @@ pub fn keep_kept<T: Element>(
     to: &mut [f32],
     executor: &dyn Executor,
 ) -> Result<()> {
-    let (columns, expected) = (hidden.columns(), hidden.count() * hidden.columns());
+    let (columns, expected) = (hidden.columns(), hidden.count().saturating_mul(hidden.columns()));
     if to.len() != expected {
         return Err(Error::Length { what: "kept", expected, actual: to.len() });
     }
-    let keep = dropout.map(|dropout| Keep::new(dropout, columns));
+    let keep = dropout.map(|dropout| Keep::new(dropout, columns)).transpose()?;
     let source = Source { rows: hidden, keep: keep.as_ref(), first_masked: first };
-    for_each_chunk(executor, to, columns.max(1), |row, to| {
-        let mut line = Buffer::new(columns);
-        Level::best().run(Read { source: &source, first: row, stride: line.len(), lines: &mut line });
+    try_for_each_chunk(executor, to, columns.max(1), |row, to| {
+        let (mut line, mut bits) = (Buffer::new(columns)?, source.bits()?);
+        Level::best().run(Read { source: &source, first: row, stride: line.len(), bits: &mut bits, lines: &mut line });
         to.copy_from_slice(&line[..columns]);
-    });
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Rows, a chunk at a time, times weights.
@@ -244,11 +244,11 @@ impl<'a, W: Element> Chunks<'a, W> {
         weight: &'a Rows<'a, W>,
         extra: usize,
         executor: &'a dyn Executor,
-    ) -> Self {
+    ) -> Result<Self> {
         let tile = Tile::of(level);
         let bytes = (source.columns() + extra) * size_of::<f32>();
         let rows = (CHUNK_BYTES / bytes).next_multiple_of(tile.rows).max(tile.rows);
-        Self { level, tile, order: Order::new(source.columns()), source, weight, rows, executor }
+        Ok(Self { level, tile, order: Order::new(source.columns())?, source, weight, rows, executor })
     }
 
     fn starts(&self) -> impl Iterator<Item = usize> + use<'a, W> {
@@ -261,30 +261,30 @@ impl<'a, W: Element> Chunks<'a, W> {
     }
 
     /// The panels of the chunk that starts at row `first`.
-    fn pack(&self, first: usize) -> Buffer {
+    fn pack(&self, first: usize) -> Result<Buffer> {
         let (rows, columns) = (self.padded(first), self.source.columns());
-        let mut panels = Buffer::new(rows * columns);
-        for_each_chunk(self.executor, &mut panels[..rows * columns], self.tile.rows * columns, |i, panel| {
-            let mut lines = Buffer::new(room(columns, self.tile.rows));
+        let mut panels = Buffer::new(rows * columns)?;
+        try_for_each_chunk(self.executor, &mut panels[..rows * columns], self.tile.rows * columns, |i, panel| {
+            let mut lines = Buffer::new(room(columns, self.tile.rows))?;
             let lines = &mut lines[..room(columns, self.tile.rows)];
-            self.source.pack(self.level, &self.order, first + i * self.tile.rows, self.tile.rows, lines, panel);
-        });
-        panels
+            self.source.pack(self.level, &self.order, first + i * self.tile.rows, self.tile.rows, lines, panel)
+        })?;
+        Ok(panels)
     }
 
     /// Multiplies the packed rows from `first` on with all weights. Outputs that are a multiple of `period` apart are one task's, which takes
     /// them in rising order.
-    fn multiply<K: Sink>(&self, panels: &Buffer, first: usize, period: usize, sink: &K) {
+    fn multiply<K: Sink>(&self, panels: &Buffer, first: usize, period: usize, sink: &K) -> Result<()> {
         let row_panels = self.padded(first) / self.tile.rows;
         let outputs = period.min(self.weight.count().next_multiple_of(OUTPUTS)) / OUTPUTS;
         let shares = self.executor.threads().div_ceil(outputs).min(row_panels);
         let share = row_panels.div_ceil(shares.max(1));
-        self.executor.run(outputs * shares, &|task| {
+        try_run(self.executor, outputs * shares, &|task| {
             let first = task / outputs * share;
             let rows = first..row_panels.min(first + share);
             let starts = (task % outputs * OUTPUTS..self.weight.count()).step_by(period);
-            self.multiply_blocks(panels, rows, starts, sink);
-        });
+            self.multiply_blocks(panels, rows, starts, sink)
+        })
     }
 
     /// Multiplies some row panels with the blocks of weights that start at `starts`.
@@ -292,21 +292,24 @@ impl<'a, W: Element> Chunks<'a, W> {
         &self,
         panels: &Buffer,
         rows: std::ops::Range<usize>,
-        starts: impl Iterator<Item = usize>,
+        starts: impl ExactSizeIterator<Item = usize>,
         sink: &K,
-    ) {
+    ) -> Result<()> {
         let (columns, width) = (self.source.columns(), self.tile.outputs);
         let source = Source { rows: self.weight, keep: None, first_masked: 0 };
-        let starts: Vec<usize> = starts.flat_map(|start| (start..start + OUTPUTS).step_by(width)).collect();
+        let count = starts.len() * (OUTPUTS / width);
+        let starts = starts.flat_map(|start| (start..start + OUTPUTS).step_by(width));
+        let starts = allocation::collected(count, starts)?;
         let group = (PANELS_BYTES / (columns * width * size_of::<f32>())).clamp(1, starts.len());
-        let (mut lines, mut weights) = (Buffer::new(room(columns, width)), Buffer::new(group * columns * width));
+        let (mut lines, mut weights) = (Buffer::new(room(columns, width))?, Buffer::new(group * columns * width)?);
         for outputs in starts.chunks(group) {
             for (output, panel) in outputs.iter().zip(weights.chunks_exact_mut(columns * width)) {
-                source.pack(self.level, &self.order, *output, width, &mut lines[..room(columns, width)], panel);
+                source.pack(self.level, &self.order, *output, width, &mut lines[..room(columns, width)], panel)?;
             }
             let (order, weights) = (&self.order, &weights[..]);
             self.level.run(Multiply { order, rows: panels, panels: rows.clone(), weights, outputs, sink });
         }
+        Ok(())
     }
 }
 

@@ -17,7 +17,7 @@ use crate::math::{exp, ln};
 use crate::simd::WIDTH;
 use crate::simd::logits::{Differentiate, Fold, RowGradient, Tile};
 use crate::threads::Shared;
-use crate::{Error, Executor, Level, Result, Rows};
+use crate::{Error, Executor, Level, Result, Rows, allocation};
 
 /// Columns whose sums are taken in float32; tiles start at multiples of it.
 pub const BLOCK: usize = 1024;
@@ -184,7 +184,7 @@ impl LogitStatistics {
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
             return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
         }
-        let states = vec![RowState::NEW; targets.len()];
+        let states = allocation::filled(RowState::NEW, targets.len())?;
         Ok(Self { rule, targets: checked(targets, vocabulary)?, bias, vocabulary, states })
     }
 
@@ -298,7 +298,8 @@ impl LogitGradients {
             grad_logprob: gradients[0][n],
             grad_entropy: gradients[1][n],
         };
-        let states = checked(targets, vocabulary)?.into_iter().enumerate().map(row).collect();
+        let targets = checked(targets, vocabulary)?;
+        let states = allocation::collected(targets.len(), targets.into_iter().enumerate().map(row))?;
         Ok(Self { rule, bias, vocabulary, states })
     }
 
@@ -350,11 +351,12 @@ impl LogitGradients {
 }
 
 fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
-    let inside = |(row, &target): (usize, &i64)| {
+    let mut places = allocation::reserved(targets.len())?;
+    for (row, &target) in targets.iter().enumerate() {
         let place = usize::try_from(target).ok().filter(|place| *place < vocabulary);
-        place.ok_or(Error::Target { row, target, vocabulary })
-    };
-    targets.iter().enumerate().map(inside).collect()
+        places.push(place.ok_or(Error::Target { row, target, vocabulary })?);
+    }
+    Ok(places)
 }
 
 fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {

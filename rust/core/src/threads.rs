@@ -3,10 +3,11 @@
 //! rayon's global pool hangs in a forked child whose parent has used it: the child has no worker threads, and waits for
 //! them. So this crate keeps a pool of its own, forgets it in a child of `fork`, and builds another there. Work never
 //! reaches the global pool.
+use crate::{Error, Result};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::marker::PhantomData;
-use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Once, OnceLock};
 
 /// Runs numbered tasks, in any order, on any number of threads.
 pub trait Executor: Sync {
@@ -36,11 +37,14 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// More threads than this are never started.
+    pub const MOST_THREADS: usize = 1024;
+
     /// A pool of at most `threads` threads, the calling one included; the others are started on first use and shared by
     /// the process.
     #[must_use]
     pub fn new(threads: usize) -> Self {
-        Self { threads: threads.max(1) }
+        Self { threads: threads.clamp(1, Self::MOST_THREADS) }
     }
 }
 
@@ -108,6 +112,12 @@ fn forget_workers_in_children() {
     });
 }
 
+/// The cores that this process may use: what affinity and the quota of its control group leave, at least 1.
+#[must_use]
+pub fn available_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 /// A mutable slice that tasks write to, each to its own part.
 pub(crate) struct Shared<'a, T> {
     data: *mut T,
@@ -156,6 +166,45 @@ pub(crate) fn for_each_chunk<T: Send>(
         // SAFETY: task `i` runs once and no other has this part.
         task(i, unsafe { shared.slice(start, length.min(total - start)) });
     });
+}
+
+/// [`for_each_chunk`] with a task that can fail.
+///
+/// # Errors
+/// As [`try_run`].
+pub(crate) fn try_for_each_chunk<T: Send>(
+    executor: &dyn Executor,
+    data: &mut [T],
+    length: usize,
+    task: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+) -> Result<()> {
+    let failure = OnceLock::new();
+    for_each_chunk(executor, data, length, |i, part| note(&failure, || task(i, part)));
+    failure.into_inner().map_or(Ok(()), Err)
+}
+
+/// Runs tasks that can fail.
+///
+/// # Errors
+/// That of one that failed; those that had not started then were left out.
+pub(crate) fn try_run(
+    executor: &dyn Executor,
+    tasks: usize,
+    task: &(dyn Fn(usize) -> Result<()> + Sync),
+) -> Result<()> {
+    let failure = OnceLock::new();
+    executor.run(tasks, &|i| note(&failure, || task(i)));
+    failure.into_inner().map_or(Ok(()), Err)
+}
+
+/// Runs a task unless another one has failed.
+fn note(failure: &OnceLock<Error>, task: impl FnOnce() -> Result<()>) {
+    if failure.get().is_none()
+        && let Err(error) = task()
+    {
+        // Of two that fail at once, one is enough.
+        let _ = failure.set(error);
+    }
 }
 
 /// Asks for huge pages under a large buffer that is about to be overwritten; nothing happens where there are none.

@@ -25,6 +25,12 @@ fn describe_cpu(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(row)
 }
 
+/// The cores that this process may use: what affinity and the quota of its control group leave, at least 1.
+#[pyfunction]
+pub(crate) fn available_cores() -> usize {
+    vhead_core::threads::available_cores()
+}
+
 /// Version, profile and target of this binary.
 #[pyfunction]
 pub(crate) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
@@ -50,7 +56,8 @@ pub(crate) fn configure(libtorch_cpu: Option<&str>, num_threads: Option<usize>, 
 #[pyfunction]
 pub(crate) fn worker_threads(py: Python<'_>, tasks: usize) -> PyResult<Vec<u64>> {
     let threads = threads::Threads::now(py)?;
-    let ids: Vec<std::sync::atomic::AtomicU64> = (0..tasks).map(|_| 0.into()).collect();
+    let ids = (0..tasks).map(|_| std::sync::atomic::AtomicU64::new(0));
+    let ids = vhead_core::allocation::collected(tasks, ids).map_err(gate::to_python)?;
     gate::run(py, usize::MAX, || {
         threads.executor().run(tasks, &|index| {
             std::thread::sleep(std::time::Duration::from_millis(2));

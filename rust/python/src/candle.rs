@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyType;
 use std::path::PathBuf;
 use std::sync::Arc;
-use vhead_candle::candle_core::{Device, Tensor};
+use vhead_candle::candle_core::{CpuStorage, Device, Storage, Tensor};
 use vhead_candle::{Error, ValueHead};
 use vhead_core::{Element, threads::Pool};
 
@@ -32,7 +32,8 @@ pyo3::import_exception!(vhead.errors, HeadMismatchError);
 ///
 /// Raises:
 ///     TypeError: No array, or another dtype.
-///     ValueError: Another shape, another device, or no threads.
+///     ValueError: Another shape, another device, memory that cannot be there, or threads that no machine runs.
+///     AllocationError: A broadcast weight or bias has more elements than memory.
 #[pyclass(frozen, module = "vhead._native", name = "CandleValueHead")]
 #[derive(Debug)]
 pub(crate) struct CandleValueHead {
@@ -48,19 +49,20 @@ impl CandleValueHead {
         weight: &Bound<'_, PyAny>,
         bias: Option<&Bound<'_, PyAny>>,
         device: &str,
-        num_threads: Option<usize>,
+        num_threads: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let (py, device) = (weight.py(), parse_device(device)?);
+        let (py, device, num_threads) = (weight.py(), parse_device(device)?, parse_threads(num_threads)?);
         let weight = ArrayView::new("weight", weight)?;
         let (outputs, columns) = match *weight.sizes() {
             [columns] => (1, columns),
             [outputs, columns] => (outputs, columns),
             ref sizes => return Err(wrong_shape("weight", "[K, H] or [H]", sizes)),
         };
-        let weight = Tensor::from_vec(weight.floats(), (outputs, columns), &device).map_err(candle_error)?;
+        let weight = Tensor::from_vec(weight.floats()?, (outputs, columns), &device).map_err(candle_error)?;
         let bias = bias.map(|bias| ArrayView::new("bias", bias)).transpose()?;
-        let to_tensor = |bias: ArrayView<'_>| Tensor::from_vec(bias.floats(), bias.sizes(), &device);
-        let bias = bias.map(to_tensor).transpose().map_err(candle_error)?;
+        let to_tensor =
+            |bias: ArrayView<'_>| Tensor::from_vec(bias.floats()?, bias.sizes(), &device).map_err(candle_error);
+        let bias = bias.map(to_tensor).transpose()?;
         Self::with_threads(py, ValueHead::new(weight, bias).map_err(to_python)?, num_threads)
     }
 
@@ -72,11 +74,17 @@ impl CandleValueHead {
     /// Raises:
     ///     OSError: The file cannot be read; FileNotFoundError where there is none.
     ///     HeadFileError: It is no whole safetensors file.
+    ///     AllocationError: There is no memory for the head that it holds.
     ///     HeadMismatchError: It holds no head, half a head, several heads, or one that does not fit together.
     #[classmethod]
     #[pyo3(signature = (path, device = "cpu", *, num_threads = None))]
-    fn load(kind: &Bound<'_, PyType>, path: PathBuf, device: &str, num_threads: Option<usize>) -> PyResult<Self> {
-        let device = parse_device(device)?;
+    fn load(
+        kind: &Bound<'_, PyType>,
+        path: PathBuf,
+        device: &str,
+        num_threads: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let (device, num_threads) = (parse_device(device)?, parse_threads(num_threads)?);
         let head = gate::run(kind.py(), usize::MAX, || Ok(ValueHead::load(path, &device)))?;
         Self::with_threads(kind.py(), head.map_err(to_python)?, num_threads)
     }
@@ -98,7 +106,7 @@ impl CandleValueHead {
     ///
     /// Raises:
     ///     TypeError: No array, or another dtype.
-    ///     ValueError: The last dimension is not H, or the array is on another device.
+    ///     ValueError: The last dimension is not H, the array is on another device, or no array can be where it says it is.
     ///     BufferError: Its library refuses to export it, as torch does for tensors that require grad.
     fn __call__<'py>(&self, hidden: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let hidden = ArrayView::new("hidden", hidden)?;
@@ -166,9 +174,6 @@ type Parts<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, &'static str, O
 impl CandleValueHead {
     /// `num_threads`, else `VHEAD_NUM_THREADS`, else the cores that this process may use.
     fn with_threads(py: Python<'_>, head: ValueHead, num_threads: Option<usize>) -> PyResult<Self> {
-        if num_threads == Some(0) {
-            return Err(PyValueError::new_err("num_threads: expected a positive integer, got 0"));
-        }
         let threads = match num_threads {
             Some(threads) => Some(threads),
             None => py.import("vhead.env")?.call_method0("read_settings")?.getattr("num_threads")?.extract()?,
@@ -187,10 +192,24 @@ impl CandleValueHead {
         sizes.extend((self.out_features() > 1).then_some(self.out_features()));
         let mut output = Output::new(py, &sizes)?;
         let mut copy = Vec::new();
-        let (rows, values) = (hidden.rows::<T>(&mut copy), output.elements());
+        let (rows, values) = (hidden.rows::<T>(&mut copy)?, output.elements());
         let elements = rows.count().saturating_mul(self.in_features()).saturating_mul(self.out_features());
         gate::run(py, elements, || Ok(self.head.forward_rows(&rows, values)))?.map_err(to_python)?;
         Ok(output.into_array())
+    }
+}
+
+/// # Errors
+/// `ValueError` for a number of threads that no machine runs, `TypeError` for what is no number.
+fn parse_threads(num_threads: Option<Bound<'_, PyAny>>) -> PyResult<Option<usize>> {
+    let Some(given) = num_threads else { return Ok(None) };
+    match given.extract::<usize>() {
+        Ok(threads) if (1..=Pool::MOST_THREADS).contains(&threads) => Ok(Some(threads)),
+        Err(error) if error.is_instance_of::<PyTypeError>(given.py()) => Err(error),
+        _ => {
+            let most = Pool::MOST_THREADS;
+            Err(PyValueError::new_err(format!("num_threads: expected 1 to {most}, got {}", given.str()?)))
+        }
     }
 }
 
@@ -214,9 +233,13 @@ fn names_cuda(device: &str) -> bool {
 }
 
 fn to_numpy<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyAny>> {
-    let numbers: Vec<f32> = tensor.flatten_all().and_then(|flat| flat.to_vec1()).map_err(candle_error)?;
     let mut output = Output::new(py, tensor.dims())?;
-    output.elements().copy_from_slice(&numbers);
+    let (storage, layout) = tensor.storage_and_layout();
+    let numbers = match &*storage {
+        Storage::Cpu(CpuStorage::F32(numbers)) => numbers.get(layout.start_offset()..).unwrap_or_default(),
+        _ => &[],
+    };
+    output.elements().iter_mut().zip(numbers).for_each(|(to, number)| *to = *number);
     Ok(output.into_array())
 }
 
@@ -246,11 +269,11 @@ fn to_python(error: Error) -> PyErr {
 
 fn to_python_with(error: Error, text: String) -> PyErr {
     match error {
-        Error::Format(_) => HeadFileError::new_err(text),
+        Error::Format(_) | Error::Header { .. } => HeadFileError::new_err(text),
         Error::Keys { .. } | Error::Tensor { .. } => HeadMismatchError::new_err(text),
         Error::Dtype { .. } => PyTypeError::new_err(text),
         Error::Shape { .. } | Error::Strides { .. } | Error::Device { .. } => PyValueError::new_err(text),
-        Error::Kernel(error) => gate::to_python(error),
+        Error::Kernel(error) => gate::saying(&error, text),
         Error::Io(error) => error.into(),
         _ => PyRuntimeError::new_err(text),
     }

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pyo3::import_exception!(vhead.errors, AllocationError);
 pyo3::import_exception!(vhead.errors, CudaError);
 pyo3::import_exception!(vhead.errors, KernelPanicError);
 
@@ -55,14 +56,20 @@ pub(crate) fn cuda_to_python(error: vhead_cuda::Error) -> PyErr {
 
 /// The Python exception for a kernel's error.
 pub(crate) fn to_python(error: vhead_core::Error) -> PyErr {
-    use vhead_core::Error;
     let text = error.to_string();
+    saying(&error, text)
+}
+
+/// The same with other words.
+pub(crate) fn saying(error: &vhead_core::Error, text: String) -> PyErr {
+    use vhead_core::Error;
     match error {
         Error::Length { .. }
         | Error::Layout { .. }
         | Error::Target { .. }
         | Error::Probability(_)
         | Error::StandardDeviation(_) => PyValueError::new_err(text),
+        Error::Allocation { .. } => AllocationError::new_err(text),
         _ => PyRuntimeError::new_err(text),
     }
 }

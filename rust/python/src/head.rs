@@ -80,8 +80,8 @@ impl<'py> Arguments<'py> {
 
     fn forward<T: Element>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let mut values = Output::new(py, &self.shapes.values, Dtype::Float32)?;
-        let (rows, weight, bias) =
-            (self.hidden.rows::<T>(), self.weight.floats(), self.bias.as_ref().map(TensorView::floats));
+        let (rows, weight) = (self.hidden.rows::<T>(), self.weight.floats()?);
+        let bias = self.bias.as_ref().map(TensorView::floats).transpose()?;
         let (dropout, threads, out) = (self.dropout, self.threads(py)?, values.elements());
         gate::run(py, self.cost(), || {
             let head = Head::new(&weight, bias.as_deref(), rows.columns())?;
@@ -91,7 +91,7 @@ impl<'py> Arguments<'py> {
     }
 
     fn backward<T: Element>(&self, py: Python<'py>, grad: &[f32], outputs: &mut Outputs<'py>) -> PyResult<()> {
-        let (rows, weight) = (self.hidden.rows::<T>(), self.weight.floats());
+        let (rows, weight) = (self.hidden.rows::<T>(), self.weight.floats()?);
         let (dropout, threads) = (self.dropout, self.threads(py)?);
         let gradients = Gradients {
             hidden: outputs.hidden.as_mut().map(Output::elements::<T>),
@@ -187,7 +187,7 @@ pub(crate) fn value_head_backward<'py>(
         return Err(PyValueError::new_err(format!("grad: expected {expected:?}, got {actual:?}")));
     }
     let mut outputs = allocate(py, &arguments, needed)?;
-    let grad: Cow<'_, [f32]> = grad.floats();
+    let grad: Cow<'_, [f32]> = grad.floats()?;
     match arguments.hidden.dtype() {
         Dtype::BFloat16 => arguments.backward::<bf16>(py, &grad, &mut outputs)?,
         Dtype::Float16 => arguments.backward::<f16>(py, &grad, &mut outputs)?,

@@ -5,6 +5,7 @@ use crate::torch::Dtype;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use vhead_core::allocation::filled;
 use vhead_core::dropout::Dropout;
 use vhead_core::init;
 use vhead_core::philox::Stream;
@@ -60,11 +61,14 @@ pub(crate) fn dropout_mask(
     seed: i64,
 ) -> PyResult<Bound<'_, PyBytes>> {
     let mask = gate::run(py, usize::MAX, || {
-        let mut mask = vec![true; rows * columns];
+        let mut mask = filled(true, rows.saturating_mul(columns))?;
         if let Some(dropout) = Dropout::new(dropout_p, seed.cast_unsigned())? {
             dropout.mask(columns, &mut mask)?;
         }
-        Ok(mask.into_iter().map(u8::from).collect::<Vec<_>>())
+        Ok(mask)
     })?;
-    Ok(PyBytes::new(py, &mask))
+    PyBytes::new_with(py, mask.len(), |bytes| {
+        bytes.iter_mut().zip(mask).for_each(|(byte, kept)| *byte = u8::from(kept));
+        Ok(())
+    })
 }

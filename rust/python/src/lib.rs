@@ -18,7 +18,7 @@ mod two_layer;
 #[pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
-    use super::backends::{backends, build_info, configure, panic_on_purpose, worker_threads};
+    use super::backends::{available_cores, backends, build_info, configure, panic_on_purpose, worker_threads};
     #[pymodule_export]
     use super::candle::CandleValueHead;
     #[pymodule_export]

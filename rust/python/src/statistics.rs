@@ -14,11 +14,11 @@ fn threads(py: Python<'_>, cost: usize) -> PyResult<Threads> {
 }
 
 fn integers(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
-    Ok(TensorView::new(name, tensor, &[Dtype::Int64])?.integers())
+    TensorView::new(name, tensor, &[Dtype::Int64])?.integers()
 }
 
 fn floats(name: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
-    Ok(TensorView::new(name, tensor, &Dtype::FLOATS)?.floats().into_owned())
+    TensorView::new(name, tensor, &Dtype::FLOATS)?.owned_floats()
 }
 
 /// Statistics of `[N]` targets, a tile of products at a time.

@@ -1,10 +1,12 @@
 //! A checked view of a CPU tensor: the only place where a pointer of torch's becomes a slice.
 use crate::description::{Description, Place, unsigned};
+use crate::gate;
 use crate::torch::{Dtype, Torch};
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::borrow::Cow;
+use vhead_core::allocation::collected;
 use vhead_core::{Element, Rows};
 
 /// A CPU tensor, which this view keeps alive.
@@ -63,16 +65,30 @@ impl<'py> TensorView<'py> {
 
     /// All elements in row-major order as float32, which is exact from every dtype that hidden states may have; borrowed
     /// where they lie so in memory.
-    pub(crate) fn floats(&self) -> Cow<'_, [f32]> {
-        match self.dtype() {
+    ///
+    /// # Errors
+    /// `AllocationError`: a broadcast tensor has more elements than memory.
+    pub(crate) fn floats(&self) -> PyResult<Cow<'_, [f32]>> {
+        Ok(match self.dtype() {
             Dtype::Float32 if self.is_slice_of::<f32>() => {
                 // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner.
                 Cow::Borrowed(unsafe { std::slice::from_raw_parts(self.0.data.cast(), self.count()) })
             }
-            Dtype::Float32 => Cow::Owned(self.collect::<f32, f32>(|x| x)),
-            Dtype::BFloat16 => Cow::Owned(self.collect(half::bf16::to_f32)),
-            Dtype::Float16 => Cow::Owned(self.collect(half::f16::to_f32)),
-            Dtype::Int64 => Cow::Owned(self.collect(|x: i64| x as f32)),
+            Dtype::Float32 => Cow::Owned(self.collect::<f32, f32>(|x| x)?),
+            Dtype::BFloat16 => Cow::Owned(self.collect(half::bf16::to_f32)?),
+            Dtype::Float16 => Cow::Owned(self.collect(half::f16::to_f32)?),
+            Dtype::Int64 => Cow::Owned(self.collect(|x: i64| x as f32)?),
+        })
+    }
+
+    /// A copy of [`Self::floats`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn owned_floats(&self) -> PyResult<Vec<f32>> {
+        match self.floats()? {
+            Cow::Owned(floats) => Ok(floats),
+            Cow::Borrowed(floats) => collected(floats.len(), floats.iter().copied()).map_err(gate::to_python),
         }
     }
 
@@ -81,8 +97,8 @@ impl<'py> TensorView<'py> {
     /// # Errors
     /// `ValueError` where there is not exactly one.
     pub(crate) fn seed(&self) -> PyResult<u64> {
-        match self.collect::<i64, i64>(|x| x).as_slice() {
-            [seed] if self.dtype() == Dtype::Int64 => Ok(seed.cast_unsigned()),
+        match self.count() {
+            1 if self.dtype() == Dtype::Int64 => Ok(self.collect::<i64, i64>(|x| x)?[0].cast_unsigned()),
             _ => Err(PyValueError::new_err(format!(
                 "{}: expected one int64 number, got sizes {:?}",
                 self.0.name,
@@ -92,7 +108,10 @@ impl<'py> TensorView<'py> {
     }
 
     /// All elements of an int64 tensor in row-major order.
-    pub(crate) fn integers(&self) -> Vec<i64> {
+    ///
+    /// # Errors
+    /// As [`Self::floats`].
+    pub(crate) fn integers(&self) -> PyResult<Vec<i64>> {
         debug_assert_eq!(self.dtype(), Dtype::Int64);
         self.collect::<i64, i64>(|x| x)
     }
@@ -117,13 +136,14 @@ impl<'py> TensorView<'py> {
         self.count() > 0 && self.0.is_contiguous() && self.0.data.cast::<T>().is_aligned()
     }
 
-    fn collect<T: Copy, U>(&self, convert: impl Fn(T) -> U) -> Vec<U> {
+    fn collect<T: Copy, U>(&self, convert: impl Fn(T) -> U) -> PyResult<Vec<U>> {
         let sizes: Vec<usize> = self.sizes().iter().map(|&size| unsigned(size)).collect();
         let strides: Vec<isize> = self.0.strides().iter().map(|&stride| stride as isize).collect();
         // SAFETY: as in `rows`, with rows of one element.
         let rows = unsafe { Rows::<T>::from_raw(self.0.data.cast(), &sizes, &strides, 1) };
         // SAFETY: `row` is valid for one unaligned read below `count`.
-        (0..rows.count()).map(|i| convert(unsafe { rows.row(i).read_unaligned() })).collect()
+        let elements = (0..rows.count()).map(|i| convert(unsafe { rows.row(i).read_unaligned() }));
+        collected(rows.count(), elements).map_err(gate::to_python)
     }
 }
 

@@ -133,8 +133,8 @@ fn run_two_layer<T: Element, W: Element>(
     values: &mut [f32],
 ) -> PyResult<()> {
     let (rows, weight, threads) = (first.hidden.rows::<T>(), first.weight.rows::<W>(), first.threads(py)?);
-    let (bias1, bias2) = (first.bias.as_ref().map(TensorView::floats), bias2.map(TensorView::floats));
-    let weight2 = weight2.floats();
+    let bias1 = first.bias.as_ref().map(TensorView::floats).transpose()?;
+    let (weight2, bias2) = (weight2.floats()?, bias2.map(TensorView::floats).transpose()?);
     gate::run(py, first.cost(), || {
         let second = Head::new(&weight2, bias2.as_deref(), weight.count())?;
         let head = TwoLayerHead::new(Linear::new(weight, bias1.as_deref())?, second)?;
@@ -163,7 +163,7 @@ pub(crate) fn linear(
     let to = out.overwritten()?;
     with_element!(layer.hidden.dtype(), T => with_element!(layer.weight.dtype(), W => {
         let (rows, weight, threads) = (layer.hidden.rows::<T>(), layer.weight.rows::<W>(), layer.threads(py)?);
-        let bias = layer.bias.as_ref().map(TensorView::floats);
+        let bias = layer.bias.as_ref().map(TensorView::floats).transpose()?;
         gate::run(py, layer.cost(), || {
             vhead_core::linear(&rows, &Linear::new(weight, bias.as_deref())?, scale, relu, to, threads.executor())
         })

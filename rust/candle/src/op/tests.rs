@@ -25,6 +25,10 @@ pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     floats.into_iter().map(f32::to_bits).collect()
 }
 
+fn zeros<T: Element>(count: usize) -> Vec<T> {
+    allocation::zeros(count).unwrap()
+}
+
 fn elements<T: WithDType>(tensor: &Tensor) -> Vec<T> {
     tensor.contiguous().unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -172,7 +176,7 @@ fn kernel_gradients<T: Hidden>(case: &Case) -> [Vec<u32>; 3] {
     let rows = Rows::contiguous(&data, data.len() / columns, columns).unwrap();
     let head = Head::new(&weight, None, columns).unwrap();
     let (mut hidden, mut weight, mut bias) =
-        (T::zeros(data.len()), f32::zeros(head.outputs() * columns), f32::zeros(head.outputs()));
+        (zeros::<T>(data.len()), zeros(head.outputs() * columns), zeros(head.outputs()));
     let gradients = Gradients { hidden: Some(&mut hidden), weight: Some(&mut weight), bias: Some(&mut bias) };
     let grad_values = elements::<f32>(&case.grad_values);
     vhead_core::backward(&rows, &head, case.op.dropout.as_ref(), &grad_values, gradients, &Serial).unwrap();
@@ -296,8 +300,9 @@ fn not_a_number_and_infinity_reach_the_values_even_where_dropped() {
     }
 }
 
+/// Without the backtrace that candle puts behind it where `RUST_BACKTRACE` asks for one.
 fn message<T: std::fmt::Debug>(result: Result<T>) -> String {
-    result.unwrap_err().to_string()
+    result.unwrap_err().to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 #[test]
@@ -336,6 +341,17 @@ fn wrong_weights_are_errors_that_say_what_was_expected() {
     ] {
         assert_eq!(message(ValueHead::new(weight, bias)), expected);
     }
+}
+
+#[test]
+fn what_is_broadcast_to_terabytes_is_an_error() {
+    let many = |columns| tensor((1, 1), 1, DType::F32).broadcast_as((1_usize << 42, columns)).unwrap();
+    let terabytes = "cannot allocate 17592186044416 bytes";
+    assert_eq!(message(ValueHead::new(many(1), None)), terabytes);
+    let head = ValueHead::new(tensor((1, 1), 1, DType::F32), None).unwrap();
+    assert_eq!(message(head.forward(&many(1))), terabytes);
+    let head = ValueHead::new(tensor((1, 2), 1, DType::F32), None).unwrap();
+    assert_eq!(message(head.forward(&many(2))), "cannot allocate 35184372088832 bytes");
 }
 
 #[test]

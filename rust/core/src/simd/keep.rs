@@ -8,9 +8,9 @@
 //! so after two rounds the four words are `A[octet] ^ a[row]`, `B[octet]`, `C[octet] ^ c[row]` and `d[row]`: the columns'
 //! part is tabled once a call and the rows' part is two multiplications a row.
 use super::Simd;
-use crate::Dropout;
 use crate::philox::{MULTIPLIERS, ROUNDS, Stream, multiply, round_keys};
 use crate::reduce::OCTET;
+use crate::{Dropout, Result, allocation};
 
 /// Octets drawn together: one to a lane of [`Simd::U64`].
 const OCTETS: usize = 8;
@@ -51,16 +51,16 @@ fn row_state(row: u64, keys: &[[u32; 2]; ROUNDS]) -> [u32; 3] {
 impl Keep {
     /// The tables for rows of `columns` columns.
     #[expect(clippy::cast_possible_truncation, reason = "a counter word numbers the octets")]
-    pub(crate) fn new(dropout: &Dropout, columns: usize) -> Self {
+    pub(crate) fn new(dropout: &Dropout, columns: usize) -> Result<Self> {
         let keys = round_keys(dropout.seed());
-        let mut octets = vec![[[0; OCTETS]; 3]; columns.div_ceil(COLUMNS)];
+        let mut octets = allocation::filled([[0; OCTETS]; 3], columns.div_ceil(COLUMNS))?;
         for (draw, tables) in octets.iter_mut().enumerate() {
             for (lane, octet) in ORDER.into_iter().enumerate() {
                 let state = octet_state((draw * OCTETS + octet) as u32, &keys);
                 (0..3).for_each(|table| tables[table][lane] = u64::from(state[table]));
             }
         }
-        Self { dropout: *dropout, keys, octets }
+        Ok(Self { dropout: *dropout, keys, octets })
     }
 
     /// Draws the mask of the columns `COLUMNS * first..` of `row`, as many as `bits` has room for.
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn both_words_of_a_row_count() -> crate::Result<()> {
         let Some(dropout) = Dropout::new(0.5, 0x0123_4567_89AB_CDEF)? else { return Ok(()) };
-        let keep = Keep::new(&dropout, 4 * COLUMNS);
+        let keep = Keep::new(&dropout, 4 * COLUMNS)?;
         let mask = |level: Level, row: u64| {
             let mut bits = vec![0; words(4 * COLUMNS)];
             level.run(Fill { keep: &keep, row, bits: &mut bits });

@@ -11,7 +11,7 @@ use super::keep::{self, Keep};
 use super::{Kernel, Level, Simd, WIDTH};
 use crate::reduce::{LANES, OCTET, OCTETS};
 use crate::threads::Shared;
-use crate::{Element, Rows};
+use crate::{Element, Result, Rows, allocation};
 use std::ops::Range;
 
 /// Levels of the tree over [`LANES`] lanes.
@@ -49,15 +49,16 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    pub(crate) fn new(columns: usize) -> Self {
+    pub(crate) fn new(columns: usize) -> Result<Self> {
         let lanes: [usize; LANES] = std::array::from_fn(|visit| {
             let octet = (visit / OCTET).reverse_bits() >> (usize::BITS - OCTETS.trailing_zeros());
             octet * OCTET + visit % OCTET
         });
-        Self {
+        let order = lanes.into_iter().flat_map(|lane| (lane..columns).step_by(LANES));
+        Ok(Self {
             lengths: lanes.map(|lane| (lane..columns).step_by(LANES).len()),
-            columns: lanes.into_iter().flat_map(|lane| (lane..columns).step_by(LANES)).collect(),
-        }
+            columns: allocation::collected(columns, order)?,
+        })
     }
 }
 
@@ -102,8 +103,9 @@ impl<T: Element> Source<'_, T> {
         }
     }
 
-    fn bits(&self) -> Vec<u16> {
-        vec![u16::MAX; keep::words(self.rows.columns())]
+    /// Room for the mask of a row.
+    pub(crate) fn bits(&self) -> Result<Vec<u16>> {
+        allocation::filled(u16::MAX, keep::words(self.rows.columns()))
     }
 }
 
@@ -113,7 +115,15 @@ pub(crate) trait Pack: Sync {
     fn columns(&self) -> usize;
     /// Writes the panel of `width` rows from `first` on, zeros where there are none; `lines` is room for them
     /// ([`room`]).
-    fn pack(&self, level: Level, order: &Order, first: usize, width: usize, lines: &mut [f32], panel: &mut [f32]);
+    fn pack(
+        &self,
+        level: Level,
+        order: &Order,
+        first: usize,
+        width: usize,
+        lines: &mut [f32],
+        panel: &mut [f32],
+    ) -> Result<()>;
 }
 
 /// Numbers that [`Pack::pack`] needs room for.
@@ -130,11 +140,20 @@ impl<T: Element> Pack for Source<'_, T> {
         self.rows.columns()
     }
 
-    fn pack(&self, level: Level, order: &Order, first: usize, width: usize, lines: &mut [f32], panel: &mut [f32]) {
+    fn pack(
+        &self,
+        level: Level,
+        order: &Order,
+        first: usize,
+        width: usize,
+        lines: &mut [f32],
+        panel: &mut [f32],
+    ) -> Result<()> {
+        let mut bits = self.bits()?;
         let stride = lines.len() / width;
         let count = width.min(self.rows.count().saturating_sub(first));
         lines[count * stride..].fill(0.0);
-        level.run(Read { source: self, first, stride, lines: &mut lines[..count * stride] });
+        level.run(Read { source: self, first, stride, bits: &mut bits, lines: &mut lines[..count * stride] });
         assert!(width * stride <= lines.len() && order.columns.len() <= stride);
         for (&column, numbers) in order.columns.iter().zip(panel.chunks_exact_mut(width)) {
             for (i, number) in numbers.iter_mut().enumerate() {
@@ -142,6 +161,7 @@ impl<T: Element> Pack for Source<'_, T> {
                 *number = unsafe { *lines.get_unchecked(i * stride + column) };
             }
         }
+        Ok(())
     }
 }
 
@@ -150,22 +170,21 @@ pub(crate) struct Read<'a, T> {
     pub(crate) source: &'a Source<'a, T>,
     pub(crate) first: usize,
     pub(crate) stride: usize,
+    pub(crate) bits: &'a mut [u16],
     pub(crate) lines: &'a mut [f32],
 }
 
 impl<T: Element> Kernel for Read<'_, T> {
     #[inline(always)]
     fn run<S: Simd, const GROUPS: usize>(self, simd: S) {
-        let mut bits = self.source.bits();
         for (i, line) in self.lines.chunks_exact_mut(self.stride).enumerate() {
-            self.source.read(simd, self.first + i, &mut bits, line);
+            self.source.read(simd, self.first + i, self.bits, line);
         }
     }
 
     fn run_scalar(self) {
-        let mut bits = self.source.bits();
         for (i, line) in self.lines.chunks_exact_mut(self.stride).enumerate() {
-            self.source.read_scalar(self.first + i, &mut bits, line);
+            self.source.read_scalar(self.first + i, self.bits, line);
         }
     }
 }

@@ -4,7 +4,7 @@ use super::{Kernel, Simd, WIDTH};
 use crate::buffer::Buffer;
 use crate::forward::Head;
 use crate::reduce::{self, LANES, OCTETS};
-use crate::{Element, Rows};
+use crate::{Element, Result, Rows, allocation};
 
 /// Writes the values of the rows from `first` on, as many as `values` holds.
 pub(crate) struct Project<'a, T> {
@@ -14,6 +14,8 @@ pub(crate) struct Project<'a, T> {
     pub(crate) keep: Option<&'a Keep>,
     pub(crate) scale: f32,
     pub(crate) first: usize,
+    /// [`Weights::bits`].
+    pub(crate) bits: &'a mut [u16],
     pub(crate) values: &'a mut [f32],
 }
 
@@ -24,18 +26,23 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    pub(crate) fn new(head: &Head<'_>) -> Self {
+    pub(crate) fn new(head: &Head<'_>) -> Result<Self> {
         let (columns, stride) = (head.columns(), head.columns().next_multiple_of(LANES));
-        let mut data = Buffer::new(head.outputs() * stride);
+        let mut data = Buffer::new(head.outputs() * stride)?;
         for (output, padded) in data.chunks_exact_mut(stride).enumerate() {
             padded[..columns].copy_from_slice(head.weight(output));
         }
-        Self { data, stride }
+        Ok(Self { data, stride })
     }
 
     /// Padded weights of an output: how far apart two outputs are.
     pub(crate) fn stride(&self) -> usize {
         self.stride
+    }
+
+    /// Room for the mask of a row, up to whole tiles; none where every column is kept.
+    pub(crate) fn bits(&self, keep: Option<&Keep>) -> Result<Vec<u16>> {
+        allocation::filled(u16::MAX, keep.map_or(0, |_| self.stride / WIDTH))
     }
 
     /// The padded weights of an output.
@@ -55,16 +62,15 @@ impl<T: Element> Kernel for Project<'_, T> {
 
     fn run_scalar(self) {
         let (columns, outputs) = (self.hidden.columns(), self.head.outputs());
-        let mut bits = vec![u16::MAX; keep::words(columns)];
         for (i, values) in self.values.chunks_exact_mut(outputs).enumerate() {
             let row = self.first + i;
             if let Some(keep) = self.keep {
-                keep.fill_scalar(row as u64, 0, &mut bits);
+                keep.fill_scalar(row as u64, 0, &mut self.bits[..keep::words(columns)]);
             }
             for (output, value) in values.iter_mut().enumerate() {
                 let mut lanes = [0.0_f32; LANES];
                 for (h, weight) in self.head.weight(output).iter().enumerate() {
-                    let kept = bits[h / WIDTH] >> (h % WIDTH) & 1 == 1;
+                    let kept = self.keep.is_none() || self.bits[h / WIDTH] >> (h % WIDTH) & 1 == 1;
                     let lane = &mut lanes[h % LANES];
                     *lane = self.hidden.get(row, h).to_f32().mul_add(if kept { *weight } else { 0.0 }, *lane);
                 }
@@ -78,20 +84,19 @@ impl<T: Element> Project<'_, T> {
     #[inline(always)]
     fn run_rows<S: Simd, const GROUPS: usize, const DROP: bool>(self, simd: S) {
         let columns = self.hidden.columns();
-        let mut bits = vec![u16::MAX; self.keep.map_or(0, |_| self.weights.stride / WIDTH)];
-        let drawn = bits.len().min(keep::words(columns));
+        let drawn = self.bits.len().min(keep::words(columns));
         let mut tail = [T::from_f32(0.0); LANES];
         for (i, values) in self.values.chunks_exact_mut(self.head.outputs()).enumerate() {
             let row = self.hidden.row(self.first + i);
             if let (true, Some(keep)) = (DROP, self.keep) {
-                keep.fill(simd, (self.first + i) as u64, 0, &mut bits[..drawn], row.cast(), size_of::<T>());
+                keep.fill(simd, (self.first + i) as u64, 0, &mut self.bits[..drawn], row.cast(), size_of::<T>());
             }
             self.hidden.read_part(self.first + i, columns - columns % LANES, &mut tail[..columns % LANES]);
             for (output, value) in values.iter_mut().enumerate() {
                 let tiles = Tiles { row, full: columns / LANES, tail: tail.as_ptr(), count: columns.div_ceil(LANES) };
                 let weights = self.weights.output(output).as_ptr();
                 // SAFETY: the row has `full` tiles and `tail` is one; weights and bits are padded to whole tiles.
-                let sum = unsafe { tiles.project::<S, GROUPS, DROP>(simd, weights, bits.as_ptr()) };
+                let sum = unsafe { tiles.project::<S, GROUPS, DROP>(simd, weights, self.bits.as_ptr()) };
                 *value = reduce::finish(sum, self.scale, self.head.bias(output));
             }
         }

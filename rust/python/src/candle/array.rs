@@ -1,13 +1,22 @@
 //! Arrays of numpy and of whoever speaks DLPack, as rows of hidden states where they lie; and new numpy arrays.
-use crate::dlpack;
+use crate::{dlpack, gate};
 use half::{bf16, f16};
 use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyType};
-use vhead_core::{Element, Rows};
+use vhead_core::{Element, Rows, allocation};
+
+/// Nothing is below this: systems keep the first page free, so that null pointers and what is near them fault.
+const START_OF_MEMORY: i128 = 4096;
+
+/// No address of a process is above this: five levels of page tables, of which the system takes the upper half.
+const END_OF_MEMORY: i128 = 1 << 56;
+
+/// What numpy and torch allow.
+const MOST_DIMENSIONS: usize = 64;
 
 /// What hidden states and weights may consist of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +95,7 @@ impl<'py> ArrayView<'py> {
             Some(bytes) => bytes.iter().map(|stride| stride / dtype.size()).collect(),
             None => contiguous(&sizes),
         };
+        check_memory(name, address as i128, dtype, &sizes, &strides)?;
         let data = std::ptr::with_exposed_provenance(address);
         Ok(Self { owner: array.clone(), data, dtype, sizes, strides })
     }
@@ -97,16 +107,13 @@ impl<'py> ArrayView<'py> {
         }
         let owner = export(array)?;
         let tensor = exported(&owner)?;
+        if tensor.device.kind != dlpack::CPU {
+            return Err(elsewhere(name, tensor.device.kind, tensor.device.index.into()));
+        }
         let dtype = dlpack_dtype(name, tensor.dtype)?;
-        let dimensions = usize::try_from(tensor.dimensions)?;
-        // SAFETY: the exporter describes `dimensions` sizes and strides, and the capsule keeps them.
-        let (sizes, strides) = unsafe { (numbers(tensor.sizes, dimensions), numbers(tensor.strides, dimensions)) };
-        let sizes = sizes.unwrap_or_default().into_iter().map(usize::try_from).collect::<Result<Vec<_>, _>>();
-        let sizes =
-            sizes.map_err(|_| PyValueError::new_err(format!("{name}: expected sizes that are not negative")))?;
-        let strides =
-            strides.map_or_else(|| contiguous(&sizes), |strides| strides.iter().map(|&s| s as isize).collect());
-        let data = tensor.data.cast_const().cast::<u8>().wrapping_add(usize::try_from(tensor.byte_offset)?);
+        let (sizes, strides) = layout(name, &tensor)?;
+        check_memory(name, tensor.data.addr() as i128 + i128::from(tensor.byte_offset), dtype, &sizes, &strides)?;
+        let data = tensor.data.cast_const().cast::<u8>().wrapping_add(tensor.byte_offset as usize);
         Ok(Self { owner: owner.into_any(), data, dtype, sizes, strides })
     }
 
@@ -124,29 +131,35 @@ impl<'py> ArrayView<'py> {
     }
 
     /// The rows, where they lie; gathered into `copy` where the last dimension has gaps. `T` must be the dtype.
-    pub(super) fn rows<'a, T: Element>(&'a self, copy: &'a mut Vec<T>) -> Rows<'a, T> {
+    ///
+    /// # Errors
+    /// `AllocationError`: there is no memory for the copy.
+    pub(super) fn rows<'a, T: Element>(&'a self, copy: &'a mut Vec<T>) -> PyResult<Rows<'a, T>> {
         let (&columns, outer) = self.sizes.split_last().unwrap_or((&0, &[]));
         let (&step, strides) = self.strides.split_last().unwrap_or((&1, &[]));
         let data = self.data.cast::<T>();
         if step == 1 || columns <= 1 {
             // SAFETY: the array's library promises that sizes and strides stay inside its memory, which the owner keeps.
             // Another thread that writes to it meanwhile makes the values unspecified, as in the library's own functions.
-            return unsafe { Rows::from_raw(data, outer, strides, columns) };
+            return Ok(unsafe { Rows::from_raw(data, outer, strides, columns) });
         }
         // SAFETY: as above, for the first element of each row.
         let starts = unsafe { Rows::from_raw(data, outer, strides, 1) };
-        copy.clear();
+        *copy = allocation::reserved(starts.count().saturating_mul(columns)).map_err(gate::to_python)?;
         for row in 0..starts.count() {
             // SAFETY: as above, for every element of the row.
             let read = |h: usize| unsafe { starts.row(row).wrapping_offset(h.cast_signed() * step).read_unaligned() };
             copy.extend((0..columns).map(read));
         }
         // SAFETY: `copy` has been filled with that many rows and stays borrowed.
-        unsafe { Rows::from_raw(copy.as_ptr(), &[starts.count()], &[columns.cast_signed()], columns) }
+        Ok(unsafe { Rows::from_raw(copy.as_ptr(), &[starts.count()], &[columns.cast_signed()], columns) })
     }
 
     /// All elements in row-major order as float32, exactly.
-    pub(super) fn floats(&self) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// `AllocationError`: a broadcast array has more elements than memory.
+    pub(super) fn floats(&self) -> PyResult<Vec<f32>> {
         match self.dtype {
             Dtype::Float32 => self.widened::<f32>(),
             Dtype::BFloat16 => self.widened::<bf16>(),
@@ -154,11 +167,12 @@ impl<'py> ArrayView<'py> {
         }
     }
 
-    fn widened<T: Element>(&self) -> Vec<f32> {
+    fn widened<T: Element>(&self) -> PyResult<Vec<f32>> {
         // SAFETY: as in `rows`, with rows of one element.
         let rows = unsafe { Rows::<T>::from_raw(self.data.cast(), &self.sizes, &self.strides, 1) };
         // SAFETY: a row is valid for one unaligned read.
-        (0..rows.count()).map(|row| unsafe { rows.row(row).read_unaligned() }.to_f32()).collect()
+        let elements = (0..rows.count()).map(|row| unsafe { rows.row(row).read_unaligned() }.to_f32());
+        allocation::collected(rows.count(), elements).map_err(gate::to_python)
     }
 }
 
@@ -173,7 +187,10 @@ pub(super) struct Output<'py> {
 impl<'py> Output<'py> {
     pub(super) fn new(py: Python<'py>, sizes: &[usize]) -> PyResult<Self> {
         static EMPTY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let array = EMPTY.import(py, "numpy", "empty")?.call1((sizes, intern!(py, "float32")))?;
+        let array = EMPTY.import(py, "numpy", "empty")?.call1((sizes, intern!(py, "float32"))).map_err(|error| {
+            let refused = error.is_instance_of::<PyMemoryError>(py);
+            if refused { gate::AllocationError::new_err(error.value(py).to_string()) } else { error }
+        })?;
         let (data, count) = if sizes.is_empty() {
             // PyO3 refuses the buffer of a scalar array, which has no sizes to point at.
             (ArrayView::from_numpy("output", &array)?.data.cast_mut().cast(), 1)
@@ -294,11 +311,65 @@ fn exported(capsule: &Bound<'_, PyCapsule>) -> PyResult<dlpack::Tensor> {
     Ok(unsafe { versioned.cast::<Versioned>().as_ref() }.tensor)
 }
 
+/// Sizes, and strides in elements, of an exported tensor.
+fn layout(name: &str, tensor: &dlpack::Tensor) -> PyResult<(Vec<usize>, Vec<isize>)> {
+    let wrong = |problem: String| PyValueError::new_err(format!("{name}: expected {problem}"));
+    let dimensions = match usize::try_from(tensor.dimensions) {
+        Ok(dimensions) if dimensions <= MOST_DIMENSIONS => dimensions,
+        _ => return Err(wrong(format!("0 to {MOST_DIMENSIONS} dimensions, got {}", tensor.dimensions))),
+    };
+    if dimensions > 0 && (tensor.sizes.is_null() || !tensor.sizes.is_aligned() || !tensor.strides.is_aligned()) {
+        return Err(wrong(format!(
+            "sizes and strides in memory, got some at {:p} and {:p}",
+            tensor.sizes, tensor.strides
+        )));
+    }
+    // SAFETY: the exporter describes `dimensions` sizes and strides, and the capsule keeps them.
+    let (sizes, strides) = unsafe { (numbers(tensor.sizes, dimensions), numbers(tensor.strides, dimensions)) };
+    let sizes = sizes.unwrap_or_default();
+    let Ok(sizes) = sizes.iter().map(|&size| usize::try_from(size)).collect::<Result<Vec<_>, _>>() else {
+        return Err(wrong(format!("sizes that are not negative, got {sizes:?}")));
+    };
+    let strides = strides.map(|strides| strides.into_iter().map(|stride| stride as isize).collect());
+    let strides = strides.unwrap_or_else(|| contiguous(&sizes));
+    Ok((sizes, strides))
+}
+
 /// `count` numbers at `pointer`; none where it is null.
 ///
 /// # Safety
-/// `pointer` is null or good for `count` reads.
+/// `pointer` is null, or aligned and good for `count` reads.
 unsafe fn numbers(pointer: *const i64, count: usize) -> Option<Vec<i64>> {
     // SAFETY: as the caller promises.
     (!pointer.is_null()).then(|| unsafe { std::slice::from_raw_parts(pointer, count) }.to_vec())
+}
+
+/// Refuses what cannot be an array in this process's memory: whether it is one is its library's promise.
+fn check_memory(name: &str, address: i128, dtype: Dtype, sizes: &[usize], strides: &[isize]) -> PyResult<()> {
+    if sizes.contains(&0) {
+        return Ok(());
+    }
+    let fits = sizes.len() == strides.len()
+        && reach(sizes, strides).is_some_and(|(first, last)| {
+            let size = dtype.size() as i128;
+            let inside = |element: i128| element.checked_mul(size)?.checked_add(address);
+            inside(first).is_some_and(|start| start >= START_OF_MEMORY)
+                && inside(last + 1).is_some_and(|end| end <= END_OF_MEMORY)
+        });
+    if fits {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!(
+        "{name}: expected an array in memory, got sizes {sizes:?} with strides {strides:?} at address {address:#x}"
+    )))
+}
+
+/// The first and the last element that an array reads, counted from where it starts; `None` where there are more elements
+/// than can be counted.
+fn reach(sizes: &[usize], strides: &[isize]) -> Option<(i128, i128)> {
+    sizes.iter().try_fold(1_isize, |count, &size| count.checked_mul(isize::try_from(size).ok()?))?;
+    sizes.iter().zip(strides).try_fold((0_i128, 0_i128), |(first, last), (&size, &stride)| {
+        let reach = (size as i128 - 1).checked_mul(stride as i128)?;
+        Some((first.checked_add(reach.min(0))?, last.checked_add(reach.max(0))?))
+    })
 }
