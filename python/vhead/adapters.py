@@ -4,7 +4,6 @@ peft is imported only where an adapter is at hand. All files are found by `vhead
 say where a checkpoint is hold for its adapter as well, and what exists locally is never looked up on the hub.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError, loading
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
+from vhead.formats.adapter_conversion import (
+    CLASSIFIER_TASKS,
+    LANGUAGE_MODEL_TASKS,
+    language_model_settings,
+    read_adapter_config,
+)
 from vhead.formats.writing import write_tensors
 from vhead.heads import hidden_size_of
 from vhead.placement import last_hidden_device
 
 HEAD_FILE = "value_head.safetensors"
 TRL_HEAD_FILE = "pytorch_model.bin"
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-# The adapters' tasks whose models have a language-model head; an adapter need not name one.
-LANGUAGE_MODEL_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 _SCORE = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.)?(?:[^.]+\.)?(?P<parameter>weight|bias)$")
 _SCORE_LIKE = re.compile(r"(?:^|\.)score\.")
@@ -64,15 +64,15 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
         AdapterError: The configuration is malformed, or there are no weights.
         HeadFileError: The file of weights is truncated, malformed or hostile.
     """
-    config_path = checkpoint.path(CONFIG_FILE)
+    config_path = checkpoint.path(ADAPTER_CONFIG)
     if config_path is None:
         return None
-    weights = next((name for name in WEIGHT_FILES if checkpoint.path(name) is not None), None)
+    weights = next((name for name in ADAPTER_WEIGHTS if checkpoint.path(name) is not None), None)
     if weights is None:
-        raise AdapterError(f"{checkpoint.describe(CONFIG_FILE)}: expected {' or '.join(WEIGHT_FILES)} beside it")
+        raise AdapterError(f"{checkpoint.describe(ADAPTER_CONFIG)}: expected {' or '.join(ADAPTER_WEIGHTS)} beside it")
     # peft will read the file; what is wrong with it is said before a language model has been loaded.
     checkpoint.names_in(weights)
-    config = _read_config(config_path)
+    config = read_adapter_config(config_path)
     base = _string(config, "base_model_name_or_path", config_path)
     return Adapter(
         folder=config_path.parent,
@@ -82,16 +82,6 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
     )
 
 
-def _read_config(path: Path) -> dict[str, object]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: expected an adapter's configuration in JSON, got: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got a {type(config).__name__}")
-    return config
-
-
 def _string(config: Mapping[str, object], field: str, path: Path) -> str | None:
     value = config.get(field)
     if value is not None and not isinstance(value, str):
@@ -99,10 +89,37 @@ def _string(config: Mapping[str, object], field: str, path: Path) -> str | None:
     return value
 
 
-def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool) -> nn.Module:
-    """Puts a trained adapter on its language model: frozen, unless it is to be trained on."""
-    model: nn.Module = _peft().PeftModel.from_pretrained(body, os.fspath(adapter.folder), is_trainable=is_trainable)
+def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool, has_head: bool) -> nn.Module:
+    """Puts a trained adapter on its language model: frozen, unless it is to be trained on.
+
+    Args:
+        body: The language model, whose vocabulary takes the size that it had when the adapter was saved.
+        adapter: The adapter.
+        is_trainable: Whether it is to be trained on.
+        has_head: Whether its checkpoint's head has been read: a classifier's adapter is a language model's without it.
+    """
+    peft, folder = _peft(), os.fspath(adapter.folder)
+    config = peft.PeftConfig.from_pretrained(folder)
+    if has_head and _task_of(config) in CLASSIFIER_TASKS:
+        for name, value in language_model_settings(vars(config)).items():
+            setattr(config, name, value)
+    _fit_vocabulary(body, adapter)
+    model: nn.Module = peft.PeftModel.from_pretrained(body, folder, is_trainable=is_trainable, config=config)
     return model
+
+
+def _fit_vocabulary(body: Any, adapter: Adapter) -> None:  # noqa: ANN401, a model of transformers
+    """Gives a language model as many tokens as the embeddings have that lie beside an adapter, where some do."""
+    embeddings = body.get_input_embeddings()
+    place = next(name for name, module in body.named_modules() if module is embeddings)
+    pattern = re.compile(rf"base_model\.model\.{re.escape(place)}\.(?:base_layer\.)?weight")
+    checkpoint = Checkpoint(adapter.folder)
+    name = next((name for name in checkpoint.names_in(adapter.weights) if pattern.fullmatch(name)), None)
+    tokens = embeddings.weight.shape[0] if name is None else checkpoint.shape(name, adapter.weights)[0]
+    if tokens != embeddings.weight.shape[0]:
+        # The new rows are read from the adapter's file: drawing them from the others' distribution would be in vain.
+        has_choice = "mean_resizing" in signature(body.resize_token_embeddings).parameters
+        body.resize_token_embeddings(tokens, **({"mean_resizing": False} if has_choice else {}))
 
 
 def add_new(body: nn.Module, peft_config: object, **k_bit_arguments: object) -> nn.Module:
@@ -148,17 +165,24 @@ def check_task(body: nn.Module) -> None:
         AdapterError: The model is one for another task, or its prompt is learnt: TRL's PPO takes neither.
     """
     config = getattr(body, "active_peft_config", None)
-    task = getattr(config, "task_type", None)
-    if getattr(task, "value", task) not in LANGUAGE_MODEL_TASKS:
+    task = _task_of(config)
+    if task not in LANGUAGE_MODEL_TASKS:
         raise AdapterError(
             f"pretrained_model_name_or_path: expected a language model, got a {type(body).__name__}, "
-            f"whose adapter is for the task {getattr(task, 'value', task)}"
+            f"whose adapter is for the task {task}"
         )
     if getattr(config, "is_prompt_learning", False):
         raise AdapterError(
             "pretrained_model_name_or_path: prompt learning is not supported, since its virtual tokens have states of "
             "their own; to use it all the same, construct the class from the model"
         )
+
+
+def _task_of(config: object) -> str | None:
+    """An adapter's task, which peft has as a text or as an enumeration's member."""
+    task = getattr(config, "task_type", None)
+    value: str | None = getattr(task, "value", task)
+    return value
 
 
 def drops_cache(body: nn.Module) -> bool:
@@ -184,7 +208,7 @@ def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Lin
         raise AdapterError(f"reward_adapter: expected a model with adapters, got a {type(model).__name__}")
     adapter = find_adapter(checkpoint)
     if adapter is None:
-        raise AdapterError(f"reward_adapter: found no {CONFIG_FILE} in {checkpoint.location!r}")
+        raise AdapterError(f"reward_adapter: found no {ADAPTER_CONFIG} in {checkpoint.location!r}")
     score = _read_score(checkpoint, adapter.weights, hidden_size_of(model.config))
     with unchanged(model), loading(checkpoint.location):
         model.load_adapter(os.fspath(adapter.folder), name, is_trainable=False)
@@ -275,7 +299,7 @@ def save_score(score: nn.Module, folder: Path) -> None:
         folder: The reward adapter's folder, if peft wrote one.
     """
     checkpoint = Checkpoint(folder)
-    file = next((name for name in WEIGHT_FILES if folder.is_dir() and checkpoint.path(name) is not None), None)
+    file = next((name for name in ADAPTER_WEIGHTS if folder.is_dir() and checkpoint.path(name) is not None), None)
     if file is None:
         return
     tensors = {name: checkpoint.read(name, file) for name in checkpoint.names_in(file)}

@@ -32,9 +32,11 @@ from vhead.tensor_files import TensorFile, TensorInfo, open_tensors, unpickles_s
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# An adapter's files, as peft names them.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_HEAD_FILE = "value_head.safetensors"
-_CONFIG_FILES = ("config.json", "adapter_config.json")
+_CONFIG_FILES = ("config.json", ADAPTER_CONFIG)
 
 # The files beside the weights that a tokenizer, a processor, generation or a model's own code needs.
 SIDE_FILES = frozenset({".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"})
@@ -107,7 +109,7 @@ class Checkpoint:
             index = self.path(index_name)
             if index is not None:
                 return _read_index(index)
-        adapter = next((name for name in _ADAPTER_FILES if self.path(name) is not None), None)
+        adapter = next((name for name in ADAPTER_WEIGHTS if self.path(name) is not None), None)
         return {} if adapter is None else self.names_in(adapter)
 
     def path(self, name: str) -> Path | None:
@@ -165,7 +167,7 @@ class Checkpoint:
             path = regular_file(Path(self.location), name)
             if path is not None and path.suffix == ".json" and path.stat().st_size > _LONGEST_JSON:
                 raise HeadFileError(f"{path}: expected at most {_LONGEST_JSON:,} bytes, got {path.stat().st_size:,}")
-        adapter = [name for name in _ADAPTER_FILES if self.path(name) is not None]
+        adapter = [name for name in ADAPTER_WEIGHTS if self.path(name) is not None]
         for name in {*self.weight_map.values(), *adapter}:
             # Of a repository, transformers downloads the weights; pickled ones are looked at before it opens them.
             if self.is_local or name.endswith(".bin"):
@@ -193,9 +195,7 @@ class Checkpoint:
     def _is_pickled_copy(self, name: str) -> bool:
         """Whether a file beside an adapter is its head for TRL, which cannot be read here, and safetensors hold it."""
         is_unreadable = name.endswith(".bin") and not unpickles_safely()
-        return is_unreadable and all(
-            self.path(file) is not None for file in ("adapter_config.json", _ADAPTER_HEAD_FILE)
-        )
+        return is_unreadable and all(self.path(file) is not None for file in (ADAPTER_CONFIG, _ADAPTER_HEAD_FILE))
 
     def names_in(self, name: str) -> dict[str, str]:
         """The tensors of one file, as `weight_map` lists them."""

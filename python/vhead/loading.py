@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from vhead import adapters
 from vhead.auto_classes import class_for, stated_config
 from vhead.backbone import without_adapter
-from vhead.checkpoint import Checkpoint, LocationArguments, quiet_about
+from vhead.checkpoint import ADAPTER_CONFIG, Checkpoint, LocationArguments, quiet_about
 from vhead.config_bounds import bounded_by, check_config, is_layer_count
-from vhead.errors import AdapterError, BodyMismatchError, HeadMismatchError, loading
+from vhead.errors import AdapterError, BodyMismatchError, HeadMismatchError, LoadError, loading
 from vhead.formats import VERL_MEGATRON, HeadWeights
 from vhead.formats import load as load_head
 from vhead.formats.layout import CRITICS, HEAD_LIKE, PRIVATE_WRAPPER, mismatch, read
@@ -160,7 +160,7 @@ def load(
         device: Where a quantised model is put that comes without a `device_map`.
 
     Raises:
-        AdapterError: The adapter is malformed or names no language model.
+        AdapterError: The adapter is malformed, or names no language model or one that is not there.
         BodyMismatchError: The weights are not the model's: their names carry a prefix that transformers does not know,
             layers are left over, or the configuration asks for more than there are weights for.
         HeadMismatchError: The checkpoint holds something like a head that does not fit.
@@ -201,11 +201,25 @@ def _load_with_adapter(
     found = _find_head(checkpoint, arguments)
     of_base = arguments.of_base(adapter)
     base = Checkpoint(adapter.base, **_location(of_base))
-    base.require()
+    _require_base(base, adapter, location)
     base.check()
-    body, untrained = _load_body(auto_class, adapter.base, *model_args, device=device, **of_base)
-    with_adapter = adapters.put_on(body, adapter, is_trainable=arguments.is_trainable).train(body.training)
-    return Loaded(with_adapter, found.head, untrained)
+    # The language model may be a critic, whose head the adapter's takes the place of.
+    beside = _Found(found.head)
+    body, untrained = _load_body(auto_class, adapter.base, *model_args, device=device, found=beside, **of_base)
+    has_head = found.head is not None
+    with_adapter = adapters.put_on(body, adapter, is_trainable=arguments.is_trainable, has_head=has_head)
+    return Loaded(with_adapter.train(body.training), found.head, untrained)
+
+
+def _require_base(base: Checkpoint, adapter: adapters.Adapter, location: str) -> None:
+    """Says of a language model that is not there any more whose it is, and where to name the one that is."""
+    try:
+        base.require()
+    except LoadError as error:
+        raise AdapterError(
+            f"{location}: base_model_name_or_path: expected the adapter's language model: {error}; if it was moved, "
+            f"name its new place in {adapter.folder / ADAPTER_CONFIG}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -413,8 +427,9 @@ def _check_left_over(
 def _check_rows(body: PreTrainedModel, checkpoint: Checkpoint, unexpected: Iterable[str]) -> None:
     """A single row over the last hidden state, outside the layers, is a head, whatever it is called."""
     shape = (1, hidden_size_of(body.config))
-    names = [name for name in unexpected if name in checkpoint.weight_map and not _NUMBERS.search(name)]
-    found = {name: checkpoint.weight_map[name] for name in names}
+    # Below an adapter, whose own head it is that counts, the language model may have one of a known name.
+    names = [name for name in unexpected if not _NUMBERS.search(name) and not HEAD_LIKE.search(name)]
+    found = {name: checkpoint.weight_map[name] for name in names if name in checkpoint.weight_map}
     rows = {name: file for name, file in found.items() if checkpoint.shape(name, file) == shape}
     if rows:
         raise mismatch(checkpoint, rows, "a name that a format has")

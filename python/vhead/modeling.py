@@ -9,12 +9,12 @@ checkpoint is an error.
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import ModelOutput, is_peft_available
 
 from vhead import adapters, backbone, generation
 from vhead.checkpoint import Checkpoint
@@ -277,6 +277,25 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
 
     # Computing
 
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: Literal[False] = False,  # noqa: FBT002, TRL's signature
+        **kwargs: object,
+    ) -> ValueHeadOutput: ...
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        return_past_key_values: Literal[True],
+        **kwargs: object,
+    ) -> ValueHeadOutputWithCache: ...
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -311,11 +330,16 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         result = ValueHeadOutput(logits, getattr(output, "loss", None), values)
         return ValueHeadOutputWithCache(*result, cache_of(output)) if return_past_key_values else result
 
+    if TYPE_CHECKING:
+        # To type checkers, a call of any module gives anything.
+        __call__ = forward
+
     def values(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """Computes values without building logits.
 
-        A left-padded row gets the values of the unpadded one also on models with absolute positions: `position_ids`
-        are derived from a two-dimensional `attention_mask` where the model takes them and none are given.
+        A padded row has the values of its tokens without the padding, on whichever side it is and whatever the model
+        does with it. A token is what a two-dimensional `attention_mask` has a 1 for; its position is the number of
+        tokens before it in its row, as `generate` and TRL count it. Values at padding mean nothing.
 
         Args:
             input_ids: Token ids `[B, T]`.
@@ -358,6 +382,42 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             states = backbone.last_hidden_state(self.pretrained_model, plan=self._current_plan(), **inputs)
         return adapters.reward_scores(score, states).to(None if input_ids is None else input_ids.device)
 
+    @overload
+    def generate(
+        self,
+        *args: object,
+        output_values: Literal[True],
+        output_logprobs: bool = False,
+        output_entropy: bool = False,
+        **kwargs: object,
+    ) -> generation.ScoredGeneration: ...
+    @overload
+    def generate(
+        self,
+        *args: object,
+        output_values: bool = False,
+        output_logprobs: Literal[True],
+        output_entropy: bool = False,
+        **kwargs: object,
+    ) -> generation.ScoredGeneration: ...
+    @overload
+    def generate(
+        self,
+        *args: object,
+        output_values: bool = False,
+        output_logprobs: bool = False,
+        output_entropy: Literal[True],
+        **kwargs: object,
+    ) -> generation.ScoredGeneration: ...
+    @overload
+    def generate(
+        self,
+        *args: object,
+        output_values: Literal[False] = False,
+        output_logprobs: Literal[False] = False,
+        output_entropy: Literal[False] = False,
+        **kwargs: object,
+    ) -> Tensor | ModelOutput: ...
     def generate(
         self,
         *args: object,
@@ -365,7 +425,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         output_logprobs: bool = False,
         output_entropy: bool = False,
         **kwargs: object,
-    ) -> Any:  # noqa: ANN401, as transformers declares it
+    ) -> Tensor | ModelOutput | generation.ScoredGeneration:
         """Generates with the language model's own `generate`, and reads off statistics of the tokens that it chooses.
 
         Args:
@@ -380,12 +440,14 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
 
         Raises:
             GenerationError: One of the three is asked for with beam search, assisted decoding or another way of
-                decoding whose steps are not the tokens of the output.
+                decoding whose steps are not the tokens of the output, or with guidance, which runs the model twice in
+                each.
         """
         kwargs = with_cache_as(CACHE, kwargs)
         wanted = generation.Wanted(output_values, output_logprobs, output_entropy)
         if not wanted:
-            return self.pretrained_model.generate(*args, **kwargs)
+            generated: Tensor | ModelOutput = self.pretrained_model.generate(*args, **kwargs)
+            return generated
         plan = self._current_plan()
         return generation.generate(self.pretrained_model, self.v_head, plan, wanted, *args, **kwargs)
 

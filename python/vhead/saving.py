@@ -1,7 +1,8 @@
 """Saving a wrapped model, with its head, to a folder or to the hub."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from vhead import adapters
+from vhead.heads import ValueHead
 from vhead.state import CheckpointState
 
 _BRINGS_WEIGHTS_BACK = Version(transformers.__version__) >= Version("5")
@@ -19,6 +21,7 @@ _BRINGS_WEIGHTS_BACK = Version(transformers.__version__) >= Version("5")
 class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  # untyped
     """A module whose checkpoints hold body and head."""
 
+    v_head: ValueHead
     rm_adapter_name: str | None
 
     def save_pretrained(
@@ -38,13 +41,17 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
             state_dict: The weights to save, in any of the layouts that `load_state_dict` accepts. None: this model's.
             **kwargs: Passed to the language model's `save_pretrained`, for instance `max_shard_size`.
         """
-        state = self.state_dict() if state_dict is None else dict(self._checkpoint_items(state_dict))
+        state = self._saved_state(state_dict)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.is_peft_model:
-            state = _brought_back(state, self.pretrained_model)
-            return self.pretrained_model.save_pretrained(folder, *args, state_dict=state, **kwargs)
-        return self._save_with_adapter(state, folder, *args, **kwargs)
+        if self.is_peft_model:
+            return self._save_with_adapter(state, folder, *args, **kwargs)
+        body: Any = self.pretrained_model
+        state = _brought_back(state, body)
+        if getattr(body, "hf_quantizer", None) is None:
+            return body.save_pretrained(folder, *args, state_dict=state, **kwargs)
+        with _as_child(body, "v_head", self.v_head):
+            return body.save_pretrained(folder, *args, state_dict=state, **kwargs)
 
     def _save_with_adapter(self, state: Mapping[str, Any], folder: Path, *args: object, **kwargs: Any) -> object:  # noqa: ANN401, peft's own
         body_state = {name: value for name, value in state.items() if name.partition(".")[0] not in self._modules}
@@ -68,6 +75,22 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         """
         tags = [*(getattr(self.pretrained_model, "model_tags", None) or ()), *_as_list(kwargs.pop("tags", None))]
         return super().push_to_hub(repo_id, *args, **kwargs, **({"tags": list(dict.fromkeys(tags))} if tags else {}))
+
+
+@contextmanager
+def _as_child(body: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Makes a module one of a quantised model's own while the block runs.
+
+    Transformers asks the quantiser for the weights to save, instead of taking those that it is given, and the quantiser
+    asks the model.
+    """
+    children = dict(body._modules)
+    body._modules[name] = module
+    try:
+        yield
+    finally:
+        body._modules.clear()
+        body._modules.update(children)
 
 
 def _brought_back(state: dict[str, Any], body: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vhead.formats.layout import PRIVATE_WRAPPER, WRAPPERS
@@ -30,15 +30,35 @@ class CheckpointState(nn.Module):
     ) -> dict[str, Any]:
         """The weights as checkpoints name them: the body's without a prefix, the head's as `v_head.summary.*`.
 
-        Of a model with adapters it is the head alone, since adapters are saved by peft.
+        Of a model with adapters it is the head alone, since adapters are saved by peft. A weight that is tied to an
+        earlier one is a copy, unless `keep_vars`: savers that know the model by its state dict alone, as transformers'
+        `Trainer` saves it, refuse weights that share memory.
         """
         state: dict[str, Any] = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)  # type: ignore[arg-type]
+        tied = {} if keep_vars else self._tied_names()
         own_names = [name for name in state if name.startswith(tuple(f"{prefix}{child}." for child in self._modules))]
         for name in own_names:
             # Every name is put back, in order: the body's parameters stay before the head's.
             value, path = state.pop(name), name.removeprefix(prefix)
             if not (path.startswith(f"{BODY}.") and self.is_peft_model):
-                state[prefix + path.removeprefix(f"{BODY}.")] = value
+                state[prefix + path.removeprefix(f"{BODY}.")] = value.clone() if path in tied else value
+        return state
+
+    def _tied_names(self) -> dict[str, str]:
+        """The names of parameters that have an earlier name as well, and that name."""
+        first: dict[int, str] = {}
+        named = self.named_parameters(remove_duplicate=False)
+        names = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+        return {name: earlier for name, earlier in names.items() if name != earlier}
+
+    def _saved_state(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The weights to save, by the checkpoint's names; tied ones share memory, by which transformers knows them."""
+        items = self._checkpoint_items(self.state_dict(keep_vars=True) if given is None else given)
+        state = {name: value.detach() if isinstance(value, Tensor) else value for name, value in items}
+        for name, earlier in self._checkpoint_items(self._tied_names()):
+            source = earlier.removeprefix(f"{BODY}.")
+            if name in state and source in state:
+                state[name] = state[source]
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object) -> None:

@@ -1,11 +1,14 @@
 """The attributes of a transformers model that callers of a wrapped one reach for, read or patch."""
 
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Self
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from vhead.backbone import BackbonePlan, Route, plan_for, without_adapter
+from vhead.errors import AdapterError
 from vhead.heads import ValueHead
 from vhead.trunk import trunk_of
 
@@ -36,6 +39,7 @@ class TransformersSurface(nn.Module):
     """What a wrapper of a language model has in common with it."""
 
     pretrained_model: PreTrainedModel
+    is_peft_model: bool
     plan: BackbonePlan
     v_head: ValueHead
 
@@ -44,10 +48,12 @@ class TransformersSurface(nn.Module):
 
     _keys_to_ignore_on_save = _OfBody()
     _no_split_modules = _OfBody()
+    active_adapters = _OfBody()
     add_model_tags = _OfBody()
     can_generate = _OfBody()
     config = _OfBody()
     device = _OfBody()
+    disable_adapter = _OfBody()
     disable_input_require_grads = _OfBody()
     dtype = _OfBody()
     enable_input_require_grads = _OfBody()
@@ -60,6 +66,7 @@ class TransformersSurface(nn.Module):
     main_input_name = _OfBody()
     name_or_path = _OfBody()
     prepare_inputs_for_generation = _OfBody()
+    resize_token_embeddings = _OfBody()
     set_input_embeddings = _OfBody()
     set_output_embeddings = _OfBody()
     tie_weights = _OfBody()
@@ -85,6 +92,53 @@ class TransformersSurface(nn.Module):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self.pretrained_model.generation_config = value
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:  # noqa: FBT001, FBT002, transformers' signature
+        """How many parameters the language model and the head have.
+
+        Args:
+            only_trainable: Whether only those are counted that train.
+            exclude_embeddings: Whether embeddings are left out.
+        """
+        of_body: int = self.pretrained_model.num_parameters(only_trainable, exclude_embeddings)
+        of_head = (p.numel() for p in self.v_head.parameters() if p.requires_grad or not only_trainable)
+        return of_body + sum(of_head)
+
+    # Adapters
+
+    def merge_and_unload(self, *args: object, **kwargs: object) -> Self:
+        """Merges the adapters into the language model's weights, as peft does it, and returns this model without them.
+
+        Args:
+            *args: As peft's `merge_and_unload` takes them.
+            **kwargs: As peft's `merge_and_unload` takes them.
+
+        Raises:
+            AdapterError: There are no adapters, or a reward adapter among them, which would be lost.
+        """
+        merge = getattr(self.pretrained_model, "merge_and_unload", None)
+        if merge is None or "score" in self._modules:
+            found = "none" if merge is None else "a reward adapter, whose scores would be lost"
+            raise AdapterError(f"merge_and_unload: expected adapters of the language model, found {found}")
+        self.pretrained_model = merge(*args, **kwargs)
+        self.is_peft_model = False
+        return self
+
+    @property
+    def get_nb_trainable_parameters(self) -> Callable[[], tuple[int, int]]:
+        """Counts the parameters that train, and all of them, the head's included, as peft counts an adapter's."""
+        count: Callable[[], tuple[int, int]] = self._of_peft("get_nb_trainable_parameters")
+        return count
+
+    @property
+    def print_trainable_parameters(self) -> Callable[[], None]:
+        """Prints how many parameters train, the head's included, as peft prints it."""
+        show: Callable[[], None] = self._of_peft("print_trainable_parameters")
+        return show
+
+    def _of_peft(self, name: str) -> Any:  # noqa: ANN401, a method
+        """A method of peft's model that reads nothing but the parameters, for body and head together."""
+        return MethodType(getattr(type(self.pretrained_model), name), self)
 
     def _current_plan(self) -> BackbonePlan:
         """The plan, made anew once an adapter has been put around the body or taken off it."""

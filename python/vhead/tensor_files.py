@@ -6,6 +6,7 @@ plain containers, and nothing is read that holds more than its file has bytes fo
 
 import gzip
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vhead import upstream
 from vhead.env import allows_pickle
 from vhead.errors import HeadFileError, in_one_line
+from vhead.pickle_nesting import is_too_nested
 
 # The names that a safetensors header gives torch's dtypes.
 SAFETENSORS_DTYPES = {
@@ -133,8 +135,11 @@ class SafetensorsFile:
 
     def check(self) -> None:
         """Refuses a header that is longer than any model's, which takes the library minutes and gigabytes."""
-        with _naming(self.path, "cannot be read"), self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        with _opened(self.path) as (file, _):
+            self._check(file)
+
+    def _check(self, file: IO[bytes]) -> None:
+        length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
             raise HeadFileError(
                 f"{self.path}: expected a header of at most {_LONGEST_HEADER:,} bytes, got one of {length:,}"
@@ -142,9 +147,10 @@ class SafetensorsFile:
 
     @cached_property
     def _file(self) -> Any:  # noqa: ANN401, the library's class has no name
-        self.check()
-        with _naming(self.path, "expected a safetensors file"):
-            return safe_open(self.path, framework="pt")
+        with _opened(self.path) as (file, name):
+            self._check(file)
+            with _naming(self.path, "expected a safetensors file"):
+                return safe_open(name, framework="pt")
 
 
 class _StateDictFile:
@@ -180,14 +186,18 @@ class PickledFile(_StateDictFile):
 
     def check(self) -> None:
         """Refuses archives of code, and what becomes longer than the file."""
+        with _opened(self.path) as (file, _):
+            self._check(file)
+
+    def _check(self, file: IO[bytes]) -> bool:
         super().check()
-        with _naming(self.path, "cannot be read"), self.path.open("rb") as file:
-            self._is_zip = _check_pickled(file, self.path)
+        return _check_pickled(file, self.path)
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
-        self.check()
-        return _unpickle(self.path, str(self.path), mmap=self._is_zip)
+        with _opened(self.path) as (file, name):
+            is_zip = self._check(file)
+            return _unpickle(self.path, name, mmap=is_zip)
 
 
 class NemoFile(_StateDictFile):
@@ -288,12 +298,15 @@ def _check_pickled(file: IO[bytes], path: Path) -> bool:
         return True
     if _is_tar_header(start):
         raise HeadFileError(f"{path}: expected pickled tensors, got a tar archive")
+    _check_nesting(file, path)
+    file.seek(0)
     return False
 
 
 def _check_members(file: IO[bytes], path: Path, size: int) -> None:
     with _naming(path, "expected pickled tensors, got a damaged archive"):
-        members = zipfile.ZipFile(file).infolist()
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
     if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
         raise HeadFileError(f"{path}: expected pickled tensors, got a TorchScript archive, which is a program")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -303,6 +316,15 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
     claimed = sum(member.file_size for member in members)
     if claimed > size:
         raise HeadFileError(f"{path}: expected at most {size:,} bytes in the archive, got {claimed:,}")
+    for member in members:
+        if PurePosixPath(member.filename).name == "data.pkl":
+            with _naming(path, "expected pickled tensors, got a damaged archive"), archive.open(member) as pickled:
+                _check_nesting(pickled, path)
+
+
+def _check_nesting(file: IO[bytes], path: Path) -> None:
+    if is_too_nested(file):
+        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that take years to read")
 
 
 def _is_tar_header(block: bytes) -> bool:
@@ -311,6 +333,17 @@ def _is_tar_header(block: bytes) -> bool:
     except (tarfile.HeaderError, ValueError):
         return False
     return True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """An open file, and a name that leads to it even where another file has taken its path meanwhile.
+
+    The libraries take names and open them, safetensors twice: for the header and for the tensors.
+    """
+    with _naming(path, "cannot be read"), path.open("rb") as file:
+        own_name = f"/proc/self/fd/{file.fileno()}"
+        yield file, own_name if os.path.exists(own_name) else str(path)
 
 
 def _unpickle(path: Path, source: str | IO[bytes], *, mmap: bool = False) -> dict[str, Tensor]:

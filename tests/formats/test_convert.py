@@ -1,7 +1,9 @@
 """A checkpoint that was converted gives the same values in its new format, or nothing was written."""
 
 import json
+import os
 import shutil
+import warnings
 import weakref
 
 import pytest
@@ -11,9 +13,9 @@ from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from typer_runner import RUNNER
-from vhead import AutoModelForCausalLMWithValueHead
+from vhead import AutoModelForCausalLMWithValueHead, replacing
 from vhead.cli.app import app
-from vhead.errors import HeadError, HeadFileError, HeadMismatchError
+from vhead.errors import AdapterError, BodyMismatchError, HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import FORMATS, convert, detect, load
 from vhead.formats.streaming import Entry, write_safetensors
 from vhead.tensor_files import TensorInfo
@@ -195,6 +197,230 @@ def test_an_adapter_s_folder_stays_one(tmp_path, target, file):
     assert load(done.path).bias.tolist() == EXPECTED["trl_adapter"]["layers"][0]["bias"]
     with pytest.raises(HeadError, match="beside an adapter"):
         convert(source, tmp_path / "other", "openrlhf")
+
+
+# What is written loads
+
+
+def copied(tmp_path, name):
+    shutil.copytree(location(name), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewritten(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def refused(source, message):
+    """The error of a conversion that leaves nothing behind."""
+    before = set(source.parent.iterdir())
+    with pytest.raises(BodyMismatchError, match=message) as error:
+        convert(source, source.parent / "converted")
+    assert set(source.parent.iterdir()) == before
+    return str(error.value)
+
+
+def test_names_with_a_prefix_that_nothing_loads_are_refused(tmp_path):
+    source = copied(tmp_path, "openrlhf")
+    rewritten(source, lambda state: {n if n == "score.weight" else f"encoder.{n}": v for n, v in state.items()})
+    message = refused(source, "what would be written does not load as a LlamaForCausalLM")
+    assert "model.embed_tokens.weight" in message
+    assert "model.encoder." in message
+
+
+def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
+    source = copied(tmp_path, "openrlhf")
+    rewritten(source, lambda state: {n: v for n, v in state.items() if "input_layernorm" not in n})
+    assert "model.layers.0.input_layernorm.weight missing" in refused(source, "does not load as a LlamaForCausalLM")
+
+
+def test_a_tensor_of_another_shape_than_the_configuration_says_is_refused(tmp_path):
+    source = copied(tmp_path, "openrlhf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    assert "expected [48, 8]" in refused(source, "model.layers.0.mlp")
+
+
+def test_what_cannot_be_tried_is_said(tmp_path):
+    assert any("transformers has none" in note for note in convert(location("internlm2"), tmp_path / "other").notes)
+    source = copied(tmp_path, "openrlhf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert any("quantised" in note for note in convert(source, tmp_path / "converted", "openrlhf").notes)
+
+
+def test_a_head_that_would_not_be_found_again_is_not_written(tmp_path, monkeypatch):
+    other = load(location("beaver"))
+    monkeypatch.setattr("vhead.formats.conversion.load", lambda _folder: other)
+    with pytest.raises(HeadMismatchError, match="converted: what would be written holds another head than was read"):
+        convert(location("openrlhf"), tmp_path / "converted")
+    assert not list(tmp_path.iterdir())
+
+
+# Files that go along
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tool.jinja", "model.safetensors"])
+def test_a_link_out_of_the_checkpoint_is_not_followed(tmp_path, name):
+    source = copied(tmp_path, "openrlhf")
+    (tmp_path / "key.json").write_text("secret")
+    (source / "additional_chat_templates").mkdir()
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "key.json")
+    with pytest.raises(HeadFileError, match=r"expected a file of the checkpoint, found a link to .*key\.json"):
+        convert(source, tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.json", "model"]
+
+
+def test_a_link_to_a_folder_elsewhere_is_not_followed(tmp_path):
+    source = copied(tmp_path, "openrlhf")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key.json").write_text("secret")
+    (source / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HeadFileError, match=r"found a link to .*key\.json"):
+        convert(source, tmp_path / "converted")
+
+
+def test_a_pipe_or_a_device_is_named_not_opened(tmp_path):
+    source = copied(tmp_path, "openrlhf")
+    os.mkfifo(source / "vocab.txt")
+    with pytest.raises(HeadFileError, match=r"vocab\.txt: expected a file of the checkpoint, found a pipe or a device"):
+        convert(source, tmp_path / "converted")
+    (source / "vocab.txt").unlink()
+    (source / "vocab.txt").symlink_to("/dev/zero")
+    with pytest.raises(HeadFileError, match="expected a file of the checkpoint, found a link to /dev/zero"):
+        convert(source, tmp_path / "converted")
+
+
+def test_links_inside_the_hub_s_cache_become_files(tmp_path):
+    repository = tmp_path / "models--some--critic"
+    snapshot = repository / "snapshots" / "0123abc"
+    shutil.copytree(location("openrlhf"), repository / "blobs")
+    (repository / "blobs" / "vocab.txt").write_text("a b c")
+    snapshot.mkdir(parents=True)
+    for path in (repository / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    done = convert(snapshot, tmp_path / "converted")
+    assert set(done.files) == {"config.json", "model.safetensors", "vocab.txt"}
+    assert not any(path.is_symlink() for path in done.path.iterdir())
+    assert (done.path / "vocab.txt").read_text() == "a b c"
+
+
+# Classifiers' adapters
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A LoRA reward model as peft saves it, on a language model without a head, and its rewards."""
+    peft = pytest.importorskip("peft")
+    base, folder = tmp_path / "base", tmp_path / "judge"
+    convert(location("openrlhf"), base, "trl")
+    rewritten(base, lambda state: {name: value for name, value in state.items() if not name.startswith("v_head")})
+    with warnings.catch_warnings(action="ignore"):
+        body = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(body, config).eval()
+        torch.nn.init.normal_(model.base_model.model.score.modules_to_save["default"].weight)
+        model.save_pretrained(folder)
+        return folder, model(TOKENS).logits.detach()[:, 0]
+
+
+def test_a_classifier_s_adapter_scores_as_it_is(judge):
+    folder, rewards = judge
+    with warnings.catch_warnings(action="ignore"):
+        torch.testing.assert_close(values_of(folder)[:, -1], rewards, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["trl", "llama-factory", "vhead"])
+def test_a_classifier_s_adapter_converts_into_a_language_model_s(judge, tmp_path, target):
+    folder, rewards = judge
+    done = convert(folder, tmp_path / "converted", target)
+    assert json.loads((done.path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    assert not [name for name in load_file(done.path / "adapter_model.safetensors") if "lora" not in name]
+    with warnings.catch_warnings(action="ignore"):
+        torch.testing.assert_close(values_of(done.path)[:, -1], rewards, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_for_another_task_is_refused(judge, tmp_path):
+    folder, _ = judge
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "QUESTION_ANS"}))
+    with pytest.raises(AdapterError, match=r"task_type: expected one of CAUSAL_LM, .*, got 'QUESTION_ANS'"):
+        convert(folder, tmp_path / "converted")
+    (folder / "adapter_model.safetensors").rename(folder / "value_head.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(HeadError):
+        convert(folder, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+# Replacing a folder
+
+
+def test_an_adapter_that_was_in_the_folder_does_not_win_over_the_new_model(judge, tmp_path):
+    folder, _ = judge
+    convert(location("openrlhf"), folder, overwrite=True)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors"}
+    assert not [path.name for path in folder.iterdir() if path.name.startswith("adapter")]
+    torch.testing.assert_close(values_of(folder), framework_values("openrlhf"), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stays_in_a_replaced_folder_is_the_same_file(tmp_path):
+    destination = tmp_path / "converted"
+    convert(location("trl_sharded"), destination)
+    (destination / "runs" / "one").mkdir(parents=True)
+    (destination / "runs" / "one" / "log.txt").write_text("mine")
+    (destination / "latest").symlink_to("runs/one")
+    destination.chmod(0o750)
+    inode = (destination / "runs" / "one" / "log.txt").stat().st_ino
+    convert(location("openrlhf"), destination, overwrite=True)
+    assert (destination / "runs" / "one" / "log.txt").stat().st_ino == inode
+    assert (destination / "latest" / "log.txt").read_text() == "mine"
+    assert destination.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    convert(location("trl_sharded"), tmp_path / "v1")
+    (tmp_path / "latest").symlink_to("v1")
+    convert(location("openrlhf"), tmp_path / "latest", overwrite=True)
+    assert (tmp_path / "latest").is_symlink()
+    assert load(tmp_path / "v1").format == "trl"
+    torch.testing.assert_close(values_of(tmp_path / "v1"), framework_values("openrlhf"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_system_that_cannot_swap_folders_says_so_before_anything_is_written(tmp_path, monkeypatch):
+    convert(location("trl_sharded"), tmp_path / "converted")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "converted").iterdir()}
+    monkeypatch.setattr(replacing, "_RENAME_EXCHANGE", 1 << 20)
+    monkeypatch.setattr("vhead.formats.conversion.write_safetensors", None)
+    with pytest.raises(OSError, match=r"cannot replace a folder in one step.*remove the folder first"):
+        convert(location("openrlhf"), tmp_path / "converted", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "converted").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    def load_late(folder):
+        (tmp_path / "converted").mkdir()
+        (tmp_path / "converted" / "thesis.txt").write_text("mine")
+        return load(folder)
+
+    monkeypatch.setattr("vhead.formats.conversion.load", load_late)
+    with pytest.raises(FileExistsError, match="converted: another folder was put there meanwhile"):
+        convert(location("openrlhf"), tmp_path / "converted")
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+    assert (tmp_path / "converted" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_current_folder_is_not_pulled_away(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for destination in (".", ".."):
+        with pytest.raises(HeadError, match="this is the current folder, or around it"):
+            convert(location("openrlhf"), destination, overwrite=True)
+    with pytest.raises(HeadError, match="a file system is mounted here"):
+        convert(location("openrlhf"), "/proc", overwrite=True)
 
 
 def test_a_folder_is_replaced_only_when_asked(tmp_path):

@@ -489,6 +489,13 @@ def head_state():
 
 
 @pytest.fixture
+def before_torch_2_6(monkeypatch):
+    """Where nobody has said yes to pickled files yet."""
+    monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+    monkeypatch.delenv("VHEAD_ALLOW_PICKLE")
+
+
+@pytest.fixture
 def torch_opens_nothing(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("torch.load was called")
@@ -537,8 +544,19 @@ class TestPickledFiles:
         path.write_bytes(entries)
         assert "expected at most" in str(outcome(tmp_path))
 
-    def test_before_torch_2_6_a_pickled_file_needs_a_yes(self, tmp_path, torch_opens_nothing, monkeypatch):
-        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+    @pytest.mark.parametrize("is_zip", [True, False])
+    def test_a_key_that_takes_years_to_hash_is_refused(self, tmp_path, torch_opens_nothing, is_zip):
+        pair = b"h\x01h\x01\x86q\x01"
+        content = b"\x80\x02)q\x01" + 60 * pair + b"}h\x01K\x01s."
+        if is_zip:
+            zipped(tmp_path / "pytorch_model.bin", {"x/data.pkl": content, "x/version": b"3\n"})
+        else:
+            (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02K\x01." + content)
+        error = outcome(tmp_path)
+        assert type(error) is HeadFileError
+        assert "tuples inside tuples" in str(error)
+
+    def test_before_torch_2_6_a_pickled_file_needs_a_yes(self, tmp_path, torch_opens_nothing, before_torch_2_6):
         torch.save(head_state(), tmp_path / "pytorch_model.bin")
         error = outcome(tmp_path)
         assert type(error) is HeadFileError
@@ -547,16 +565,14 @@ class TestPickledFiles:
         assert type(archived) is HeadFileError
         assert "VHEAD_ALLOW_PICKLE=1" in str(archived)
 
-    def test_before_torch_2_6_the_yes_is_an_environment_variable(self, monkeypatch):
-        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+    def test_before_torch_2_6_the_yes_is_an_environment_variable(self, monkeypatch, before_torch_2_6):
         monkeypatch.setenv("VHEAD_ALLOW_PICKLE", "1")
         assert load(GOLDEN / "trl_adapter").format == "trl"
         monkeypatch.setenv("VHEAD_ALLOW_PICKLE", "yes")
         with pytest.raises(EnvironmentVariableError, match="VHEAD_ALLOW_PICKLE: expected one of 0, 1, got 'yes'"):
             load(GOLDEN / "trl_adapter")
 
-    def test_before_torch_2_6_an_adapter_s_head_is_read_from_safetensors(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+    def test_before_torch_2_6_an_adapter_s_head_is_read_from_safetensors(self, tmp_path, before_torch_2_6):
         state = head_state()
         (tmp_path / "adapter_config.json").write_text("{}")
         save_file(state, tmp_path / "value_head.safetensors")

@@ -1,10 +1,13 @@
 """A head that was written in a format comes back bit for bit, or the format says what it cannot hold."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vhead import CandleValueHead
+from vhead import CandleValueHead, tensor_files
+from vhead.checkpoint import Checkpoint
 from vhead.errors import HeadError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights, load, save
 
@@ -128,11 +131,82 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     save(random_head(), tmp_path / "head.safetensors")
     before = (tmp_path / "head.safetensors").read_bytes()
-    monkeypatch.setattr("vhead.formats.writing.save_file", fail)
+    monkeypatch.setattr("vhead.formats.writing.to_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save(random_head(), tmp_path / "head.safetensors", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["head.safetensors"]
     assert (tmp_path / "head.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "head.bin"])
+def test_a_file_that_is_replaced_while_it_is_read_gives_the_head_that_it_held(tmp_path, file):
+    first, second = random_head(), random_head(bias=False)
+    checkpoint = Checkpoint(save(first, tmp_path / file))
+    weight = checkpoint.read("v_head.summary.weight", file)
+    save(second, tmp_path / file, overwrite=True)
+    assert torch.equal(weight, first.weight)
+    assert torch.equal(checkpoint.read("v_head.summary.bias", file), first.bias)
+    # The same read by a checkpoint that is made later, which would mix two saves.
+    assert torch.equal(Checkpoint(tmp_path / file).read("v_head.summary.bias", file), torch.zeros(1))
+
+
+@pytest.mark.parametrize("library", ["safe_open", "torch.load"])
+def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch, library):
+    """The libraries open a file by its name, when it may have been replaced since it was looked at."""
+    file = "head.safetensors" if library == "safe_open" else "head.bin"
+    first, second = random_head(), random_head(intermediate=16)
+    save(first, tmp_path / file)
+    opened = getattr(tensor_files, library) if library == "safe_open" else torch.load
+
+    def open_late(name, **arguments):
+        save(second, tmp_path / file, "vhead", overwrite=True)
+        return opened(name, **arguments)
+
+    monkeypatch.setattr(f"vhead.tensor_files.{library}", open_late)
+    assert same_head(load(tmp_path / file), first)
+    monkeypatch.undo()
+    assert same_head(load(tmp_path / file), second)
+
+
+def test_a_name_too_long_to_be_added_to_can_be_saved(tmp_path):
+    name = "ä" * 120 + ".safetensors"
+    save(random_head(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    save(random_head(), tmp_path / "elsewhere.bin")
+    before = (tmp_path / "elsewhere.bin").read_bytes()
+    (tmp_path / "link.bin").symlink_to("elsewhere.bin")
+    os.mkfifo(tmp_path / "pipe.bin")
+    for name, found in (("link", "a link"), ("pipe", "no regular file")):
+        with pytest.raises(FileExistsError, match=f"{name}.bin: expected a file to replace or nothing, found {found}"):
+            save(random_head(), tmp_path / f"{name}.bin", overwrite=True)
+    assert (tmp_path / "elsewhere.bin").read_bytes() == before
+    assert (tmp_path / "link.bin").is_symlink()
+    assert (tmp_path / "pipe.bin").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.bin", "link.bin", "pipe.bin"]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        save(random_head(), tmp_path / "nowhere" / "head.bin")
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "head.bin"])
+def test_a_file_has_the_permissions_that_others_have(tmp_path, file):
+    (tmp_path / "other").touch()
+    save(random_head(), tmp_path / file)
+    assert (tmp_path / file).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    steps = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (steps.append("synced"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("named"), rename(*paths)))
+    save(random_head(), tmp_path / "head.bin")
+    assert steps == ["synced", "named", "synced"]
 
 
 @pytest.mark.parametrize(("name", "outputs"), [("trl", 1), ("vhead", 3)])

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,8 @@ def test_the_language_model_has_a_place_of_its_own(base, saved, monkeypatch):
             folder.parent, subfolder="adapter", revision="of-the-adapter", variant="fp16", **where
         )
     del seen["output_loading_info"]
-    assert seen == {**where, "location": base, "revision": "of-the-base", "variant": "fp16"}
+    expected = {"location": base, "revision": "of-the-base", "variant": "fp16", "trust_remote_code": False}
+    assert seen == {**where, **expected}
 
 
 def test_a_local_adapter_never_asks_the_hub(saved, monkeypatch):
@@ -317,6 +319,71 @@ def test_a_local_adapter_never_asks_the_hub(saved, monkeypatch):
     model, folder = saved
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder.parent, subfolder="adapter")
     assert same_parameters(loaded, model)
+
+
+# What callers of peft reach for
+
+
+def test_trained_parameters_are_counted_with_the_head_s(base, capsys):
+    model = wrapped(base)
+    trained = sum(model.get_parameter(name).numel() for name in trained_names(model))
+    every = sum(parameter.numel() for parameter in model.parameters())
+    assert model.get_nb_trainable_parameters() == (trained, every)
+    model.print_trainable_parameters()
+    assert f"trainable params: {trained:,d} || all params: {every:,d}" in capsys.readouterr().out
+    assert trained > model.pretrained_model.get_nb_trainable_parameters()[0]
+
+
+@torch.no_grad()
+def test_the_adapter_can_be_switched_off(base):
+    model = wrapped(base)
+    plain = AutoModelForCausalLMWithValueHead.from_pretrained(base)
+    plain.v_head = model.v_head
+    assert model.active_adapters == ["default"]
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs_of(model)).value, plain(**inputs_of(model)).value)
+    assert not torch.allclose(model(**inputs_of(model)).value, plain(**inputs_of(model)).value, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_merged_model_is_one_without_adapters(base, tmp_path):
+    model = wrapped(base)
+    inputs = inputs_of(model)
+    expected = model(**inputs)
+    merged = model.merge_and_unload()
+    assert merged is model
+    assert not model.is_peft_model
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    for result in (model(**inputs), loaded(**inputs)):
+        torch.testing.assert_close(result.value, expected.value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("change", [5, -7], ids=["more", "fewer"])
+@torch.no_grad()
+def test_an_adapter_of_a_model_whose_vocabulary_was_resized_loads(tmp_path, tied, change):
+    build("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model = wrapped(str(tmp_path / "base"))
+    model.resize_token_embeddings(97 + change)
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.vocab_size == 97 + change
+    tokens = torch.tensor([[96 + change, 3, 4]])
+    assert torch.equal(loaded(tokens).value, model(tokens).value)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_a_language_model_that_was_moved_is_named(base, saved):
+    _, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for moved in ("/models/gone", "./gone", "some/folder/gone"):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": moved}))
+        with pytest.raises(AdapterError, match=f"the adapter's language model: {moved}: .*; if it was moved, name its"):
+            AutoModelForCausalLMWithValueHead.from_pretrained(folder)
 
 
 # What is refused

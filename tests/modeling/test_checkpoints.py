@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 import vhead.checkpoint
 import vhead.loading
@@ -166,7 +169,7 @@ def test_the_head_costs_two_tensors(tmp_path, monkeypatch, options):
 
     class Spy:
         def __init__(self, path, **kwargs):
-            opened.add(path.name)
+            opened.add(os.path.realpath(path))
             self._inner = safe_open(path, **kwargs)
 
         def get_tensor(self, name):
@@ -349,3 +352,58 @@ def test_a_missing_folder_is_transformers_error(tmp_path):
         AutoModelForCausalLM.from_pretrained(str(tmp_path / "nowhere"))
     with pytest.raises(type(theirs.value), match="nowhere"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "nowhere")
+
+
+class Quantizer(HfQuantizer):
+    """What transformers asks for the weights of a quantised model, in place of those that it is given to save."""
+
+    is_trainable = True
+
+    def __init__(self):
+        self.quantization_config = None
+
+    def is_serializable(self, *_arguments):
+        return True
+
+    def get_state_dict_and_metadata(self, model, *_arguments):
+        return model.state_dict(), {}
+
+    def _process_model_before_weight_loading(self, model, **_arguments):
+        return model
+
+    def _process_model_after_weight_loading(self, model, **_arguments):
+        return model
+
+
+def quantised():
+    model = wrapped()
+    model.pretrained_model.hf_quantizer = Quantizer()
+    return model
+
+
+def test_a_quantised_model_keeps_its_head(tmp_path):
+    model = quantised()
+    names = [name for name, _ in model.pretrained_model.named_modules()]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert same_state(model, loaded)
+    assert loaded.head_source is not None
+    assert [name for name, _ in model.pretrained_model.named_modules()] == names
+
+
+def test_a_quantised_model_is_its_own_again_also_where_saving_fails(tmp_path):
+    model = quantised()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(Exception, match=r"model\.safetensors|directory"):
+        model.save_pretrained(tmp_path)
+    assert "v_head" not in dict(model.pretrained_model.named_children())
+
+
+@pytest.mark.skipif(
+    not hasattr(HfQuantizer, "get_state_dict_and_metadata"), reason="transformers saves the weights that it is given"
+)
+def test_the_stand_in_for_a_quantiser_loses_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr("vhead.saving._as_child", lambda *_arguments: nullcontext())
+    quantised().save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert not HEAD_KEYS & set(file.keys())

@@ -34,7 +34,7 @@ ABSURD = {
     "a number for code": {"auto_map": 7},
     "a number for a scaling": {"rope_scaling": 5, "rope_parameters": 5},
     "an unknown activation": {"hidden_act": "nothing"},
-    "a list for a number": {"rms_norm_eps": [1]},
+    "a list for a size": {"intermediate_size": [1]},
 }
 
 

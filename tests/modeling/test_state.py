@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -198,3 +199,37 @@ def test_a_wrapper_leaves_no_hooks_in_its_body():
     model = wrapped("bloom")
     model(**batch(model.pretrained_model))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_tied_weights_can_be_saved_by_their_state_dict_alone(tmp_path):
+    """As transformers' Trainer does it, by a library that refuses weights which share memory."""
+    model = wrapped("gpt2")
+    body = model.pretrained_model
+    assert body.lm_head.weight is body.transformer.wte.weight
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+    other = scrambled(model)
+    other.load_state_dict(state)
+    assert same(model, other)
+    assert other.pretrained_model.lm_head.weight is other.pretrained_model.transformer.wte.weight
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_file(torch.nn.Module.state_dict(model), tmp_path / "raw.safetensors")
+
+
+def test_tied_weights_are_copied_for_savers_only():
+    model = wrapped("gpt2")
+    kept = model.state_dict(keep_vars=True)
+    assert kept["lm_head.weight"] is kept["transformer.wte.weight"] is model.pretrained_model.lm_head.weight
+    state = model.state_dict()
+    own = {name: value.data_ptr() for name, value in torch.nn.Module.state_dict(model).items()}
+    copies = {name for name, value in state.items() if value.data_ptr() not in own.values()}
+    assert copies == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_tied_weights_are_saved_once(tmp_path, given):
+    model = wrapped("gpt2")
+    model.save_pretrained(tmp_path, **({"state_dict": model.state_dict()} if given else {}))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert same(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path), model)

@@ -17,7 +17,7 @@ from transformers import (
 
 from library_versions import DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
-from vhead.errors import HeadError
+from vhead.errors import AdapterError, HeadError
 from vhead.modeling import ValueHeadOutput
 
 
@@ -319,3 +319,30 @@ def test_a_peft_model_as_object_trains_head_and_adapter():
     assert all("lora" in name or "v_head" in name for name in trained)
     assert any("lora" in name for name in trained)
     assert any("v_head" in name for name in trained)
+
+
+def test_the_vocabulary_can_be_resized(model, tmp_path):
+    model.resize_token_embeddings(101)
+    assert model.config.vocab_size == 101
+    assert model(torch.tensor([[100, 3]])).logits.shape == (1, 2, 101)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert torch.equal(loaded.values(torch.tensor([[100, 3]])), model.values(torch.tensor([[100, 3]])))
+
+
+def test_parameters_are_counted_with_the_head_s(model):
+    def count(parameters):
+        return sum(parameter.numel() for parameter in parameters)
+
+    assert model.num_parameters() == count(model.parameters())
+    embeddings = count(model.get_input_embeddings().parameters())
+    assert model.num_parameters(exclude_embeddings=True) == count(model.parameters()) - embeddings
+    model.pretrained_model.requires_grad_(requires_grad=False)
+    assert model.num_parameters(only_trainable=True) == count(model.v_head.parameters())
+
+
+def test_a_model_without_adapters_has_none_of_their_methods(model):
+    for name in ("disable_adapter", "get_nb_trainable_parameters", "print_trainable_parameters"):
+        assert not hasattr(model, name)
+    with pytest.raises(AdapterError, match="merge_and_unload: expected adapters of the language model, found none"):
+        model.merge_and_unload()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -10,13 +11,25 @@ import transformers
 from safetensors.torch import load_file, save_file
 from scoring_models import critic
 
-from vhead import Rollout, Scorer
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import BodyMismatchError, FieldError, HeadError, HeadNotFoundError, LoadError, VheadError
 from vhead.scoring.encode import Encoder
 from vhead.scoring.scores import FIELDS
 from vhead.scoring.truncation import LengthLimit
 
 BYTE_SHIFT = 3
+
+
+@pytest.fixture
+def peft():
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers 5 renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield pytest.importorskip("peft")
+
+
+def lora(peft):
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +54,12 @@ class Bracketed:
 
     chat_template = None
 
-    def __call__(self, text, *, add_special_tokens, return_special_tokens_mask=False, verbose=True):
+    def __call__(self, text, *, add_special_tokens, verbose=True):
         ids = [ord(letter) % 50 + 10 for letter in text if letter != "_"]
-        mask = [0] * len(ids)
-        if add_special_tokens:
-            ids, mask = [1, *ids, 2], [1, *mask, 1]
-        return {"input_ids": ids, "special_tokens_mask": mask}
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
-def test_the_prompt_gets_the_special_tokens_in_front_and_the_completion_none():
+def test_text_gets_the_special_tokens_in_front_and_none_behind():
     encoded = Encoder(Bracketed(), 60, LengthLimit(None)).encode(0, Rollout("ab", "c"), "record 0")
     assert encoded.tokens.tolist() == [1, 57, 58, 59]
     assert (encoded.prompt_length, encoded.completion_length) == (3, 1)
@@ -82,7 +92,7 @@ class TestChat:
             Encoder(Bracketed(), 60, LengthLimit(None)).encode(0, CHAT, "record 0")
 
     def test_a_template_that_changes_the_prompt(self, critic_folder, tokenizer, monkeypatch):
-        monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }} messages")
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}: {{ messages[-1]['content'] }}")
         with pytest.raises(FieldError, match="messages: expected a chat template that leaves the prompt as it is"):
             Encoder(tokenizer, 259, LengthLimit(None)).encode(0, CHAT, "record 0")
 
@@ -175,6 +185,24 @@ class TestFromPretrained:
         with pytest.raises(LoadError, match=r"found neither config\.json nor adapter_config\.json"):
             Scorer.from_pretrained(tmp_path)
 
+    def test_an_adapter_has_its_language_model_s_tokenizer(self, critic_folder, tmp_path, peft, caplog):
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(critic_folder, peft_config=lora(peft))
+        model.v_head = AutoModelForCausalLMWithValueHead.from_pretrained(critic_folder).v_head
+        model.save_pretrained(tmp_path)
+        scores = Scorer.from_pretrained(tmp_path, device="cpu").score([Rollout("ab", "cd")], FIELDS)
+        assert "no tokenizer" not in caplog.text
+        expected = Scorer(model).score([Rollout(ids_of("ab"), ids_of("cd"))], FIELDS)
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(scores, name), getattr(expected, name))
+
+    def test_a_learnt_prompt_is_refused_by_name(self, critic_folder, peft):
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(critic_folder)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        with warnings.catch_warnings(action="ignore"):
+            body = peft.get_peft_model(model.pretrained_model, config)
+        with pytest.raises(VheadError, match=r"one with a learnt prompt \(PROMPT_TUNING\), whose virtual tokens stand"):
+            Scorer(AutoModelForCausalLMWithValueHead(body))
+
     def test_token_ids_need_no_tokenizer(self, critic_folder, tmp_path, caplog):
         for name in ("config.json", "model.safetensors"):
             shutil.copy(critic_folder / name, tmp_path)
@@ -253,5 +281,5 @@ def test_a_prompt_is_tokenised_once_for_its_completions():
     encoder = Encoder(Counting(), 60, LengthLimit(None))
     asked.clear()
     encoded = [encoder.encode(at, Rollout("ab", text), "") for at, text in enumerate(("c", "d", "e"))]
-    assert asked == ["ab", "c", "d", "e"]
+    assert asked == ["abc", "a", "a", "ab", "abd", "abe"]
     assert [rollout.tokens[:3].tolist() for rollout in encoded] == [[1, 57, 58]] * 3

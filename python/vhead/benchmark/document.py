@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from vhead.errors import FileFormatError
+from vhead.replacing import replacing_file
 
 Row: TypeAlias = dict[str, Any]
 
@@ -44,11 +45,10 @@ class Document:
             raise FileFormatError(f"{path}: expected the figures that vhead bench writes: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Writes beside and renames, so that a broken run leaves the old figures."""
-        beside = path.with_name(f"{path.name}.partial")
+        """Writes the figures, complete or not at all: a broken run leaves the old ones."""
         filled = {name: rows for name, rows in asdict(self).items() if rows or name in ("provenance", "times")}
-        beside.write_text(json.dumps(filled, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        with replacing_file(path) as file:
+            file.write(f"{json.dumps(filled, indent=1)}\n".encode())
 
     @property
     def equal(self) -> bool:

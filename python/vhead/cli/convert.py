@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vhead.cli.failure import reported, say
+from vhead.cli.failure import reported
+from vhead.cli.terminal import say, show
 
 if TYPE_CHECKING:
     from vhead.formats import Detection
@@ -39,7 +40,7 @@ def convert(
     In a folder, the language model's tensors get the names that transformers expects, the configuration names the
     class, and tokenizer files are copied. The folder appears under its name when it is complete.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 
     **Examples**
 
@@ -74,15 +75,15 @@ def _show(source: Path, source_format: str | None) -> None:
         raise FileNotFoundError(f"{source}: no such file or folder")
     detection = formats.detect(source, format=source_format)
     head = formats.load(source, format=source_format)
-    typer.echo(_described(source, detection))
-    typer.echo(f"tensors      {', '.join(detection.tensors)}")
-    typer.echo(f"hidden size  {head.hidden_size}")
-    typer.echo(f"projections  {len(head.layers)}")
-    typer.echo(f"outputs      {head.num_outputs}")
+    show(_described(source, detection))
+    show(f"tensors      {', '.join(detection.tensors)}")
+    show(f"hidden size  {head.hidden_size}")
+    show(f"projections  {len(head.layers)}")
+    show(f"outputs      {head.num_outputs}")
     if detection.body_prefix:
-        typer.echo(f"body prefix  {detection.body_prefix}")
+        show(f"body prefix  {detection.body_prefix}")
     if head.std is not None:
-        typer.echo(f"rewards      mean {head.mean or 0.0:g}, standard deviation {head.std:g}")
+        show(f"rewards      mean {head.mean or 0.0:g}, standard deviation {head.std:g}")
 
 
 def _convert(

@@ -1,14 +1,15 @@
 """What transformers knows about the model that a configuration names: its classes, their names, where a head sits."""
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import device, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from vhead.errors import HeadError
+from vhead.errors import BodyMismatchError, HeadError
 from vhead.formats.huggingface import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from vhead.formats.layout import Format, LinearNames
 from vhead.formats.weights import HeadWeights
@@ -87,6 +88,62 @@ class Architecture:
                 return (LinearNames("weight", None if module.bias is None else "bias").below(child),)
         raise HeadError(f"{self._location}: the head of a {name} is not one projection of each last hidden state")
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        """Checks that a language model's tensors are those of the model that the configuration names.
+
+        Args:
+            shapes: The tensors' names and shapes.
+
+        Returns:
+            What could not be checked, and why.
+
+        Raises:
+            BodyMismatchError: A tensor below the language-model head is missing, or has another shape.
+        """
+        model_type = self._settings.get("model_type")
+        if self._language_model is None:
+            return (f"not checked: the language model, since transformers has none that is called {model_type}",)
+        if "quantization_config" in self._settings:
+            return ("not checked: the language model, since its weights are quantised",)
+        with device("meta"):
+            model = self._language_model(self._config)
+        expected = _trunk_shapes(model)
+        found = {name: next((s for s in self._spellings(name) if s in shapes), None) for name in expected}
+        misshapen = [
+            f"{own} {list(shapes[own])}, expected {list(expected[name])}"
+            for name, own in found.items()
+            if own is not None and shapes[own] != expected[name]
+        ]
+        lacking = [name for name, own in found.items() if own is None]
+        foreign = shapes.keys() - found.values() - set(_output_names(model))
+        if misshapen or (lacking and not self._may_be_renamed(lacking, foreign, len(expected))):
+            self._raise_mismatch(model, lacking, misshapen, foreign)
+        if lacking:
+            return (f"not checked: {', '.join(lacking[:3])}, which transformers may put together as it loads",)
+        return ()
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        """What a checkpoint may call a parameter: with the base model's prefix, or without."""
+        return name, f"{self.base_prefix}{name}", name.removeprefix(self.base_prefix)
+
+    def _may_be_renamed(self, lacking: Collection[str], foreign: Collection[str], count: int) -> bool:
+        """Whether transformers may have other names for what seems to be missing, as for the experts of a mixture."""
+        endings = {name[place.end() :] for name in foreign for place in re.finditer(r"\.", name)}
+        is_prefixed = any(name.removeprefix(self.base_prefix) in endings for name in lacking)
+        return bool(foreign) and len(lacking) < count and not is_prefixed
+
+    def _raise_mismatch(
+        self, model: nn.Module, lacking: Sequence[str], misshapen: Sequence[str], foreign: Collection[str]
+    ) -> NoReturn:
+        problems = [
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} {what}"
+            for names, what in ((lacking, "missing"), (misshapen, "found"), (sorted(foreign), "unknown"))
+            if names
+        ]
+        raise BodyMismatchError(
+            f"{self._location}: what would be written does not load as a {type(model).__name__}: {'; '.join(problems)}"
+        )
+
     @cached_property
     def _config(self) -> PretrainedConfig:
         model_type = self._settings.get("model_type")
@@ -116,6 +173,26 @@ class Architecture:
     def _class_names(self, mapping: Any) -> str | None:  # noqa: ANN401, of names or of tuples of names
         found = None if mapping is None else mapping.get(self._settings.get("model_type"))
         return found[0] if isinstance(found, tuple) else found
+
+
+def _trunk_shapes(model: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401, one of transformers' classes
+    """The shapes of all parameters but the language-model head's and those that transformers does without."""
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    left_out = set(_output_names(model))
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name not in left_out and not any(pattern.search(name) for pattern in optional)
+    }
+
+
+def _output_names(model: Any) -> list[str]:  # noqa: ANN401, one of transformers' classes
+    """The names of the language-model head's parameters, tied ones included."""
+    head = model.get_output_embeddings()
+    own = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    tied = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if id(parameter) in own - tied]
 
 
 def _class(name: str) -> Any:  # noqa: ANN401, one of transformers' classes

@@ -1,11 +1,10 @@
 """Converting a whole checkpoint: the head, the names of the language model's tensors, and the configuration.
 
-Tensors pass one at a time and are not changed. The result is written beside its place and then put there.
+Tensors pass one at a time and are not changed. The result is written beside its place, is read back, and then takes its
+place in one step.
 """
 
 import json
-import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,23 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vhead.checkpoint import Checkpoint
-from vhead.errors import HeadError, HeadFileError, HeadMismatchError
+from vhead.checkpoint import ADAPTER_CONFIG, Checkpoint
+from vhead.config_bounds import bounded_by, check_config
+from vhead.errors import HeadError, HeadFileError, HeadMismatchError, loading
+from vhead.formats.adapter_conversion import write_adapter
 from vhead.formats.architecture import Architecture
+from vhead.formats.carrying import carried, copy_files, keep_others
 from vhead.formats.layout import Format, Sighting, read
-from vhead.formats.registry import body_names, body_prefix, chosen, detection_of, format_named
+from vhead.formats.registry import body_names, body_prefix, chosen, detection_of, format_named, load, same_weights
 from vhead.formats.streaming import Entry, write_safetensors
-from vhead.formats.trl import LLAMA_FACTORY_FILES, TRL, VHEAD
+from vhead.formats.trl import TRL, VHEAD
 from vhead.formats.weights import Detection, HeadWeights
-from vhead.formats.writing import head_tensors, is_head_file, save, write_tensors
-
-ADAPTER_CONFIG = "adapter_config.json"
-TRL_ADAPTER_FILE = "pytorch_model.bin"
-
-# Beside the weights, what a tokenizer, a processor, generation or a model's own code needs; no optimizer states.
-_CARRIED = frozenset({".bpe", ".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"})
-_NOT_CARRIED = re.compile(r"config\.json|trainer_state\.json|.*\.index(\..+)?\.json")
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|.*\.index\.json|value_head\.(.+)")
+from vhead.formats.writing import head_tensors, is_head_file, save
+from vhead.replacing import replacing_folder
 
 # What formats keep about their heads in a configuration; a head of another format has none of it.
 _HEAD_SETTINGS = (
@@ -77,18 +72,22 @@ def convert(
 
     In a folder, the language model's tensors get the names that transformers expects in that format, the configuration
     names the class, and tokenizer and generation files are copied. Weights are float32 for the head, and as they were
-    for the language model. A folder with an adapter stays one.
+    for the language model. A folder with an adapter stays one, a classifier's adapter becomes a language model's. What
+    was written is read back before it takes its place, in which the old model or the new one is whole at every moment.
 
     Args:
         source: A folder or a file on this machine.
         destination: A folder; or a file, `.safetensors`, `.bin`, `.pt` or `.pth`, for the head alone.
         format: The name of the format to write. None: TRL's, or where it cannot hold the head, this package's own.
         source_format: The name of the format to read. None: the one that the checkpoint shows signs of.
-        overwrite: Whether existing files are replaced.
+        overwrite: Whether existing files are replaced. Of a folder, files stay that belong to no checkpoint.
 
     Raises:
         FileNotFoundError: There is no such source on this machine.
         FileExistsError: The destination exists and is not to be replaced.
+        BodyMismatchError: The language model's tensors are not those of the model that the configuration names.
+        LoadError: The configuration is no model's.
+        OSError: A file cannot be read or written, or the file system cannot swap two folders in one step.
         HeadError: The format cannot hold the head, or the language model with it, or there is no head.
         HeadFileError: A file is truncated, malformed or hostile.
     """
@@ -96,6 +95,7 @@ def convert(
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; download a checkpoint before converting it")
     checkpoint = Checkpoint(source)
+    checkpoint.check()
     head_format, sighting = chosen(checkpoint, source_format)
     head, detection = read(checkpoint, sighting, head_format), detection_of(checkpoint, head_format, sighting)
     target = _default_target(head) if format is None else format_named(format)
@@ -103,18 +103,14 @@ def convert(
         file = save(head, destination, target.name, overwrite=overwrite)
         return Conversion(detection, target.name, file, (file.name,), ())
     _check_destination(source, destination, overwrite=overwrite)
-    unfinished = destination.absolute().with_name(f".{destination.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with replacing_folder(destination, overwrite=overwrite) as folder:
         if (source / ADAPTER_CONFIG).is_file():
-            notes = _write_adapter(source, unfinished, head, target)
+            notes = write_adapter(checkpoint, folder, sighting, head, target)
         else:
-            notes = _Rewriting(checkpoint, head_format, sighting, head, target).write(unfinished)
-        files = tuple(sorted(path.name for path in unfinished.iterdir()))
-        _put(unfinished, destination)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            notes = _Rewriting(checkpoint, head_format, sighting, head, target).write(folder)
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+        _check_head(folder, head, destination)
+        keep_others(destination, folder)
     return Conversion(detection, target.name, destination, files, notes)
 
 
@@ -129,35 +125,23 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
         raise FileExistsError(f"{destination}: expected a folder, found a file")
     if destination.exists() and destination.samefile(source):
         raise HeadError(f"{destination}: expected another folder than the one that is read")
+    place = destination.resolve()
+    if place.is_mount():
+        raise HeadError(f"{destination}: a file system is mounted here, which cannot be replaced: name a folder in it")
+    if place in (Path.cwd(), *Path.cwd().parents):
+        raise HeadError(f"{destination}: this is the current folder, or around it: call from outside of it")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise FileExistsError(f"{destination}: the folder is not empty; --force (overwrite=True) replaces its files")
 
 
-def _put(unfinished: Path, destination: Path) -> None:
-    """Puts a finished folder in its place, or its files into a folder that is there, whose old weights go."""
-    if not destination.exists():
-        unfinished.rename(destination)
-        return
-    new = {path.name for path in unfinished.iterdir()}
-    for path in list(destination.iterdir()):
-        if path.name not in new and _WEIGHTS.fullmatch(path.name):
-            path.unlink()
-    for path in list(unfinished.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(destination / path.name, ignore_errors=True)
-        path.replace(destination / path.name)
-
-
-def _write_adapter(source: Path, folder: Path, head: HeadWeights, target: Format) -> tuple[str, ...]:
-    """Copies an adapter and writes the head beside it, where the format's framework looks for it."""
-    files = {"trl": TRL_ADAPTER_FILE, "llama-factory": LLAMA_FACTORY_FILES[0], "vhead": LLAMA_FACTORY_FILES[0]}
-    if target.name not in files:
-        raise HeadError(f"{source}: beside an adapter, a head is written as {', '.join(files)}, not as {target.name}")
-    for path in source.iterdir():
-        if path.is_file() and path.name not in (TRL_ADAPTER_FILE, *LLAMA_FACTORY_FILES):
-            shutil.copyfile(path, folder / path.name)
-    write_tensors(head_tensors(head, target), folder / files[target.name])
-    return ()
+def _check_head(folder: Path, head: HeadWeights, destination: Path) -> None:
+    """Reads the head back from what was written."""
+    try:
+        written = load(folder)
+    except HeadError as error:
+        raise HeadMismatchError(f"{destination}: what would be written does not load: {error}") from error
+    if not same_weights(written, head):
+        raise HeadMismatchError(f"{destination}: what would be written holds another head than was read")
 
 
 @dataclass(frozen=True)
@@ -179,16 +163,22 @@ class _Rewriting:
         sources = body_names(self.checkpoint, self.head_format, self.sighting)
         if not sources:
             raise HeadError(f"{self.checkpoint.location}: holds a head and no language model: name a file to write")
+        check_config(self._config(), self.checkpoint.describe("config.json"))
         architecture = Architecture(self._config(), self.checkpoint.location)
-        names = self._target_names(sources, architecture)
-        layers = architecture.head_layers(self.target, self.head)
+        with loading(self.checkpoint.location), bounded_by(self.checkpoint):
+            names = self._target_names(sources, architecture)
+            untried = architecture.check({new: self._shape(name) for name, new in names.items()})
+            layers = architecture.head_layers(self.target, self.head)
         tensors = head_tensors(self.head, self.target, layers)
         self._write_weights(folder, names, [Entry.of(name, tensor) for name, tensor in tensors.items()])
         config = json.dumps(self._new_config(architecture), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
-        for path in _carried(Path(self.checkpoint.location)):
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-        return tuple(self._notes(architecture, names))
+        source = Path(self.checkpoint.location)
+        copy_files(source, carried(source), folder)
+        return (*self._notes(architecture, names), *untried)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(name, self.checkpoint.weight_map[name])
 
     def _config(self) -> dict[str, Any]:
         if not self.checkpoint.config:
@@ -262,11 +252,3 @@ def _shards(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[list[Entr
         yield [
             Entry(names[name], checkpoint.info(name, file), partial(checkpoint.read, name, file)) for name in members
         ]
-
-
-def _carried(source: Path) -> Iterator[Path]:
-    for path in source.iterdir():
-        if path.is_dir() and path.name == "additional_chat_templates":
-            yield path
-        if path.is_file() and path.suffix in _CARRIED and not _NOT_CARRIED.fullmatch(path.name):
-            yield path

@@ -188,10 +188,11 @@ def body_prefix(names: Sequence[str]) -> str:
 def _are_the_same(checkpoint: Checkpoint, candidates: list[tuple[Format, Sighting]]) -> bool:
     """Whether the candidates are copies of one head, as an adapter's folder may hold one in each of two files."""
     first, *others = (read(checkpoint, sighting, head_format) for head_format, sighting in candidates)
-    return all(_same_weights(first, other) for other in others)
+    return all(same_weights(first, other) for other in others)
 
 
-def _same_weights(one: HeadWeights, other: HeadWeights) -> bool:
+def same_weights(one: HeadWeights, other: HeadWeights) -> bool:
+    """Whether two heads have the same weights, a bias of zeros counting as none."""
     shapes = [[layer.weight.shape for layer in head.layers] for head in (one, other)]
     pairs = zip(one.layers, other.layers, strict=False)
     return shapes[0] == shapes[1] and all(

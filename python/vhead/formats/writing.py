@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from vhead.errors import HeadError
@@ -12,6 +12,7 @@ from vhead.formats.layout import Format, LinearNames
 from vhead.formats.registry import format_named
 from vhead.formats.trl import BIAS_KEY, VHEAD, WEIGHT_KEY
 from vhead.formats.weights import HeadWeights, LinearWeights
+from vhead.replacing import replacing_file
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth")
@@ -25,7 +26,7 @@ def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite:
     Args:
         head: The head, float32.
         path: A file, `.safetensors` or pickled by torch (`.bin`, `.pt`, `.pth`), or a folder for a format that has a
-            head file of its own. It is written beside its place and renamed.
+            head file of its own. Readers and other writers see the old file or the new one, whole.
         format: The name of the format.
         overwrite: Whether an existing file is replaced.
 
@@ -34,7 +35,8 @@ def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite:
 
     Raises:
         HeadError: The format cannot hold the head, has no file of its own for it, or does not exist.
-        FileExistsError: The file exists and is not to be replaced.
+        FileExistsError: The file exists and is not to be replaced, or something else has its name.
+        FileNotFoundError: There is no folder for the file.
     """
     head_format = format_named(format)
     tensors = head_tensors(head, head_format)
@@ -85,16 +87,12 @@ def head_tensors(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes tensors beside a file's place, safetensors or pickled as its name says, and puts them there at once."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
+    """Writes a file of tensors, safetensors or pickled as its name says, that takes its place when it is complete."""
+    with replacing_file(file) as stream:
         if file.suffix == _SAFETENSORS:
-            save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+            stream.write(to_safetensors(dict(tensors), metadata={"format": "pt"}))
         else:
-            torch.save(dict(tensors), unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            torch.save(dict(tensors), stream)
 
 
 def save_beside_adapter(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -55,7 +55,8 @@ def load_critic(
     model = _load(path, dtype, head, trust_remote_code=trust_remote_code)
     _move(model, device)
     statistics = (None, None) if weights is None else (weights.mean, weights.std)
-    return Critic(model, _tokenizer(path, trust_remote_code=trust_remote_code), statistics)
+    tokenizer = _tokenizer(_home_of_tokenizer(path, model), trust_remote_code=trust_remote_code)
+    return Critic(model, tokenizer, statistics)
 
 
 def _load(
@@ -103,6 +104,13 @@ def _move(model: nn.Module, device: torch.device | str | None) -> None:
     except (RuntimeError, AssertionError) as error:
         # Torch explains itself over many lines; the first one says what is wrong.
         raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
+
+
+def _home_of_tokenizer(path: str | Path, model: Any) -> str | Path:  # noqa: ANN401, see `_load`
+    """Where a model's tokenizer is: an adapter that was saved without one has that of its language model."""
+    adapter = getattr(model.pretrained_model, "active_peft_config", None)
+    base: str | None = getattr(adapter, "base_model_name_or_path", None)
+    return path if base is None or Checkpoint(path).path("tokenizer_config.json") is not None else base
 
 
 def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401, any tokenizer of transformers
