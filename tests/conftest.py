@@ -14,6 +14,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The golden files are our own, and pickled ones of them are read on torch before 2.6 as well.
+os.environ["VHEAD_ALLOW_PICKLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -39,10 +41,12 @@ def transformers_logging() -> Iterator[None]:
     """Undoes what a test, or a command that it runs, does to transformers' logger."""
     logger = logging.getLogger("transformers")
     # Not set yet means not imported yet: a test's first import sets it to WARNING.
-    level = logger.level or logging.WARNING
+    level, handlers, propagates = logger.level or logging.WARNING, list(logger.handlers), logger.propagate
     yield
     if "transformers" in sys.modules:
         logger.setLevel(level)
+    if handlers:
+        logger.handlers, logger.propagate = handlers, propagates
 
 
 @pytest.fixture

@@ -1,21 +1,39 @@
 """The commands and what they share."""
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from vhead.cli.bench import bench
 from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.score import score
+from vhead.cli.terminal import escaped, show
+
+# What `BadParameter` is a kind of: click's class, or typer's own where typer no longer needs click.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+
+class _Commands(TyperGroup):
+    """Commands whose usage errors, which quote the arguments, go through the door that all messages go through."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401, typer has had click's context, and has its own now
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            error.message = escaped(error.message)
+            raise
+
 
 app = typer.Typer(
     name="vhead",
+    cls=_Commands,
     help="Score rollouts with a language model and its value head.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,7 +48,7 @@ app.command("env")(environment)
 
 def _show_version(asked: bool) -> None:  # noqa: FBT001, typer's callbacks take a value
     if asked:
-        typer.echo(f"vhead {version('vhead')}")
+        show(f"vhead {version('vhead')}")
         raise typer.Exit
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vhead.cli.failure import FAILED, reported, say
+from vhead.cli.failure import FAILED, reported
+from vhead.cli.terminal import say
+from vhead.env import MOST_THREADS
 
 if TYPE_CHECKING:
     from vhead.benchmark.document import Document
@@ -24,15 +26,24 @@ class BenchDtype(StrEnum):
 
 def bench(
     *,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if any.")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="NxH", help="Rows and hidden size; may be given repeatedly.")
     ] = None,
     dtype: Annotated[
-        list[BenchDtype] | None, typer.Option("--dtype", help="Of the hidden states; may be given repeatedly.")
+        list[BenchDtype] | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Of the hidden states: float32, bfloat16, float16; may be given repeatedly.",
+        ),
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each contestant; default: 21.")] = None,
-    num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    num_threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; default: those that this process may use.")
+    ] = None,
     compiles: Annotated[
         bool, typer.Option("--compile", help="Measure plain torch under torch.compile as well.")
     ] = False,
@@ -45,7 +56,8 @@ def bench(
     hidden states with contiguous rows. Then all contestants take turns; the figures are medians. TRL's own class is
     among them where a release is installed that has one.
 
-    Exit codes: 0 done, 1 failed, or a bit differs or a check does not hold, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 failed, or a bit differs or a check does not hold, 2 wrong usage, 130 interrupted,
+    143 terminated.
 
     **Examples**
 

@@ -5,16 +5,15 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 
-import typer
-
+from vhead.cli import threads
 from vhead.cli.failure import reported
+from vhead.cli.terminal import show
 
 _PACKAGES = ("vhead", "torch", "transformers", "safetensors", "numpy", "pyarrow", "peft")
 _VARIABLES = (
     "VHEAD_",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "MKL_NUM_THREADS",
+    *threads.WAITING,
+    *threads.COUNTING,
     "CUDA_VISIBLE_DEVICES",
     "HF_",
 )
@@ -26,7 +25,7 @@ def environment() -> None:
         facts = list(_facts())
         width = max(len(name) for name, _ in facts)
         for name, value in facts:
-            typer.echo(f"{name:<{width}}  {value}")
+            show(f"{name:<{width}}  {value}")
 
 
 def _facts() -> Iterator[tuple[str, str]]:
@@ -36,7 +35,9 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield from _torch_facts()
     yield from _backend_facts()
     yield from _scorer_facts()
-    yield from sorted((name, value) for name, value in os.environ.items() if name.startswith(_VARIABLES))
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_VARIABLES):
+            yield name, f"{value} (set by vhead: {threads.reasons[name]})" if name in threads.reasons else value
 
 
 def _version(name: str) -> str:
@@ -49,7 +50,7 @@ def _version(name: str) -> str:
 def _torch_facts() -> Iterator[tuple[str, str]]:
     import torch  # noqa: PLC0415, for a fast --help
 
-    yield "cpu cores", str(os.cpu_count())
+    yield "cpu cores", threads.described_cores()
     yield "torch threads", str(torch.get_num_threads())
     count = torch.cuda.device_count()
     yield "cuda devices", ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vhead.backbone import plan_for
+from vhead.env import MOST_THREADS
 from vhead.errors import HeadError, VheadError
 from vhead.scoring import limits
 from vhead.scoring.caching import PromptThenCompletion
@@ -42,7 +43,7 @@ class Engine:
 
     Args:
         model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., 1]`.
-        num_threads: Torch's threads while computing; None leaves them as they are.
+        num_threads: Torch's threads while computing, 1 to 1024; None leaves them as they are.
         conventions: Which positions are read.
         batch_invariant: Whether a rollout's numbers may not depend on what else is scored.
         attention: The only way of attending in packed trees that will do; None: the fastest that passes.
@@ -52,10 +53,12 @@ class Engine:
         vocabulary_size: Token ids are below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
         plan: How rollouts are batched and logits reached.
+        untrained_output: The parameters of the language-model head that were drawn and not loaded, by name.
 
     Raises:
         HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder, or cannot take the asked-for attention.
+        ValueError: `num_threads` is out of range.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Engine:
         batch_invariant: bool = False,
         attention: Attention | None = None,
     ) -> None:
+        if num_threads is not None and not 1 <= num_threads <= MOST_THREADS:
+            raise ValueError(f"num_threads: expected 1 to {MOST_THREADS}, got {num_threads}")
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
@@ -78,11 +83,17 @@ class Engine:
         plan = plan_for(body)
         if plan.is_encoder_decoder:
             raise VheadError(f"model: expected a decoder-only language model, got the {type(body).__name__}")
+        adapter = getattr(body, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise VheadError(
+                f"model: expected a language model that sees a rollout's tokens alone, got one with a learnt prompt "
+                f"({adapter.peft_type.value}), whose virtual tokens stand before them"
+            )
         self._body = Body(body, plan)
         self.device: torch.device = self._body.device
         self.vocabulary_size = limits.vocabulary_size(body)
         self.context_length = limits.context_length(body)
-        self._untrained = _untrained_output(model, body)
+        self.untrained_output = _untrained_output(model, body)
         self._pad_token = limits.pad_token(body.config)
         with self._computing():
             self._rule = find_logits_rule(body, plan)
@@ -112,10 +123,11 @@ class Engine:
         Raises:
             VheadError: Log-probabilities or entropies are asked for, and the checkpoint had no language-model head.
         """
-        if self._untrained and needs_logits(fields):
+        if self.untrained_output and needs_logits(fields):
             raise VheadError(
-                f"returns: expected only values and reward, as the checkpoint holds no {', '.join(self._untrained)} "
-                f"and log-probabilities would be those of a random language-model head, got {', '.join(fields)}"
+                "returns: expected only values and reward, as the checkpoint holds no "
+                f"{', '.join(self.untrained_output)} and log-probabilities would be those of a random language-model "
+                f"head, got {', '.join(fields)}"
             )
 
     def work(self, window: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:

@@ -87,13 +87,6 @@ class ScoringProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.rollouts, figures=self.figures)
 
-    def say(self, message: str) -> None:
-        """Writes a line to standard error, above the bar where there is one."""
-        if self._bar is None:
-            sys.stderr.write(f"{message}\n")
-        else:
-            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
     def _per_second(self, count: int) -> float:
         return count / max(self.seconds, 1e-9)
 
