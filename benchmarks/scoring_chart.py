@@ -29,6 +29,7 @@ BARS = {
     "sorted batches": ("vhead, length-sorted batches", "#fdba74"),
     "vhead": ("vhead", OURS),
 }
+LIMIT = "the matrix products of vhead's work alone, with nothing around them"
 GROUPS = {"values": "values", "all fields": "values, log-\nprobabilities,\nentropies,\nrewards"}
 COLOURS = {"values": "#fb923c", "all fields": OURS}
 AXES = {
@@ -66,13 +67,15 @@ def scoring(data: Mapping[str, Any]) -> Figure:
     """Time of every contestant, and peak memory."""
     results = Results(**data)
     figure, (times, memory) = pyplot.subplots(
-        1, 2, figsize=(10, 3.9), layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
+        1, 2, figsize=(10, 4.5), layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
     )
     draw_times(times, results)
     draw_memory(memory, results)
     handles, labels = times.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    found = dict(zip(labels, handles, strict=True))
+    # One column, so that it is read in the bars' order.
+    shown = [label for label in (*(label for label, _ in BARS.values()), LIMIT) if label in found]
+    figure.legend([found[label] for label in shown], shown, loc="outside upper left", frameon=False, fontsize=8)
     work = results.provenance["workload"]
     about = f"{work['rollouts']} rollouts of {work['tokens']:,} tokens, Qwen2-0.5B's shape with"
     figure.supxlabel(
@@ -91,7 +94,7 @@ def draw_times(axes: Axes, results: Results) -> None:
             note(axes, seconds, y, annotation(results, name, fields, seconds))
         limit = results.median("bare GEMM", fields)
         if limit is not None:
-            axes.vlines(limit, group - 0.45, group + 0.45, color="black", linewidth=1, label="bare matrix products")
+            axes.vlines(limit, group - 0.45, group + 0.45, color="black", linewidth=1, label=LIMIT)
     axes.set_yticks(range(len(GROUPS)), GROUPS.values(), fontsize=8)
     axes.set_ylim(-0.5, len(GROUPS) - 0.5)
     finish(axes, "Seconds")
@@ -191,8 +194,8 @@ def short(count: int) -> str:
 
 
 def scale(data: Mapping[str, Any]) -> Figure:
-    """Resident memory and the rate along long runs."""
-    figure, (memory, rate) = pyplot.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    """Resident memory along long runs."""
+    figure, axes = pyplot.subplots(figsize=(10, 3.2), layout="constrained")
     labels = {"stream": ("Scorer.stream", OURS), "command": ("vhead score, Parquet", "#fb923c")}
     for name, (label, colour) in labels.items():
         if name in data:
@@ -200,16 +203,14 @@ def scale(data: Mapping[str, Any]) -> Figure:
             asked = data[name]["asked"]
             rows = [row for row in data[name]["samples"] if 0 < row["rollouts"] < asked]
             counts = [row["rollouts"] / 1e3 for row in rows]
-            memory.plot(counts, [row["rss_bytes"] / 2**20 for row in rows], color=colour, label=label, linewidth=1.5)
-            rate.plot(*windowed_rate(rows), color=colour, label=label, linewidth=1.5)
-    for axes, title in ((memory, "Resident memory, MiB"), (rate, "Rollouts per second, over 10 s")):
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
-        axes.set_xlabel("thousands of rollouts", fontsize=9)
-        axes.grid(visible=True, color="#eeeeee")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+            axes.plot(counts, [row["rss_bytes"] / 2**20 for row in rows], color=colour, label=label, linewidth=1.5)
+    axes.set_title("Resident memory, MiB", loc="left", fontsize=10)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+    axes.set_xlabel("thousands of rollouts", fontsize=9)
+    axes.grid(visible=True, color="#eeeeee")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     work = data["provenance"]["workload"]
     figure.supxlabel(
         f"the demo model; prompts of {work['prompt']} tokens, {work['completions']} completions each of "
@@ -218,19 +219,6 @@ def scale(data: Mapping[str, Any]) -> Figure:
         color=TEXT,
     )
     return figure
-
-
-def windowed_rate(rows: list[Mapping[str, float]], seconds: float = 10.0) -> tuple[list[float], list[float]]:
-    """Thousands of rollouts, and how many came in a second up to there."""
-    counts, rates, first = [], [], 0
-    for row in rows:
-        while row["wall_s"] - rows[first]["wall_s"] > seconds:
-            first += 1
-        took = row["wall_s"] - rows[first]["wall_s"]
-        if took > seconds / 2:
-            counts.append(row["rollouts"] / 1e3)
-            rates.append((row["rollouts"] - rows[first]["rollouts"]) / took)
-    return counts, rates
 
 
 def where(provenance: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pickle
+import typing
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,19 @@ FreshPython = Callable[[str], str]
 def test_every_public_name_exists(name: str) -> None:
     assert getattr(vhead, name) is not None
     assert name in dir(vhead)
+
+
+def test_what_a_reader_is_shown_are_the_public_names() -> None:
+    assert dir(vhead) == vhead.__all__
+
+
+def test_type_checkers_know_what_a_model_and_its_generate_give() -> None:
+    names = ("output_values", "output_logprobs", "output_entropy")
+    overloads = typing.get_overloads(vhead.PreTrainedModelWrapper.generate)
+    returned = [typing.get_type_hints(overload)["return"] for overload in overloads]
+    assert [hint.__name__ for hint in returned[: len(names)]] == ["ScoredGeneration"] * len(names)
+    outputs = [o.__annotations__["return"].__name__ for o in typing.get_overloads(vhead.PreTrainedModelWrapper.forward)]
+    assert outputs == ["ValueHeadOutput", "ValueHeadOutputWithCache"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from typer_runner import RUNNER
 from vhead.cli.demo import demo
-from vhead.cli.demo_table import PAPER, coloured, marked, shade, show
+from vhead.cli.demo_table import FEW_STYLES, PAPER, TITLE, coloured, fitting, marked, shade, show
 from vhead.demo.judgement import Judged
 from vhead.demo.rollouts import DemoRollout
+from vhead.scoring.jsonl import JsonlReader
 
 WIDTHS = [80, 100, 140]
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -129,6 +130,52 @@ def test_the_command_in_a_pipe_without_colour() -> None:
     )
     assert re.search(r"^speed +\d+ tokens in .* on one thread: [\d,]+ tokens/s$", done.stdout, re.M)
     assert re.search(r"^head +(native|plain torch)", done.stdout, re.M)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 50), (120, 40)])
+def test_title_and_legend_stay_on_the_screen(judged: list[Judged], width: int, height: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=width, height=height, force_terminal=True, color_system="256")
+    lines = ["a line"] * 6
+    show(console, fitting(console, judged, len(lines)), lines)
+    printed_lines = COLOUR.sub("", file.getvalue()).splitlines()
+    assert len(printed_lines) < height
+    assert printed_lines[0] == TITLE
+    assert len(fitting(console, judged, len(lines))) >= 3
+
+
+def test_all_passages_would_not_fit(judged: list[Judged]) -> None:
+    assert len(printed(judged, 80).splitlines()) > 50
+
+
+def test_older_terminals_get_a_scale_of_their_own_colours(judged: list[Judged]) -> None:
+    text = printed(judged, 80, color_system="256", force_terminal=True)
+    shown = {int(code) for code in re.findall(r"48;5;(\d+)", text)}
+    assert shown == {int(style.bgcolor.name[6:-1]) for style in FEW_STYLES}
+    assert [shade(value, len(FEW_STYLES)) for value in (-9, -4, 0, 4, 9)] == [0, 0, 3, 6, 6]
+
+
+def test_black_text_is_readable_on_the_few_colours() -> None:
+    papers = [style.bgcolor.get_truecolor().hex for style in FEW_STYLES]
+    assert min((luminance(paper) + 0.05) / 0.05 for paper in papers) >= 7.0
+
+
+def test_the_quickstart_s_file_can_be_written(command: typer.Typer, tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    result = RUNNER.invoke(command, ["--write", str(path)])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"27 rollouts written to {path}" in result.stderr
+    rows = list(JsonlReader(io.BytesIO(path.read_bytes())))
+    assert [row.rollout().kind for row in rows] == ["text"] * 27
+
+
+def test_a_file_that_is_there_stays(command: typer.Typer, tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("mine")
+    result = RUNNER.invoke(command, ["--write", str(path)])
+    assert result.exit_code == 1
+    assert "expected a new file to write to, found one that is there" in result.stderr
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])

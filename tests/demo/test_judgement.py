@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vhead import Score
 from vhead.demo.judgement import auc, corrupted_characters, judge
 from vhead.demo.rollouts import NATURAL, DemoRollout
+from vhead.errors import MissingFieldError
 
 FEW_LEVELS = st.lists(st.integers(-3, 3), min_size=1, max_size=20)
 
@@ -40,8 +42,9 @@ def test_another_tokenizer_is_an_error(rollout: DemoRollout) -> None:
 
 @pytest.mark.parametrize("field", ["values", "logprobs", "reward"])
 def test_a_missing_field_is_an_error(rollout: DemoRollout, field: str) -> None:
-    with pytest.raises(ValueError, match=r"^some/id: expected a score with values, logprobs and reward$"):
-        judge(rollout, score(6, **{field: None}))
+    computed = {name: value for name, value in vars(score(6)).items() if name != field}
+    with pytest.raises(MissingFieldError, match=f"^{field}: expected one of the fields that were asked for"):
+        judge(rollout, Score(0, "r", 2, computed))
 
 
 def test_the_span_counts_characters(rollout: DemoRollout) -> None:

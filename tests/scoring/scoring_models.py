@@ -121,7 +121,7 @@ def reference(model: torch.nn.Module, rollout: Rollout, temperature: float = 1.0
 def largest_difference(model: torch.nn.Module, rollout: Rollout, score: Score, temperature: float = 1.0) -> float:
     """Over all fields that the score has."""
     expected = reference(model, rollout, temperature)
-    present = [name for name in expected if getattr(score, name) is not None]
+    present = [name for name in expected if name in score.computed]
     assert present
     assert all(np.shape(getattr(score, name)) == expected[name].shape for name in present)
     return max(float(np.abs(getattr(score, name) - expected[name]).max()) for name in present)

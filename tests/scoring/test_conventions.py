@@ -186,6 +186,17 @@ def _write_score_head(folder, model):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_by_default_a_checkpoint_without_a_language_model_head_gives_what_it_can_and_says_so_once(caplog):
+    partial = critic(tie_word_embeddings=False)
+    assert Scorer(partial).score(trees()).fields == ("values", "logprobs", "reward")
+    assert caplog.messages == []
+    partial.untrained = frozenset({"lm_head.weight"})
+    scorer = Scorer(partial)
+    assert scorer.default_returns == ("values", "reward")
+    assert scorer.score(trees()).fields == next(scorer.windows(trees())).fields == ("values", "reward")
+    assert caplog.messages == ["the checkpoint holds no lm_head.weight: the scores are values, reward"]
+
+
 def test_a_checkpoint_without_a_language_model_head_gives_values_and_rewards_only():
     partial = critic(tie_word_embeddings=False)
     partial.untrained = frozenset({"lm_head.weight"})

@@ -6,6 +6,7 @@ import torch
 
 from vhead import Rollout
 from vhead.errors import FieldError
+from vhead.scoring.rollout import named, shown
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -71,10 +72,51 @@ def test_errors_name_the_record():
     assert (str(copy), copy.expected, copy.got) == (str(caught.value), "text", "an empty text")
 
 
-@pytest.mark.parametrize("name", [True, 1.5, [1]])
-def test_ids_are_text_or_integers(name):
-    with pytest.raises(FieldError, match="id: expected text, an integer or None"):
+@pytest.mark.parametrize("name", ["a", 1, True, 1.5, None])
+def test_ids_are_data(name):
+    assert Rollout("a", "b", id=name).id is name
+
+
+@pytest.mark.parametrize("name", [[1], b"a", {"a": 1}])
+def test_what_cannot_be_an_id(name):
+    with pytest.raises(FieldError, match="id: expected text, a number, a boolean or None"):
         Rollout("a", "b", id=name)
+
+
+@pytest.mark.parametrize("ids", [[1, True], (False, 2), [np.bool_(1)], np.array([True]), torch.tensor([True])], ids=str)
+def test_true_is_no_token_id(ids):
+    with pytest.raises(FieldError, match="prompt: expected text or a flat list of integer token ids"):
+        Rollout(ids, [1])
+
+
+@pytest.mark.parametrize("ids", [[2**63], np.array([2**63], np.uint64), [2**70]], ids=str)
+def test_a_token_id_beyond_63_bits_becomes_no_other(ids):
+    with pytest.raises(FieldError, match="prompt: expected text or a flat list of integer token ids"):
+        Rollout(ids, [1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("\ud800", "b"),
+        ("a", "b\udfff"),
+        ([{"role": "\ud800", "content": "a"}], [{"role": "assistant", "content": "b"}]),
+        ([{"role": "user", "content": "a", "more": [{"\udc00": 1}]}], [{"role": "assistant", "content": "b"}]),
+    ],
+    ids=ascii,
+)
+def test_half_a_surrogate_pair_is_no_text(prompt, completion):
+    with pytest.raises(FieldError, match="expected text that Unicode can hold, got half of a surrogate pair"):
+        Rollout(prompt, completion)
+
+
+def test_an_error_shows_the_beginning_of_what_is_large_or_deep():
+    deep = 1
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, "a" * 10**7, [{"a": "b" * 10**6}] * 10**5, {str(i): i for i in range(10**5)}):
+        assert len(shown(value)) < 100
+    assert len(named("line 1", "a" * 10**7)) < 120
 
 
 def test_messages():

@@ -1,19 +1,20 @@
 import pickle
 import sys
+import typing
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from vhead import Score, Scores
-from vhead.errors import MissingExtraError
+from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
 from vhead.scoring import scores as module
 from vhead.scoring.scores import offsets_of
 
 LENGTHS = [3, 1, 4, 2]
 
 
-def make(lengths=LENGTHS, ids=None, **changes):
+def make(lengths=LENGTHS, ids=None, computed=None, **changes):
     rng = np.random.default_rng(1)
     count, total = len(lengths), sum(lengths)
     arrays = {
@@ -21,11 +22,14 @@ def make(lengths=LENGTHS, ids=None, **changes):
         "indices": np.arange(count),
         "prompt_lengths": rng.integers(1, 9, count),
         "offsets": offsets_of(np.array(lengths, np.int64)),
+    }
+    fields = {
         "values": rng.normal(size=total).astype(np.float32),
         "logprobs": rng.normal(size=total).astype(np.float32),
         "reward": rng.normal(size=count).astype(np.float32),
     }
-    return Scores(**arrays | changes)
+    fields |= computed or {}
+    return Scores(computed={name: array for name, array in fields.items() if array is not None}, **arrays | changes)
 
 
 def same(a, b):
@@ -43,7 +47,6 @@ def test_indexing_gives_views():
     assert score.values.base is not None
     assert np.shares_memory(score.values, scores.values)
     np.testing.assert_array_equal(score.values, scores.values[4:8])
-    assert score.entropy is None
     assert scores[-1].id == "r3"
     with pytest.raises(IndexError):
         scores[4]
@@ -73,6 +76,36 @@ def test_slices_equal_the_chosen_rollouts(key):
         assert (got.index, got.reward, got.prompt_length) == (want.index, want.reward, want.prompt_length)
 
 
+@pytest.mark.parametrize("scores", [make(), make()[2]], ids=["Scores", "Score"])
+def test_a_field_that_was_not_asked_for_is_a_named_error(scores):
+    with pytest.raises(
+        MissingFieldError, match=r"^entropy: expected one of the fields that were asked for \(values, lo"
+    ):
+        scores.entropy  # noqa: B018
+    assert not hasattr(scores, "token_ids")
+    assert hasattr(scores, "values")
+
+
+@pytest.mark.parametrize("cls", [Score, Scores])
+@pytest.mark.parametrize("name", ["values", "logprobs", "entropy", "reward", "token_ids"])
+def test_type_checkers_see_a_field_as_an_array_and_never_as_none(cls, name):
+    hint = typing.get_type_hints(getattr(cls, name).fget)["return"]
+    assert type(None) not in typing.get_args(hint)
+    assert hint is float or typing.get_origin(hint) is np.ndarray
+
+
+def test_a_notebook_shows_a_table():
+    scores = make([3, 0, 4, *[1] * 20], ids=("<b>", *[None] * 22))
+    shown = scores._repr_html_()
+    assert shown.count("<tr>") == 11
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    assert f"<td>{scores[2].reward:.4g}</td>" in shown
+    assert f"<td>{scores[2].values.mean():.4g}</td>" in shown
+    assert "and 13 more" in shown
+    assert "more" not in make()._repr_html_()
+
+
 def test_slices_are_views():
     scores = make()
     assert np.shares_memory(scores[1:3].values, scores.values)
@@ -88,15 +121,17 @@ def test_concat_refuses_nothing_and_different_fields():
     with pytest.raises(ValueError, match="at least one Scores"):
         Scores.concat([])
     with pytest.raises(ValueError, match=r"expected the fields \['values', 'logprobs', 'reward'\] in each"):
-        Scores.concat([make(), make(reward=None)])
+        Scores.concat([make(), make(computed={"reward": None})])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"values": np.zeros(10)}, r"values: expected float32 \[10\], got float64 \[10\]"),
-        ({"logprobs": np.zeros(9, np.float32)}, r"logprobs: expected float32 \[10\], got float32 \[9\]"),
-        ({"reward": [1.0]}, r"reward: expected float32 \[4\], got list"),
+        ({"computed": {"values": np.zeros(10)}}, r"values: expected float32 \[10\], got float64 \[10\]"),
+        ({"computed": {"logprobs": np.zeros(9, np.float32)}}, r"logprobs: expected float32 \[10\], got float32 \[9\]"),
+        ({"computed": {"reward": [1.0]}}, r"reward: expected float32 \[4\], got list"),
+        ({"computed": {"token_offsets": np.zeros(10, np.int64)}}, r"token_offsets: expected int64 \[10, 2\], got"),
+        ({"computed": {"value": np.zeros(10, np.float32)}}, r"computed: expected some of values, .*, got value"),
         ({"offsets": np.array([0, 3, 4, 8])}, r"offsets: expected int64 \[5\]"),
         ({"offsets": np.array([0, 4, 3, 8, 10])}, "offsets: expected a rising sequence"),
         ({"offsets": np.array([1, 3, 4, 8, 10])}, "offsets: expected a rising sequence from 0"),
@@ -144,6 +179,12 @@ def test_to_arrow_without_pyarrow(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pyarrow is not installed; .*pip install 'vhead\[data\]'"):
         make().to_arrow()
+
+
+def test_to_pandas_without_pandas_names_no_extra_that_lacks_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingPackageError, match=r"pandas is not installed; .*: pip install pandas$"):
+        make().to_pandas()
 
 
 def test_to_pandas():

@@ -8,7 +8,9 @@ import torch
 from scoring_models import VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 from transformers import modeling_utils
 
-from vhead import Rollout, Scorer
+from architectures.tiny import build
+from library_versions import need_architecture
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.backbone import plan_for
 from vhead.scoring import attention, attention_segments, packing, plan, self_check, strategies
 from vhead.scoring.scores import FIELDS
@@ -159,6 +161,12 @@ class TestSelfCheck:
         sequences = self_check.probes(models["llama"].pretrained_model, None)
         assert not {0, 1, 2} & {int(token) for sequence in sequences for token in sequence}
         assert max(int(sequence.max()) for sequence in sequences) < VOCABULARY
+
+    def test_a_model_that_reads_padding_goes_one_by_one_and_the_plan_says_why(self):
+        need_architecture("cpmant")
+        plan = Scorer(AutoModelForCausalLMWithValueHead.from_pretrained(build("cpmant")).eval()).plan
+        assert plan.long_strategy == "one sequence at a time"
+        assert plan.rejected["length-sorted batches"] == "the model reads padding"
 
     def test_a_plan_is_plain_data(self, models):
         found = Scorer(models["bloom"]).plan

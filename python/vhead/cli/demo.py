@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vhead.cli.failure import reported
+from vhead.cli.terminal import say
+from vhead.errors import VheadError
+from vhead.replacing import replacing_file
 
 if TYPE_CHECKING:
     from vhead.demo.judgement import Judged, Summary
     from vhead.demo.rollouts import DemoRollout
 
 PICTURES = (".svg", ".html")
+LINE_END = b"\n"
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,18 @@ def _picture_name(value: Path | None) -> Path | None:
 def demo(
     *,
     passages: Annotated[
-        int | None, typer.Option(min=1, help="Show only so many passages with their corrupted twins.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Passages to show, each with its corrupted twins; default: what the screen holds."
+        ),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Also write what is shown to this .svg or .html.", callback=_picture_name)
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write what is shown to this .svg or .html.", callback=_picture_name),
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the rollouts to this new .jsonl, for vhead score; score none."),
     ] = None,
 ) -> None:
     """Score bundled rollouts with the bundled model, and colour every character by its value.
@@ -48,18 +60,27 @@ def demo(
     """
     from rich.console import Console  # noqa: PLC0415, slow imports wait until the command runs
 
-    from vhead.cli.demo_table import picture, show  # noqa: PLC0415
+    from vhead.cli.demo_table import fitting, picture, show  # noqa: PLC0415
     from vhead.demo.judgement import summarise  # noqa: PLC0415
     from vhead.demo.rollouts import read_demo_rollouts  # noqa: PLC0415
 
     with reported():
-        rollouts = read_demo_rollouts()
+        if write is not None:
+            _write_rollouts(write)
+            return
+        console, rollouts = Console(), read_demo_rollouts()
         run = _score(rollouts)
-        shown = [j for j in run.judged if j.rollout.topic in _first_topics(rollouts, passages)]
+        topics = _first_topics(rollouts, passages)
         lines = _result_lines(summarise(run.judged), run)
-        show(Console(), shown, lines)
+        shown = [j for j in run.judged if j.rollout.topic in topics]
+        if passages is None and console.is_terminal:
+            shown = fitting(console, shown, len(lines) + 1)
+            count = len({j.rollout.topic for j in shown})
+            lines.append(f"passages     {count} of {len(topics)} shown; --passages {len(topics)} shows all")
+        show(console, shown, lines)
         if save is not None:
-            _write(save, picture(save.suffix, shown, lines))
+            with replacing_file(save) as file:
+                file.write(picture(save.suffix, shown, lines).encode())
 
 
 def _first_topics(rollouts: "list[DemoRollout]", count: int | None) -> list[str]:
@@ -102,8 +123,14 @@ def _result_lines(summary: "Summary", run: Run) -> list[str]:
     ]
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a broken run leaves the old picture."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def _write_rollouts(path: Path) -> None:
+    """The bundled rollouts as a file of the user's; one that is there stays."""
+    from vhead.demo import demo_rollouts_path  # noqa: PLC0415
+
+    content = demo_rollouts_path().read_bytes()
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise VheadError(f"{path}: expected a new file to write to, found one that is there") from None
+    say(f"{content.count(LINE_END)} rollouts written to {path}")

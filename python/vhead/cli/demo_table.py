@@ -23,21 +23,28 @@ TITLE = "Passages that the bundled model has not seen, and corrupted twins of th
 # the same on dark and on light terminals.
 PAPER = ("#f28c28", "#f5a653", "#f8c183", "#fbdcb8", "#f4f4f2", "#cfe0f3", "#a7c8ea", "#7fb0e1", "#66a3de")
 STYLES = tuple(Style(color="#000000", bgcolor=paper) for paper in PAPER)
+# The same scale among the 256 colours of older terminals, as evenly as these go; the nearest ones would change hue.
+FEW_STYLES = tuple(Style(color="#000000", bgcolor=f"color({paper})") for paper in (208, 215, 223, 255, 153, 75, 39))
 HEADER = Style(bold=True)
 FAINT = Style(dim=True)
 
 
-def shade(value: float) -> int:
-    """The step of the scale for a value: 0 at -4 and below, 4 around zero, 8 at +4 and above."""
-    return round((min(1.0, max(-1.0, value / SATURATION)) + 1) / 2 * (len(PAPER) - 1))
+def shade(value: float, steps: int = len(PAPER)) -> int:
+    """The step of the scale for a value: the first at -4 and below, the middle at zero, the last at +4 and above."""
+    return round((min(1.0, max(-1.0, value / SATURATION)) + 1) / 2 * (steps - 1))
 
 
-def coloured(judged: Judged) -> Text:
+def styles_of(console: Console) -> tuple[Style, ...]:
+    """The scale, as finely as the terminal can show it."""
+    return STYLES if console.color_system == "truecolor" else FEW_STYLES
+
+
+def coloured(judged: Judged, styles: Sequence[Style] = STYLES) -> Text:
     """The completion, each character on the colour of its value."""
     text = Text()
     characters = zip(judged.rollout.completion, judged.values.tolist(), strict=True)
-    for step, run in groupby(characters, key=lambda pair: shade(pair[1])):
-        text.append("".join(character for character, _ in run), STYLES[step])
+    for step, run in groupby(characters, key=lambda pair: shade(pair[1], len(styles))):
+        text.append("".join(character for character, _ in run), styles[step])
     return text
 
 
@@ -76,27 +83,28 @@ def _prompt(judged: Judged) -> Text:
     return Text(f"{judged.rollout.prompt.strip()} …", FAINT, no_wrap=True, overflow="ellipsis")
 
 
-def _empty_table(console: Console) -> Table:
-    wide = console.width >= WIDE
+def _empty_table(*, wide: bool) -> Table:
+    """The columns; where there is little room, the text has it, and the reward alone is said in numbers."""
     table = Table(box=box.SIMPLE_HEAD, header_style=HEADER, padding=(0, 1, 0, 0), expand=True, show_edge=False)
     table.add_column("rollout", width=18 if wide else 14)
     table.add_column("completion", ratio=1, overflow="fold")
-    table.add_column("mean value", justify="right", width=6)
-    table.add_column("reward", justify="right", width=6)
-    table.add_column("bits per byte", justify="right", width=8)
+    for name, width in {"mean value": 6, "reward": 6, "bits per byte": 8}.items():
+        if wide or name == "reward":
+            table.add_column(name, justify="right", width=width)
     return table
 
 
 def results_table(console: Console, judged: Sequence[Judged]) -> Table:
     """One section per passage: its prompt, then the passage and its twins."""
-    in_colour = uses_colour(console)
-    table = _empty_table(console)
+    in_colour, wide = uses_colour(console), console.width >= WIDE
+    table = _empty_table(wide=wide)
     for _, members in groupby(judged, key=lambda j: j.rollout.topic):
         section = list(members)
         table.add_row(Text(section[0].rollout.topic, HEADER), _prompt(section[0]))
         for j in section:
-            shown = coloured(j) if in_colour else marked(j, brackets_of(console))
-            table.add_row(_label(j), shown, f"{j.mean_value:+.1f}", f"{j.reward:+.1f}", f"{j.bits_per_byte:.1f}")
+            shown = coloured(j, styles_of(console)) if in_colour else marked(j, brackets_of(console))
+            numbers = [f"{j.mean_value:+.1f}", f"{j.reward:+.1f}", f"{j.bits_per_byte:.1f}"]
+            table.add_row(_label(j), shown, *(numbers if wide else numbers[1:2]))
         table.add_section()
     return table
 
@@ -112,9 +120,23 @@ def legend(console: Console) -> Text:
         opening, closing = brackets_of(console)
         return Text(f"{opening}words{closing} have a mean value below zero: corrupted, says the head")
     text = Text("value after each character:  corrupted ")
-    for step, style in enumerate(STYLES):
-        text.append({0: f" -{SATURATION:.0f} ", 4: "  0 ", 8: f" +{SATURATION:.0f} "}.get(step, "   "), style)
+    styles = styles_of(console)
+    ends = {0: f" -{SATURATION:.0f} ", len(styles) // 2: "  0 ", len(styles) - 1: f" +{SATURATION:.0f} "}
+    for step, style in enumerate(styles):
+        text.append(ends.get(step, "   "), style)
     return text.append(" natural")
+
+
+def fitting(console: Console, judged: Sequence[Judged], lines: int) -> list[Judged]:
+    """As many passages, with their twins, as the screen holds between the legend and so many lines; at least one."""
+    topics = list(dict.fromkeys(j.rollout.topic for j in judged))
+    # Title, legend, two empty lines, and the one that the shell asks on.
+    room = console.height - lines - 5
+    for count in range(len(topics), 1, -1):
+        shown = [j for j in judged if j.rollout.topic in topics[:count]]
+        if len(console.render_lines(results_table(console, shown))) <= room:
+            return shown
+    return [j for j in judged if j.rollout.topic in topics[:1]]
 
 
 def show(console: Console, judged: Sequence[Judged], lines: Sequence[str]) -> None:

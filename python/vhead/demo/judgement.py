@@ -15,15 +15,15 @@ class ByteScore(Protocol):
     """The part of a `vhead.Score` of a byte-level model that is read here."""
 
     @property
-    def values(self) -> NDArray[np.float32] | None:
+    def values(self) -> NDArray[np.float32]:
         """The head's output at the position that predicts each completion token."""
 
     @property
-    def logprobs(self) -> NDArray[np.float32] | None:
+    def logprobs(self) -> NDArray[np.float32]:
         """Log-probability of each completion token, in nats."""
 
     @property
-    def reward(self) -> float | None:
+    def reward(self) -> float:
         """The head's output at the last completion token."""
 
 
@@ -53,10 +53,9 @@ def judge(rollout: DemoRollout, score: ByteScore) -> Judged:
     """Reads a score of the byte-level model, character by character.
 
     Raises:
-        ValueError: The score lacks values, logprobs or reward, or has not one token per byte of the completion.
+        MissingFieldError: The score lacks values, logprobs or reward.
+        ValueError: It has not one token per byte of the completion.
     """
-    if score.values is None or score.logprobs is None or score.reward is None:
-        raise ValueError(f"{rollout.id}: expected a score with values, logprobs and reward")
     ends = _last_bytes(rollout.completion)
     if len(score.values) != ends[-1] + 1:
         raise ValueError(f"{rollout.id}: expected {ends[-1] + 1} tokens, one per byte, got {len(score.values)}")

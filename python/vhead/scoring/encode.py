@@ -1,18 +1,18 @@
 """From a rollout to token ids that the model can take."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import FieldError
-from vhead.scoring.rollout import Message, Rollout
+from vhead.scoring.chat import ChatTemplate
+from vhead.scoring.rollout import Id, Message, Rollout
+from vhead.scoring.text import Passage, Spans, TextTokenizer, Tokens, no_spans
 from vhead.scoring.truncation import LengthLimit
 
-# Enough for completions that do not come one right after the other.
-_REMEMBERED_PROMPTS = 64
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +26,17 @@ class Encoded:
         tokens: Prompt and completion, int64 `[P + C]`.
         prompt_length: P.
         truncated: Whether it has fewer tokens than it came with.
+        spans: First and one-past-last character of the completion that each token stands for, int64 `[P + C, 2]`; -1
+            where there is no text. None: they were not asked for.
     """
 
     index: int
-    id: str | int | None
+    id: Id
     name: str
     tokens: NDArray[np.int64]
     prompt_length: int
     truncated: bool = False
+    spans: Spans | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,17 +54,28 @@ class Encoder:
         tokenizer: Needed for text and messages.
         vocabulary_size: Rows of the model's token embedding.
         limit: Tokens that a rollout may have, and what becomes of longer ones.
+        separate_tokens: Whether prompt and completion are tokenised apart.
+        append_eos: Whether a completion of plain text is followed by the end-of-sequence token.
+
+    Raises:
+        VheadError: `append_eos` is asked for, and the tokenizer has no such token.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int, limit: LengthLimit) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401, any tokenizer of transformers
+        vocabulary_size: int,
+        limit: LengthLimit,
+        *,
+        separate_tokens: bool = False,
+        append_eos: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._text = TextTokenizer(tokenizer, separate=separate_tokens, append_eos=append_eos)
         self._vocabulary_size = vocabulary_size
         self._limit = limit
-        self._prefix = [] if tokenizer is None else _prefix_tokens(tokenizer)
-        # A prompt's other completions mostly come soon after.
-        self._prompt_tokens = lru_cache(_REMEMBERED_PROMPTS)(self._tokens_of_prompt)
 
-    def encode(self, index: int, rollout: Rollout, name: str) -> Encoded:
+    def encode(self, index: int, rollout: Rollout, name: str, *, with_spans: bool = False) -> Encoded:
         """The rollout's token ids.
 
         Raises:
@@ -70,81 +84,54 @@ class Encoder:
         """
         if not isinstance(rollout, Rollout):
             raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
-        prompt, completion = self._parts(rollout, name)
-        whole = np.concatenate([prompt, completion])
-        if not len(prompt) or not len(completion) or whole.max() >= self._vocabulary_size:
-            raise self._error(prompt, completion, name)
-        prompt, completion, truncated = self._limit.fit(prompt, completion, name)
-        tokens = np.concatenate([prompt, completion]) if truncated else whole
-        return Encoded(index, rollout.id, name, tokens, len(prompt), truncated)
+        tokens = self._tokens(rollout, name, with_spans=with_spans)
+        count, length = tokens.prompt_length, len(tokens.ids)
+        if not 0 < count < length or tokens.ids.max() >= self._vocabulary_size:
+            raise self._error(tokens, name)
+        first, stop = self._limit.kept(count, length - count, name)
+        spans = None if tokens.spans is None else tokens.spans[first:stop]
+        truncated = stop - first < length
+        return Encoded(index, rollout.id, name, tokens.ids[first:stop], count - first, truncated, spans)
 
-    def _parts(self, rollout: Rollout, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _tokens(self, rollout: Rollout, name: str, *, with_spans: bool) -> Tokens:
+        """The tokens, with spans of the completion's characters where they are asked for."""
         prompt, completion = rollout.prompt, rollout.completion
-        if isinstance(prompt, np.ndarray) and isinstance(completion, np.ndarray):
-            return prompt.astype(np.int64, copy=False), completion.astype(np.int64, copy=False)
+        if isinstance(prompt, np.ndarray):
+            ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
+            return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None)
         if self._tokenizer is None:
             raise FieldError(name, "prompt", expected="token ids, as the scorer has no tokenizer", got=rollout.kind)
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self._prompt_tokens(prompt), _array(self._tokens(completion))
-        return self._chat_parts(prompt, completion, name)  # type: ignore[arg-type]
+            passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
+            tokens = self._text.plain(passage, with_spans=with_spans)
+        else:
+            chat = ChatTemplate(self._tokenizer, name)
+            passage = chat.passage(cast("Messages", prompt), cast("Messages", completion))
+            tokens = self._text.rendered(passage, with_spans=with_spans)
+        spans = passage.within_completion(tokens.spans) if with_spans and tokens.spans is not None else None
+        return Tokens(tokens.ids, tokens.prompt_length, spans)
 
-    def _chat_parts(
-        self, prompt: tuple[Message, ...], completion: tuple[Message, ...], name: str
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The template renders the chat with and without the completion; the difference is the completion."""
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise FieldError(name, "messages", expected="a tokenizer with a chat template", got="one without")
-        head = self._rendered(prompt, name, add_generation_prompt=True)
-        whole = self._rendered((*prompt, *completion), name, add_generation_prompt=False)
-        if not whole.startswith(head):
-            raise FieldError(
-                name,
-                "messages",
-                expected="a chat template that leaves the prompt as it is when the completion follows",
-                got="one that changes it",
-            )
-        return _array(self._tokens(head)), _array(self._tokens(whole[len(head) :]))
-
-    def _rendered(self, messages: tuple[Message, ...], name: str, *, add_generation_prompt: bool) -> str:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # A template is a program of its own and raises what it likes.
-            raise FieldError(name, "messages", expected="a chat that the template takes", got=str(error)) from error
-        return str(rendered)
-
-    def _tokens_of_prompt(self, text: str) -> NDArray[np.int64]:
-        return _array([*self._prefix, *self._tokens(text)])
-
-    def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokens
-
-    def _error(self, prompt: NDArray[np.int64], completion: NDArray[np.int64], name: str) -> FieldError:
+    def _error(self, tokens: Tokens, name: str) -> FieldError:
         """What is wrong with parts of which one has no tokens, or one that is not in the vocabulary."""
-        for field, tokens in (("prompt", prompt), ("completion", completion)):
-            if not len(tokens):
-                return FieldError(name, field, expected="at least one token", got="a text without any")
-            if tokens.max() >= self._vocabulary_size:
+        count = tokens.prompt_length
+        for field, ids in (("prompt", tokens.ids[:count]), ("completion", tokens.ids[count:])):
+            if not len(ids):
+                got = "a text without any" if field == "completion" else "a text with none that ends where it does"
+                return FieldError(name, field, expected="at least one token", got=got)
+            if ids.max() >= self._vocabulary_size:
                 break
-        at = int(tokens.argmax())
+        at = int(ids.argmax())
         expected = f"token ids below the vocabulary's {self._vocabulary_size}"
-        return FieldError(name, field, expected=expected, got=f"{tokens[at]} at position {at}")
+        return FieldError(name, field, expected=expected, got=f"{ids[at]} at position {at}")
 
 
 class IdRegistry:
-    """Notices an id that comes twice.
+    """Notices an id that comes twice; what it remembers grows with every id."""
 
-    Args:
-        limit: How many of the last ids are remembered, None for all.
-    """
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
 
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._names: dict[str | int, str] = {}
-
-    def add(self, id: str | int | None, name: str) -> None:  # noqa: A002, the field's name
+    def add(self, id: Id, name: str) -> None:  # noqa: A002, the field's name
         """Remembers an id and what errors call its record.
 
         Raises:
@@ -152,20 +139,6 @@ class IdRegistry:
         """
         if id is None:
             return
-        if id in self._names:
-            raise FieldError(name, "id", expected="an id of its own", got=f"the id of {self._names[id]}")
-        self._names[id] = name
-        if self._limit is not None and len(self._names) > self._limit:
-            del self._names[next(iter(self._names))]
-
-
-def _prefix_tokens(tokenizer: Any) -> list[int]:  # noqa: ANN401, any tokenizer of transformers
-    """The special tokens that the tokenizer puts in front of a text, such as a beginning-of-sequence token."""
-    encoded = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
-    mask = encoded["special_tokens_mask"]
-    count = mask.index(0) if 0 in mask else len(mask)
-    return list(encoded["input_ids"][:count])
-
-
-def _array(tokens: list[int]) -> NDArray[np.int64]:
-    return np.asarray(tokens, np.int64)
+        # By its text, since True and 1 are one key, and nan is none.
+        if (first := self._names.setdefault(repr(id), name)) != name:
+            raise FieldError(name, "id", expected="an id of its own", got=f"the id of {first}")

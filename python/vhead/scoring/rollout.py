@@ -1,6 +1,7 @@
 """What is scored: a prompt and one completion of it."""
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ Message = Mapping[str, Any]
 Part = str | Sequence[int] | Sequence[Message] | NDArray[np.integer[Any]] | Any
 Kind = Literal["text", "token ids", "messages"]
 
+Id = str | int | float | None
+
 _SHOWN = 40
 
 
@@ -22,8 +25,8 @@ class Rollout:
     """A prompt and one completion of it, both as text, both as token ids, or both as chat messages.
 
     Token ids come as a list, a numpy array or a torch tensor of integers `[P]` and `[C]`, and are kept as read-only
-    int64 arrays. Text is tokenised when it is scored: the prompt with the special tokens that the tokenizer puts in
-    front of a text, the completion with none, so that the border between the two is a border between tokens.
+    int64 arrays. Text is tokenised when it is scored, both parts as one text: a token across the border between them is
+    the completion's.
 
     Raises:
         FieldError: A part is empty, of the wrong type or shape, or the parts are of different kinds.
@@ -31,18 +34,18 @@ class Rollout:
 
     prompt: Part
     completion: Part
-    id: str | int | None = None
+    id: Id = None
 
     def __post_init__(self) -> None:
-        if self.id is not None and (isinstance(self.id, bool) or not isinstance(self.id, str | int)):
-            raise FieldError(None, "id", expected="text, an integer or None", got=shown(self.id))
-        record = None if self.id is None else f"record {self.id!r}"
+        if self.id is not None and not isinstance(self.id, str | int | float):
+            raise FieldError(None, "id", expected="text, a number, a boolean or None", got=shown(self.id))
+        record = _record(self.id)
         kinds = [_normalise(self, name, record) for name in ("prompt", "completion")]
         if kinds[0] != kinds[1]:
             raise FieldError(record, "completion", expected=f"{kinds[0]}, as the prompt is", got=kinds[1])
 
     @classmethod
-    def from_messages(cls, messages: Sequence[Message], id: str | int | None = None) -> "Rollout":  # noqa: A002
+    def from_messages(cls, messages: Sequence[Message], id: Id = None) -> "Rollout":  # noqa: A002
         """A chat whose last message, the assistant's, is the completion; the model's chat template renders it.
 
         Args:
@@ -52,7 +55,7 @@ class Rollout:
         Raises:
             FieldError: There are fewer than two messages, one is malformed, or the last is not the assistant's.
         """
-        record = None if id is None else f"record {id!r}"
+        record = _record(id)
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or len(messages) < 2:
             raise FieldError(record, "messages", expected="a list of two messages or more", got=shown(messages))
         checked = _messages(messages, "messages", record)
@@ -74,9 +77,24 @@ def shown(value: object) -> str:
         return "nothing"
     if isinstance(value, str | bytes | list | tuple | dict) and not value:
         return f"an empty {type(value).__name__}"
-    text = repr(value)
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-    return f"{text} ({type(value).__name__})"
+    return f"{_short(value, _SHOWN)} ({type(value).__name__})"
+
+
+def named(where: str, id: Id) -> str:  # noqa: A002, the field's name
+    """What errors call a record: its place in the input, and its id where it has one."""
+    return where if id is None else f"{where} (id {_short(id, 2 * _SHOWN)})"
+
+
+def _record(id: Id) -> str | None:  # noqa: A002, the field's name
+    return None if id is None else f"record {_short(id, 2 * _SHOWN)}"
+
+
+def _short(value: object, length: int) -> str:
+    """The beginning of a value's `repr`, of which no more is made than is shown, however large or deep it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 2 * length, 2 * length, 2 * length
+    text = short.repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def token_ids(value: object, field: str, record: str | int | None = None) -> NDArray[np.int64]:
@@ -99,16 +117,32 @@ def token_ids(value: object, field: str, record: str | int | None = None) -> NDA
     return array
 
 
+def _check_unicode(text: str, record: str | None, field: str) -> None:
+    """Half of a surrogate pair is no text, and tokenizers raise what they like at one; JSON can write it."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"half of a surrogate pair at character {error.start}"
+        raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
+
+
 def _integer_array(value: object) -> NDArray[np.int64] | None:
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if not isinstance(value, list | tuple | range | np.ndarray):
         return None
+    # Among integers, numpy takes True as 1.
+    if isinstance(value, list | tuple) and not {bool, np.bool_}.isdisjoint(map(type, value)):
+        return None
     try:
         array = np.asarray(value) if len(value) else np.empty(0, np.int64)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    return np.array(array, dtype=np.int64) if array.dtype.kind in "iu" else None
+    if array.dtype.kind not in "iu" or (array.size and array.max() > np.iinfo(np.int64).max):
+        return None
+    return np.array(array, dtype=np.int64)
 
 
 def _normalise(rollout: Rollout, name: str, record: str | None) -> Kind:
@@ -120,6 +154,8 @@ def _normalise(rollout: Rollout, name: str, record: str | None) -> Kind:
         value = token_ids(value, name, record)
     elif not value:
         raise FieldError(record, name, expected="text", got="an empty text")
+    else:
+        _check_unicode(value, record, name)
     object.__setattr__(rollout, name, value)
     return kind
 
@@ -132,13 +168,38 @@ def _kind(value: object) -> Kind:
 
 
 def _messages(value: Sequence[Message], field: str, record: str | None) -> tuple[Message, ...]:
+    checked = []
     for position, message in enumerate(value):
-        well_formed = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not well_formed or not isinstance(message.get("content"), str):
+        # Parquet gives every message every key, null where it has none; a template would take that for a value.
+        present = _present(message)
+        if present.get("tool_calls"):
+            # A call needs no words, and templates want text.
+            present.setdefault("content", "")
+        if not isinstance(present.get("role"), str) or not isinstance(present.get("content"), str):
             raise FieldError(
                 record,
                 field,
-                expected="messages with a text `role` and a text `content`",
+                expected="messages with a text `role` and a text `content`, or with `tool_calls`",
                 got=f"{shown(message)} at position {position}",
             )
-    return tuple(value)
+        for text in _texts(message):
+            _check_unicode(text, record, field)
+        checked.append(present)
+    return tuple(checked)
+
+
+def _present(message: object) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value, however deep: a chat template may use any of them."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item

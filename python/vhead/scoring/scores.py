@@ -1,7 +1,7 @@
 """What scoring gives: flat arrays with offsets, one entry per completion token, and one number per rollout."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
@@ -9,76 +9,141 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vhead.errors import MissingExtraError
+from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
+from vhead.scoring.notebook import table
+from vhead.scoring.rollout import Id
 
 if TYPE_CHECKING:
     import pyarrow
 
 PER_TOKEN = ("values", "logprobs", "entropy")
 PER_ROLLOUT = ("reward",)
+# What the model computes.
 FIELDS = (*PER_TOKEN, *PER_ROLLOUT)
+# What `"tokens"` among the returns stands for: the columns that line the fields up with the text.
+TOKENS = "tokens"
+TOKEN_COLUMNS = ("token_ids", "token_offsets")
+RETURNS = (*FIELDS, TOKENS)
+DEFAULT_RETURNS = ("values", "logprobs", "reward")
 # A column beside the fields, where rollouts may be truncated.
 TRUNCATED = "truncated"
 
-Ids = tuple[str | int | None, ...]
+Ids = tuple[Id, ...]
+Computed = Mapping[str, NDArray[Any]]
 _ARROW_LIST_LIMIT = 2**31 - 1
+_ROWS_SHOWN = 10
+
+
+class _Fields:
+    """What was asked for, each an array; reading anything else is an error that says so."""
+
+    __slots__ = ()
+
+    computed: Computed
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the computed fields that were asked for."""
+        return tuple(name for name in FIELDS if name in self.computed)
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The head's output at the position that predicts each completion token, float32."""
+        return self._field("values")
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """Log-probability of each completion token, in nats, float32."""
+        return self._field("logprobs")
+
+    @property
+    def entropy(self) -> NDArray[np.float32]:
+        """Entropy of the distribution that predicts each completion token, in nats, float32."""
+        return self._field("entropy")
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """The tokens that the per-token fields are about, int64."""
+        return self._field("token_ids")
+
+    @property
+    def token_offsets(self) -> NDArray[np.int64]:
+        """First and one-past-last character of each token in the completion's text, int64 `[..., 2]`."""
+        return self._field("token_offsets")
+
+    def _field(self, name: str) -> NDArray[Any]:
+        try:
+            return self.computed[name]
+        except KeyError:
+            raise MissingFieldError(name, tuple(self.computed)) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Score:
-    """The scores of one rollout with C completion tokens; fields that were not asked for are None.
+class Score(_Fields):
+    """The scores of one rollout with C completion tokens.
+
+    The fields that were asked for are attributes: `values`, `logprobs` and `entropy`, float32 `[C]`; `reward`, a
+    number; with `"tokens"`, `token_ids`, int64 `[C]`, and `offsets`, int64 `[C, 2]`.
 
     Attributes:
         index: The rollout's position in the input.
         id: The rollout's id.
         prompt_length: Tokens of the prompt.
-        values: The head's output at the position that predicts completion token t, float32 `[C]`.
-        logprobs: Log-probability of completion token t, in nats, float32 `[C]`.
-        entropy: Entropy of the distribution that predicts completion token t, in nats, float32 `[C]`.
-        reward: The head's output at the last completion token.
+        computed: The fields that were asked for, by name.
         truncated: Whether the rollout lost tokens, as it had too many.
+
+    Raises:
+        MissingFieldError: A field is read that was not asked for.
     """
 
     index: int
-    id: str | int | None
+    id: Id
     prompt_length: int
-    values: NDArray[np.float32] | None
-    logprobs: NDArray[np.float32] | None
-    entropy: NDArray[np.float32] | None
-    reward: float | None
+    computed: Computed
     truncated: bool = False
 
+    @property
+    def reward(self) -> float:
+        """The head's output at the last completion token."""
+        return float(self._field("reward"))
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scores(Sequence[Score]):
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Which characters of the completion each token stands for: `completion[first:stop]`, int64 `[C, 2]`.
+
+        A token that begins in the prompt starts at 0, a token of a chat template stands for no character, and both
+        numbers are -1 where the rollout came as token ids.
+        """
+        return self._field("token_offsets")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Scores(_Fields, Sequence[Score]):
     """The scores of N rollouts with T completion tokens in all.
 
-    Rollout i owns the entries `offsets[i]:offsets[i + 1]` of the flat arrays. Indexing gives a `Score` whose arrays are
-    views; a slice with step 1 gives `Scores` whose arrays are views.
+    The fields that were asked for are attributes: `values`, `logprobs` and `entropy`, float32 `[T]`; `reward`, float32
+    `[N]`; with `"tokens"`, `token_ids`, int64 `[T]`, and `token_offsets`, int64 `[T, 2]`, which a `Score` has as
+    `offsets`. Rollout i owns the entries `offsets[i]:offsets[i + 1]` of the flat arrays. Indexing gives a `Score` whose
+    arrays are views; a slice with step 1 gives `Scores` whose arrays are views.
 
     Attributes:
         ids: The rollouts' ids.
         indices: The rollouts' positions in the input, int64 `[N]`.
         prompt_lengths: Tokens of each prompt, int64 `[N]`.
         offsets: int64 `[N + 1]`, from 0 to T.
-        values: float32 `[T]`, or None when not asked for.
-        logprobs: float32 `[T]`, or None when not asked for.
-        entropy: float32 `[T]`, or None when not asked for.
-        reward: float32 `[N]`, or None when not asked for.
+        computed: The fields that were asked for, by name.
         truncated: Which rollouts lost tokens, as they had too many, bool `[N]`; None: the scorer truncates none.
 
     Raises:
-        ValueError: An array has another dtype or length than this.
+        ValueError: An array has another dtype or length than this, or `computed` holds something else.
+        MissingFieldError: A field is read that was not asked for.
     """
 
     ids: Ids
     indices: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    values: NDArray[np.float32] | None = None
-    logprobs: NDArray[np.float32] | None = None
-    entropy: NDArray[np.float32] | None = None
-    reward: NDArray[np.float32] | None = None
+    computed: Computed
     truncated: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
@@ -88,20 +153,26 @@ class Scores(Sequence[Score]):
         _check("offsets", self.offsets, np.int64, count + 1)
         if self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
             raise ValueError("offsets: expected a rising sequence from 0")
-        for name in self.fields:
-            _check(name, getattr(self, name), np.float32, self.token_count if name in PER_TOKEN else count)
+        known = (*FIELDS, *TOKEN_COLUMNS)
+        if unknown := self.computed.keys() - set(known):
+            raise ValueError(f"computed: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        for name, array in self.computed.items():
+            length = count if name in PER_ROLLOUT else self.token_count
+            dtype = np.int64 if name in TOKEN_COLUMNS else np.float32
+            _check(name, array, dtype, length, *([2] if name == "token_offsets" else []))
         if self.truncated is not None:
             _check(TRUNCATED, self.truncated, np.bool_, count)
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The names of the fields that were asked for."""
-        return tuple(name for name in FIELDS if getattr(self, name) is not None)
+    def reward(self) -> NDArray[np.float32]:
+        """The head's output at the last token of each completion, float32 `[N]`."""
+        return self._field("reward")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is written of them: the fields, and `truncated` where the scorer truncates."""
-        return self.fields if self.truncated is None else (*self.fields, TRUNCATED)
+        """What is written of them: the fields, the tokens' columns, and `truncated` where the scorer truncates."""
+        names = (*self.fields, *(name for name in TOKEN_COLUMNS if name in self.computed))
+        return names if self.truncated is None else (*names, TRUNCATED)
 
     @property
     def token_count(self) -> int:
@@ -129,10 +200,7 @@ class Scores(Sequence[Score]):
             index=int(self.indices[position]),
             id=self.ids[position],
             prompt_length=int(self.prompt_lengths[position]),
-            values=None if self.values is None else self.values[tokens],
-            logprobs=None if self.logprobs is None else self.logprobs[tokens],
-            entropy=None if self.entropy is None else self.entropy[tokens],
-            reward=None if self.reward is None else float(self.reward[position]),
+            computed=_taken(self.computed, position, tokens),
             truncated=self.truncated is not None and bool(self.truncated[position]),
         )
 
@@ -140,7 +208,32 @@ class Scores(Sequence[Score]):
         return (self[position] for position in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Scores({len(self)} rollouts, {self.token_count} completion tokens, fields={list(self.fields)})"
+        return f"Scores({len(self)} rollouts, {self.token_count} completion tokens, fields={list(self.computed)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first rollouts, a row each, per-token fields by their mean."""
+        per_token = [name for name in self.fields if name in PER_TOKEN]
+        rewards = ["reward"] if "reward" in self.computed else []
+        shown = self[:_ROWS_SHOWN]
+        rows = [
+            (
+                score.index,
+                score.id,
+                count,
+                *(float(np.mean(score.computed[name])) if count else None for name in per_token),
+                *(float(score.computed[name]) for name in rewards),
+            )
+            for score, count in zip(shown, shown.token_counts.tolist(), strict=True)
+        ]
+        heads = ["", "id", "tokens", *(f"mean of {name}" for name in per_token), *rewards]
+        return table(repr(self), heads, rows, f"and {len(self) - len(shown):,} more" if len(self) > len(shown) else "")
+
+    def without(self, places: Collection[int]) -> "Scores":
+        """The scores of all rollouts but those at these places, in order."""
+        if not places:
+            return self
+        bounds = [-1, *sorted(places), len(self)]
+        return Scores.concat([self[before + 1 : after] for before, after in pairwise(bounds)])
 
     def _slice(self, key: slice) -> "Scores":
         start, stop, step = key.indices(len(self))
@@ -149,13 +242,13 @@ class Scores(Sequence[Score]):
         stop = max(start, stop)
         tokens = slice(int(self.offsets[start]), int(self.offsets[stop]))
         rollouts = slice(start, stop)
-        flat = {name: getattr(self, name)[tokens if name in PER_TOKEN else rollouts] for name in self.columns}
         return Scores(
             ids=self.ids[rollouts],
             indices=self.indices[rollouts],
             prompt_lengths=self.prompt_lengths[rollouts],
             offsets=self.offsets[start : stop + 1] - self.offsets[start],
-            **flat,
+            computed=_taken(self.computed, rollouts, tokens),
+            truncated=None if self.truncated is None else self.truncated[rollouts],
         )
 
     @classmethod
@@ -179,12 +272,14 @@ class Scores(Sequence[Score]):
             indices=np.concatenate([part.indices for part in parts]),
             prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
             offsets=offsets_of(lengths),
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
+            computed={name: np.concatenate([part.computed[name] for part in parts]) for name in parts[0].computed},
+            truncated=_joined([part.truncated for part in parts]),
         )
 
     def to_arrow(self) -> "pyarrow.Table":
         """A table: `id`, the fields (`list<float32>` per token, `float32` per rollout), and `truncated` if it is there.
 
+        With `"tokens"` also `token_ids` (`list<int64>`) and `token_offsets` (`list<fixed_size_list<int64>[2]>`).
         The columns share the flat arrays' memory.
 
         Raises:
@@ -197,10 +292,10 @@ class Scores(Sequence[Score]):
         columns: dict[str, Any] = {"id": pa.array(_one_type(self.ids))}
         for name in self.columns:
             array = getattr(self, name)
-            columns[name] = self._list_column(pa, array) if name in PER_TOKEN else pa.array(array)
+            columns[name] = self._list_column(pa, array) if _is_per_token(name) else pa.array(array)
         return pa.table(columns)
 
-    def _list_column(self, pa: Any, flat: NDArray[np.float32]) -> "pyarrow.ChunkedArray":  # noqa: ANN401, a module
+    def _list_column(self, pa: Any, flat: NDArray[Any]) -> "pyarrow.ChunkedArray":  # noqa: ANN401, a module
         """Arrow's list offsets have 32 bits, so that a longer column is cut into chunks between rollouts."""
         start = 0
         chunks: list[pyarrow.ListArray] = []
@@ -208,7 +303,10 @@ class Scores(Sequence[Score]):
             fitting = int(np.searchsorted(self.offsets, self.offsets[start] + _ARROW_LIST_LIMIT, side="right")) - 1
             stop = min(max(fitting, start + 1), len(self))
             offsets = self.offsets[start : stop + 1] - self.offsets[start]
-            values = pa.array(flat[self.offsets[start] : self.offsets[stop]])
+            part = flat[self.offsets[start] : self.offsets[stop]]
+            values = pa.array(part.reshape(-1))
+            if part.ndim > 1:
+                values = pa.FixedSizeListArray.from_arrays(values, part.shape[1])
             chunks.append(pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values))
             start = stop
         return pa.chunked_array(chunks)
@@ -217,19 +315,19 @@ class Scores(Sequence[Score]):
         """A `pandas.DataFrame` with the columns of `to_arrow`; per-token fields hold array views.
 
         Raises:
-            MissingExtraError: pandas is not installed.
+            MissingPackageError: pandas is not installed; no extra brings it.
         """
         try:
             pd: Any = importlib.import_module("pandas")
         except ImportError as error:
-            raise MissingExtraError("pandas", "data") from error
+            raise MissingPackageError("pandas is not installed; to_pandas needs it: pip install pandas") from error
         columns: dict[str, Any] = {"id": pd.Series(list(self.ids), dtype=object)}
         for name in self.columns:
             array = getattr(self, name)
-            columns[name] = pd.Series(self._views(array), dtype=object) if name in PER_TOKEN else array
+            columns[name] = pd.Series(self._views(array), dtype=object) if _is_per_token(name) else array
         return pd.DataFrame(columns)
 
-    def _views(self, flat: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    def _views(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
         bounds = self.offsets.tolist()
         return [flat[start:stop] for start, stop in pairwise(bounds)]
 
@@ -241,27 +339,52 @@ def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return offsets
 
 
-def check_fields(names: Sequence[str]) -> tuple[str, ...]:
-    """The fields to compute, in the order of `Scores`.
+def check_returns(names: Sequence[str]) -> tuple[str, ...]:
+    """What to compute, in the order of `RETURNS`.
 
     Raises:
         ValueError: A name is unknown, or there is none.
     """
     asked = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in asked if name not in FIELDS]
+    unknown = [name for name in asked if name not in RETURNS]
     if unknown or not asked:
-        raise ValueError(f"returns: expected some of {', '.join(FIELDS)}, got {', '.join(map(repr, asked)) or 'none'}")
-    return tuple(name for name in FIELDS if name in asked)
+        raise ValueError(f"returns: expected some of {', '.join(RETURNS)}, got {', '.join(map(repr, asked)) or 'none'}")
+    return tuple(name for name in RETURNS if name in asked)
 
 
-def _check(name: str, array: NDArray[Any], dtype: type, length: int) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (length,):
+def computed_fields(returns: Sequence[str]) -> tuple[str, ...]:
+    """The names among them that the model computes."""
+    return tuple(name for name in returns if name in FIELDS)
+
+
+def columns_of(returns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that these returns become, in the order of `Scores.columns`."""
+    return tuple(column for name in returns for column in (TOKEN_COLUMNS if name == TOKENS else (name,)))
+
+
+def _taken(computed: Computed, rollouts: int | slice, tokens: slice) -> dict[str, NDArray[Any]]:
+    return {name: array[rollouts if name in PER_ROLLOUT else tokens] for name, array in computed.items()}
+
+
+def _is_per_token(name: str) -> bool:
+    return name in PER_TOKEN or name in TOKEN_COLUMNS
+
+
+def _joined(parts: Sequence[NDArray[np.bool_] | None]) -> NDArray[np.bool_] | None:
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None
+
+
+def _check(name: str, array: NDArray[Any], dtype: type, *shape: int) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{name}: expected {np.dtype(dtype)} [{length}], got {got}")
+        raise ValueError(f"{name}: expected {np.dtype(dtype)} {list(shape)}, got {got}")
 
 
-def _one_type(ids: Ids) -> list[str | int | None] | list[str | None]:
-    """Arrow columns have one type: integers stay integers unless there is text among them."""
-    if not any(isinstance(name, str) for name in ids):
+def _one_type(ids: Ids) -> list[Id]:
+    """Arrow columns have one type: ids of several become text, and so do integers that have more than 64 bits."""
+    types = {type(name) for name in ids if name is not None}
+    large = types == {int} and any(abs(name) >= 2**63 for name in ids if isinstance(name, int))
+    if len(types) < 2 and not large:
         return list(ids)
     return [None if name is None else str(name) for name in ids]

@@ -3,13 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vhead.errors import FieldError, VheadError
 
 Truncation = Literal["prompt", "completion"]
-Tokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +40,22 @@ class LengthLimit:
             raise VheadError(f"max_length: expected at most the model's {context_length} tokens, got {max_length}")
         return cls(max_length, truncation, is_context=False)
 
-    def fit(self, prompt: Tokens, completion: Tokens, name: str) -> tuple[Tokens, Tokens, bool]:
-        """The parts `[P]` and `[C]` as they may stay, at least one token of each, and whether something was cut off.
+    def kept(self, prompt: int, completion: int, name: str) -> tuple[int, int]:
+        """The first token and the one past the last of so many that stay, at least one of each part among them.
 
         Raises:
             FieldError: Both are too long together and nothing may be cut off, or the part that has to stay whole is too
                 long by itself.
         """
-        excess = 0 if self.tokens is None else len(prompt) + len(completion) - self.tokens
+        length = prompt + completion
+        excess = 0 if self.tokens is None else length - self.tokens
         if excess <= 0:
-            return prompt, completion, False
-        if self.truncation == "prompt" and excess < len(prompt):
-            return prompt[excess:], completion, True
-        if self.truncation == "completion" and excess < len(completion):
-            return prompt, completion[:-excess], True
-        raise self._error(len(prompt), len(completion), name)
+            return 0, length
+        if self.truncation == "prompt" and excess < prompt:
+            return excess, length
+        if self.truncation == "completion" and excess < completion:
+            return 0, length - excess
+        raise self._error(prompt, completion, name)
 
     def _error(self, prompt: int, completion: int, name: str) -> FieldError:
         if self.truncation is None:

@@ -1,0 +1,65 @@
+"""A scorer is sent to another process."""
+
+import pickle
+
+import numpy as np
+import pytest
+from scoring_models import critic, trees
+from tokenizers_for_tests import VOCABULARY, byte_level
+
+from vhead import Rollout, Scorer
+from vhead.scoring import Conventions
+from vhead.scoring.scores import FIELDS
+
+
+def sent(scorer):
+    return pickle.loads(pickle.dumps(scorer))  # noqa: S301, our own bytes
+
+
+@pytest.mark.parametrize("has_scored", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neo", "mamba"])
+def test_the_copy_gives_the_same_scores(architecture, has_scored):
+    """Patches of layers and attention that last as long as a batch must not go with it."""
+    scorer = Scorer(critic(architecture))
+    if has_scored:
+        scorer.score(trees(), FIELDS)
+    copy = sent(scorer)
+    assert str(copy.plan) == str(scorer.plan)
+    for name in FIELDS:
+        np.testing.assert_array_equal(
+            getattr(copy.score(trees(), FIELDS), name), getattr(scorer.score(trees(), FIELDS), name)
+        )
+
+
+def test_the_tokenizer_and_every_option_go_along():
+    options = {
+        "token_budget": 77,
+        "window_tokens": 99,
+        "num_threads": 1,
+        "conventions": Conventions(reward_mean=0.5),
+        "truncation": "completion",
+        "max_length": 5,
+        "append_eos": True,
+    }
+    scorer = Scorer(critic(vocab_size=VOCABULARY + 4), byte_level(), **options)
+    copy = sent(scorer)
+    assert copy._arguments.items() >= options.items()
+    assert copy.token_budget == 77
+    rollouts = [Rollout("hello ", "world"), Rollout("The value of ", "a state is what it is worth.")]
+    returns = ("values", "reward", "tokens")
+    for one, other in zip(copy.score(rollouts, returns), scorer.score(rollouts, returns), strict=True):
+        assert one.truncated == other.truncated
+        assert one.reward == other.reward
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+
+def test_every_argument_of_the_scorer_is_kept():
+    import inspect
+
+    parameters = set(inspect.signature(Scorer.__init__).parameters) - {"self", "model"}
+    assert set(Scorer(critic())._arguments) == parameters
+
+
+def test_a_scorer_says_what_it_is():
+    scorer = Scorer(critic(), token_budget=100)
+    assert repr(scorer) == f"Scorer(LlamaForCausalLM on cpu, {scorer.plan.strategy}, token_budget=100)"
