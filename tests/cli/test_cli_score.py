@@ -1,7 +1,10 @@
+import functools
 import json
 import os
 import pty
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from transformers import modeling_utils
+from transformers import AutoConfig, AutoModelForTokenClassification, ByT5Tokenizer, modeling_utils
 
 from typer_runner import RUNNER
 from vhead import Rollout, Scorer
@@ -57,7 +60,7 @@ class TestOutput:
             np.testing.assert_array_equal(np.float32(line["values"]), score.values)
             np.testing.assert_array_equal(np.float32(line["logprobs"]), score.logprobs)
             assert np.float32(line["reward"]) == np.float32(score.reward)
-        assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+        assert sorted(os.listdir(tmp_path)) == [".out.jsonl.journal", "in.jsonl", "out.jsonl"]
 
     def test_parquet_in_and_out(self, critic, source, records, scores, tmp_path):
         first, second = tmp_path / "first.parquet", tmp_path / "second.parquet"
@@ -139,7 +142,7 @@ class TestTruncation:
     def test_a_column_of_that_name_is_never_overwritten(self, critic, source, tmp_path):
         bad_line(source, 1, '{"prompt": "a", "completion": "b", "truncated": 1}\n')
         assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl").exit_code == 0
-        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--truncate", "prompt")
+        done = run(source, "-m", critic, "-o", tmp_path / "other.jsonl", "--truncate", "prompt")
         assert done.exit_code == 1
         assert "line 1: truncated: expected no such column in the input" in done.stderr
 
@@ -176,7 +179,8 @@ class TestBadData:
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}; --resume goes on with it",
+            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}; "
+            "the same command with --resume goes on with it",
             f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
             "(Expecting property name enclosed in double quotes)",
         ]
@@ -201,11 +205,32 @@ class TestBadData:
         assert done.exit_code == 1
         assert done.stderr.splitlines()[-1].startswith(f"vhead: {source}: line 3: {message}")
 
-    def test_two_records_of_one_id_are_both_named(self, critic, source, tmp_path):
+    def test_unique_ids_are_asked_for_and_both_records_named(self, critic, source, tmp_path):
         bad_line(source, 3, '{"id": "r1", "prompt": "a", "completion": "b"}\n')
-        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--unique-ids")
         expected = "line 3 (id 'r1'): id: expected an id of its own, got the id of line 2 (id 'r1')"
         assert done.stderr.splitlines()[-1] == f"vhead: {source}: {expected}"
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+    def test_samples_of_one_prompt_that_carry_its_id_are_all_scored(self, critic, source, records, tmp_path, suffix):
+        source.write_text("".join(f"{json.dumps(record | {'id': 'one'})}\n" for record in records))
+        done = run(source, "-m", critic, "-o", tmp_path / f"out.{suffix}", "--on-error", "skip")
+        assert done.exit_code == 0
+        assert "12 rollouts scored, written to" in done.stderr
+        output = tmp_path / f"out.{suffix}"
+        rows = read_jsonl(output) if suffix == "jsonl" else pq.read_table(output).to_pylist()
+        assert [row["id"] for row in rows] == ["one"] * 12
+
+    @pytest.mark.parametrize("ids", [[0.5, 1.5], [True, False], [1, "1"], [[1, [2]], {"a": None}]])
+    def test_ids_are_data_and_carried(self, critic, source, tmp_path, ids):
+        source.write_text("".join(f'{{"id": {json.dumps(i)}, "prompt": "a", "completion": "b"}}\n' for i in ids))
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl").exit_code == 0
+        assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == ids
+
+    def test_true_is_no_token_id(self, critic, source, tmp_path):
+        bad_line(source, 3, '{"prompt_ids": [5, true], "completion_ids": [7]}\n')
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert "line 3: prompt_ids: expected text or a flat list of integer token ids, got [5, True]" in done.stderr
 
     def test_bad_records_can_be_skipped(self, critic, source, scores, tmp_path):
         bad_line(source, 1, "[]\n")
@@ -250,12 +275,18 @@ class TestBadData:
         assert done.exit_code == 1
         assert f"vhead: {source}: not a readable Parquet file" in done.stderr
 
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-    def test_a_full_disk(self, critic, source, tmp_path):
-        (tmp_path / "out.jsonl.partial").symlink_to("/dev/full")
-        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+    def test_a_full_disk(self, critic, source, tmp_path, monkeypatch):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # What a full disk is to the program: writing fails after some bytes. Python ignores the signal.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        try:
+            done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert done.exit_code == 1
-        assert done.stderr.splitlines() == ["vhead: [Errno 28] No space left on device"]
+        assert done.stderr.splitlines()[-1] == "vhead: [Errno 27] File too large"
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume").exit_code == 0
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 12
 
 
 class TestResume:
@@ -291,11 +322,11 @@ class TestResume:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (
-                lambda lines: ["{}\n", *lines],
-                "record 6: expected the last record that the earlier run finished, got another",
-            ),
-            (lambda lines: lines[:3], "record 6: expected the last record that the earlier run finished, got the end"),
+            (lambda lines: ["{}\n", *lines], "input: expected the 6 records that are done, got others up to line 6"),
+            (lambda lines: [*lines[1::-1], *lines[2:]], "got others up to line 6"),
+            (lambda lines: [lines[0].replace("r0", "r9"), *lines[1:]], "got others up to line 6"),
+            (lambda lines: lines[:3], "input: expected the 6 records that are done, got 3"),
+            (lambda lines: [], "input: expected the 6 records that are done, got 0"),
         ],
     )
     def test_another_input_is_refused(self, critic, source, tmp_path, change, message):
@@ -316,7 +347,7 @@ class TestResume:
         self.stop_at(critic, source, tmp_path / "out.jsonl", 7)
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
-        assert "an earlier run finished 6 records: go on with it (--resume)" in done.stderr
+        assert "an earlier run stopped here; --resume goes on with it, --overwrite starts anew" in done.stderr
         assert len(read_jsonl(tmp_path / "out.jsonl.partial")) == 6
 
     def test_a_stream_cannot_be_resumed(self, critic, source):
@@ -324,11 +355,187 @@ class TestResume:
         assert done.exit_code == 2
 
 
+class TestSameRun:
+    """What --resume goes on with: the same records, model and options, and nothing else."""
+
+    @pytest.fixture
+    def stopped(self, critic, source, tmp_path):
+        """An output of which six records are done, and its mended input."""
+        text = source.read_text()
+        bad_line(source, 7, "{broken\n")
+        assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl").exit_code == 1
+        source.write_text(text)
+        return tmp_path / "out.jsonl"
+
+    def test_weights_of_the_same_size_and_time_are_noticed(self, critic, source, stopped, tmp_path):
+        copy = tmp_path / "critic"
+        shutil.copytree(critic, copy)
+        assert run(source, "-m", copy, "-o", stopped, "--resume", "--limit", 7).exit_code == 0
+        stopped.unlink()
+        weights = copy / "model.safetensors"
+        before, content = weights.stat(), bytearray(weights.read_bytes())
+        content[-2] ^= 1
+        weights.write_bytes(content)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        bad_line(source, 7, "{broken\n")
+        assert run(source, "-m", critic, "-o", stopped).exit_code == 1
+        done = run(source, "-m", copy, "-o", stopped, "--resume")
+        assert done.exit_code == 1
+        assert "model file model.safetensors: expected '" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("option", "name"),
+        [
+            (["--token-budget", "50"], "token_budget: expected None"),
+            (["--window-tokens", "50"], "window_tokens: expected None"),
+            (["--num-threads", "1"], "num_threads: expected None"),
+            (["--batch-invariant"], "batch_invariant: expected False"),
+            (["--suffix", "_b"], "suffix: expected ''"),
+            (["--device", "cpu"], "device: expected None"),
+            (["--unique-ids"], "unique_ids: expected False"),
+        ],
+    )
+    def test_other_options_are_refused(self, critic, source, stopped, option, name):
+        done = run(source, "-m", critic, "-o", stopped, "--resume", *option)
+        assert done.exit_code == 1
+        assert f"{name}, as in the run that is resumed, got " in done.stderr
+
+    def test_a_stream_s_run_does_not_touch_what_another_left(self, critic, source, stopped):
+        part = stopped.with_name("out.jsonl.partial").read_bytes()
+        other = '{"prompt": "Other ", "completion": "text"}\n'
+        done = run("-", "-m", critic, "-o", stopped, stdin=other)
+        assert done.exit_code == 1
+        assert "stopped here; --resume goes on with it, --overwrite starts anew" in done.stderr
+        assert stopped.with_name("out.jsonl.partial").read_bytes() == part
+        assert run("-", "-m", critic, "-o", stopped, "--overwrite", stdin=other + "{broken").exit_code == 1
+        done = run(source, "-m", critic, "-o", stopped, "--resume")
+        assert done.exit_code == 1
+        assert "overwrite: expected True" in done.stderr
+        done = run(source, "-m", critic, "-o", stopped, "--resume", "--overwrite")
+        assert "input: expected the 1 records that are done, got others up to line 1" in done.stderr
+
+    def test_standard_input_is_gone_on_with_like_a_file(self, critic, source, stopped, tmp_path):
+        text = source.read_text()
+        done = run("-", "-m", critic, "-o", stopped, "--resume", stdin=text)
+        assert done.exit_code == 0, done.stderr
+        assert "6 rollouts scored" in done.stderr
+        assert run(source, "-m", critic, "-o", tmp_path / "whole.jsonl").exit_code == 0
+        assert [row["id"] for row in read_jsonl(stopped)] == [f"r{index}" for index in range(12)]
+
+    def test_an_id_that_was_seen_before_the_stop_is_seen_after_it(self, critic, source, tmp_path):
+        text = source.read_text()
+        bad_line(source, 7, "{broken\n")
+        run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--unique-ids")
+        source.write_text(text.replace('"r8"', '"r2"'))
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--unique-ids", "--resume")
+        assert done.exit_code == 1
+        assert "line 9 (id 'r2'): id: expected an id of its own, got the id of line 3 (id 'r2')" in done.stderr
+
+
+class TestFinished:
+    @pytest.fixture(params=["jsonl", "parquet"])
+    def output(self, request, critic, source, tmp_path):
+        output = tmp_path / f"out.{request.param}"
+        assert run(source, "-m", critic, "-o", output).exit_code == 0
+        return output
+
+    def test_the_same_run_says_that_it_is_finished(self, critic, source, output):
+        before = output.stat().st_mtime_ns
+        done = run(source, "-m", critic, "-o", output, "--resume")
+        assert (done.exit_code, done.stderr) == (
+            0,
+            f"vhead: {output} is finished already, 12 records: nothing was scored\n",
+        )
+        assert output.stat().st_mtime_ns == before
+
+    def test_without_options_it_is_refused_before_the_model_is_read(self, source, output):
+        done = run(source, "-m", "unused", "-o", output)
+        expected = f"vhead: {output}: expected no such file yet; --overwrite replaces it\n"
+        assert (done.exit_code, done.stderr) == (1, expected)
+
+    def test_another_input_is_not_finished(self, critic, source, output):
+        with source.open("a") as file:
+            file.write('{"prompt": "One ", "completion": "more"}\n')
+        done = run(source, "-m", critic, "-o", output, "--resume")
+        assert done.exit_code == 1
+        assert "expected an input of the 12 records that are done, got more: line 13; --overwrite alone" in done.stderr
+
+    def test_it_is_overwritten_when_asked(self, critic, source, output):
+        assert run(source, "-m", critic, "-o", output, "--overwrite", "--limit", 3).exit_code == 0
+        rows = read_jsonl(output) if output.suffix == ".jsonl" else pq.read_table(output).to_pylist()
+        assert len(rows) == 3
+
+    @pytest.mark.parametrize(
+        ("options", "added", "gone"),
+        [
+            (["--suffix", "_b", "--returns", "reward"], ["reward_b"], []),
+            (["--overwrite", "--returns", "reward"], ["reward"], ["reward"]),
+        ],
+    )
+    def test_a_scored_input_is_scored_again(self, critic, output, options, added, gone):
+        again = output.with_name(f"again{output.suffix}")
+        done = run(output, "-m", critic, "-o", again, "--returns", "reward")
+        assert done.exit_code == 1
+        assert "reward: expected no such column in the input, as the scores go there, got one; --suffix" in done.stderr
+        assert run(output, "-m", critic, "-o", again, *options).exit_code == 0
+        rows = [
+            read_jsonl(path) if path.suffix == ".jsonl" else pq.read_table(path).to_pylist() for path in (output, again)
+        ]
+        names = ["id", "prompt", "completion", "tag", "values", "logprobs", "reward"]
+        assert list(rows[1][0]) == [*(name for name in names if name not in gone), *added]
+        for first, second in zip(*rows, strict=True):
+            assert second[added[0]] == pytest.approx(first["reward"], abs=1e-5)
+            assert second["values"] == first["values"]
+
+
+class TestOddRecords:
+    """Under --on-error skip no record ends the run, whether it cannot be read or cannot be written."""
+
+    ODD = (
+        r'{"prompt": "a\ud800", "completion": "b"}',
+        r'{"messages": [{"role": "user", "content": "\udc00"}, {"role": "assistant", "content": "b"}]}',
+        f'{{"id": {"[" * 970}{"]" * 970}, "prompt": "a", "completion": ""}}',
+        json.dumps({"prompt": "a", "completion": "b", "tag": functools.reduce(lambda x, _: {"x": x}, range(500))}),
+        '{"prompt": "a", "completion": "b", "tag": "text"}',
+        '{"prompt": "a", "completion": "b", "tag": [18446744073709551616]}',
+        '{"prompt": "a", "completion": "b", "tag": ["\\ud800"]}',
+    )
+
+    def test_they_are_named_and_the_others_scored(self, critic, source, tmp_path):
+        good = source.read_text().splitlines()
+        source.write_text("\n".join([*good[:6], *self.ODD, *good[6:]]) + "\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--on-error", "skip", "--window-tokens", 16)
+        assert done.exit_code == 0, done.stderr
+        assert "12 rollouts scored" not in done.stderr.splitlines()[0]
+        named = [line.split(": ")[2] for line in done.stderr.splitlines() if line.startswith("vhead: skipped")]
+        assert sorted(named, key=lambda name: int(name.split()[1])) == [f"line {number}" for number in range(7, 14)]
+        table = pq.read_table(tmp_path / "out.parquet")
+        assert table.column("id").to_pylist() == [f"r{index}" for index in range(12)]
+        assert table.column("tag").to_pylist() == [[index] for index in range(12)]
+
+    def test_an_empty_input_gives_the_columns(self, critic, source, tmp_path):
+        source.write_text("")
+        assert run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--suffix", "_b").exit_code == 0
+        assert pq.read_schema(tmp_path / "out.parquet").names == ["values_b", "logprobs_b", "reward_b"]
+
+    @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+    def test_an_output_that_cannot_be_is_found_before_the_model_is_read(self, source, tmp_path, kind):
+        output = tmp_path / "out.jsonl"
+        {"folder": output.mkdir, "pipe": lambda: os.mkfifo(output), "link": lambda: output.symlink_to(source)}[kind]()
+        done = run(source, "-m", "unused", "-o", output, "--overwrite")
+        assert done.exit_code in (1, 2)
+        assert f"found a {kind}" in done.stderr or "is the input" in " ".join(done.stderr.replace("│", " ").split())
+        assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
 class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--returns", "values,kl"], "expected some of values, logprobs, entropy, reward, got 'values', 'kl'"),
+            (
+                ["--returns", "values,kl"],
+                "expected some of values, logprobs, entropy, reward, tokens, got 'values', 'kl'",
+            ),
             (["--returns", ","], "got none"),
             (["--temperature", "0"], "expected a positive number"),
             (["--temperature", "nan"], "expected a positive number"),
@@ -362,7 +569,8 @@ class TestUsage:
     def test_no_such_model(self, source, tmp_path):
         done = run(source, "--model", tmp_path / "nothing", "--output", tmp_path / "out.jsonl")
         assert done.exit_code == 1
-        assert done.stderr == f"vhead: {tmp_path / 'nothing'}: expected the folder of a model, found no such folder\n"
+        expected = "expected the folder of a model, or a repository on the hub: there is no such folder"
+        assert done.stderr == f"vhead: {tmp_path / 'nothing'}: {expected}\n"
 
 
 class TestProcess:
@@ -374,41 +582,44 @@ class TestProcess:
         command = [*vhead, "score", source, "-m", critic, "-o", tmp_path / "out.jsonl"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         partial = tmp_path / "out.jsonl.partial"
-        while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        journal = tmp_path / ".out.jsonl.journal"
+        # A part in which no record is done yet does not stay.
+        while process.poll() is None and not (journal.exists() and re.search('"records": [1-9]', journal.read_text())):
             time.sleep(0.05)
         process.send_signal(sent)
         _, stderr = process.communicate()
-        assert process.returncode == 130
+        assert process.returncode == 128 + sent
         kept = read_jsonl(partial)
         assert [line["id"] for line in kept] == list(range(len(kept)))
         assert 0 < len(kept) < 300_000
-        assert stderr == f"vhead: what was scored is kept in {partial}; --resume goes on with it\nvhead: interrupted\n"
+        kept_in = f"what was scored is kept in {partial}; the same command with --resume goes on with it"
+        assert stderr == f"vhead: {kept_in}\nvhead: interrupted\n"
         assert not (tmp_path / "out.jsonl").exists()
 
     @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
     def test_a_killed_run_is_resumed(self, vhead, critic, source, tmp_path, suffix):
         source.write_text(
-            "".join(f'{{"id": {i}, "prompt": "Why? ", "completion": "so be {i % 7}"}}\n' for i in range(30_000))
+            "".join(f'{{"id": {i}, "prompt": "Why? ", "completion": "so be {i % 7}"}}\n' for i in range(20_000))
         )
         output = tmp_path / f"out.{suffix}"
         command = [*vhead, "score", source, "-m", critic, "-o", output, "--returns", "reward", "--token-budget", "500"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        notes = tmp_path / f"out.{suffix}.partial.json"
-        while process.poll() is None and not notes.exists():
+        notes = tmp_path / f".out.{suffix}.journal"
+        while process.poll() is None and not (notes.exists() and json.loads(notes.read_text())["records"]):
             time.sleep(0.02)
         process.kill()
         process.communicate()
         done = json.loads(notes.read_text())["records"]
-        assert 0 < done < 30_000
-        resumed = run(source, "-m", critic, "-o", output, "--returns", "reward", "--resume")
+        assert 0 < done < 20_000
+        resumed = run(source, "-m", critic, "-o", output, "--returns", "reward", "--token-budget", "500", "--resume")
         assert resumed.exit_code == 0, resumed.stderr
-        assert f"{30_000 - done:,} rollouts scored" in resumed.stderr
+        assert f"{20_000 - done:,} rollouts scored" in resumed.stderr
         rows = read_jsonl(output) if suffix == "jsonl" else pq.read_table(output).to_pylist()
-        assert [row["id"] for row in rows] == list(range(30_000))
+        assert [row["id"] for row in rows] == list(range(20_000))
         rewards = np.array([row["reward"] for row in rows])
         np.testing.assert_allclose(rewards[7:], rewards[:-7], atol=1e-5)
         assert np.abs(rewards[1:] - rewards[:-1]).max() > 1e-3
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", output.name]
+        assert sorted(os.listdir(tmp_path)) == [notes.name, "in.jsonl", output.name]
 
     def test_progress_on_a_terminal_only_and_data_on_standard_output(self, vhead, critic, source):
         source.write_text(source.read_text().replace('"id": "r', '"key": "r') * 100)
@@ -437,5 +648,41 @@ class TestProcess:
         command = [*vhead, "score", source, "-m", critic, "-o", "-", "--quiet"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             process.stdout.close()
-            assert process.stderr.read() == ""
+            assert process.stderr.read() == "vhead: standard output: Broken pipe\n"
         assert process.returncode == 1
+
+
+class TestReturns:
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_tokens_line_values_up_with_the_text(self, critic, source, records, tmp_path, suffix):
+        output = tmp_path / f"out{suffix}"
+        done = run(source, "-m", critic, "-o", output, "--returns", "tokens,values")
+        assert done.exit_code == 0, done.stderr
+        scored = read_jsonl(output) if suffix == ".jsonl" else pq.read_table(output).to_pylist()
+        for record, line in zip(records, scored, strict=True):
+            text = record["completion"]
+            assert line["token_ids"] == [byte + 3 for byte in text.encode()]
+            assert [text[first:stop] for first, stop in line["token_offsets"]] == list(text)
+            assert len(line["values"]) == len(text)
+
+    def test_a_classifier_gives_what_it_can_and_says_so(self, critic, source, tmp_path):
+        folder = tmp_path / "classifier"
+        config = AutoConfig.from_pretrained(critic)
+        config.num_labels = 1
+        AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+        ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+        done = run(source, "-m", folder, "-o", tmp_path / "out.jsonl")
+        assert done.exit_code == 0, done.stderr
+        assert {"values", "reward"} == read_jsonl(tmp_path / "out.jsonl")[0].keys() - {
+            "id",
+            "prompt",
+            "completion",
+            "tag",
+        }
+
+    @pytest.mark.parametrize("option", ["--append-eos", "--separate-tokens"])
+    def test_options_for_text(self, critic, source, tmp_path, option):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--returns", "tokens", option)
+        assert done.exit_code == 0, done.stderr
+        ended = read_jsonl(tmp_path / "out.jsonl")[0]["token_ids"][-1] == 1
+        assert ended == (option == "--append-eos")

@@ -52,11 +52,6 @@ def test_clock(seconds, shown):
     assert progress._clock(seconds) == shown
 
 
-def test_messages_go_to_standard_error(capsys):
-    ScoringProgress(shown=False).say("skipped [line 3]")
-    assert capsys.readouterr() == ("", "skipped [line 3]\n")
-
-
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_bar_takes_one_line_however_narrow_the_terminal(monkeypatch, width):
     class Terminal(io.StringIO):

@@ -1,9 +1,7 @@
 import datetime
-import io
 import json
-import os
 import sys
-from contextlib import closing, suppress
+import uuid
 from decimal import Decimal
 
 import numpy as np
@@ -12,38 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from score_file_cases import GOOD, begun, content, put, read, scores_of
 
 from vhead import Scores
-from vhead.errors import FieldError, FileFormatError, MissingExtraError, ResumeError
-from vhead.scoring.files import OutputFile, open_reader
-from vhead.scoring.jsonl import JsonlReader, JsonlWriter
+from vhead.errors import FieldError, FileFormatError, MissingExtraError
+from vhead.scoring import jsonl
+from vhead.scoring.files import open_output, open_reader
 from vhead.scoring.parquet import ParquetRow
-from vhead.scoring.scores import offsets_of
-
-GOOD = '{"prompt": "a", "completion": "b"}'
 
 
-def scores_of(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    count = len(lengths)
-    return Scores(
-        ids=(None,) * count,
-        indices=np.arange(count),
-        prompt_lengths=np.ones(count, np.int64),
-        offsets=offsets_of(np.array(lengths, np.int64)),
-        values=rng.normal(size=sum(lengths)).astype(np.float32),
-        reward=rng.normal(size=count).astype(np.float32),
-    )
-
-
-def read(text, **options):
-    return list(JsonlReader(io.BytesIO(text if isinstance(text, bytes) else text.encode()), **options))
-
-
-def write(lines, scores):
-    stream = io.BytesIO()
-    JsonlWriter(stream).write(read("\n".join(lines)), scores)
-    return stream.getvalue().decode().splitlines()
+def write(lines, scores, path):
+    rows = read("\n".join(lines))
+    with begun(path) as output:
+        output.write(rows, scores, rows[-1])
+        output.publish(rows[-1], scores[:0])
+    return path.read_text().splitlines()
 
 
 class TestFields:
@@ -85,7 +66,19 @@ class TestFields:
             ),
             ({"prompt_ids": [1, 2.5], "completion_ids": [2]}, "prompt_ids: expected text or a flat list of integer"),
             ({"messages": [{"role": "user", "content": "a"}]}, "messages: expected a list of two messages or more"),
-            ({"id": [1], "prompt": "a", "completion": "b"}, "id: expected text, an integer or None"),
+            ({"prompt_ids": [1, True], "completion_ids": [2]}, "prompt_ids: expected text or a flat list of integer"),
+            ({"prompt_ids": [2**63], "completion_ids": [2]}, "prompt_ids: expected text or a flat list of integer"),
+            ({"prompt": "a\ud800", "completion": "b"}, "prompt: expected text that Unicode .*pair at character 1"),
+            (
+                {
+                    "messages": [
+                        {"role": "user", "content": "a", "x": ["\udc00"]},
+                        {"role": "assistant", "content": "b"},
+                    ]
+                },
+                "line 1: messages: expected text that Unicode can hold, got half of a surrogate pair",
+            ),
+            ({f"field {i}": 1 for i in range(40)}, "got the fields field 0, .* and 30 more"),
         ],
     )
     def test_what_does_not(self, record, message):
@@ -134,14 +127,49 @@ class TestJsonl:
         text = f"{GOOD}\n\n{GOOD}\n"
         assert [row.position for row in read(text)] == [len(GOOD) + 1, len(text)]
 
-    def test_no_column_is_overwritten(self):
+    def test_no_column_is_overwritten_unasked(self):
         (row,) = read('{"prompt": "a", "completion": "b", "reward": 1}', reserved=("values", "reward"))
-        with pytest.raises(FieldError, match="line 1: reward: expected no such column in the input"):
+        with pytest.raises(FieldError, match=r"line 1: reward: expected no such .*--suffix .*--overwrite"):
             row.rollout()
 
-    def test_records_are_carried_through_to_the_byte(self):
+    @pytest.mark.parametrize(
+        ("line", "left"),
+        [
+            ('{"prompt": "a", "reward": [1, "x"], "completion": "b"}', '{"prompt": "a", "completion": "b"}'),
+            ('{"r\\u0065ward":{"a":[1,{}]} ,"prompt":"a","completion":"b" }', '{"prompt":"a", "completion":"b"}'),
+            (
+                '{ "prompt": "reward", "completion": "b", "reward": 1, "n": 1.50 }',
+                '{"prompt": "reward", "completion": "b", "n": 1.50}',
+            ),
+            ('{"prompt": "reward", "completion": "b"  }', '{"prompt": "reward", "completion": "b"  }'),
+        ],
+    )
+    def test_columns_are_replaced_when_asked_and_the_others_stay_to_the_byte(self, line, left):
+        (row,) = read(line, reserved=("values", "reward"), replaces=True)
+        assert row.rollout().completion == "b"
+        assert row.json_object() == left
+        assert row.columns().keys() == json.loads(left).keys()
+
+    def test_a_line_that_is_too_long_takes_no_memory_and_harms_no_other(self, monkeypatch):
+        monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
+        long = GOOD.replace("a", "a" * 1000)
+        rows = read(f"{GOOD}\n{long}\n{GOOD}\n")
+        assert [row.position for row in rows] == [35, 36 + len(long), 71 + len(long)]
+        assert len(rows[1].line) == 64
+        with pytest.raises(FieldError, match="line 2: text: expected a line of less than 64 bytes, got a longer one"):
+            rows[1].rollout()
+        assert rows[2].rollout().prompt == "a"
+
+    def test_each_digest_stands_for_all_records_before(self):
+        lines = [GOOD.replace("a", letter) for letter in "abcd"]
+        before = [row.digest for row in read("\n".join(lines))]
+        assert [row.digest for row in read("\n\n".join(f" {line}\r" for line in lines))] == before
+        swapped = [row.digest for row in read("\n".join([lines[1], lines[0], *lines[2:]]))]
+        assert not set(before) & set(swapped)
+
+    def test_records_are_carried_through_to_the_byte(self, tmp_path):
         line = '{ "z": 1e400, "prompt":"\\u00e4",  "n": 12345678901234567890, "x": {"y": [null]} }'
-        (out,) = write([line], scores_of(2))
+        (out,) = write([line], scores_of(2), tmp_path / "out.jsonl")
         assert out.startswith(
             '{ "z": 1e400, "prompt":"\\u00e4",  "n": 12345678901234567890, "x": {"y": [null]}, "values": ['
         )
@@ -149,17 +177,16 @@ class TestJsonl:
 
     @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
     @example(np.random.default_rng(0).uniform(1000, 1024, 500).astype(np.float32).tolist())
-    def test_float32_survives(self, numbers):
+    def test_float32_survives(self, tmp_path_factory, numbers):
         values = np.array(numbers, np.float32)
         scores = Scores(
             ids=(None,),
             indices=np.zeros(1, np.int64),
             prompt_lengths=np.ones(1, np.int64),
             offsets=np.array([0, len(values)]),
-            values=values,
-            reward=values[:1],
+            computed={"values": values, "reward": values[:1]},
         )
-        record = json.loads(write([GOOD], scores)[0])
+        record = json.loads(write([GOOD], scores, tmp_path_factory.mktemp("out") / "out.jsonl")[0])
         np.testing.assert_array_equal(np.array(record["values"], np.float32), values)
         assert np.float32(record["reward"]) == values[0]
 
@@ -206,9 +233,10 @@ class TestParquet:
 
     def test_columns_and_types_survive(self, file, table, tmp_path):
         rows, scores = list(open_reader(str(file))), scores_of(1, 2, 1)
-        with OutputFile(str(tmp_path / "out.parquet")) as output:
-            output.write(rows[:2], scores[:2])
-            output.write(rows[2:], scores[2:])
+        with begun(tmp_path / "out.parquet", schema=open_reader(str(file)).schema) as output:
+            output.write(rows[:2], scores[:2], rows[1])
+            output.write(rows[2:], scores[2:], rows[2])
+            output.publish(rows[2], scores[:0])
         result = pq.read_table(tmp_path / "out.parquet")
         assert result.select(table.column_names).equals(pq.read_table(file))
         assert result.column_names == [*table.column_names, "values", "reward"]
@@ -218,19 +246,18 @@ class TestParquet:
         np.testing.assert_array_equal(result.column("reward").to_numpy(), scores.reward)
 
     def test_rows_that_were_left_out_are_not_written(self, file, tmp_path):
-        rows = list(open_reader(str(file)))
-        with OutputFile(str(tmp_path / "out.parquet")) as output:
-            output.write([rows[0], rows[2]], scores_of(1, 1))
+        reader = open_reader(str(file))
+        rows = list(reader)
+        put(tmp_path / "out.parquet", [rows[0], rows[2]], schema=reader.schema, size=2)
         assert pq.read_table(tmp_path / "out.parquet").column("id").to_pylist() == ["a", "c"]
 
     def test_to_jsonl(self, file, tmp_path):
-        with OutputFile(str(tmp_path / "out.jsonl")) as output:
-            output.write(list(open_reader(str(file))), scores_of(1, 2, 1))
-        records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        put(tmp_path / "out.jsonl", list(open_reader(str(file))))
+        records = content(tmp_path / "out.jsonl")
         assert records[0]["when"] == "1970-01-01T00:00:00.000001"
         assert records[1]["when"] is None
         assert records[2]["nested"] == {"a": []}
-        assert [len(record["values"]) for record in records] == [1, 2, 1]
+        assert [len(record["values"]) for record in records] == [3, 4, 2]
 
     @pytest.mark.parametrize(
         ("value", "expected"),
@@ -240,16 +267,29 @@ class TestParquet:
             (float("nan"), None),
             ([1.0, float("inf")], [1.0, None]),
             ("ä", "ä"),
+            (b"\x00\xff", "AP8="),
+            (datetime.timedelta(days=1, microseconds=5), 86400.000005),
+            ([b"a"], ["YQ=="]),
         ],
     )
     def test_what_json_can_hold(self, value, expected):
         batch = pa.record_batch({"x": pa.array([value])})
-        assert json.loads(ParquetRow(batch, 0, 1).json_object()) == {"x": expected}
+        assert json.loads(ParquetRow(batch, 0, 1, None).json_object()) == {"x": expected}
 
-    def test_what_json_cannot_hold(self):
-        batch = pa.record_batch({"y": [1], "x": pa.array([b"\x00"])})
-        with pytest.raises(FieldError, match="row 1: x: expected a value that JSON can hold, got bytes"):
-            ParquetRow(batch, 0, 1).json_object()
+    def test_uuids_are_text(self):
+        value = uuid.UUID(int=5)
+        storage = pa.array([value.bytes], pa.binary(16))
+        column = pa.ExtensionArray.from_storage(pa.uuid(), storage) if hasattr(pa, "uuid") else pa.array([str(value)])
+        row = ParquetRow(pa.record_batch({"x": column}), 0, 1, None)
+        assert json.loads(row.json_object()) == {"x": str(value)}
+
+    @pytest.mark.parametrize(
+        "column", [pa.array([2**60], pa.timestamp("s")), pa.array([b"\xff"], pa.binary()).view(pa.string())]
+    )
+    def test_what_python_cannot_hold_is_named(self, column):
+        batch = pa.record_batch({"y": [1], "x": column})
+        with pytest.raises(FieldError, match="row 1: x: expected a value that can be read"):
+            ParquetRow(batch, 0, 1, None).json_object()
 
     @pytest.mark.parametrize(
         ("columns", "message"),
@@ -277,6 +317,35 @@ class TestParquet:
     def test_no_column_is_overwritten(self, file):
         with pytest.raises(FieldError, match=r"^tag: expected no such column in the input"):
             open_reader(str(file), ("values", "tag"))
+        reader = open_reader(str(file), ("values", "tag"), replaces=True)
+        assert "tag" not in next(iter(reader)).columns()
+        assert "tag" not in reader.schema.names
+
+    def test_a_column_s_name_that_comes_twice_is_the_file_s_fault(self, tmp_path):
+        table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array([1])], names=["prompt", "completion", "prompt"])
+        pq.write_table(table, tmp_path / "in.parquet")
+        with pytest.raises(FileFormatError, match=r"in\.parquet: expected each column's name once, got 'prompt' twice"):
+            open_reader(str(tmp_path / "in.parquet"))
+
+    def test_a_file_of_equal_rows_is_read_in_bounded_memory(self, tmp_path):
+        ids = pa.array([[7] * 100_000] * 256, pa.list_(pa.int64()))
+        pq.write_table(pa.table({"prompt_ids": ids, "completion_ids": [[1]] * 256}), tmp_path / "in.parquet")
+        whole = ids.nbytes
+        del ids
+        assert (tmp_path / "in.parquet").stat().st_size < 4096
+        before, most = pa.total_allocated_bytes(), 0
+        for row in open_reader(str(tmp_path / "in.parquet")):
+            row.rollout()
+            most = max(most, pa.total_allocated_bytes() - before)
+        assert most < whole / 2
+
+    def test_broken_utf8_harms_no_other_row(self, tmp_path):
+        prompts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"prompt": prompts, "completion": ["x", "y", "z"]}), tmp_path / "in.parquet")
+        rows = list(open_reader(str(tmp_path / "in.parquet")))
+        assert [rows[0].rollout().prompt, rows[2].rollout().prompt] == ["a", "c"]
+        with pytest.raises(FieldError, match=r"row 2: prompt: expected a value that can be read, got .*utf-8"):
+            rows[1].rollout()
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all, but long enough to hold a footer"])
     def test_a_file_that_is_no_parquet(self, tmp_path, content):
@@ -291,142 +360,14 @@ class TestParquet:
         with pytest.raises(FileFormatError, match="broken after row 0"):
             list(open_reader(str(file)))
 
-    def test_from_jsonl(self, tmp_path):
-        lines = [
-            '{"prompt": "a", "completion": "b", "n": 1, "null": null}',
-            '{"completion": "b", "prompt": "a", "m": "x"}',
-        ]
-        with OutputFile(str(tmp_path / "out.parquet")) as output:
-            output.write(read("\n".join(lines)), scores_of(1, 3))
-            output.write(read('{"prompt": "c", "completion": "d", "null": "text"}'), scores_of(2))
-        assert pq.read_table(tmp_path / "out.parquet").drop(["values", "reward"]).to_pylist() == [
-            {"prompt": "a", "completion": "b", "n": 1, "null": None, "m": None},
-            {"prompt": "a", "completion": "b", "n": None, "null": None, "m": "x"},
-            {"prompt": "c", "completion": "d", "n": None, "null": "text", "m": None},
-        ]
-
-    @pytest.mark.parametrize(
-        ("later", "message"),
-        [
-            ('{"prompt": "c", "completion": "d", "new": 1}', "line 1: new: expected a column of the first records"),
-            (
-                '{"prompt": "c", "completion": "d", "n": "x"}',
-                r"line 1: n: expected int64, as in the first records, got 'x'",
-            ),
-        ],
-    )
-    def test_columns_stay_those_of_the_first_records(self, tmp_path, later, message):
-        with OutputFile(str(tmp_path / "out.parquet")) as output:
-            output.write(read('{"prompt": "a", "completion": "b", "n": 1}'), scores_of(1))
-            with pytest.raises(FieldError, match=message):
-                output.write(read(later), scores_of(1))
-        assert pq.read_table(tmp_path / "out.parquet").num_rows == 1
-
-    def test_columns_of_two_types_at_once(self, tmp_path):
-        rows = read('{"prompt": "a", "completion": "b", "n": 1}\n{"prompt": "a", "completion": "b", "n": "x"}')
-        problem = pytest.raises(FieldError, match="n: expected one type in all records")
-        with OutputFile(str(tmp_path / "out.parquet")) as output, problem:
-            output.write(rows, scores_of(1, 1))
-
     def test_without_pyarrow(self, monkeypatch, tmp_path):
-        monkeypatch.delitem(sys.modules, "vhead.scoring.parquet")
+        for name in ("arrow", "parquet", "parquet_output"):
+            monkeypatch.delitem(sys.modules, f"vhead.scoring.{name}", raising=False)
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(MissingExtraError, match=r"pip install 'vhead\[data\]'"):
-            OutputFile(str(tmp_path / "out.parquet"))
-
-
-class TestOutputFile:
-    def test_the_name_appears_when_the_file_is_complete(self, tmp_path):
-        path = tmp_path / "out.jsonl"
-        path.write_text("old\n")
-        with OutputFile(str(path)) as output:
-            output.write(read(GOOD), scores_of(2))
-            assert path.read_text() == "old\n"
-            assert output.partial.read_text().count("\n") == 1
-        assert json.loads(path.read_text())["completion"] == "b"
-        assert os.listdir(tmp_path) == ["out.jsonl"]
-
-    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-    def test_a_part_is_kept_and_readable(self, tmp_path, suffix):
-        with suppress(KeyboardInterrupt), OutputFile(str(tmp_path / f"out.{suffix}")) as output:
-            output.write(read(GOOD), scores_of(2))
-            raise KeyboardInterrupt
-        assert os.listdir(tmp_path) == [f"out.{suffix}.partial"]
-        partial = tmp_path / f"out.{suffix}.partial"
-        if suffix == "jsonl":
-            assert json.loads(partial.read_text())["completion"] == "b"
-        else:
-            assert pa.ipc.open_stream(partial.read_bytes()).read_all()["completion"].to_pylist() == ["b"]
-
-    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-    def test_an_output_is_gone_on_with(self, tmp_path, suffix):
-        path = tmp_path / f"out.{suffix}"
-        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={"model": "m"}) as output:
-            output.write(read(GOOD), scores_of(2), records=3)
-            raise KeyboardInterrupt
-        with output.partial.open("ab") as partial:
-            partial.write(b"what a killed process wrote after its last note")
-        with OutputFile(str(path), settings={"model": "m"}, resume=True) as output:
-            assert output.done.records == 3
-            output.write(read(GOOD), scores_of(1), records=4)
-        assert os.listdir(tmp_path) == [path.name]
-        with closing(open_reader(str(path))) as reader:
-            assert [len(row.columns()["values"]) for row in reader] == [2, 1]
-
-    def test_columns_of_a_resumed_file_stay_those_of_its_first_records(self, tmp_path):
-        path = tmp_path / "out.parquet"
-        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={}) as output:
-            output.write(read('{"prompt": "a", "completion": "b", "n": 1}'), scores_of(1), records=1)
-            raise KeyboardInterrupt
-        with (
-            OutputFile(str(path), settings={}, resume=True) as output,
-            pytest.raises(FieldError, match="n: expected int64"),
-        ):
-            output.write(read('{"prompt": "c", "completion": "d", "n": "x"}'), scores_of(1), records=2)
-
-    def test_many_small_writes_become_few_row_groups(self, tmp_path):
-        with OutputFile(str(tmp_path / "out.parquet")) as output:
-            for _ in range(5):
-                output.write(read(GOOD), scores_of(2))
-        assert pq.ParquetFile(tmp_path / "out.parquet").metadata.num_row_groups == 1
-
-    def test_an_earlier_part_is_never_overwritten_unasked(self, tmp_path):
-        path = tmp_path / "out.jsonl"
-        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={}) as output:
-            output.write(read(GOOD), scores_of(2), records=1)
-            raise KeyboardInterrupt
-        before = output.partial.read_bytes()
-        with pytest.raises(ResumeError, match=r"an earlier run finished 1 records: go on with it \(--resume\)"):
-            OutputFile(str(path), settings={})
-        assert output.partial.read_bytes() == before
-
-    def test_what_cannot_be_gone_on_with(self, tmp_path):
-        path = tmp_path / "out.jsonl"
-        with suppress(KeyboardInterrupt), OutputFile(str(path), settings={"temperature": 1.0}) as output:
-            output.write(read(GOOD), scores_of(2), records=1)
-            raise KeyboardInterrupt
-        with pytest.raises(ResumeError, match=r"temperature: expected 1\.0, as in the run that is resumed, got 2\.0"):
-            OutputFile(str(path), settings={"temperature": 2.0}, resume=True)
-        output.partial.write_bytes(b"")
-        with pytest.raises(ResumeError, match=r"expected at least the \d+ bytes that are done, got 0"):
-            OutputFile(str(path), settings={"temperature": 1.0}, resume=True)
-        (tmp_path / "out.jsonl.partial.json").write_text("{")
-        with pytest.raises(ResumeError, match="expected what an earlier run noted"):
-            OutputFile(str(path), settings={"temperature": 1.0}, resume=True)
-
-    def test_nothing_is_left_of_nothing(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt), OutputFile(str(tmp_path / "out.jsonl")):
-            raise KeyboardInterrupt
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-    def test_no_records_are_a_complete_file(self, tmp_path, suffix):
-        with OutputFile(str(tmp_path / f"out.{suffix}")):
-            pass
-        with closing(open_reader(str(tmp_path / f"out.{suffix}"))) as reader:
-            assert list(reader) == []
+            open_output(str(tmp_path / "out.parquet"))
 
     @pytest.mark.parametrize("name", ["out.csv", "out", "out.json"])
     def test_unknown_suffix(self, tmp_path, name):
         with pytest.raises(FileFormatError, match=r"expected a name that ends in \.jsonl or \.parquet"):
-            OutputFile(str(tmp_path / name))
+            open_output(str(tmp_path / name))

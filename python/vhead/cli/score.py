@@ -4,14 +4,18 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import islice
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from vhead.cli import score_options as option
-from vhead.cli.failure import reported, say
+from vhead.cli.failure import reported
+from vhead.cli.terminal import escaped, say
 from vhead.errors import RecordError
 
 if TYPE_CHECKING:
-    from vhead.scoring.files import OutputFile
+    from vhead.scoring.files import Reader
+    from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
 
@@ -23,23 +27,25 @@ class SkippedRecords:
 
     Args:
         source: What the input is called.
-        progress: What is shown while they come.
 
     Attributes:
         count: How many so far.
     """
 
-    def __init__(self, source: str, progress: "ScoringProgress") -> None:
-        self._source, self._progress = source, progress
+    def __init__(self, source: str) -> None:
+        self._source = source
+        # Records that cannot be read are told of in the thread that reads.
+        self._lock = Lock()
         self.count = 0
 
     def __call__(self, error: RecordError) -> None:
         """Reports one more."""
-        self.count += 1
-        if self.count <= _ERRORS_SHOWN:
-            self._progress.say(f"vhead: skipped {self._source}: {error}")
-        if self.count == _ERRORS_SHOWN:
-            self._progress.say("vhead: further skipped records are only counted")
+        with self._lock:
+            self.count += 1
+            if self.count <= _ERRORS_SHOWN:
+                say(f"skipped {self._source}: {error}")
+            if self.count == _ERRORS_SHOWN:
+                say("further skipped records are only counted")
 
 
 def score(
@@ -48,7 +54,7 @@ def score(
     model: option.Model,
     output: option.Output,
     head: option.Head = None,
-    returns: option.Returns = "values,logprobs,reward",
+    returns: option.Returns = None,
     temperature: option.Temperature = 1.0,
     dtype: option.ModelDtype = None,
     device: option.Device = None,
@@ -61,18 +67,24 @@ def score(
     trust_remote_code: option.TrustRemoteCode = False,
     truncate: option.TruncateOption = option.Truncate.ERROR,
     max_length: option.MaxLength = None,
+    separate_tokens: option.SeparateTokens = False,
+    append_eos: option.AppendEos = False,
     limit: option.Limit = None,
     on_error: option.OnErrorOption = option.OnError.FAIL,
+    unique_ids: option.UniqueIds = False,
+    suffix: option.Suffix = "",
     resume: option.Resume = False,
+    overwrite: option.Overwrite = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Score a file of rollouts: per-token values and log-probabilities, and a reward each.
 
     The output has the records in input order, as they came, with one more field per score. It appears under its name
-    when it is complete; until then, and when scoring stops early, it is NAME.partial beside it, and --resume goes on
-    with it: nothing is lost, and nothing is in the output twice.
+    when it is complete; until then, and when scoring stops early, it is NAME.partial beside it. The same command with
+    --resume goes on with it: nothing is lost, and nothing is in the output twice. Where there is an output already,
+    nothing is scored without --overwrite.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, though records may have been skipped, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 
     **Examples**
 
@@ -86,7 +98,7 @@ def score(
             model=model,
             output=output,
             head=head,
-            fields=option.checked_fields(returns),
+            returns=option.checked_returns(returns),
             temperature=temperature,
             dtype=None if dtype is None else dtype.value,
             device=device,
@@ -99,9 +111,14 @@ def score(
             trust_remote_code=trust_remote_code,
             truncation=option.truncation_of(truncate),
             max_length=max_length,
+            separate_tokens=separate_tokens,
+            append_eos=append_eos,
             limit=limit,
             skips=on_error is option.OnError.SKIP,
             resume=resume,
+            overwrite=overwrite,
+            suffix=suffix,
+            unique_ids=unique_ids,
             quiet=quiet,
         )
         request.check()
@@ -109,34 +126,49 @@ def score(
 
 
 def _run(request: option.ScoreRequest) -> None:
-    from vhead.scoring.files import OutputFile, open_reader  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.files import open_output, open_reader  # noqa: PLC0415, for a fast --help
     from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
     progress = ScoringProgress(shown=request.shows_progress)
-    skipped = SkippedRecords(request.source, progress)
-    settings = request.settings() if request.has_files else None
+    skipped = SkippedRecords(request.source)
     with (
         _naming(request.source),
-        closing(open_reader(request.source, request.columns)) as reader,
-        _kept(OutputFile(request.output, settings=settings, resume=request.resume)) as destination,
+        closing(open_reader(request.source, request.columns, replaces=request.overwrite)) as reader,
+        _kept(
+            open_output(request.output, resume=request.resume, overwrite=request.overwrite, suffix=request.suffix)
+        ) as output,
     ):
         with _loading(request):
-            from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
+            output.begin({} if request.output == option.STANDARD_STREAM else request.settings(), reader.schema)
+            if not output.finished:
+                scorer = _scorer(request)
+        if output.finished:
+            _check_finished(output, reader, request)
+            return
+        from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
 
-            scorer = _scorer(request)
         with progress:
             score_file(
                 scorer,
                 reader,
-                destination,
-                returns=request.fields,
+                output,
+                returns=request.returns,
                 temperature=request.temperature,
                 progress=progress,
                 limit=request.limit,
                 on_error=skipped if request.skips else None,
+                unique_ids=request.unique_ids,
             )
     if not request.quiet:
         _summarise(progress, skipped.count, request.output)
+
+
+def _check_finished(output: "Output", reader: "Reader", request: option.ScoreRequest) -> None:
+    """Says that there is nothing to do, if the finished output is that of this input."""
+    if output.journal is not None:
+        output.journal.check_whole(islice(reader, request.limit), request.output)
+        if not request.quiet:
+            say(f"{request.output} is finished already, {output.journal.records:,} records: nothing was scored")
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
@@ -156,6 +188,8 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
         batch_invariant=request.batch_invariant,
         truncation=request.truncation,
         max_length=request.max_length,
+        separate_tokens=request.separate_tokens,
+        append_eos=request.append_eos,
     )
 
 
@@ -163,6 +197,7 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
 def _loading(request: option.ScoreRequest) -> Iterator[None]:
     """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
     from rich.console import Console  # noqa: PLC0415, for a fast --help
+    from rich.text import Text  # noqa: PLC0415, for a fast --help
 
     logger = logging.getLogger("vhead")
     level = logger.level
@@ -170,7 +205,7 @@ def _loading(request: option.ScoreRequest) -> Iterator[None]:
     try:
         if request.quiet:
             logger.setLevel(logging.ERROR)
-        with console.status(f"loading {request.model}"):
+        with console.status(Text(f"loading {escaped(request.model)}")):
             _silence_transformers()
             yield
     finally:
@@ -181,6 +216,8 @@ def _silence_transformers() -> None:
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415, imports torch
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers_logging.set_verbosity_error()
 
@@ -195,14 +232,14 @@ def _naming(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _kept(output: "OutputFile") -> Iterator["OutputFile"]:
+def _kept(output: "Output") -> Iterator["Output"]:
     """Says where the part is that was finished when scoring stopped early."""
     try:
         with output:
             yield output
     except BaseException:
-        if output.partial is not None and output.partial.exists():
-            say(f"what was scored is kept in {output.partial}; --resume goes on with it")
+        if output.kept is not None:
+            say(f"what was scored is kept in {output.kept}; the same command with --resume goes on with it")
         raise
 
 

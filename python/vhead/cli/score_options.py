@@ -3,11 +3,13 @@
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
 
 STANDARD_STREAM = "-"
@@ -44,20 +46,46 @@ Source = Annotated[
         "completion (text), prompt_ids and completion_ids, or messages; other fields are carried through.",
     ),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of a model with a trained value head.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="PATH", help="Folder or hub id of a model with a trained value head.")
+]
 Output = Annotated[
-    str, typer.Option("--output", "-o", help="Where scores go: .jsonl, .parquet, or - for standard output.")
+    str,
+    typer.Option("--output", "-o", metavar="FILE", help="Where scores go: .jsonl, .parquet, or - for standard output."),
 ]
 Head = Annotated[
-    str | None, typer.Option(help="File, folder or hub id with the head, where the model's own does not hold it.")
+    str | None,
+    typer.Option(metavar="PATH", help="File, folder or hub id with the head, where the model's own does not hold it."),
 ]
-Returns = Annotated[str, typer.Option(help="Comma-separated: values, logprobs, entropy, reward.")]
-Temperature = Annotated[float, typer.Option(help="Divides the logits before log-probabilities and entropy.")]
-ModelDtype = Annotated[Dtype | None, typer.Option("--dtype", help="The language model's; default: as saved.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda if any.")]
-TokenBudget = Annotated[int | None, typer.Option(min=1, help="Tokens of a batch.")]
-WindowTokens = Annotated[int | None, typer.Option(min=1, help="Tokens among which shared beginnings are found.")]
-NumThreads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+Returns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Some of values, logprobs, entropy, reward, tokens (ids and places in the text), with commas between; "
+        "default: values, logprobs and reward, without logprobs where the checkpoint has no language-model head.",
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", help="Divides the logits before log-probabilities and entropy.")
+]
+ModelDtype = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="The language model's: float32, bfloat16, float16; default: as saved."
+    ),
+]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if any.")]
+TokenBudget = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch; default: 2048 on a CPU, 16384 elsewhere.")
+]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens among which shared beginnings are found; default: eight batches."),
+]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads; default: those that this process may use."),
+]
 BatchInvariant = Annotated[
     bool, typer.Option("--batch-invariant", help="The same bits for a rollout whatever else is scored; slower.")
 ]
@@ -75,18 +103,45 @@ TruncateOption = Annotated[
     Truncate,
     typer.Option(
         "--truncate",
-        help="A rollout with too many tokens is an error, or loses the prompt's first or the completion's last ones; "
-        "the output then says which were truncated.",
+        metavar="PART",
+        help="error, prompt or completion: a rollout with too many tokens cannot be scored, or loses the prompt's "
+        "first or the completion's last ones, and the output says which were truncated.",
     ),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of prompt and completion together; default: what the model takes.")
+    int | None,
+    typer.Option(min=2, metavar="N", help="Tokens of prompt and completion together; default: what the model takes."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Score only the first N records.")]
-OnErrorOption = Annotated[OnError, typer.Option(help="Stop at a record that cannot be scored, or leave it out.")]
+SeparateTokens = Annotated[
+    bool,
+    typer.Option(
+        "--separate-tokens",
+        help="Tokenise prompt and completion apart; default: as one text, and a token across the border is the "
+        "completion's.",
+    ),
+]
+AppendEos = Annotated[
+    bool,
+    typer.Option("--append-eos", help="Put the end-of-sequence token behind completions of plain text that lack it."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Score only the first N records.")]
+OnErrorOption = Annotated[
+    OnError,
+    typer.Option(metavar="ACTION", help="At a record that cannot be scored: fail stops there, skip leaves it out."),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where an earlier run with this output stopped, if one did.")
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an output of this name, whole or in part, when the new one is complete, and columns of the input "
+        "that have the scores' names.",
+    ),
+]
+Suffix = Annotated[str, typer.Option(help="Stands behind the new columns' names: values_b for _b.")]
+UniqueIds = Annotated[bool, typer.Option("--unique-ids", help="A record whose id another record had cannot be scored.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 
 
@@ -98,7 +153,7 @@ class ScoreRequest:
     model: str
     output: str
     head: str | None
-    fields: tuple[str, ...]
+    returns: tuple[str, ...] | None
     temperature: float
     dtype: str | None
     device: str | None
@@ -111,9 +166,14 @@ class ScoreRequest:
     trust_remote_code: bool
     truncation: Literal["prompt", "completion"] | None
     max_length: int | None
+    separate_tokens: bool
+    append_eos: bool
     limit: int | None
     skips: bool
     resume: bool
+    overwrite: bool
+    suffix: str
+    unique_ids: bool
     quiet: bool
 
     def check(self) -> None:
@@ -123,22 +183,20 @@ class ScoreRequest:
             typer.BadParameter: One of them is not what it must be.
         """
         _check_paths(self.source, self.output)
-        if self.resume and not self.has_files:
-            raise typer.BadParameter("expected files as INPUT and --output, got a stream", param_hint="--resume")
+        for asked, hint in ((self.resume, "--resume"), (self.overwrite, "--overwrite")):
+            if asked and self.output == STANDARD_STREAM:
+                raise typer.BadParameter("expected a file as --output, got a stream", param_hint=hint)
         if not 0.0 < self.temperature < float("inf"):
             raise typer.BadParameter(f"expected a positive number, got {self.temperature}", param_hint="--temperature")
 
     @property
-    def has_files(self) -> bool:
-        """Whether input and output are files, so that the output can be gone on with."""
-        return STANDARD_STREAM not in (self.source, self.output)
-
-    @property
     def columns(self) -> tuple[str, ...]:
         """What the output has beside the input's columns, which these names are therefore kept from."""
-        from vhead.scoring.scores import TRUNCATED  # noqa: PLC0415, for a fast --help
+        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # noqa: PLC0415, for a fast --help
 
-        return self.fields if self.truncation is None else (*self.fields, TRUNCATED)
+        columns = columns_of(self.returns or DEFAULT_RETURNS)
+        names = columns if self.truncation is None else (*columns, TRUNCATED)
+        return tuple(f"{name}{self.suffix}" for name in names)
 
     @property
     def shows_progress(self) -> bool:
@@ -147,17 +205,37 @@ class ScoreRequest:
         return not self.quiet and sys.stderr.isatty() and not covered
 
     def settings(self) -> dict[str, object]:
-        """What a run must have in common with the one that it resumes, or the output would be of two minds."""
+        """What a run must have in common with the one that it resumes, or the output would be of two minds.
+
+        Reads the model's files.
+
+        Raises:
+            OSError: One of them cannot be read.
+        """
+        from vhead.scoring.model_files import identity  # noqa: PLC0415, for a fast --help
+
         return {
-            "model": _identity(self.model),
-            "head": None if self.head is None else _identity(self.head),
-            "returns": list(self.fields),
+            "vhead": version("vhead"),
+            **identity(self.model, "model"),
+            **({} if self.head is None else identity(self.head, "head")),
+            "returns": None if self.returns is None else list(self.returns),
+            "suffix": self.suffix,
+            "overwrite": self.overwrite,
             "temperature": self.temperature,
             "dtype": self.dtype,
+            "device": self.device,
+            "token_budget": self.token_budget,
+            "window_tokens": self.window_tokens,
+            "num_threads": self.num_threads,
             "batch_invariant": self.batch_invariant,
             "normalize_rewards": self.normalize_rewards,
+            "allow_random_head": self.allow_random_head,
+            "trust_remote_code": self.trust_remote_code,
             "truncate": self.truncation,
             "max_length": self.max_length,
+            "unique_ids": self.unique_ids,
+            "separate_tokens": self.separate_tokens,
+            "append_eos": self.append_eos,
         }
 
 
@@ -168,16 +246,18 @@ def truncation_of(truncate: Truncate) -> Literal["prompt", "completion"] | None:
     return "prompt" if truncate is Truncate.PROMPT else "completion"
 
 
-def checked_fields(returns: str) -> tuple[str, ...]:
-    """The fields that a comma-separated list names.
+def checked_returns(returns: str | None) -> tuple[str, ...] | None:
+    """What a comma-separated list names; None: what the checkpoint can give.
 
     Raises:
         typer.BadParameter: It names something else, or nothing.
     """
-    from vhead.scoring.scores import check_fields  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.scores import check_returns  # noqa: PLC0415, for a fast --help
 
+    if returns is None:
+        return None
     try:
-        return check_fields([name.strip() for name in returns.split(",") if name.strip()])
+        return check_returns([name.strip() for name in returns.split(",") if name.strip()])
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
 
@@ -196,12 +276,3 @@ def _check_paths(source: str, output: str) -> None:
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
     if STANDARD_STREAM not in (source, output) and Path(output).exists() and Path(output).samefile(source):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
-
-
-def _identity(location: str) -> list[object]:
-    """What tells a model from another one, and from itself after more training: its place, its files, their times."""
-    path = Path(location)
-    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    place = str(path.resolve()) if path.exists() else location
-    return [place, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]

@@ -1,47 +1,34 @@
-"""Files of rollouts and of scores: which format a name means, and writing that never leaves half a file behind."""
+"""Files of rollouts and of scores: which format a name means."""
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import Any, Protocol
 
-from vhead.errors import FileFormatError, ResumeError
-from vhead.scoring.journal import Journal
-from vhead.scoring.jsonl import JsonlReader, JsonlWriter
+from vhead.errors import FileFormatError
+from vhead.scoring.jsonl import JsonlReader
+from vhead.scoring.output import Output, OutputFile
 from vhead.scoring.rows import Row
-from vhead.scoring.scores import Scores
+from vhead.scoring.standard_streams import standard_input, standard_output
 
 STANDARD_STREAM = "-"
 FORMATS = (".jsonl", ".parquet")
 
-# What a run that is killed has to compute again.
-_SECONDS_BETWEEN_NOTES = 1.0
-
 
 class Reader(Protocol):
-    """The records of a file, in order; `size` in the units of `Row.position`, None when unknown."""
+    """The records of a file, in order.
+
+    Attributes:
+        size: In the units of `Row.position`, None when unknown.
+        schema: A `pyarrow.Schema` where the columns are known before the records are.
+    """
 
     size: int | None
+    schema: Any
 
     def __iter__(self) -> Iterator[Row]: ...
 
     def close(self) -> None:
         """Lets go of the file."""
-
-
-class Writer(Protocol):
-    """Records and their scores, into a file that grows."""
-
-    def write(self, rows: Sequence[Row], scores: Scores) -> None:
-        """Appends records with their scores."""
-
-    def publish(self, grown: Path, path: Path) -> None:
-        """Makes the complete file of what was appended, under its own name."""
 
 
 def format_of(name: str) -> str:
@@ -56,12 +43,13 @@ def format_of(name: str) -> str:
     return suffix
 
 
-def open_reader(name: str, reserved: tuple[str, ...] = ()) -> Reader:
+def open_reader(name: str, reserved: tuple[str, ...] = (), *, replaces: bool = False) -> Reader:
     """A reader for a file, or for standard input as JSON Lines when `name` is `-`.
 
     Args:
         name: A file name or `-`.
         reserved: Names of columns that the input may not have, as the scores will take them.
+        replaces: Whether the input's columns of these names are left out instead.
 
     Raises:
         FileFormatError: The suffix names no format, or the file does not hold it.
@@ -71,125 +59,32 @@ def open_reader(name: str, reserved: tuple[str, ...] = ()) -> Reader:
     if format_of(name) == ".parquet":
         from vhead.scoring.parquet import ParquetReader  # noqa: PLC0415, pyarrow only when used
 
-        return ParquetReader(Path(name), reserved)
+        return ParquetReader(Path(name), reserved, replaces=replaces)
     if name == STANDARD_STREAM:
-        return JsonlReader(sys.stdin.buffer, None, reserved)
-    return JsonlReader(Path(name).open("rb"), Path(name).stat().st_size, reserved)
+        return JsonlReader(standard_input(), None, reserved, replaces=replaces)
+    return JsonlReader(Path(name).open("rb"), Path(name).stat().st_size, reserved, replaces=replaces)
 
 
-class OutputFile:
-    """A file of scores that appears under its own name only when it is complete.
-
-    Until then it grows as `NAME.partial` beside it, which for Parquet is a sequence of Arrow streams; when writing
-    stops early that part stays, complete up to the last records written. `-` is standard output, as JSON Lines.
+def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suffix: str = "") -> Output:
+    """A file of scores, or standard output as JSON Lines when `name` is `-`.
 
     Args:
         name: A file name or `-`.
-        settings: What the scores depend on. With them, `NAME.partial.json` notes how far the output has come, so that
-            another run can go on; None: nothing is noted.
-        resume: Whether to go on where an earlier run stopped, if there is one.
-
-    Attributes:
-        done: What an earlier run has finished, or None.
+        resume: Whether to go on with what an earlier run of the same settings and input left.
+        overwrite: Whether to replace what earlier runs left.
+        suffix: Stands behind the names of the scores' columns.
 
     Raises:
         FileFormatError: The suffix names no format.
-        ResumeError: An earlier run left a part and `resume` is False, or it cannot be gone on with.
+        OutputError: Something is there under the output's name that may not be replaced, or another run writes it.
         OSError: The file cannot be created.
         MissingExtraError: pyarrow is needed and not installed.
     """
+    suffix_of_name = format_of(name)
+    if name == STANDARD_STREAM:
+        return Output(standard_output(), suffix)
+    if suffix_of_name == ".parquet":
+        from vhead.scoring.parquet_output import ParquetOutput  # noqa: PLC0415, pyarrow only when used
 
-    def __init__(self, name: str, *, settings: Mapping[str, object] | None = None, resume: bool = False) -> None:
-        suffix = format_of(name)
-        self.path = None if name == STANDARD_STREAM else Path(name)
-        self.partial = None if self.path is None else self.path.with_name(f"{self.path.name}.partial")
-        self._settings = settings
-        self._notes = None if self.partial is None else self.partial.with_name(f"{self.partial.name}.json")
-        self._noted_at = -_SECONDS_BETWEEN_NOTES
-        self._unnoted: Journal | None = None
-        self.done = self._earlier(resume=resume)
-        make = _maker(suffix, self.partial if self.done else None)
-        self._stream = self._open()
-        self._writer = make(self._stream)
-
-    def write(self, rows: Sequence[Row], scores: Scores, records: int | None = None) -> None:
-        """Appends records with their scores.
-
-        Args:
-            rows: The records.
-            scores: Their scores.
-            records: How many of the input's records are done with these; None: not noted.
-        """
-        self._writer.write(rows, scores)
-        if self._settings is not None and self._notes is not None and records is not None and rows:
-            self._stream.flush()
-            self._unnoted = Journal(self._settings, records, rows[-1].digest(), self._stream.tell())
-            if time.monotonic() - self._noted_at >= _SECONDS_BETWEEN_NOTES:
-                self._note()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        complete = False
-        try:
-            self._stream.flush()
-            self._note()
-            complete = kind is None
-        finally:
-            self._release(complete=complete)
-
-    def _earlier(self, *, resume: bool) -> Journal | None:
-        if self._settings is None or self._notes is None or self.partial is None:
-            return None
-        journal = Journal.load(self._notes)
-        if journal is None:
-            return None
-        if not resume:
-            raise ResumeError(
-                f"{self.partial}: an earlier run finished {journal.records:,} records: go on with it (--resume), or "
-                f"delete the file and {self._notes.name}"
-            )
-        journal.check(self._settings, self.partial)
-        return journal
-
-    def _open(self) -> BinaryIO:
-        if self.partial is None:
-            return sys.stdout.buffer
-        if self.done is None:
-            return self.partial.open("wb")
-        stream = self.partial.open("r+b")
-        # What a run that was killed wrote after its last note is computed again.
-        stream.truncate(self.done.written)
-        stream.seek(0, os.SEEK_END)
-        return stream
-
-    def _note(self) -> None:
-        """Notes how far the output has come, after it has come there: on the disk, not just in its cache."""
-        if self._unnoted is not None and self._notes is not None:
-            os.fsync(self._stream.fileno())
-            self._unnoted.save(self._notes)
-            self._unnoted, self._noted_at = None, time.monotonic()
-
-    def _release(self, *, complete: bool) -> None:
-        if self.partial is None or self.path is None or self._notes is None:
-            return
-        # On a full disk closing fails as writing did, and writing's is the error to report.
-        with suppress(OSError):
-            self._stream.close()
-        if complete:
-            self._writer.publish(self.partial, self.path)
-            self._notes.unlink(missing_ok=True)
-        elif not self.partial.stat().st_size:
-            self.partial.unlink()
-
-
-def _maker(suffix: str, earlier: Path | None) -> Callable[[BinaryIO], Writer]:
-    """What makes the writer of a format; `earlier` is the part that it goes on with."""
-    if suffix == ".jsonl":
-        return JsonlWriter
-    from vhead.scoring.parquet import ParquetWriter  # noqa: PLC0415, pyarrow only when used
-
-    return partial(ParquetWriter, earlier=earlier)
+        return ParquetOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
+    return OutputFile(Path(name), suffix, resume=resume, overwrite=overwrite)

@@ -1,29 +1,76 @@
-"""What a run that stopped early has finished, so that another run can go on from there."""
+"""What a run noted about its output, so that another run can go on from there, or see that all is done."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from vhead.errors import ResumeError
+from vhead.scoring.part import new_file, open_regular
+from vhead.scoring.rows import Row
+
+
+@dataclass(frozen=True)
+class Run:
+    """Who writes an output.
+
+    Attributes:
+        process: Its number.
+        host: On which machine.
+        since: When it began.
+    """
+
+    process: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}, since {self.since}"
+
+    @classmethod
+    def this(cls) -> Self:
+        """The run of this process, which begins now."""
+        return cls(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A complete output.
+
+    Attributes:
+        size: Its bytes.
+        digest: Their digest.
+    """
+
+    size: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class Journal:
-    """How far an unfinished output has come.
+    """How far an output has come.
 
     Attributes:
         settings: What the scores depend on, by name.
-        records: How many of the input's records are done, those that were left out between them included.
-        last_record: The digest of the last of them, which tells whether the input is still the same up to there.
+        run: Who wrote last.
+        records: How many of the input's records are done, those that were left out among them.
+        input: The digest of these records.
         written: How many bytes of the unfinished output hold them.
+        part: The digest of these bytes.
+        published: The complete output; None until there is one.
     """
 
     settings: Mapping[str, object]
-    records: int
-    last_record: str
-    written: int
+    run: Run
+    records: int = 0
+    input: str = ""
+    written: int = 0
+    part: str = ""
+    published: Published | None = None
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
@@ -31,33 +78,113 @@ class Journal:
 
         Raises:
             ResumeError: The file is not a journal.
+            OSError: It cannot be read.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
+            with open_regular(path) as file:
+                return cls._of(json.loads(file.read()))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ResumeError(
-                f"{path}: expected what an earlier run noted about its progress, got: {error!r}"
-            ) from error
+                f"{path}: expected what an earlier run noted about its progress, got: "
+                f"{error or type(error).__name__}; --overwrite alone starts anew"
+            ) from None
+
+    @classmethod
+    def _of(cls, content: object) -> Self:
+        noted = _object(content, "journal", cls)
+        published = noted["published"]
+        journal = cls(
+            **noted
+            | {
+                "run": Run(**_object(noted["run"], "run", Run)),
+                "published": None if published is None else Published(**_object(published, "published", Published)),
+            }
+        )
+        _check("settings", journal.settings, dict)
+        numbers = {"records": journal.records, "written": journal.written, "process": journal.run.process}
+        texts = {"input": journal.input, "part": journal.part, "host": journal.run.host, "since": journal.run.since}
+        if journal.published is not None:
+            numbers["size"], texts["digest"] = journal.published.size, journal.published.digest
+        for name, text in texts.items():
+            _check(name, text, str)
+        for name, number in numbers.items():
+            _check(name, number, int)
+            if number < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {number}")
+        if not journal.records and (journal.written or journal.input):
+            raise ValueError(f"written: expected 0 for no records, got {journal.written}")
+        return journal
 
     def save(self, path: Path) -> None:
         """Writes the journal beside its place and moves it there, so that it is never half a one."""
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        unfinished.replace(path)
+        with new_file(path.with_name(f"{path.name}.new")) as unfinished:
+            unfinished.write(json.dumps(asdict(self)).encode())
+            unfinished.sync()
+            unfinished.path.replace(path)
 
     def check(self, settings: Mapping[str, object], output: Path) -> None:
         """Checks that a run with these settings may go on where the earlier one stopped.
 
         Raises:
-            ResumeError: A setting differs, or the unfinished output has lost some of its bytes.
+            ResumeError: A setting differs.
         """
         for name in sorted(self.settings.keys() | settings.keys()):
             before, now = self.settings.get(name), settings.get(name)
             if before != now:
-                raise ResumeError(f"{output}: {name}: expected {before!r}, as in the run that is resumed, got {now!r}")
-        size = output.stat().st_size if output.exists() else 0
-        if size < self.written:
-            raise ResumeError(f"{output}: expected at least the {self.written} bytes that are done, got {size}")
+                raise ResumeError(
+                    f"{output}: {name}: expected {before!r}, as in the run that is resumed, got {now!r}; "
+                    "--overwrite alone starts anew"
+                )
+
+    def pass_over(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Passes over the records that are done, and gives them.
+
+        Raises:
+            ResumeError: They are not those that the earlier run finished.
+        """
+        last = None
+        # The range first: the other way round a row would be taken that nobody gets.
+        for _, last in zip(range(self.records), rows, strict=False):
+            yield last
+        found = 0 if last is None else last.count
+        if found < self.records:
+            raise ResumeError(f"input: expected the {self.records:,} records that are done, got {found:,}")
+        if last is not None and last.digest != self.input:
+            raise ResumeError(
+                f"input: expected the {self.records:,} records that are done, got others up to {last.where}; "
+                "--overwrite alone starts anew"
+            )
+
+    def check_whole(self, rows: Iterator[Row], output: str) -> None:
+        """Checks that a finished output is of these records.
+
+        Raises:
+            ResumeError: The input has others, or more.
+        """
+        for _ in self.pass_over(rows):
+            pass
+        if (more := next(rows, None)) is not None:
+            raise ResumeError(
+                f"{output}: expected an input of the {self.records:,} records that are done, got more: {more.where}; "
+                "--overwrite alone starts anew"
+            )
+
+    def at(self, row: Row | None, written: int, part: str, published: Published | None = None) -> Self:
+        """The journal when all records up to a row are done."""
+        records, digest = (self.records, self.input) if row is None else (row.count, row.digest)
+        return replace(self, records=records, input=digest, written=written, part=part, published=published)
+
+
+def _object(content: object, name: str, cls: type) -> dict[str, Any]:
+    """A JSON object with exactly the fields of a class."""
+    names = {field.name for field in fields(cls)}
+    if not isinstance(content, dict) or content.keys() != names:
+        raise ValueError(f"{name}: expected an object with {', '.join(sorted(names))}")
+    return content
+
+
+def _check(name: str, value: object, kind: type) -> None:
+    if type(value) is not kind:
+        raise ValueError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")

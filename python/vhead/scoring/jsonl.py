@@ -3,64 +3,101 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from vhead.errors import FieldError
+from vhead.errors import FieldError, RecordError, VheadError
+from vhead.scoring.part import Sink
 from vhead.scoring.rollout import Rollout, shown
-from vhead.scoring.rows import Row, check_reserved, digest_of, rollout_of
-from vhead.scoring.scores import PER_TOKEN, Score, Scores
+from vhead.scoring.rows import Row, chained, check_reserved, rollout_of
+from vhead.scoring.scores import PER_TOKEN, TOKEN_COLUMNS, Score, Scores
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A line is held in memory as a whole; no rollout is as long as this.
+LONGEST_LINE = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class JsonRow:
-    """One line; it is parsed when its rollout is asked for, so that a broken line harms no other."""
+    """One line; it is parsed when its rollout is asked for, so that a broken line harms no other.
+
+    Attributes:
+        line: Its bytes, or its beginning where it is longer than a line may be.
+        number: Its place among all lines.
+        count: Its place among those that are not blank.
+        position: Bytes of the file up to its end.
+        chain: The digest of all records up to this one.
+        reserved: Names of columns that it may not have.
+        replaces: Whether it loses these columns instead.
+    """
 
     line: bytes
     number: int
+    count: int
     position: int
+    chain: bytes
     reserved: tuple[str, ...] = ()
+    replaces: bool = False
 
     @property
     def where(self) -> str:
         """The record's place in the file."""
         return f"line {self.number}"
 
+    @property
+    def digest(self) -> str:
+        """A short text that stands for all records up to this one."""
+        return self.chain.hex()
+
     def rollout(self) -> Rollout:
         """What is to be scored; `RecordError` when the line is not a JSON object that holds a rollout."""
-        record = self.columns()
-        check_reserved(record, self.reserved, self.where)
+        record = self._parsed()
+        if not self.replaces:
+            check_reserved(record, self.reserved, self.where)
         return rollout_of(record, self.where)
 
     def json_object(self) -> str:
         """The line as it came: numbers, key order and unknown fields survive to the byte."""
-        return self.line.decode().strip()
+        # Between two members it is white space, and to many readers the end of a line.
+        text = self.line.decode().strip().replace("\r", " ")
+        if not self.replaces or self._parsed().keys().isdisjoint(self.reserved):
+            return text
+        try:
+            return _without(text, self.reserved)
+        except RecursionError:
+            raise self._too_deep() from None
 
     def columns(self) -> dict[str, Any]:
         """The parsed line.
 
         Raises:
-            FieldError: The line is not UTF-8 or not a JSON object.
+            FieldError: The line is not UTF-8 or not a JSON object, or holds a number that no float is near.
         """
+        record = self._parsed(exact=True)
+        return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
+
+    def _parsed(self, *, exact: bool = False) -> dict[str, Any]:
+        if len(self.line) >= LONGEST_LINE:
+            expected = f"a line of less than {LONGEST_LINE:,} bytes"
+            raise FieldError(self.where, "text", expected=expected, got="a longer one")
         try:
-            record = json.loads(self.line.decode())
+            record = json.loads(self.line.decode(), parse_float=_within_range if exact else None)
         except UnicodeDecodeError as error:
             raise FieldError(
                 self.where, "text", expected="UTF-8", got=f"{error.reason} at byte {error.start}"
             ) from None
+        except _OutOfRangeError as error:
+            expected = "numbers within the range of 64-bit floats, as Parquet has no others"
+            raise FieldError(self.where, "text", expected=expected, got=shown(error.args[0])) from None
         except ValueError as error:
             raise FieldError(self.where, "text", expected="a JSON object", got=self._broken(error)) from None
         except RecursionError:
-            raise FieldError(self.where, "text", expected="a JSON object", got="one nested too deeply") from None
+            raise self._too_deep() from None
         if not isinstance(record, dict):
             raise FieldError(self.where, "text", expected="a JSON object", got=shown(record))
         return record
 
-    def digest(self) -> str:
-        """A short text that two different records do not have in common."""
-        return digest_of(self.line.strip())
+    def _too_deep(self) -> FieldError:
+        return FieldError(self.where, "text", expected="a JSON object", got="one nested too deeply")
 
     def _broken(self, error: ValueError) -> str:
         if not self.line.endswith(b"\n"):
@@ -79,20 +116,40 @@ class JsonlReader:
         stream: Opened for reading bytes; closed by `close`.
         size: Bytes in all, where that is known.
         reserved: Names of columns that the scores will take, so that no record may have them.
+        replaces: Whether records lose such columns instead.
+
+    Attributes:
+        schema: None: what columns there are is known when the last record is read.
     """
 
-    def __init__(self, stream: BinaryIO, size: int | None = None, reserved: tuple[str, ...] = ()) -> None:
+    schema = None
+
+    def __init__(
+        self, stream: BinaryIO, size: int | None = None, reserved: tuple[str, ...] = (), *, replaces: bool = False
+    ) -> None:
         self._stream = stream
         self.size = size
         self._reserved = reserved
+        self._replaces = replaces
 
     def __iter__(self) -> Iterator[Row]:
-        position = 0
-        for number, line in enumerate(self._stream, start=1):
-            position += len(line)
+        position = count = 0
+        chain = b""
+        for number, (line, length) in enumerate(self._lines(), start=1):
+            position += length
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if text.strip():
-                yield JsonRow(text, number, position, self._reserved)
+            if content := text.strip():
+                count, chain = count + 1, chained(chain, content)
+                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces)
+
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        """Each line and its length; of one that is too long, the beginning."""
+        while line := self._stream.readline(LONGEST_LINE):
+            length, end = len(line), line
+            while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
+                end = self._stream.readline(LONGEST_LINE)
+                length += len(end)
+            yield line, length
 
     def close(self) -> None:
         """Closes the stream."""
@@ -103,32 +160,89 @@ class JsonlWriter:
     """Writes each record as it came with the scores behind it, one line per record.
 
     Floats are written with nine significant digits, which is enough to read the same float32 back.
+
+    Args:
+        stream: What is appended to.
+        suffix: Stands behind the names of the scores' columns.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: Sink, suffix: str = "") -> None:
         self._stream = stream
+        self._suffix = suffix
 
-    def write(self, rows: Sequence[Row], scores: Scores) -> None:
+    def held(self, rows: Sequence[Row], *, skips: bool) -> tuple[list[str], dict[int, RecordError]]:
+        """The rows as JSON, and by its place in `rows` what is wrong with each that JSON cannot hold.
+
+        Args:
+            rows: The records.
+            skips: Whether to go on behind the first that it cannot hold.
+        """
+        objects: list[str] = []
+        errors: dict[int, RecordError] = {}
+        for place, row in enumerate(rows):
+            try:
+                objects.append(row.json_object())
+            except RecordError as error:
+                errors[place] = error
+                if not skips:
+                    break
+        return objects, errors
+
+    def append(self, objects: Sequence[str], scores: Scores) -> None:
         """Appends one line per record and hands them to the operating system."""
-        columns = scores.columns
-        for row, score in zip(rows, scores, strict=True):
-            record = row.json_object()
-            self._stream.write(f"{record[:-1].rstrip()}, {_members(score, columns)}}}\n".encode())
+        columns = {name: f"{name}{self._suffix}" for name in scores.columns}
+        lines = [
+            f"{record[:-1].rstrip()}, {_members(score, columns)}}}\n"
+            for record, score in zip(objects, scores, strict=True)
+        ]
+        self._stream.write("".join(lines).encode())
         self._stream.flush()
 
-    def publish(self, grown: Path, path: Path) -> None:
-        """The lines are complete as they are."""
-        grown.replace(path)
+
+class _OutOfRangeError(VheadError, ValueError):
+    """A number that a float can only call infinite."""
 
 
-def _members(score: Score, names: tuple[str, ...]) -> str:
+def _within_range(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise _OutOfRangeError(digits)
+    return number
+
+
+def _without(text: str, names: tuple[str, ...]) -> str:
+    """A JSON object without some of its members, the others as they came."""
+    decoder, kept = json.JSONDecoder(), []
+    start = _next(text, 1)
+    while text[start] != "}":
+        name, end = decoder.raw_decode(text, start)
+        _, end = decoder.raw_decode(text, _next(text, _next(text, end) + 1))
+        if name not in names:
+            kept.append(text[start:end])
+        start = _next(text, end)
+        start = _next(text, start + 1) if text[start] == "," else start
+    return f"{{{', '.join(kept)}}}"
+
+
+def _next(text: str, start: int) -> int:
+    """The first place from `start` on that is not white space."""
+    while text[start] in " \t\r\n":
+        start += 1
+    return start
+
+
+def _members(score: Score, names: dict[str, str]) -> str:
     """The scores as members of a JSON object."""
-    return ", ".join(f'"{name}": {_number_or_list(getattr(score, name), name)}' for name in names)
+    return ", ".join(
+        f"{json.dumps(column)}: {_number_or_list(getattr(score, name), name)}" for name, column in names.items()
+    )
 
 
 def _number_or_list(value: Any, name: str) -> str:  # noqa: ANN401, one of two array-like types by name
     if isinstance(value, bool):
         return "true" if value else "false"
+    if name in TOKEN_COLUMNS:
+        return json.dumps(value.tolist())
     if name not in PER_TOKEN:
         return f"{value:.9g}"
     return f"[{('%.9g, ' * len(value) % tuple(value.tolist()))[:-2]}]"

@@ -1,10 +1,11 @@
 """Scoring rollouts: values, log-probabilities, entropies and rewards from one backbone pass."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Generic, Self, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -17,29 +18,21 @@ from vhead.scoring.engine import Engine, Work
 from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.plan import ATTENTIONS, Attention, ScorerPlan
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.rollout import Rollout
-from vhead.scoring.scores import Score, Scores, check_fields
+from vhead.scoring.rollout import Rollout, named
+from vhead.scoring.scores import DEFAULT_RETURNS, TOKENS, Score, Scores, check_returns, computed_fields
 from vhead.scoring.truncation import LengthLimit, Truncation
-from vhead.scoring.window import Results, windows
+from vhead.scoring.window import Results, Sourced, windows
 
-DEFAULT_RETURNS = ("values", "logprobs", "reward")
+logger = logging.getLogger("vhead")
 
 _CPU_TOKEN_BUDGET = 2048
 _DEVICE_TOKEN_BUDGET = 16384
 # A window is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
 # finishes one in seconds.
 _BATCHES_PER_WINDOW = 8
-_REMEMBERED_IDS = 65536
 
 ErrorHandler = Callable[[RecordError], None]
 BatchHandler = Callable[[int, int, int], None]
-Naming = Callable[[int, Rollout], str]
-
-
-def default_name(index: int, rollout: Rollout) -> str:
-    """What errors call a rollout: its position in the input, and its id where it has one."""
-    name = getattr(rollout, "id", None)
-    return f"record {index}" if name is None else f"record {index} (id {name!r})"
 
 
 class ScorerOptions(TypedDict, total=False):
@@ -53,6 +46,8 @@ class ScorerOptions(TypedDict, total=False):
     attention: Attention | None
     truncation: Truncation | None
     max_length: int | None
+    separate_tokens: bool
+    append_eos: bool
 
 
 class Scorer:
@@ -80,6 +75,10 @@ class Scorer:
             tokens, a beginning-of-sequence token among them, `"completion"` the completion's last ones, None neither:
             it cannot be scored. The scores then say which rollouts were truncated.
         max_length: Tokens of prompt and completion that a rollout may have; None: as many as the model takes.
+        separate_tokens: Whether text is tokenised in two parts; False: prompt and completion are tokenised as one text,
+            and a token across the border between them is the completion's.
+        append_eos: Whether a completion of plain text that does not end in the tokenizer's end-of-sequence token is
+            followed by it; the reward is then read there.
 
     Attributes:
         model: As given.
@@ -88,7 +87,7 @@ class Scorer:
     Raises:
         HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder, takes fewer tokens than `max_length`, or cannot take the asked-for
-            attention.
+            attention; or `append_eos` is asked for, and the tokenizer has no end-of-sequence token.
         ValueError: The budget, the window or the number of threads is below 1, `max_length` is below 2, `truncation` or
             `attention` is none of these, or `attention` is given with `batch_invariant`, which packs nothing.
     """
@@ -106,30 +105,81 @@ class Scorer:
         attention: Attention | None = None,
         truncation: Truncation | None = None,
         max_length: int | None = None,
+        separate_tokens: bool = False,
+        append_eos: bool = False,
     ) -> None:
-        numbers = {"token_budget": token_budget, "window_tokens": window_tokens, "num_threads": num_threads}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
-        if attention is not None and (batch_invariant or attention not in ATTENTIONS):
-            expected = "None with batch_invariant" if batch_invariant else f"one of {', '.join(ATTENTIONS)}"
-            raise ValueError(f"attention: expected {expected}, got {attention!r}")
+        _check(token_budget, window_tokens, attention, batch_invariant=batch_invariant)
+        # What a copy in another process is made from.
+        self._arguments = {
+            "tokenizer": tokenizer,
+            "token_budget": token_budget,
+            "window_tokens": window_tokens,
+            "num_threads": num_threads,
+            "conventions": conventions,
+            "batch_invariant": batch_invariant,
+            "attention": attention,
+            "truncation": truncation,
+            "max_length": max_length,
+            "separate_tokens": separate_tokens,
+            "append_eos": append_eos,
+        }
         self.model = model
         self._conventions = conventions or Conventions()
         self._engine = Engine(
             model, num_threads, self._conventions, batch_invariant=batch_invariant, attention=attention
         )
         limit = LengthLimit.of(self._engine.context_length, max_length, truncation)
-        self._encoder = Encoder(tokenizer, self._engine.vocabulary_size, limit)
+        self._encoder = Encoder(
+            tokenizer,
+            self._engine.vocabulary_size,
+            limit,
+            separate_tokens=separate_tokens,
+            append_eos=append_eos,
+        )
         self._truncates = truncation is not None
         is_cpu = self._engine.device.type == "cpu"
         self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
         self._window_tokens = window_tokens or self.token_budget * _BATCHES_PER_WINDOW
+        self._has_said_what_is_left_out = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy in another process tries anew what the model can take there."""
+        return _made_again, (type(self), self.model, self._arguments)
+
+    def __repr__(self) -> str:
+        what = f"{self.plan.architecture} on {self._engine.device}, {self.plan.strategy}"
+        return f"{type(self).__name__}({what}, token_budget={self.token_budget})"
 
     @property
     def plan(self) -> ScorerPlan:
         """How this model's rollouts are batched, which faster ways it cannot take, and why; to be printed."""
         return self._engine.plan
+
+    @property
+    def default_returns(self) -> tuple[str, ...]:
+        """What is given where no `returns` are named: values and rewards, and log-probabilities where a checkpoint can.
+
+        A checkpoint without a trained language-model head, such as a classifier's, gives none.
+        """
+        return tuple(name for name in DEFAULT_RETURNS if name != "logprobs" or not self._engine.untrained_output)
+
+    def checked_returns(self, returns: Sequence[str] | None) -> tuple[str, ...]:
+        """What is given for these `returns`, in the order of the columns; None: `default_returns`, said once.
+
+        Raises:
+            VheadError: The model's checkpoint lacked what a field of `returns` needs.
+            ValueError: A name is unknown, or there is none.
+        """
+        if returns is not None:
+            checked = check_returns(returns)
+            self._engine.check(checked)
+            return checked
+        default = self.default_returns
+        if default != DEFAULT_RETURNS and not self._has_said_what_is_left_out:
+            self._has_said_what_is_left_out = True
+            missing = ", ".join(self._engine.untrained_output)
+            logger.warning("the checkpoint holds no %s: the scores are %s", missing, ", ".join(default))
+        return default
 
     @classmethod
     def from_pretrained(
@@ -180,7 +230,7 @@ class Scorer:
     def score(
         self,
         rollouts: Iterable[Rollout],
-        returns: Sequence[str] = DEFAULT_RETURNS,
+        returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
         progress: bool = False,
@@ -189,7 +239,7 @@ class Scorer:
 
         Args:
             rollouts: In any order of length; the scores come in the same order.
-            returns: Some of values, logprobs, entropy, reward.
+            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
             progress: Whether to show progress on standard error when that is a terminal.
 
@@ -202,16 +252,16 @@ class Scorer:
             ValueError: `returns` or `temperature` is out of range.
         """
         rollouts = list(rollouts)
-        fields = check_fields(returns)
-        parts = [self._results([], fields).before_first_error()]
+        returns = self.checked_returns(returns)
+        parts = [self.nothing(returns)]
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
-            parts += self.windows(rollouts, fields, temperature, remembered_ids=None, on_batch=display.advance)
+            parts += self.windows(rollouts, returns, temperature, on_batch=display.advance)
         return Scores.concat(parts)
 
     def stream(
         self,
         rollouts: Iterable[Rollout],
-        returns: Sequence[str] = DEFAULT_RETURNS,
+        returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
         on_error: ErrorHandler | None = None,
@@ -228,30 +278,25 @@ class Scorer:
 
     def windows(
         self,
-        rollouts: Iterable[Rollout | RecordError],
-        returns: Sequence[str] = DEFAULT_RETURNS,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
-        name_of: Naming = default_name,
-        remembered_ids: int | None = _REMEMBERED_IDS,
     ) -> Iterator[Scores]:
         """Scores rollouts as they come, a window of them at a time.
 
         While the model computes one window, the next ones are read, tokenised and batched in a thread.
 
         Args:
-            rollouts: Iterated in a thread of its own, no further than two windows ahead of the one that is computed. An
-                error among them stands for a record that holds no rollout.
-            returns: Some of values, logprobs, entropy, reward.
+            rollouts: Iterated in a thread of its own, no further than two windows ahead of the one that is computed.
+            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
-            on_error: Told of each rollout that cannot be scored, which is then left out; None: the first one is raised,
-                after everything before it has been given.
+            on_error: Told of each rollout that cannot be scored, as soon as that is known and maybe in the thread that
+                reads, which is then left out; None: the first one is raised, after everything before it has been given.
             on_batch: Told of each batch that is computed: how many rollouts, how many tokens, prompts included, and how
                 many tokens went through the model for them.
-            name_of: What errors call a rollout.
-            remembered_ids: How many of the last ids are compared with each new one, None for all.
 
         Yields:
             The scores of consecutive rollouts, in input order.
@@ -261,62 +306,88 @@ class Scorer:
             VheadError: The model's checkpoint lacked what a field of `returns` needs.
             ValueError: `returns` or `temperature` is out of range.
         """
-        fields = check_fields(returns)
-        self._engine.check(fields)
+        given = (_Given(index, rollout) for index, rollout in enumerate(rollouts))
+        for window in self.scored(given, returns, temperature, on_error=on_error, on_batch=on_batch):
+            if len(window.scores):
+                yield window.scores
+
+    def scored(
+        self,
+        sources: Iterable[Sourced],
+        returns: Sequence[str] | None,
+        temperature: float,
+        *,
+        on_error: ErrorHandler | None = None,
+        on_batch: BatchHandler | None = None,
+        ids: IdRegistry | None = None,
+    ) -> Iterator["ScoredWindow[Sourced]"]:
+        """Scores what comes from somewhere, a window at a time, and says what each of the scores is of.
+
+        The arguments are those of `windows`, with two more.
+
+        Args:
+            sources: Each gives its rollout when it is asked, in the thread that reads.
+            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
+            temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            on_error: Told of each rollout that cannot be scored.
+            on_batch: Told of each batch that is computed.
+            ids: Refuses an id that it knows; None: ids need not differ.
+        """
+        returns = self.checked_returns(returns)
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        prepared = self._prepared(rollouts, fields, name_of, IdRegistry(remembered_ids), skips=on_error is not None)
-        with Ahead(prepared) as ready:
+        with Ahead(self._prepared(sources, returns, on_error, ids)) as ready:
             for window in ready:
-                results = self._score(window, fields, temperature, on_batch)
-                yield from _report(results, window.errors, on_error)
+                yield from _report(window, self._score(window, returns, temperature, on_batch), on_error)
                 if window.failure is not None:
                     raise window.failure
 
+    def nothing(self, returns: Sequence[str]) -> Scores:
+        """The scores of no rollouts."""
+        return self._results([], check_returns(returns)).scores
+
     def _prepared(
         self,
-        rollouts: Iterable[Rollout | RecordError],
-        fields: Sequence[str],
-        name_of: Naming,
-        ids: IdRegistry,
-        *,
-        skips: bool,
-    ) -> Iterator["_Window"]:
+        sources: Iterable[Sourced],
+        returns: Sequence[str],
+        on_error: ErrorHandler | None,
+        ids: IdRegistry | None,
+    ) -> Iterator["_Window[Sourced]"]:
         """Windows with all that can be done before the model is needed."""
-        errors: list[RecordError] = []
-        encoded = self._encoded(rollouts, errors if skips else None, name_of, ids)
+        fields = computed_fields(returns)
+        encoded = self._encoded(sources, on_error, ids, with_spans=TOKENS in returns)
         for window, failure in windows(encoded, self._window_tokens):
-            left_out, errors[:] = list(errors), []
-            yield _Window(window, self._engine.work(window, self.token_budget, fields), left_out, failure)
-        if errors:
-            yield _Window([], [], errors, None)
+            rollouts = [rollout for _, rollout in window]
+            work = self._engine.work(rollouts, self.token_budget, fields) if fields else []
+            yield _Window([source for source, _ in window], rollouts, work, failure)
 
     def _encoded(
         self,
-        rollouts: Iterable[Rollout | RecordError],
-        errors: list[RecordError] | None,
-        name_of: Naming,
-        ids: IdRegistry,
-    ) -> Iterator[Encoded]:
-        """The rollouts that can be scored; the others' errors are collected, or the first one is raised."""
-        for index, rollout in enumerate(rollouts):
+        sources: Iterable[Sourced],
+        on_error: ErrorHandler | None,
+        ids: IdRegistry | None,
+        *,
+        with_spans: bool,
+    ) -> Iterator[tuple[Sourced, Encoded]]:
+        """The rollouts that can be scored; the others' errors are told, or the first one is raised."""
+        for index, source in enumerate(sources):
             try:
-                if isinstance(rollout, RecordError):
-                    raise rollout
-                name = name_of(index, rollout)
-                encoded = self._encoder.encode(index, rollout, name)
-                ids.add(encoded.id, name)
+                rollout = source.rollout()
+                name = named(source.where, getattr(rollout, "id", None))
+                if ids is not None:
+                    ids.add(rollout.id, name)
+                encoded = self._encoder.encode(index, rollout, name, with_spans=with_spans)
             except RecordError as error:
-                if errors is None:
+                if on_error is None:
                     raise
-                errors.append(error)
+                on_error(error)
             else:
-                yield encoded
+                yield source, encoded
 
     def _score(
-        self, window: "_Window", fields: Sequence[str], temperature: float, on_batch: BatchHandler | None
+        self, window: "_Window[Any]", returns: Sequence[str], temperature: float, on_batch: BatchHandler | None
     ) -> Results:
-        results = self._results(window.rollouts, fields)
+        results, fields = self._results(window.rollouts, returns), computed_fields(returns)
         for work in window.work:
             batch = work.batch
             results.put(batch.places, self._engine.score(window.rollouts, work, fields, temperature))
@@ -325,8 +396,28 @@ class Scorer:
         self._engine.forget()
         return results
 
-    def _results(self, rollouts: Sequence[Encoded], fields: Sequence[str]) -> Results:
-        return Results(rollouts, fields, self._conventions, truncates=self._truncates)
+    def _results(self, rollouts: Sequence[Encoded], returns: Sequence[str]) -> Results:
+        return Results(rollouts, returns, self._conventions, truncates=self._truncates)
+
+
+def _made_again(cls: type[Scorer], model: nn.Module, arguments: dict[str, Any]) -> Scorer:
+    return cls(model, **arguments)
+
+
+def _check(
+    token_budget: int | None,
+    window_tokens: int | None,
+    attention: Attention | None,
+    *,
+    batch_invariant: bool,
+) -> None:
+    numbers = {"token_budget": token_budget, "window_tokens": window_tokens}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if attention is not None and (batch_invariant or attention not in ATTENTIONS):
+        expected = "None with batch_invariant" if batch_invariant else f"one of {', '.join(ATTENTIONS)}"
+        raise ValueError(f"attention: expected {expected}, got {attention!r}")
 
 
 def _normalising(conventions: Conventions | None, critic: Critic, source: str | Path) -> Conventions:
@@ -341,31 +432,63 @@ def _normalising(conventions: Conventions | None, critic: Critic, source: str | 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Window:
+class _Given:
+    """A rollout that is there already."""
+
+    index: int
+    given: Rollout
+
+    @property
+    def where(self) -> str:
+        return f"record {self.index}"
+
+    def rollout(self) -> Rollout:
+        return self.given
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window(Generic[Sourced]):
     """Consecutive rollouts, ready for the model.
 
     Attributes:
+        sources: Where they come from.
         rollouts: In input order.
         work: Their batches.
-        errors: Of rollouts among them that are left out.
         failure: What ended the input after them.
     """
 
+    sources: list[Sourced]
     rollouts: list[Encoded]
     work: list[Work]
-    errors: list[RecordError]
     failure: Exception | None
 
 
-def _report(results: Results, left_out: Sequence[RecordError], on_error: ErrorHandler | None) -> Iterator[Scores]:
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredWindow(Generic[Sourced]):
+    """Consecutive rollouts that have been scored.
+
+    Attributes:
+        sources: Where they come from.
+        scores: Their scores, in the same order.
+        last: Where the last one comes from that is done with them, whether or not it could be scored.
+    """
+
+    sources: list[Sourced]
+    scores: Scores
+    last: Sourced
+
+
+def _report(
+    window: _Window[Sourced], results: Results, on_error: ErrorHandler | None
+) -> Iterator[ScoredWindow[Sourced]]:
     """The good scores; the errors between them go to `on_error`, or the first one ends it."""
-    if on_error is not None:
-        for error in [*left_out, *results.errors]:
-            on_error(error)
-        yield from results.good()
-        return
-    scores = results.before_first_error()
-    if len(scores):
-        yield scores
-    for error in results.errors:
-        raise error
+    errors, scores, sources = results.errors, results.scores, window.sources
+    for place in sorted(errors):
+        if on_error is None:
+            if place:
+                yield ScoredWindow(sources[:place], scores[:place], sources[place - 1])
+            raise errors[place]
+        on_error(errors[place])
+    if sources:
+        good = [source for place, source in enumerate(sources) if place not in errors]
+        yield ScoredWindow(good, scores.without(errors), sources[-1])
