@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
 
-.PHONY: demo test test-newest lock build lint rust-format rust-lint python-format python-lint python-types stubs \
+.PHONY: demo test test-newest attack lock build lint rust-format rust-lint python-format python-lint python-types stubs \
 	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
 	compatibility format clean
 
@@ -96,6 +96,10 @@ test-newest: toolchain
 	$(COMPILE) pyproject.toml --all-extras --group build --output-file $@
 	@echo 'Releases that differ from the pinned ones, and packages of other systems:'
 	@cat requirements/test.txt $@ | sed -n 's/^\([^ ]*==[^ ]*\).*/  \1/p' | sort | uniq -u
+
+# The attackers in their long form, for hours: mutated heads, folders and records, kills, races, signals.
+attack: $(VENV)/.test $(VENV)/.built
+	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/attack
 
 # Moves every pin to today's newest release; what the demo and the build need has the same pins as the whole.
 lock: $(VENV)/.python

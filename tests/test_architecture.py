@@ -26,12 +26,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
 LAYERS = [
     {"errors", "_native"},
-    {"env", "padding", "trunk", "upstream"},
+    {"env", "padding", "pickle_nesting", "replacing", "trunk", "upstream"},
     {"tensor_files"},
     {"ops", "candle", "backbone", "checkpoint"},
+    {"config_bounds"},
     {"formats"},
     {"heads", "reference_model", "placement"},
-    {"outputs", "state", "surface", "adapters", "auto_classes", "config_bounds", "generation"},
+    {"outputs", "state", "surface", "adapters", "auto_classes", "generation"},
     {"loading", "saving"},
     {"modeling"},
     {"native", "compat"},
@@ -40,7 +41,7 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-NATIVE_IMPORTERS = {"ops", "candle"}
+NATIVE_IMPORTERS = {"ops", "candle", "env"}
 # Measures TRL's own head where somebody has installed a release that has one.
 TRL_IMPORTER = PACKAGE / "benchmark" / "trl_head.py"
 

@@ -31,6 +31,7 @@ DATA = {
 }
 # Attributes that other packages look for on our classes, or set on any module, so that their absence changes nothing.
 PROTOCOL = {
+    "_exit",  # os's
     "_hf_hook",  # accelerate's, on modules that it offloads
     "_keys_to_ignore_on_save",
     "_no_split_modules",

@@ -232,11 +232,15 @@ def _selects_hidden_states(source: nn.Module) -> bool:
     if hasattr(getattr(source, "config", None), "altup_num_inputs"):
         return False
     recorded = (getattr(source, "_can_record_outputs", None) or {}).get("hidden_states")
-    classes = recorded if isinstance(recorded, list) else [getattr(recorded, "target_class", recorded)]
-    layers = tuple(cls for cls in classes if isinstance(cls, type))
-    # The last one is found by counting layers, which goes wrong where others of these classes run as well.
+    classes = getattr(recorded, "target_class", recorded)
+    layers = tuple(
+        cls for cls in (classes if isinstance(classes, list | tuple) else [classes]) if isinstance(cls, type)
+    )
+    # The last one is found by counting layers, which goes wrong where others of these classes run as well, or where
+    # they run in a loop.
     count = sum(isinstance(module, layers) for module in source.modules())
-    return recorded is not None and count in (0, getattr(getattr(source, "config", None), "num_hidden_layers", None))
+    counted_by = getattr(recorded, "num_hidden_layers_key", "num_hidden_layers")
+    return recorded is not None and count in (0, getattr(getattr(source, "config", None), counted_by, None))
 
 
 def _position_ids(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -50,6 +50,10 @@ class RecordError(VheadError, ValueError):
         self.field = field
 
 
+class AllocationError(VheadError, MemoryError):
+    """There is no memory for what an argument's sizes ask for, such as a broadcast array that is to be written out."""
+
+
 class KernelPanicError(VheadError, RuntimeError):
     """A kernel failed inside: a defect of this package, never of the caller's arguments."""
 
@@ -98,6 +102,26 @@ class MissingExtraError(VheadError, ImportError):
         return MissingExtraError, (self.package, self.extra)
 
 
+class MissingFieldError(VheadError, AttributeError):
+    """A field of scores is read that was not asked for.
+
+    Attributes:
+        field: Which field.
+        present: The fields that there are.
+    """
+
+    def __init__(self, field: str, present: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{field}: expected one of the fields that were asked for ({', '.join(present)}), got another one; "
+            "`returns` names what is computed"
+        )
+        self.field = field
+        self.present = present
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MissingFieldError, (self.field, self.present)
+
+
 class HeadNotFoundError(HeadError):
     """A trained head is needed and there is none."""
 
@@ -124,6 +148,14 @@ class GenerationError(VheadError, ValueError):
 
 class ResumeError(VheadError, ValueError):
     """An unfinished output cannot be gone on with: its input or its settings are others now, or it is damaged."""
+
+
+class OutputError(VheadError, OSError):
+    """An output cannot be written under its name: something is there already, or another run writes it."""
+
+
+class OutputBusyError(OutputError):
+    """Another run writes this output."""
 
 
 class BenchmarkError(VheadError, ValueError):

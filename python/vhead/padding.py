@@ -20,7 +20,7 @@ _TOKENS = ("input_ids", "inputs_embeds")
 # Inputs with one entry for each token and more dimensions than two; those with two are told by their shape.
 _PER_TOKEN = ("inputs_embeds", "position_ids", "bbox", "image_attention_mask", "cross_attention_mask")
 # Inputs with two dimensions that are another part's, however many columns they have.
-_OTHERS = ("qformer_", "image_sizes", "image_grid_thw", "video_grid_thw")
+_OTHERS = ("labels", "qformer_", "image_sizes", "image_grid_thw", "video_grid_thw")
 
 
 class Padding(Enum):
@@ -103,9 +103,9 @@ def _put_back(states: Tensor, order: Tensor) -> Tensor:
 def _alone(states_of: Callable[[Inputs], Tensor], inputs: Inputs, mask: Tensor) -> Iterator[Tensor]:
     """The states `[T, H]` of each row, run by itself without its padding, where the states are zero."""
     for row, tokens in enumerate(mask):
-        kept = tokens.nonzero().flatten()
+        kept = (tokens if tokens.any() else ~tokens).nonzero().flatten()
         own = {
-            name: value[row : row + 1] if isinstance(value, Tensor) and len(value) == len(mask) else value
+            name: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1] else value
             for name, value in inputs.items()
         }
         states = states_of({**own, **_columns(inputs, "", mask, kept.new_full((1, len(kept)), row), kept[None])})[0]

@@ -1,4 +1,6 @@
+import os
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -33,6 +35,30 @@ def test_help_of_score_has_examples_and_every_option():
     names = "returns temperature dtype device token-budget num-threads allow-random-head truncate max-length limit"
     for name in (*names.split(), "on-error", "resume", "quiet"):
         assert f"--{name}" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["score"], ["convert"], ["bench"], ["demo"], ["env"]])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_is_cut_nowhere(command, columns):
+    done = RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": str(columns)})
+    assert "…" not in done.stdout
+    assert not re.search(r"fl *│?\n.*oat16|comple *│?\n.*tion", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= columns
+
+
+def test_help_says_what_an_option_is_by_default():
+    text = " ".join(re.sub(r"[│ ]+", " ", run("score", "--help").stdout).split())
+    assert "Tokens of a batch; default: 2048 on a CPU, 16384 elsewhere." in text
+    assert "default: values, logprobs and reward, without logprobs where the checkpoint has no" in text
+
+
+@pytest.mark.parametrize(("words", "expected"), [("vhead sc", "score"), ("vhead score --batch-i", "--batch-invariant")])
+def test_the_shell_completes_commands_and_options(vhead, words, expected):
+    environment = {**os.environ, "_VHEAD_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(words.count(" "))
+    program = "import sys; sys.argv = ['vhead']; from vhead.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("arguments", ["['--help']", "['score', '--help']", "['--version']"])
@@ -73,6 +99,8 @@ def broken(*_args):
 
 def test_env_says_what_a_release_of_another_package_cost(monkeypatch):
     monkeypatch.setattr(upstream, "NAMES", (*upstream.NAMES, upstream.Name("torch.gone", "a test")))
+    if not upstream.available("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("this release never packed by segments")
     monkeypatch.setattr(TreePacking, "batches", broken)
     facts = dict(re.split("  +", line, maxsplit=1) for line in run("env").stdout.splitlines())
     assert facts["upstream names missing"] == "torch.gone"

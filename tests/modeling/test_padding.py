@@ -87,6 +87,25 @@ def test_padded_rows_of_an_encoder_decoder_have_the_values_of_their_tokens_alone
         torch.testing.assert_close(values[row, kept], alone[0], rtol=1e-3, atol=1e-4)
 
 
+def test_labels_stay_where_they_are_when_the_encoder_s_tokens_move():
+    model = wrapped("t5", "AutoModelForSeq2SeqLM")
+    labels = tokens(7, seed=6)
+    values = seeded_values(model, input_ids=tokens(0), attention_mask=MASK, labels=labels)
+    for row, mask in enumerate(MASK.bool()):
+        alone = seeded_values(model, input_ids=tokens(0)[row, mask][None], labels=labels[row][None])
+        torch.testing.assert_close(values[row], alone[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "cpmant"])
+def test_a_row_of_padding_alone_leaves_the_others_as_they_are(model_type):
+    model, ids, mask = wrapped(model_type), tokens(0), MASK.clone()
+    mask[1] = 0
+    values, expected = (seeded_values(model, input_ids=ids, attention_mask=each) for each in (mask, MASK))
+    assert values.shape == expected.shape
+    others = mask.bool()
+    torch.testing.assert_close(values[others], expected[others], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "recurrent_gemma", "cpmant"])
 def test_the_same_holds_for_embeddings_and_for_given_positions(model_type):
     model, ids = wrapped(model_type), tokens(0)

@@ -1,4 +1,4 @@
-"""Runs the tests in a world of pinned releases: `python tools/versions/run.py oldest`.
+"""Runs the tests in a world of pinned releases: `.venv/bin/python tools/versions/run.py oldest`.
 
 A world is a file of pins beside this script. Its virtual environment is made once; then vhead's wheel is installed as a
 user installs it, which must not move a pin; then the tests run against the wheel, not against the checkout. A line of
