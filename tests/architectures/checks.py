@@ -24,10 +24,11 @@ from architectures.inputs import (
     words,
 )
 from architectures.tiny import build
-from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, backbone
-from vhead.backbone import Retention
-from vhead.padding import Padding
-from vhead.scoring.limits import context_length
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from vhead.backbone import hidden_states
+from vhead.backbone.hidden_states import Retention
+from vhead.backbone.padding import Padding
+from vhead.packing.limits import context_length
 
 HOLDS = "yes"
 # Models whose tiny form keeps a longer context are not run to its end.
@@ -156,7 +157,7 @@ def forward_value(subject: Subject) -> str:
     compiled = replace(plan, retention=plan.compiled_retention)
     if found != HOLDS or compiled.retention is Retention.CAPTURE:
         return found
-    _, states = seeded(lambda: backbone.run(subject.body, compiled, dict(subject.inputs)))
+    _, states = seeded(lambda: hidden_states.run(subject.body, compiled, dict(subject.inputs)))
     return same(states, subject.states) if subject.trl is None else HOLDS
 
 

@@ -10,7 +10,7 @@ import transformers
 
 from architectures.checks import ASPECTS, HOLDS, Subject, applies, subject
 from architectures.limits import LIMITS, left_out
-from vhead.backbone import Retention, Route
+from vhead.backbone.hidden_states import Retention, Route
 
 KNOWN_LIMIT = "no"
 DOES_NOT_APPLY = "n/a"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import vhead.tensor_files
+import vhead.checkpoints.tensor_files
 from attack.mutations import mutate_file
 from attack.scale import scaled
 from vhead.errors import VheadError
@@ -54,6 +54,6 @@ def test_some_mutations_leave_a_head(tmp_path):
 @pytest.mark.parametrize("name", ["trl_single", "trl_adapter", "nemo_archive"])
 def test_the_attack_finds_an_error_of_another_package(name, tmp_path, monkeypatch):
     """The control: without the gate around the readers of files, other packages' errors come through."""
-    monkeypatch.setattr(vhead.tensor_files, "_naming", lambda *_: nullcontext())
+    monkeypatch.setattr(vhead.checkpoints.tensor_files, "_naming", lambda *_: nullcontext())
     offences, _ = attack(GOLDEN / name, tmp_path / "x", 60)
     assert any(type(error).__module__ != "vhead.errors" for error in offences)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
-import vhead.loading
+import vhead.modeling.loading
 import vhead.scoring.loading
 import vhead.scoring.scorer
 from attack.mutations import mutate_file
@@ -67,7 +67,7 @@ def test_mutated_folders_end_in_errors_of_vhead_s_only(golden, tmp_path):
 @pytest.mark.parametrize("golden", ["llama"], indirect=True)
 def test_the_attack_finds_an_error_of_another_package(golden, tmp_path, monkeypatch):
     """The control: without the gate, other packages' errors come through."""
-    for module in (vhead.loading, vhead.scoring.loading, vhead.scoring.scorer):
+    for module in (vhead.modeling.loading, vhead.scoring.loading, vhead.scoring.scorer):
         monkeypatch.setattr(module, "loading", lambda _: nullcontext())
     offences, _ = attack(golden, tmp_path / "x", COUNT)
     assert offences

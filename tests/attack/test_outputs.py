@@ -21,8 +21,9 @@ from typer_runner import RUNNER
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
 from vhead.errors import VheadError
+from vhead.rollouts.files import open_reader
 from vhead.scoring import output as outputs
-from vhead.scoring.files import open_output, open_reader
+from vhead.scoring.output_files import open_output
 from vhead.scoring.part import GrowingFile
 
 sys.path.append(str(Path(__file__).parent.parent / "scoring"))
@@ -210,7 +211,7 @@ def wait_until_begun(process: subprocess.Popen, target: Path) -> None:
 RACER = """
 import sys, time
 from vhead.errors import VheadError
-from vhead.scoring.files import open_output
+from vhead.scoring.output_files import open_output
 sys.path.append({cases!r})
 from score_file_cases import lines_of, scores_of, write_in_windows
 

@@ -19,9 +19,10 @@ from attack.scale import scaled
 from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import RecordError, VheadError
-from vhead.scoring.files import open_output, open_reader
-from vhead.scoring.jsonl import JsonlReader
+from vhead.rollouts.files import open_reader
+from vhead.rollouts.jsonl import JsonlReader
 from vhead.scoring.output import Output
+from vhead.scoring.output_files import open_output
 from vhead.scoring.pipeline import score_file
 from vhead.scoring.progress import ScoringProgress
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from attack.scale import scaled
-from vhead import replacing
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints import replacing
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import VheadError
 from vhead.formats import HeadWeights, LinearWeights, convert, load, save
 

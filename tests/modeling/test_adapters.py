@@ -16,8 +16,8 @@ pytest.importorskip("peft")
 import peft
 from adapters_on_disk import ADAPTED, lora, peft_is_quiet, save_base
 
-import vhead.adapters
-import vhead.checkpoint
+import vhead.checkpoints.checkpoint
+import vhead.modeling.adapters
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 from vhead.errors import AdapterError, HeadError, HeadFileError, MissingPackageError
 from vhead.upstream import cache_of
@@ -282,7 +282,7 @@ def test_an_adapter_on_the_hub_is_looked_up_as_asked(base, tmp_path, monkeypatch
     model = wrapped(base)
     model.save_pretrained(tmp_path / "some" / "adapter" / "step-5")
     hub = Hub(tmp_path)
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", hub)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", hub)
     where = {"revision": "abc", "cache_dir": str(tmp_path / "cache"), "token": "t", "local_files_only": True}
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained("some/adapter", subfolder="step-5", **where)
     assert same_parameters(loaded, model)
@@ -315,7 +315,7 @@ def test_a_local_adapter_never_asks_the_hub(saved, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", refuse)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", refuse)
     model, folder = saved
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder.parent, subfolder="adapter")
     assert same_parameters(loaded, model)

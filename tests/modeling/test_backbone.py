@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from library_versions import HAS_FSMT, TRACES_WHOLE_MODELS, TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.backbone import BackbonePlan, Retention, Route, last_hidden_state, plan_for
+from vhead.backbone.hidden_states import BackbonePlan, Retention, Route, last_hidden_state, plan_for
+from vhead.backbone.padding import Padding
 from vhead.errors import VheadError
-from vhead.padding import Padding
 from vhead.upstream import CACHE
 
 ROUTES = dict.fromkeys(CAUSAL, Route.BASE_MODEL) | {

@@ -9,8 +9,8 @@ from tiny_models import build
 from torch import nn
 
 from vhead import AutoModelForCausalLMWithValueHead
-from vhead.checkpoint import Checkpoint
-from vhead.config_bounds import bounded_by, check_config
+from vhead.checkpoints.checkpoint import Checkpoint
+from vhead.checkpoints.config_bounds import bounded_by, check_config
 from vhead.errors import BodyMismatchError, LoadError, VheadError
 
 ABSURD = {

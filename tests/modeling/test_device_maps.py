@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 
 from library_versions import IS_BEFORE_4_57
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.placement import last_hidden_device, uses_several_accelerators
+from vhead.backbone.placement import last_hidden_device, uses_several_accelerators
 
 DISK = {"model": "disk", "lm_head": "cpu"}
 MIXED = {

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from library_versions import HAS_FSMT, TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import GenerationError
-from vhead.generation import ScoredGeneration
+from vhead.modeling.generation import ScoredGeneration
 
 EVERYTHING = {"output_values": True, "output_logprobs": True, "output_entropy": True}
 NEW_TOKENS = 6

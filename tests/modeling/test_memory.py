@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from library_versions import SELECTS_HIDDEN_STATES
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.backbone import Retention
+from vhead.backbone.hidden_states import Retention
 from vhead.upstream import cache_of
 
 LAYERS = {

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from architectures.tiny import build
 from library_versions import need_architecture
-from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, backbone
-from vhead.padding import Padding
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from vhead.backbone import hidden_states
+from vhead.backbone.padding import Padding
 
 # Row by row: padding on the left, on the right, on both sides, between tokens, and none.
 MASK = torch.tensor(
@@ -178,12 +179,12 @@ def test_a_batch_without_padding_before_a_token_goes_through_as_it_is(monkeypatc
 
 
 def test_the_plan_says_what_becomes_of_padding():
-    assert backbone.plan_for(build("recurrent_gemma")).padding is Padding.BEHIND
-    assert backbone.plan_for(build("reformer")).padding is Padding.LEFT_OUT
+    assert hidden_states.plan_for(build("recurrent_gemma")).padding is Padding.BEHIND
+    assert hidden_states.plan_for(build("reformer")).padding is Padding.LEFT_OUT
 
 
 def test_the_comparison_can_fail(monkeypatch):
     model, ids = wrapped("recurrent_gemma"), tokens(0)
-    monkeypatch.setattr(backbone.padding, "_tokens_first", lambda inputs, _prefix: (inputs, None))
+    monkeypatch.setattr(hidden_states.padding, "_tokens_first", lambda inputs, _prefix: (inputs, None))
     with pytest.raises(AssertionError):
         assert_rows_alone(model, ids, seeded_values(model, input_ids=ids, attention_mask=MASK))

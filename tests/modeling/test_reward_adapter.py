@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 import peft
 from adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 
-import vhead.checkpoint
+import vhead.checkpoints.checkpoint
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import AdapterError, HeadFileError, HeadMismatchError
 
@@ -283,7 +283,7 @@ def test_it_is_looked_up_on_the_hub_with_what_is_shared(base, reward, monkeypatc
             raise EntryNotFoundError(name)
         return str(reward[1] / name)
 
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", download)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", download)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         base, peft_config=lora(), reward_adapter="some/judge", revision="main", token=True, local_files_only=True
     )

@@ -18,7 +18,7 @@ from transformers import (
 from library_versions import DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import AdapterError, HeadError
-from vhead.modeling import ValueHeadOutput
+from vhead.modeling.wrapper import ValueHeadOutput
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ class Unnamed(torch.nn.Module):
 def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch, wrapper, name):
     usual = name in wrapper.lm_head_namings
     # How the last hidden state of such a body would be reached is another matter.
-    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    monkeypatch.setattr("vhead.modeling.wrapper.plan_for", lambda _body: None)
     for namings, accepted in ((wrapper.lm_head_namings, usual), ((name,), True), ((), True)):
         kind = type("Kind", (wrapper,), {"lm_head_namings": namings})
         if accepted:
@@ -234,7 +234,7 @@ def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch,
     ("method", "answer"), [("can_generate", True), ("get_output_embeddings", torch.nn.Linear(32, 97))]
 )
 def test_a_body_that_says_so_has_a_language_model_head_whatever_it_is_called(monkeypatch, method, answer):
-    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    monkeypatch.setattr("vhead.modeling.wrapper.plan_for", lambda _body: None)
     monkeypatch.setattr(Unnamed, method, lambda _self: answer)
     assert AutoModelForCausalLMWithValueHead(Unnamed("embed_tokens")).v_head.hidden_size == 32
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vhead.scoring.trees import Pack, pack_trees
+from vhead.packing.trees import Pack, pack_trees
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 

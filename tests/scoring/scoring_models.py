@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
-from vhead.scoring import caching, packing, strategies
+from vhead.packing import caching, packing, strategies
 
 VOCABULARY = 97
 CONTEXT = 64

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from vhead.scoring import attention_flash, attention_flex, attention_segments
-from vhead.scoring.attention_flash import FlashAttention, after_stretch
-from vhead.scoring.attention_flex import BLOCK, FlexAttention, block_mask, seen_blocks, whole_blocks
-from vhead.scoring.attention_segments import Piece, SegmentAttention, branches, groups, pieces
-from vhead.scoring.attention_visibility import Visibility, dense_mask
-from vhead.scoring.trees import Pack, Segment, pack_trees
+from vhead.packing.attention import flash as attention_flash
+from vhead.packing.attention import flex as attention_flex
+from vhead.packing.attention import segments as attention_segments
+from vhead.packing.attention.flash import FlashAttention, after_stretch
+from vhead.packing.attention.flex import BLOCK, FlexAttention, block_mask, seen_blocks, whole_blocks
+from vhead.packing.attention.segments import Piece, SegmentAttention, branches, groups, pieces
+from vhead.packing.attention.visibility import Visibility, dense_mask
+from vhead.packing.trees import Pack, Segment, pack_trees
 
 TOLERANCE = 1e-5
 SEEDS = st.integers(0, 2**32 - 1)

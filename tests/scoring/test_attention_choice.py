@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from vhead import Scorer, VheadError
-from vhead.backbone import plan_for
+from vhead.backbone.hidden_states import plan_for
 from vhead.scoring import (
     attention,
     attention_flash,

@@ -6,9 +6,8 @@ from tokenizers_for_tests import byte_level
 
 from vhead import Rollout
 from vhead.errors import FieldError
-from vhead.scoring.chat import ChatTemplate
-from vhead.scoring.encode import Encoder
-from vhead.scoring.truncation import LengthLimit
+from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.encoding import Encoder, LengthLimit
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

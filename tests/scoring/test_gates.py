@@ -6,7 +6,7 @@ from scoring_models import critic, trees, worst
 from torch import nn
 
 from vhead import Scorer
-from vhead.scoring import gates
+from vhead.packing import gates
 from vhead.scoring.scores import FIELDS
 
 

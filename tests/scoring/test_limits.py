@@ -11,7 +11,7 @@ from architectures.tiny import build
 from library_versions import need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import FieldError
-from vhead.scoring import limits
+from vhead.packing import limits
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4

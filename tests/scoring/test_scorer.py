@@ -10,7 +10,8 @@ from transformers import modeling_utils
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError
-from vhead.scoring import engine, logits, statistics, strategies
+from vhead.packing import strategies
+from vhead.scoring import engine, logits, statistics
 from vhead.scoring.scores import FIELDS
 from vhead.scoring.statistics import row_chunks, statistics_of_logits
 

@@ -11,8 +11,10 @@ from transformers import modeling_utils
 from architectures.tiny import build
 from library_versions import need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
-from vhead.backbone import plan_for
-from vhead.scoring import attention, attention_segments, packing, plan, self_check, strategies
+from vhead.backbone.hidden_states import plan_for
+from vhead.packing import packing, plan, self_check, strategies
+from vhead.packing.attention import interface as attention
+from vhead.packing.attention import segments as attention_segments
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4

@@ -12,8 +12,7 @@ from transformers import ByT5Tokenizer
 
 from vhead import Rollout, Scorer
 from vhead.errors import FieldError, VheadError
-from vhead.scoring.encode import Encoder
-from vhead.scoring.truncation import LengthLimit
+from vhead.rollouts.encoding import Encoder, LengthLimit
 
 MANY = 10**6
 BYTE_LEVEL, TRIMMING, SENTENCE_PIECE = byte_level(), byte_level(trim_offsets=True), sentence_piece()

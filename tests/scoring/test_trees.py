@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vhead.scoring.trees import pack_trees, shared_prefixes
+from vhead.packing.trees import pack_trees, shared_prefixes
 
 # Few different tokens and whole shared beginnings, so that sequences share, nest and repeat.
 BEGINNINGS = [list(range(10)), list(range(8)), list(range(10, 22)), []]

@@ -10,9 +10,10 @@ from scoring_models import CONTEXT, critic, reference, worst
 
 from vhead import Rollout, Scorer, Scores
 from vhead.errors import FieldError, VheadError
-from vhead.scoring.jsonl import JsonlReader, JsonlWriter
+from vhead.rollouts.encoding import LengthLimit
+from vhead.rollouts.jsonl import JsonlReader
+from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.truncation import LengthLimit
 
 TOLERANCE = 1e-4
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vhead.checkpoints.replacing import replacing_file
 from vhead.cli.failure import reported
 from vhead.cli.terminal import say
 from vhead.errors import VheadError
-from vhead.replacing import replacing_file
 
 if TYPE_CHECKING:
     from vhead.demo.judgement import Judged, Summary

@@ -14,7 +14,7 @@ from vhead.cli.terminal import escaped, say
 from vhead.errors import RecordError
 
 if TYPE_CHECKING:
-    from vhead.scoring.files import Reader
+    from vhead.rollouts.files import Reader
     from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
@@ -126,7 +126,8 @@ def score(
 
 
 def _run(request: option.ScoreRequest) -> None:
-    from vhead.scoring.files import open_output, open_reader  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import open_reader  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.output_files import open_output  # noqa: PLC0415, for a fast --help
     from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
 
     progress = ScoringProgress(shown=request.shows_progress)

@@ -212,7 +212,7 @@ class ScoreRequest:
         Raises:
             OSError: One of them cannot be read.
         """
-        from vhead.scoring.model_files import identity  # noqa: PLC0415, for a fast --help
+        from vhead.checkpoints.identity import identity  # noqa: PLC0415, for a fast --help
 
         return {
             "vhead": version("vhead"),
@@ -263,7 +263,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
 
 
 def _check_paths(source: str, output: str) -> None:
-    from vhead.scoring.files import format_of  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import format_of  # noqa: PLC0415, for a fast --help
 
     for name, hint in ((source, "INPUT"), (output, "--output")):
         try:

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from vhead.errors import BodyMismatchError, HeadError
 from vhead.formats.huggingface import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from vhead.formats.layout import Format, LinearNames
-from vhead.formats.weights import HeadWeights
+from vhead.head_weights import HeadWeights
 
 _LANGUAGE_MODELS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadFileError, HeadMismatchError
-from vhead.formats.weights import HeadWeights, LinearWeights
+from vhead.head_weights import HeadWeights, LinearWeights
 
 # What compilers and trainers wrap around any module leaves its name wherever such a module is.
 _PRIVATE_WRAPPERS = ("_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod")

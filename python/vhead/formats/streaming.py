@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vhead.checkpoints.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 from vhead.errors import HeadFileError
-from vhead.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 
 _ALIGNMENT = 8
 

@@ -10,18 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone import plan_for
+from vhead.backbone.hidden_states import plan_for
+from vhead.backbone.placement import to_device
 from vhead.env import MOST_THREADS
 from vhead.errors import HeadError, VheadError
-from vhead.scoring import limits
-from vhead.scoring.caching import PromptThenCompletion
+from vhead.packing import limits
+from vhead.packing.caching import PromptThenCompletion
+from vhead.packing.plan import Attention, ScorerPlan, find_ways
+from vhead.packing.strategies import Batch, Body, PaddedBatches, Strategy
+from vhead.rollouts.encoding import Encoded
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.encode import Encoded
 from vhead.scoring.logits import find_logits_rule
-from vhead.scoring.plan import Attention, ScorerPlan, find_ways
 from vhead.scoring.scores import PER_TOKEN
 from vhead.scoring.statistics import statistics_of_logits, token_statistics
-from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy, to_device
 
 Fields = dict[str, NDArray[np.float32]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vhead import upstream
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import BodyMismatchError, HeadNotFoundError, LoadError, VheadError, loading
 from vhead.formats import find_head
 
@@ -74,7 +74,7 @@ def _load(
 
 def _check_complete(model: Any, path: str | Path) -> None:  # noqa: ANN401, as above
     """Layers that the checkpoint lacks are drawn at random; a language-model head is only missed where it is used."""
-    from vhead.loading import trunk_names  # noqa: PLC0415, imports transformers
+    from vhead.modeling.loading import trunk_names  # noqa: PLC0415, imports transformers
 
     missing = sorted(trunk_names(model.pretrained_model, set(model.untrained)))
     if missing:

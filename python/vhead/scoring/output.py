@@ -25,10 +25,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
+from vhead.rollouts.rows import Row
 from vhead.scoring.journal import Journal, Published, Run
-from vhead.scoring.jsonl import JsonlWriter
+from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
-from vhead.scoring.rows import Row
 from vhead.scoring.scores import Scores
 
 # What a run that is killed has to compute again.

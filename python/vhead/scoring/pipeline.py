@@ -5,13 +5,13 @@ from contextlib import suppress
 from itertools import islice
 
 from vhead.errors import RecordError
-from vhead.scoring.encode import IdRegistry
-from vhead.scoring.files import Reader
+from vhead.rollouts.encoding import IdRegistry
+from vhead.rollouts.files import Reader
+from vhead.rollouts.rollout import named
+from vhead.rollouts.rows import Row
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.rollout import named
-from vhead.scoring.rows import Row
 from vhead.scoring.scorer import ErrorHandler, Scorer
 
 

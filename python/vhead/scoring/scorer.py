@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from vhead.errors import HeadError, RecordError, loading
+from vhead.packing.plan import ATTENTIONS, Attention, ScorerPlan
+from vhead.rollouts.encoding import Encoded, Encoder, IdRegistry, LengthLimit, Truncation
+from vhead.rollouts.rollout import Rollout, named
 from vhead.scoring.ahead import Ahead
+from vhead.scoring.chunks import Results, Sourced, windows
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.encode import Encoded, Encoder, IdRegistry
 from vhead.scoring.engine import Engine, Work
 from vhead.scoring.loading import Critic, load_critic
-from vhead.scoring.plan import ATTENTIONS, Attention, ScorerPlan
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.rollout import Rollout, named
 from vhead.scoring.scores import DEFAULT_RETURNS, TOKENS, Score, Scores, check_returns, computed_fields
-from vhead.scoring.truncation import LengthLimit, Truncation
-from vhead.scoring.window import Results, Sourced, windows
 
 logger = logging.getLogger("vhead")
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
+from vhead.rollouts.rollout import Id
 from vhead.scoring.notebook import table
-from vhead.scoring.rollout import Id
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vhead import ops
+from vhead.backbone.placement import to_device
 from vhead.scoring.logits import LogitsRule
-from vhead.scoring.strategies import to_device
 
 _LOGITS_BYTES = 32 * 1024 * 1024
 _FLOAT32_BYTES = 4
