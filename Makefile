@@ -130,7 +130,7 @@ bench: $(VENV)/.test $(VENV)/.built
 
 # What docs/compatibility.md says, found by running every model type of the installed transformers: about three minutes.
 compatibility: $(VENV)/.test $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python tools/compatibility_table.py --fresh
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.compatibility_table --fresh
 
 format: $(VENV)/.test
 	cargo fmt --all

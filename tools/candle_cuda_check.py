@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "cuda"))
 
-from emulation import driver  # noqa: E402, after the path
+from tests.cuda.emulation import driver  # noqa: E402, after the path
 
 WORKSPACE = ROOT / "tests" / "candle_cuda"
 TARGET = ROOT / "target" / "candle-cuda"

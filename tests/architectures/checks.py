@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architectures.inputs import (
+from tests.architectures.inputs import (
     REQUIRED,
     Inputs,
     is_encoder_decoder,
@@ -23,7 +23,7 @@ from architectures.inputs import (
     text_inputs,
     words,
 )
-from architectures.tiny import build
+from tests.architectures.tiny import build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone import hidden_states
 from vhead.backbone.hidden_states import Retention

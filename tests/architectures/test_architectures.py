@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from architectures.limits import LEFT_OUT, LEFT_OUT_OF_CLASS, LIMITS, left_out
-from architectures.report import Row, examine
-from architectures.table import documented_rows, documented_versions, line_of, render
-from architectures.tiny import model_types
+from tests.architectures.limits import LEFT_OUT, LEFT_OUT_OF_CLASS, LIMITS, left_out
+from tests.architectures.report import Row, examine
+from tests.architectures.table import documented_rows, documented_versions, line_of, render
+from tests.architectures.tiny import model_types
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.backbone import hidden_states
 from vhead.backbone.padding import Padding

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import vhead.checkpoints.tensor_files
-from attack.mutations import mutate_file
-from attack.scale import scaled
+from tests.attack.mutations import mutate_file
+from tests.attack.scale import scaled
 from vhead.errors import VheadError
 from vhead.formats import detect, find_head, load
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 import vhead.modeling.loading
 import vhead.scoring.loading
 import vhead.scoring.scorer
-from attack.mutations import mutate_file
-from attack.scale import scaled
+from tests.attack.mutations import mutate_file
+from tests.attack.scale import scaled
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import VheadError
 

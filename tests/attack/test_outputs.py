@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attack.killing import killed_at
-from attack.scale import scaled
-from typer_runner import RUNNER
+from tests.attack.killing import killed_at
+from tests.attack.scale import scaled
+from tests.scoring.score_file_cases import content, scores_of
+from tests.typer_runner import RUNNER
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
 from vhead.errors import VheadError
@@ -25,9 +26,6 @@ from vhead.rollouts.files import open_reader
 from vhead.scoring import output as outputs
 from vhead.scoring.output_files import open_output
 from vhead.scoring.part import GrowingFile
-
-sys.path.append(str(Path(__file__).parent.parent / "scoring"))
-from score_file_cases import content, scores_of
 
 # A field whose type widens on the way, three records to a window.
 WINDOW = 3
@@ -212,8 +210,7 @@ RACER = """
 import sys, time
 from vhead.errors import VheadError
 from vhead.scoring.output_files import open_output
-sys.path.append({cases!r})
-from score_file_cases import lines_of, scores_of, write_in_windows
+from tests.scoring.score_file_cases import lines_of, scores_of, write_in_windows
 
 rows = lines_of(*({{"tag": {tag!r}, "n": n}} for n in range(50)))
 while time.time() < {start}:
@@ -231,10 +228,10 @@ except VheadError as error:
 def race(target: Path) -> list[tuple[int, str]]:
     """Two writers at once: how each ended, and what it said."""
     start = time.time() + 3
-    cases = str(Path(__file__).parent.parent / "scoring")
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER.format(target=str(target), tag=tag, start=start, cases=cases)],
+            [sys.executable, "-c", RACER.format(target=str(target), tag=tag, start=start)],
+            cwd=Path(__file__).parent.parent.parent,
             stderr=subprocess.PIPE,
             text=True,
         )

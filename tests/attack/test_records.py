@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attack.scale import scaled
+from tests.attack.scale import scaled
 from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import RecordError, VheadError
@@ -183,9 +183,7 @@ def test_wrong_numbers_can_be_noticed(tmp_path, scorer):
 
 
 MEASURED = """
-import sys
-sys.path.insert(0, {tests!r})
-from attack import test_records as attack
+from tests.attack import test_records as attack
 
 scorer = attack.Scorer.from_pretrained(attack.demo_model_path(), device="cpu")
 attack.growth(scorer, 1000)
@@ -235,8 +233,9 @@ def growth(scorer: Scorer, count: int, *, kept: bool = False) -> int:
 
 def test_broken_lines_take_no_memory():
     """And errors that were kept, the control, would be noticed."""
-    code = MEASURED.format(tests=str(Path(__file__).parent.parent), count=scaled(30_000, 1_000_000), control=100_000)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = MEASURED.format(count=scaled(30_000, 1_000_000), control=100_000)
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told, kept = map(int, done.stdout.split())
     assert told < 2**26 < kept

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attack.scale import scaled
+from tests.attack.scale import scaled
 from vhead.checkpoints import replacing
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import VheadError

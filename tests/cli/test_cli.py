@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead import cli, upstream
 from vhead.cli.app import app
 from vhead.packing.packing import TreePacking

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig, AutoModelForTokenClassification, ByT5Tokenizer, modeling_utils
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead import Rollout, Scorer
 from vhead.cli.app import app
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fake_trl
 import pytest
-from fake_trl import World, forget_trl, trl_modules
 
+from tests.compat import fake_trl
+from tests.compat.fake_trl import World, forget_trl, trl_modules
 from vhead.compat.trl import uninstall
 
 

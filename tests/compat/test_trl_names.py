@@ -8,12 +8,12 @@ import sys
 import threading
 import warnings
 
-import fake_trl
 import pytest
-from fake_trl import NAMED, World, imported, load_everything
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import vhead
+from tests.compat import fake_trl
+from tests.compat.fake_trl import NAMED, World, imported, load_everything
 from vhead.compat.trl import install, status
 from vhead.compat.trl.names import NAMES
 

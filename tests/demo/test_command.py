@@ -13,7 +13,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead.cli.demo import demo
 from vhead.cli.demo_table import FEW_STYLES, PAPER, TITLE, coloured, fitting, marked, shade, show
 from vhead.demo.judgement import Judged

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN, TOKENS, WITH_BODY, layers, location
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from typer_runner import RUNNER
+from tests.formats.golden import EXPECTED, GOLDEN, TOKENS, WITH_BODY, layers, location
+from tests.typer_runner import RUNNER
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.checkpoints import replacing
 from vhead.checkpoints.tensor_files import TensorInfo

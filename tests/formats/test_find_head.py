@@ -9,11 +9,11 @@ import zipfile
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from tests.formats.golden import EXPECTED, GOLDEN
 from vhead.errors import HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, find_head
 

@@ -9,13 +9,13 @@ import zipfile
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN, layers, location
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from test_find_head import Bomb, header
 
 import vhead.checkpoints.tensor_files
+from tests.formats.golden import EXPECTED, GOLDEN, layers, location
+from tests.formats.test_find_head import Bomb, header
 from vhead.checkpoints.checkpoint import regular_file
 from vhead.errors import EnvironmentVariableError, HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import BIAS_KEY, FORMATS, WEIGHT_KEY, detect, find_head, load

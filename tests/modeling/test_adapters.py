@@ -4,20 +4,20 @@ import copy
 import json
 import logging
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("peft")
 
 import peft
-from adapters_on_disk import ADAPTED, lora, peft_is_quiet, save_base
 
 import vhead.checkpoints.checkpoint
 import vhead.modeling.adapters
+from tests.modeling.adapters_on_disk import ADAPTED, lora, peft_is_quiet, save_base
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 from vhead.errors import AdapterError, HeadError, HeadFileError, MissingPackageError
 from vhead.upstream import cache_of
@@ -446,7 +446,7 @@ def test_an_adapter_of_another_task_is_refused():
 
 
 def build_settings():
-    from tiny_models import COMMON
+    from tests.modeling.tiny_models import COMMON
 
     return COMMON
 
@@ -512,12 +512,10 @@ def test_without_peft_an_adapter_says_what_to_install(saved, monkeypatch):
 
 
 def test_without_peft_everything_else_works(fresh_python, tmp_path):
-    folder = Path(__file__).parent
     code = f"""
 import sys
 sys.modules["peft"] = None
-sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]
-from tiny_models import batch, build
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 for architecture, wrapper in (("llama", AutoModelForCausalLMWithValueHead), ("t5", AutoModelForSeq2SeqLMWithValueHead)):
     build(architecture).save_pretrained({str(tmp_path)!r} + architecture)

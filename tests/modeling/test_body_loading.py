@@ -10,12 +10,12 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from test_checkpoints import same_state
-from tiny_models import COMMON, batch, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 import vhead.checkpoints.checkpoint
-from library_versions import TRANSFORMERS
+from tests.library_versions import TRANSFORMERS
+from tests.modeling.test_checkpoints import same_state
+from tests.modeling.tiny_models import COMMON, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, Scorer, ValueHead, formats
 from vhead.errors import BodyMismatchError, HeadError, HeadMismatchError, HeadNotFoundError, LoadError
 from vhead.formats import HeadWeights, LinearWeights
@@ -280,7 +280,7 @@ def test_a_loaded_head_of_another_kind_keeps_dropout_and_mode(tmp_path):
 
 def test_an_adapters_head_of_two_layers_is_not_taken_for_trls(tmp_path):
     pytest.importorskip("peft")
-    from adapters_on_disk import lora, peft_is_quiet, save_base
+    from tests.modeling.adapters_on_disk import lora, peft_is_quiet, save_base
 
     with peft_is_quiet():
         base = save_base(tmp_path / "base")

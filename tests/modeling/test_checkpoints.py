@@ -9,14 +9,14 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
 import vhead.checkpoints.checkpoint
 import vhead.checkpoints.tensor_files
 import vhead.modeling.loading
-from library_versions import CHECKPOINT_DTYPE, DTYPE, READS_PICKLES
+from tests.library_versions import CHECKPOINT_DTYPE, DTYPE, READS_PICKLES
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.errors import HeadError, HeadMismatchError
 

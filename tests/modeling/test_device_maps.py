@@ -7,14 +7,15 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("accelerate")
 
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 
-from library_versions import IS_BEFORE_4_57
+from tests.library_versions import IS_BEFORE_4_57
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone.placement import last_hidden_device, uses_several_accelerators
 

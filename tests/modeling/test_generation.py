@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import batch, build
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from library_versions import HAS_FSMT, TRANSFORMERS
+from tests.library_versions import HAS_FSMT, TRANSFORMERS
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import GenerationError
 from vhead.modeling.generation import ScoredGeneration

@@ -3,24 +3,20 @@
 import copy
 import json
 import pickle
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from library_versions import CHECKPOINT_DTYPE, DTYPE
+from tests.library_versions import CHECKPOINT_DTYPE, DTYPE
+from tests.modeling.tiny_models import SEQ2SEQ, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, Rollout, Scorer
 from vhead.errors import BodyMismatchError, HeadError, HeadNotFoundError
 from vhead.heads import ValueHead
 from vhead.pretrained import ValueHeadConfig, ValueHeadModel
 from vhead.upstream import CACHE
-
-sys.path.append(str(Path(__file__).parent.parent / "modeling"))
-from tiny_models import SEQ2SEQ, batch, build
 
 TIED = {"tie_word_embeddings": True}
 

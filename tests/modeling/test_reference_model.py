@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from tiny_models import batch, build
 
 import vhead.modeling.reference_model
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 from vhead.errors import ReferenceModelError
 

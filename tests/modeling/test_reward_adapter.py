@@ -5,14 +5,15 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("peft")
 
 import peft
-from adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 
 import vhead.checkpoints.checkpoint
+from tests.modeling.adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import AdapterError, HeadFileError, HeadMismatchError
 

@@ -5,7 +5,6 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import batch, build
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -15,7 +14,8 @@ from transformers import (
     EncoderDecoderConfig,
 )
 
-from library_versions import DTYPE
+from tests.library_versions import DTYPE
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import AdapterError, HeadError
 from vhead.modeling.wrapper import ValueHeadOutput

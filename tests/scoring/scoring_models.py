@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from library_versions import DTYPE, need_architecture
+from tests.library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
 from vhead.packing import caching, packing, strategies
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scoring_models import critic, reference, trees
 
+from tests.scoring.scoring_models import critic, reference, trees
 from vhead import Rollout, Scorer
 from vhead.errors import HeadError, VheadError
 from vhead.scoring import Conventions

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scoring_models import critic
 
+from tests.scoring.scoring_models import critic
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import BodyMismatchError, FieldError, HeadError, HeadNotFoundError, LoadError, VheadError
 from vhead.rollouts.encoding import Encoder, LengthLimit

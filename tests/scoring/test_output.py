@@ -11,8 +11,19 @@ import sys
 from contextlib import suppress
 
 import pytest
-from score_file_cases import GOOD, Stopped, begun, content, lines_of, put, read, scores_of, stop_after, write_in_windows
 
+from tests.scoring.score_file_cases import (
+    GOOD,
+    Stopped,
+    begun,
+    content,
+    lines_of,
+    put,
+    read,
+    scores_of,
+    stop_after,
+    write_in_windows,
+)
 from vhead.errors import FieldError, OutputBusyError, OutputError, ResumeError
 from vhead.scoring.output_files import open_output
 

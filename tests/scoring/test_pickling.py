@@ -4,9 +4,9 @@ import pickle
 
 import numpy as np
 import pytest
-from scoring_models import critic, trees
-from tokenizers_for_tests import VOCABULARY, byte_level
 
+from tests.rollouts.tokenizers_for_tests import VOCABULARY, byte_level
+from tests.scoring.scoring_models import critic, trees
 from vhead import Rollout, Scorer
 from vhead.scoring import Conventions
 from vhead.scoring.scores import FIELDS

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from score_file_cases import GOOD, begun, content, put, read, scores_of
 
+from tests.scoring.score_file_cases import GOOD, begun, content, put, read, scores_of
 from vhead import Scores
 from vhead.errors import FieldError, FileFormatError, MissingExtraError
 from vhead.rollouts import jsonl

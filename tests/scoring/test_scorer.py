@@ -4,9 +4,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 from transformers import modeling_utils
 
+from tests.scoring.scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from scoring_models import CONTEXT, critic, reference, worst
 
+from tests.scoring.scoring_models import CONTEXT, critic, reference, worst
 from vhead import Rollout, Scorer, Scores
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.encoding import LengthLimit

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_task import PROMPTS, AsciiReward, language_model, tokenizer
 
+from tests.trainers.toy_task import PROMPTS, AsciiReward, language_model, tokenizer
 from vhead import AutoModelForCausalLMWithValueHead
 
 pytestmark = [

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scoring_models import largest_difference
 
-from architectures.tiny import build
-from library_versions import need_architecture
+from tests.architectures.tiny import build
+from tests.library_versions import need_architecture
+from tests.scoring.scoring_models import largest_difference
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.scoring.scores import FIELDS
 

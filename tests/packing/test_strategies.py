@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scoring_models import VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 from transformers import modeling_utils
 
-from architectures.tiny import build
-from library_versions import need_architecture
+from tests.architectures.tiny import build
+from tests.library_versions import need_architecture
+from tests.scoring.scoring_models import VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.backbone.hidden_states import plan_for
 from vhead.packing import packing, plan, self_check, strategies

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from scoring_models import critic, trees, worst
 from torch import nn
 
+from tests.scoring.scoring_models import critic, trees, worst
 from vhead import Scorer
 from vhead.packing import gates
 from vhead.scoring.scores import FIELDS

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from packaging.version import Version
-from tiny_models import batch, build
 from transformers.utils import hub
 
-from library_versions import TRANSFORMERS
+from tests.library_versions import TRANSFORMERS
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 HEAD_KEYS = {"v_head.summary.weight", "v_head.summary.bias"}
@@ -81,7 +81,7 @@ def test_an_encoder_decoder(uploads):
 
 def test_the_head_is_uploaded_with_an_adapter(uploads, tmp_path):
     pytest.importorskip("peft")
-    from adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
+    from tests.modeling.adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 
     with peft_is_quiet():
         base = save_base(tmp_path / "base")

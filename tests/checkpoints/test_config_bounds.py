@@ -5,9 +5,9 @@ import threading
 
 import pytest
 import torch
-from tiny_models import build
 from torch import nn
 
+from tests.modeling.tiny_models import build
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.checkpoints.config_bounds import bounded_by, check_config

@@ -4,23 +4,18 @@ import sys
 
 import pytest
 import torch
-from attention_cases import flash_attn_varlen_func, install_flash
-from scoring_models import by_way, critic, rollouts, trees, worst
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoModelForCausalLM, modeling_utils
 
+from tests.packing.attention_cases import flash_attn_varlen_func, install_flash
+from tests.scoring.scoring_models import by_way, critic, rollouts, trees, worst
 from vhead import Scorer, VheadError
 from vhead.backbone.hidden_states import plan_for
-from vhead.scoring import (
-    attention,
-    attention_flash,
-    attention_segments,
-    attention_visibility,
-    engine,
-    packing,
-    plan,
-    strategies,
-)
+from vhead.packing import packing, plan, strategies
+from vhead.packing.attention import flash as flash_attention
+from vhead.packing.attention import interface, visibility
+from vhead.packing.attention import segments as segment_attention
+from vhead.scoring import engine
 from vhead.scoring.logits import LogitsRule
 from vhead.scoring.scores import FIELDS
 
@@ -90,7 +85,7 @@ def test_in_half_precision_no_way_is_worse_than_padding(attention):
 
 def test_terms_that_are_not_known_are_refused():
     with pytest.raises(NotImplementedError, match="its attention has further terms: s_aux"):
-        attention._forward(None, None, None, None, s_aux=torch.zeros(4))
+        interface._forward(None, None, None, None, s_aux=torch.zeros(4))
 
 
 class TestLeaks:
@@ -103,24 +98,24 @@ class TestLeaks:
 
     @pytest.mark.parametrize("attention", ["flex", "mask"])
     def test_a_row_that_is_seen_by_one_more(self, models, attention, monkeypatch):
-        of = attention_visibility.Visibility.of
+        of = visibility.Visibility.of
 
         def leaky(segments):
             visibility = of(segments)
             visibility.ends[segments[0].stop - 1] += 1
             return visibility
 
-        monkeypatch.setattr(attention_visibility.Visibility, "of", leaky)
+        monkeypatch.setattr(visibility.Visibility, "of", leaky)
         self.refused(models["llama"], attention)
 
     def test_a_key_too_many_in_a_segment(self, models, monkeypatch):
-        pieces = attention_segments.pieces
+        pieces = segment_attention.pieces
 
         def leaky(segments, window):
             for piece in pieces(segments, window):
                 own = piece.keys[-1]
                 more = (max(own[0] - 1, 0), own[1])
-                yield attention_segments.Piece(
+                yield segment_attention.Piece(
                     piece.start,
                     piece.stop,
                     (*piece.keys[:-1], more),
@@ -128,22 +123,22 @@ class TestLeaks:
                     piece.key_count + more[1] - own[1] + own[0] - more[0],
                 )
 
-        monkeypatch.setattr(attention_segments, "pieces", leaky)
+        monkeypatch.setattr(segment_attention, "pieces", leaky)
         self.refused(models["llama"], "segments")
 
     def test_a_stretch_that_is_one_too_long(self, models, monkeypatch):
-        after = attention_flash.after_stretch
+        after = flash_attention.after_stretch
         monkeypatch.setattr(
-            attention_flash,
+            flash_attention,
             "after_stretch",
             lambda segments, depth: [(queries, (start, stop + 1)) for queries, (start, stop) in after(segments, depth)],
         )
         self.refused(models["llama"], "flash")
 
     def test_a_window_that_is_one_too_long_keeps_long_rollouts_out(self, models, monkeypatch):
-        attend = attention_segments.SegmentAttention.__call__
+        attend = segment_attention.SegmentAttention.__call__
         monkeypatch.setattr(
-            attention_segments.SegmentAttention,
+            segment_attention.SegmentAttention,
             "__call__",
             lambda self, *states, window, **options: attend(self, *states, window=window + 1, **options),
         )
@@ -235,7 +230,7 @@ class TestOnCuda:
     @pytest.mark.parametrize("way", ["TreePacking", "MaskedTreePacking"])
     def test_a_batch_goes_through_without_waiting(self, models, way, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        attention.register()
+        interface.register()
         scorer = Scorer(models["llama"])
         encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(trees())]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

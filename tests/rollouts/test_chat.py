@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from tokenizers_for_tests import byte_level
 
+from tests.rollouts.tokenizers_for_tests import byte_level
 from vhead import Rollout
 from vhead.errors import FieldError
 from vhead.rollouts.chat import ChatTemplate

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scoring_models import CONTEXT, critic, largest_difference
 
-from architectures.tiny import build
-from library_versions import need_architecture
+from tests.architectures.tiny import build
+from tests.library_versions import need_architecture
+from tests.scoring.scoring_models import CONTEXT, critic, largest_difference
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import FieldError
 from vhead.packing import limits

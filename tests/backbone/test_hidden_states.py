@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from packaging.version import Version
-from tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from library_versions import HAS_FSMT, TRACES_WHOLE_MODELS, TRANSFORMERS
+from tests.library_versions import HAS_FSMT, TRACES_WHOLE_MODELS, TRANSFORMERS
+from tests.modeling.tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone.hidden_states import BackbonePlan, Retention, Route, last_hidden_state, plan_for
 from vhead.backbone.padding import Padding

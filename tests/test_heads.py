@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, batch, build
 from torch import nn
 from transformers import LlamaConfig
 
+from tests.modeling.tiny_models import COMMON, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, ValueHead, formats
 from vhead.errors import HeadError, HeadMismatchError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights

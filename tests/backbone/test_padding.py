@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import build as build_plain
 from torch import Tensor
 
-from architectures.tiny import build
-from library_versions import need_architecture
+from tests.architectures.tiny import build
+from tests.library_versions import need_architecture
+from tests.modeling.tiny_models import build as build_plain
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.backbone import hidden_states
 from vhead.backbone.padding import Padding

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scoring_models import critic
-from tokenizers_for_tests import ENDS, VOCABULARY, Pairs, byte_level, sentence_piece
 from transformers import ByT5Tokenizer
 
+from tests.rollouts.tokenizers_for_tests import ENDS, VOCABULARY, Pairs, byte_level, sentence_piece
+from tests.scoring.scoring_models import critic
 from vhead import Rollout, Scorer
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.encoding import Encoder, LengthLimit

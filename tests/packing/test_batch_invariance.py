@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scoring_models import critic, rollouts, trees, worst
 
+from tests.scoring.scoring_models import critic, rollouts, trees, worst
 from vhead import Rollout, Scorer
 from vhead.scoring.scores import FIELDS
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from attention_cases import SIZE, install_flash, one_at_a_time, random_pack, random_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from tests.packing.attention_cases import SIZE, install_flash, one_at_a_time, random_pack, random_states
 from vhead.packing.attention import flash as attention_flash
 from vhead.packing.attention import flex as attention_flex
 from vhead.packing.attention import segments as attention_segments
