@@ -243,7 +243,7 @@ def test_a_reference_model_is_a_copy_with_its_adapter(base):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_to_the_same_parameters(base):
-    from test_modes import enable_checkpointing
+    from tests.modeling.test_modes import enable_checkpointing
 
     model = wrapped(base, summary_dropout_prob=0.0).train()
     gradients = []

@@ -307,7 +307,7 @@ def test_weights_are_drawn_again_where_a_strategy_is_named(model):
 
 def test_a_peft_model_as_object_trains_head_and_adapter():
     peft = pytest.importorskip("peft")
-    from test_backbone import with_adapter
+    from tests.backbone.test_hidden_states import with_adapter
 
     body = with_adapter(peft, peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body)
