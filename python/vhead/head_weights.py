@@ -67,20 +67,3 @@ class HeadWeights:
     def num_outputs(self) -> int:
         """Numbers per hidden state: K, 1 for a critic."""
         return self.layers[-1].weight.shape[0]
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What `detect` found, from names and shapes alone.
-
-    Attributes:
-        format: The format's name.
-        reason: Why it is that one, in one sentence.
-        tensors: The names of the head's tensors, sorted.
-        body_prefix: What stands before the language model's own names: "" or for instance "pretrained_model.".
-    """
-
-    format: str
-    reason: str
-    tensors: tuple[str, ...]
-    body_prefix: str

@@ -9,12 +9,12 @@ format is one more entry of `FORMATS`, and a module of this package that says ho
 """
 
 from vhead.formats.conversion import Conversion, convert
-from vhead.formats.layout import Format
+from vhead.formats.layout import Detection, Format
 from vhead.formats.megatron import VERL_MEGATRON as _VERL_MEGATRON
 from vhead.formats.registry import FORMATS, detect, find_head, load
 from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
 from vhead.formats.writing import save, save_beside_adapter
-from vhead.head_weights import Detection, HeadWeights, LinearWeights
+from vhead.head_weights import HeadWeights, LinearWeights
 
 # The format whose head lies where transformers expects a language model's output layer.
 VERL_MEGATRON = _VERL_MEGATRON.name

@@ -19,12 +19,12 @@ from vhead.errors import HeadError, HeadFileError, HeadMismatchError, loading
 from vhead.formats.adapter_conversion import write_adapter
 from vhead.formats.architecture import Architecture
 from vhead.formats.carrying import carried, copy_files, keep_others
-from vhead.formats.layout import Format, Sighting, read
+from vhead.formats.layout import Detection, Format, Sighting, read
 from vhead.formats.registry import body_names, body_prefix, chosen, detection_of, format_named, load, same_weights
 from vhead.formats.streaming import Entry, write_safetensors
 from vhead.formats.trl import TRL, VHEAD
 from vhead.formats.writing import head_tensors, is_head_file, save
-from vhead.head_weights import Detection, HeadWeights
+from vhead.head_weights import HeadWeights
 
 # What formats keep about their heads in a configuration; a head of another format has none of it.
 _HEAD_SETTINGS = (

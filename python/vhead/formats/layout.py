@@ -48,6 +48,23 @@ _FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 
 @dataclass(frozen=True)
+class Detection:
+    """What `detect` found, from names and shapes alone.
+
+    Attributes:
+        format: The format's name.
+        reason: Why it is that one, in one sentence.
+        tensors: The names of the head's tensors, sorted.
+        body_prefix: What stands before the language model's own names: "" or for instance "pretrained_model.".
+    """
+
+    format: str
+    reason: str
+    tensors: tuple[str, ...]
+    body_prefix: str
+
+
+@dataclass(frozen=True)
 class LinearNames:
     """The names of one projection's tensors.
 

@@ -10,11 +10,11 @@ import torch
 from vhead.checkpoints.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
 from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
-from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Format, Sighting, check_fits, mismatch, read
+from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Detection, Format, Sighting, check_fits, mismatch, read
 from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
 from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
 from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
-from vhead.head_weights import Detection, HeadWeights
+from vhead.head_weights import HeadWeights
 
 # Where two formats claim the same tensors, the first one in this order has them: those that a configuration tells apart
 # stand before those that names alone do.
