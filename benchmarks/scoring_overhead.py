@@ -90,7 +90,7 @@ class ModelOnly:
 
 def to_arrow(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[pa.Table]:
     """Streamed, each window as an Arrow table."""
-    return [window.to_arrow() for window in scorer.windows(rollouts, FIELDS)]
+    return [window.to_arrow() for window in scorer.chunks(rollouts, FIELDS)]
 
 
 def streamed(scorer: Scorer, rollouts: Sequence[Rollout]) -> int:

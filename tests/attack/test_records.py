@@ -45,7 +45,7 @@ SPLICES = [
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
     # In single precision, as a half one's last bits depend on the batch.
-    return Scorer.from_pretrained(demo_model_path(), dtype="float32", device="cpu", token_budget=256, window_tokens=512)
+    return Scorer.from_pretrained(demo_model_path(), dtype="float32", device="cpu", token_budget=256, chunk_tokens=512)
 
 
 def scored(scorer: Scorer, source: Path, target: Path) -> tuple[list[RecordError], Exception | None]:

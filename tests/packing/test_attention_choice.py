@@ -11,6 +11,7 @@ from tests.packing.attention_cases import flash_attn_varlen_func, install_flash
 from tests.scoring.scoring_models import by_way, critic, rollouts, trees, worst
 from vhead import Scorer, VheadError
 from vhead.backbone.hidden_states import plan_for
+from vhead.backbone.placement import to_device
 from vhead.packing import packing, plan, strategies
 from vhead.packing.attention import flash as flash_attention
 from vhead.packing.attention import interface, visibility
@@ -18,6 +19,7 @@ from vhead.packing.attention import segments as segment_attention
 from vhead.scoring import engine
 from vhead.scoring.logits import LogitsRule
 from vhead.scoring.scores import FIELDS
+from vhead.scoring.statistics import token_statistics
 
 TOLERANCE = 1e-5
 # Grouped heads, a sliding window of 12, soft-capped scores with a window in every other layer.
@@ -240,12 +242,18 @@ class TestOnCuda:
             body = strategies.Body(model, plan_for(model))
             strategy = packing.TreePacking(body) if way == "TreePacking" else packing.MaskedTreePacking(body, None)
             own = object.__new__(engine.Engine)
-            own._head, own._rule = head, LogitsRule(model.lm_head)
+            own._head = head
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
             states = strategy.states(batch)
             read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None)
             computed = own._head_outputs(states, read, FIELDS)
-            computed |= own._statistics(states, None, read, FIELDS, temperature=1.0)
+            computed |= token_statistics(
+                states[to_device(read.predicting, states.device)],
+                LogitsRule(model.lm_head),
+                read.targets,
+                temperature=1.0,
+                entropy=True,
+            )
             assert {(tensor.device.type, tensor.shape) for tensor in computed.values()} == {
                 ("cuda", (sum(read.counts),)),
                 ("cuda", (len(encoded),)),

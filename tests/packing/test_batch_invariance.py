@@ -59,7 +59,7 @@ def test_without_it_the_company_shows(model, records):
 
 
 def test_the_stream_s_windows_do_not_show(model, records):
-    small = Scorer(model, batch_invariant=True, token_budget=20, window_tokens=70)
+    small = Scorer(model, batch_invariant=True, token_budget=20, chunk_tokens=70)
     large = Scorer(model, batch_invariant=True)
     for one, other in zip(small.stream(records, FIELDS), large.stream(records, FIELDS), strict=True):
         assert bits(one) == bits(other)
@@ -82,7 +82,7 @@ def test_a_prompt_counts_once_among_the_computed_tokens(model):
     records = [Rollout([5] * 20, [7, index]) for index in range(8, 13)]
     counted = []
     scorer = Scorer(model, batch_invariant=True)
-    list(scorer.windows(records, ["values"], on_batch=lambda *counts: counted.append(counts)))
+    list(scorer.chunks(records, ["values"], on_batch=lambda *counts: counted.append(counts)))
     assert counted == [(1, 22, 22), *[(1, 22, 2)] * 4]
 
 

@@ -13,8 +13,7 @@ from tests.scoring.scoring_models import VOCABULARY, WAYS, by_way, critic, large
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.backbone.hidden_states import plan_for
 from vhead.packing import packing, plan, self_check, strategies
-from vhead.packing.attention import interface as attention
-from vhead.packing.attention import segments as attention_segments
+from vhead.packing.attention import interface, segments
 from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4
@@ -93,11 +92,15 @@ def test_rollouts_of_one_prompt_are_found_across_the_window(models):
     assert computed == len(prefixes) < sum(map(len, encoded)) / 2
 
 
+def mixed_up(states):
+    """What a way would give that mixes sequences up."""
+    return lambda self, batch: states(self, dataclasses.replace(batch, content=self.spoilt(batch.content)))
+
+
 @pytest.mark.parametrize(("architecture", "way"), [pair for pair in EACH if pair[1] in PACKED])
 def test_the_comparison_sees_rollouts_that_see_each_other(models, architecture, way, monkeypatch):
     scorer = by_way(Scorer(models[architecture]), way)
-    states = WAYS[way].states
-    monkeypatch.setattr(WAYS[way], "states", lambda self, batch: states(self, self_check._spoilt(batch)))
+    monkeypatch.setattr(WAYS[way], "states", mixed_up(WAYS[way].states))
     assert worst(models[architecture], trees(), scorer.score(trees(), FIELDS)) > 100 * TOLERANCE
 
 
@@ -121,11 +124,10 @@ class TestSelfCheck:
 
     @needs_interface
     def test_a_way_that_is_wrong_is_not_used(self, models, monkeypatch):
-        right = packing.TreePacking.states
-        monkeypatch.setattr(packing.TreePacking, "states", lambda self, batch: right(self, self_check._spoilt(batch)))
+        monkeypatch.setattr(packing.TreePacking, "states", mixed_up(packing.TreePacking.states))
         ways = self.ways(models["llama"])
         assert isinstance(ways.usual, packing.MaskedTreePacking)
-        assert "of the largest state" in ways.rejected["tree packing"]
+        assert "of the largest state" in ways.plan.rejected["tree packing"]
 
     def test_wrong_padding_is_noticed(self, models, monkeypatch):
         right = strategies.PaddedBatches.states
@@ -137,7 +139,7 @@ class TestSelfCheck:
         monkeypatch.setattr(strategies.PaddedBatches, "states", shifted)
         ways = self.ways(models["mamba"])
         assert isinstance(ways.usual, strategies.OneByOne)
-        assert "length-sorted batches" in ways.rejected
+        assert "length-sorted batches" in ways.plan.rejected
 
     @needs_interface
     def test_a_check_that_cannot_fail_is_not_trusted(self, models):
@@ -147,17 +149,17 @@ class TestSelfCheck:
                 layer.self_attn.o_proj.weight.zero_()
         ways = self.ways(model)
         assert isinstance(ways.usual, strategies.PaddedBatches)
-        assert ways.rejected["tree packing"] == "a wrong result would not be noticed"
+        assert ways.plan.rejected["tree packing"] == "a wrong result would not be noticed"
 
     @needs_interface
     def test_what_a_model_raises_is_the_reason(self, models, monkeypatch):
         def fail():
             raise ImportError("no attention interface")
 
-        monkeypatch.setattr(attention, "register", fail)
+        monkeypatch.setattr(interface, "register", fail)
         ways = self.ways(models["llama"])
         assert isinstance(ways.usual, packing.MaskedTreePacking)
-        assert ways.rejected["tree packing"] == "ImportError: no attention interface"
+        assert ways.plan.rejected["tree packing"] == "ImportError: no attention interface"
 
     def test_probes_keep_clear_of_special_tokens(self, models):
         sequences = self_check.probes(models["llama"].pretrained_model, None)
@@ -201,9 +203,9 @@ class TestLimits:
     def test_the_comparison_sees_a_window_that_is_ignored(self, monkeypatch):
         model = critic("mistral", sliding_window=24)
         scorer = Scorer(model)
-        attend = attention_segments.SegmentAttention.__call__
+        attend = segments.SegmentAttention.__call__
         monkeypatch.setattr(
-            attention_segments.SegmentAttention,
+            segments.SegmentAttention,
             "__call__",
             lambda self, *states, **options: attend(self, *states, **options | {"window": None}),
         )
@@ -255,14 +257,14 @@ class TestState:
         def fail(*_args, **_kwargs):
             raise ValueError("broken")
 
-        monkeypatch.setattr(attention_segments.SegmentAttention, "__call__", fail)
+        monkeypatch.setattr(segments.SegmentAttention, "__call__", fail)
         with pytest.raises(ValueError, match="broken"):
             scorer.score(trees())
         assert models["llama"].config._attn_implementation == before
-        assert attention._active.attend is None
+        assert interface._active.attend is None
 
     def test_queries_in_several_blocks(self, models, monkeypatch):
-        monkeypatch.setattr(attention_segments, "_QUERY_BLOCK", 3)
+        monkeypatch.setattr(segments, "_QUERY_BLOCK", 3)
         for architecture in ("llama", "gemma2"):
             scorer = Scorer(models[architecture])
             assert scorer.plan.strategy.startswith("tree packing")

@@ -99,7 +99,8 @@ def by_way(scorer: Scorer, name: str) -> Scorer:
     engine = scorer._engine
     body = engine._body
     arguments = (body, CONTEXT) if name == "MaskedTreePacking" else (body,)
-    engine._ways = dataclasses.replace(engine._ways, usual=WAYS[name](*arguments), longest_usual=None)
+    plan = dataclasses.replace(engine._ways.plan, longest_shared=None)
+    engine._ways = dataclasses.replace(engine._ways, usual=WAYS[name](*arguments), plan=plan)
     return scorer
 
 

@@ -34,7 +34,7 @@ def test_the_copy_gives_the_same_scores(architecture, has_scored):
 def test_the_tokenizer_and_every_option_go_along():
     options = {
         "token_budget": 77,
-        "window_tokens": 99,
+        "chunk_tokens": 99,
         "num_threads": 1,
         "conventions": Conventions(reward_mean=0.5),
         "truncation": "completion",
@@ -51,13 +51,6 @@ def test_the_tokenizer_and_every_option_go_along():
         assert one.truncated == other.truncated
         assert one.reward == other.reward
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
-
-
-def test_every_argument_of_the_scorer_is_kept():
-    import inspect
-
-    parameters = set(inspect.signature(Scorer.__init__).parameters) - {"self", "model"}
-    assert set(Scorer(critic())._arguments) == parameters
 
 
 def test_a_scorer_says_what_it_is():

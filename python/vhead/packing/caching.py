@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vhead.packing.strategies import Batch, Body, as_row, padded, padded_tokens, token_budget_batches
+from vhead.packing.strategies import Batch, Body, Padded, Strategy, as_row, padded, padded_tokens, token_budget_batches
 from vhead.packing.trees import Tokens, shared_prefixes
 from vhead.upstream import empty_cache
 
@@ -23,7 +23,11 @@ class SharedPrefix:
     mask: Tensor
 
 
-class PrefixCache:
+# A batch without a shared prefix is padded as others are.
+Prefixed = SharedPrefix | Padded
+
+
+class PrefixCache(Strategy[Prefixed]):
     """What sequences begin with goes through the model once, and its keys and values serve them all."""
 
     name = "prefix cache"
@@ -31,7 +35,7 @@ class PrefixCache:
     def __init__(self, body: Body) -> None:
         self._body = body
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Prefixed]]:
         """Groups with one prefix; what shares none is padded."""
         del prompts
         single: list[int] = []
@@ -43,14 +47,15 @@ class PrefixCache:
             for group in token_budget_batches(rests, max(1, budget - shared)):
                 yield _with_prefix([places[at] for at in group], sequences, shared)
         for chosen in token_budget_batches([len(sequences[place]) for place in single], budget):
-            yield padded([single[at] for at in chosen], sequences)
+            without = padded([single[at] for at in chosen], sequences)
+            yield Batch(without.places, without.rows, without.tokens, without.content)
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Prefixed]) -> Tensor:
         """The prefix's states first, then those of the padded rest."""
-        if not isinstance(batch.content, SharedPrefix):
-            tokens, mask = batch.content
+        shared = batch.content
+        if not isinstance(shared, SharedPrefix):
+            tokens, mask = shared
             return self._body.states(tokens, attention_mask=mask)
-        shared: SharedPrefix = batch.content
         cache = empty_cache(self._body.model)
         first = self._body.states(as_row(shared.prefix), cache=cache, use_cache=True)
         cache.batch_repeat_interleave(shared.tokens.shape[0])
@@ -63,6 +68,10 @@ class PrefixCache:
         )
         return torch.cat([first, rest])
 
+    def spoilt(self, content: Prefixed) -> Prefixed:
+        """The prefix backwards."""
+        return replace(content, prefix=content.prefix[::-1].copy()) if isinstance(content, SharedPrefix) else content
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptAndCompletion:
@@ -72,7 +81,7 @@ class PromptAndCompletion:
     completion: Tokens
 
 
-class PromptThenCompletion:
+class PromptThenCompletion(Strategy[PromptAndCompletion]):
     """Each rollout's completion by itself, after the keys and values of its prompt, which are computed by themselves.
 
     Every shape is one of the rollout's own, and so are the numbers: whatever else is scored, they are the same bit for
@@ -88,7 +97,9 @@ class PromptThenCompletion:
         self._body = body
         self._kept: tuple[bytes, Any, Tensor] | None = None
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+    def batches(
+        self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int
+    ) -> Iterator[Batch[PromptAndCompletion]]:
         """One rollout each, those with the same prompt one after the other."""
         del budget
         keys = [tokens[:length].tobytes() for tokens, length in zip(sequences, prompts, strict=True)]
@@ -100,7 +111,7 @@ class PromptThenCompletion:
             content = PromptAndCompletion(tokens[:length], tokens[length:])
             yield Batch((place,), (np.arange(len(tokens)),), computed, content)
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[PromptAndCompletion]) -> Tensor:
         """The prompt's states, then the completion's."""
         prompt, completion = batch.content.prompt, batch.content.completion
         key = prompt.tobytes()
@@ -113,12 +124,16 @@ class PromptThenCompletion:
         rest = self._body.states(as_row(completion), attention_mask=mask, cache=own, use_cache=True)
         return torch.cat([first, rest])
 
+    def spoilt(self, content: PromptAndCompletion) -> PromptAndCompletion:
+        """The prompt backwards."""
+        return replace(content, prompt=content.prompt[::-1].copy())
+
     def forget(self) -> None:
-        """Drops the prompt that is kept, as the model's weights may change."""
+        """Drops the prompt that is kept."""
         self._kept = None
 
 
-def _with_prefix(places: Sequence[int], sequences: Sequence[Tokens], shared: int) -> Batch:
+def _with_prefix(places: Sequence[int], sequences: Sequence[Tokens], shared: int) -> Batch[Prefixed]:
     tokens, mask = padded_tokens([sequences[place][shared:] for place in places])
     width = tokens.shape[1]
     first = np.arange(shared)

@@ -1,6 +1,7 @@
 """Ways in which sequences that share their first tokens are one row of a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,29 +12,43 @@ from vhead.packing.attention.flex import FlexAttention, whole_blocks
 from vhead.packing.attention.interface import Attend, AttentionInterface
 from vhead.packing.attention.segments import SegmentAttention
 from vhead.packing.attention.visibility import dense_mask
-from vhead.packing.strategies import Batch, Body, as_row, row_multiple
+from vhead.packing.strategies import Batch, Body, Strategy, as_row, row_multiple
 from vhead.packing.trees import Pack, Segment, Tokens, pack_trees
 
 
-class TreePacking:
+class _Packing(Strategy[Pack]):
+    """Trees of sequences as one row each."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
+        """One packed row each."""
+        del prompts
+        return (
+            _packed(pack) for pack in pack_trees(sequences, budget, row_multiple(self._body.device, self._body.dtype))
+        )
+
+    def spoilt(self, content: Pack) -> Pack:
+        """One sequence instead of a tree: tokens see what is no ancestor of theirs."""
+        return replace(content, segments=(Segment(0, len(content.tokens), ()),))
+
+
+class TreePacking(_Packing):
     """Trees of sequences as one row, attended segment by segment; needs transformers' attention interface."""
 
     name = "tree packing"
     attention = "segments"
+    heeds_windows = True
     attend: Callable[[Sequence[Segment]], Attend] = SegmentAttention
 
     def __init__(self, body: Body) -> None:
-        self._body = body
+        super().__init__(body)
         self._interface = AttentionInterface(body.model)
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
-        """One packed row each."""
-        del prompts
-        return (_packed(pack) for pack in pack_trees(sequences, budget, _multiple(self._body)))
-
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Pack]) -> Tensor:
         """No mask is given, as none is looked at."""
-        pack: Pack = batch.content
+        pack = batch.content
         with self._interface.attending(type(self).attend(pack.segments)):
             return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions))
 
@@ -43,6 +58,7 @@ class FlashTreePacking(TreePacking):
 
     name = "tree packing with FlashAttention"
     attention = "flash"
+    works_in_blocks = True
     attend = FlashAttention
 
 
@@ -51,10 +67,11 @@ class FlexTreePacking(TreePacking):
 
     name = "tree packing with FlexAttention"
     attention = "flex"
+    works_in_blocks = True
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Pack]) -> Tensor:
         """Those of the padding, which begins a sequence of its own, are left out."""
-        pack: Pack = batch.content
+        pack = batch.content
         segments = whole_blocks(pack.segments)
         padding = segments[-1].stop - len(pack.tokens)
         tokens, positions = _filled(pack.tokens, padding), _filled(pack.positions, padding)
@@ -67,7 +84,7 @@ class FlexTreePacking(TreePacking):
 _LONGEST_MASK = 4096
 
 
-class MaskedTreePacking:
+class MaskedTreePacking(_Packing):
     """Trees of sequences as one row, with a mask over all pairs of tokens.
 
     Args:
@@ -79,17 +96,16 @@ class MaskedTreePacking:
     attention = "mask"
 
     def __init__(self, body: Body, longest_row: int | None) -> None:
-        self._body, self._longest_row = body, longest_row
+        super().__init__(body)
+        self._longest_row = min(longest_row or _LONGEST_MASK, _LONGEST_MASK)
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
-        """One packed row each."""
-        del prompts
-        budget = min(budget, self._longest_row or _LONGEST_MASK, _LONGEST_MASK)
-        return (_packed(pack) for pack in pack_trees(sequences, budget, _multiple(self._body)))
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
+        """One packed row each, as long as its mask may be."""
+        return super().batches(sequences, prompts, min(budget, self._longest_row))
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Pack]) -> Tensor:
         """The mask is additive, as every model that takes one expects."""
-        pack: Pack = batch.content
+        pack = batch.content
         mask = dense_mask(pack.segments, self._body.dtype, self._body.device)
         return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions), attention_mask=mask)
 
@@ -99,10 +115,6 @@ def _filled(array: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
     return np.concatenate([array, np.zeros(padding, np.int64)])
 
 
-def _multiple(body: Body) -> int:
-    return row_multiple(body.device, body.dtype)
-
-
-def _packed(pack: Pack) -> Batch:
+def _packed(pack: Pack) -> Batch[Pack]:
     rows = tuple(pack.rows(at) for at in range(len(pack.places)))
     return Batch(pack.places, rows, len(pack.tokens), pack)

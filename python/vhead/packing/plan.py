@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vhead.backbone.padding import Padding
 from vhead.errors import VheadError
@@ -36,12 +36,12 @@ class ScorerPlan:
 
     architecture: str
     strategy: str
-    attention: Attention | None
+    attention: str | None
     attention_reason: str | None
     rejected: dict[str, str]
     longest_shared: int | None
     long_strategy: str
-    logits: str
+    logits: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
@@ -58,42 +58,37 @@ class Ways:
     """The strategies that passed.
 
     Attributes:
-        usual: For sequences of at most `longest_usual` tokens.
-        longest_usual: None: there is no such limit.
+        plan: The same to be printed; how logits are reached is not known here.
+        usual: For sequences of at most `plan.longest_shared` tokens.
         padded: For longer ones, up to `longest_padded` tokens.
         longest_padded: None: there is no such limit.
         alone: For the longest.
         own_logits: For what needs the model's own logits, like `padded`.
-        rejected: The faster ways that did not pass, and why.
-        attention: How the usual strategy attends in packed trees; None where there are none.
-        attention_reason: Why in this way.
     """
 
-    usual: Strategy
-    longest_usual: int | None
+    plan: ScorerPlan
+    usual: Strategy[Any]
     padded: PaddedBatches
     longest_padded: int | None
     alone: OneByOne
     own_logits: PaddedBatches
-    rejected: dict[str, str]
-    attention: Attention | None = None
-    attention_reason: str | None = None
 
-    def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
+    def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
         """Which of these sequences go which way: each place once."""
-        places: dict[Strategy, list[int]] = {}
+        places: dict[Strategy[Any], list[int]] = {}
         for place, length in enumerate(lengths):
             places.setdefault(self._way(length), []).append(place)
         return list(places.items())
 
-    def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy, list[int]]]:
+    def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
         """The same where the model's own logits are needed."""
         return replace(self, usual=self.own_logits, padded=self.own_logits).groups(lengths)
 
-    def _way(self, length: int) -> Strategy:
+    def _way(self, length: int) -> Strategy[Any]:
         if self.longest_padded is not None and length > self.longest_padded:
             return self.alone
-        within = self.longest_usual is None or length <= self.longest_usual
+        longest = self.plan.longest_shared
+        within = longest is None or length <= longest
         return self.usual if within else self.padded
 
 
@@ -104,13 +99,17 @@ def find_ways(
 
     Args:
         body: The language model.
-        batch_invariant: Whether only ways will do in which no rollout's numbers depend on another rollout.
-        own_logits: Whether logits of padded batches will be needed.
+        batch_invariant: Whether a sequence's states may not depend on what else is in the batch.
+        own_logits: Whether the model's own logits will be needed.
         attention: The only way of attending in packed trees that will do; None: the fastest that passes.
 
     Raises:
         VheadError: The model cannot take the asked-for attention.
+        ValueError: There is no such attention, or it is asked for together with batch invariance.
     """
+    if attention is not None and (batch_invariant or attention not in ATTENTIONS):
+        expected = "None with batch_invariant" if batch_invariant else f"one of {', '.join(ATTENTIONS)}"
+        raise ValueError(f"attention: expected {expected}, got {attention!r}")
     bounds = _Bounds.of(body)
     check = SelfCheck(body, probes(body.model, bounds.context))
     body.in_place = check.in_place_agrees()
@@ -121,24 +120,35 @@ def find_ways(
     reason = "the model reads padding" if reads_padding else check.padding(padded)
     if reason is not None:
         padded, rejected = alone, {PaddedBatches.name: reason}
-    kind = body.device.type
-    if batch_invariant:
-        candidates: list[Strategy] = [PromptThenCompletion(body)]
-    elif attention is not None:
-        candidates = [_packing(attention, body, bounds)]
-    else:
-        order = _ORDER.get(kind, _ORDER["cpu"])
-        candidates = [*(_packing(name, body, bounds) for name in order), PrefixCache(body)]
+    candidates = _candidates(body, bounds, attention, batch_invariant=batch_invariant)
     usual, longest, reasons = _first(candidates, check, bounds, padded)
+    architecture = type(body.model).__name__
     if attention is not None and usual is None:
         (reason,) = reasons.values()
-        raise VheadError(
-            f"attention: expected one that the {type(body.model).__name__} can take, got {attention!r}: {reason}"
-        )
+        raise VheadError(f"attention: expected one that the {architecture} can take, got {attention!r}: {reason}")
+    chosen = usual or padded
+    plan = ScorerPlan(
+        architecture=architecture,
+        strategy=chosen.name,
+        attention=chosen.attention,
+        attention_reason=_why(chosen.attention, body.device.type, asked_for=attention is not None),
+        rejected=reasons | rejected,
+        longest_shared=longest,
+        long_strategy=padded.name,
+    )
     logits = alone if own_logits and not check.logits_agree(padded) else padded
-    ways = Ways(usual or padded, longest, padded, bounds.batched, alone, logits, reasons | rejected)
-    chosen: Attention | None = getattr(usual, "attention", None)
-    return replace(ways, attention=chosen, attention_reason=_why(chosen, kind, asked_for=attention is not None))
+    return Ways(plan, chosen, padded, bounds.batched, alone, logits)
+
+
+def _candidates(
+    body: Body, bounds: "_Bounds", attention: Attention | None, *, batch_invariant: bool
+) -> Sequence[Strategy[Any]]:
+    if batch_invariant:
+        return [PromptThenCompletion(body)]
+    if attention is not None:
+        return [_packing(attention, body, bounds)]
+    order = _ORDER.get(body.device.type, _ORDER["cpu"])
+    return [*(_packing(name, body, bounds) for name in order), PrefixCache(body)]
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class _Bounds:
         )
 
 
-def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy:
+def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy[Any]:
     match attention:
         case "segments":
             return TreePacking(body)
@@ -189,12 +199,12 @@ def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy:
 
 
 def _first(
-    candidates: Sequence[Strategy], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches
-) -> tuple[Strategy | None, int | None, dict[str, str]]:
+    candidates: Sequence[Strategy[Any]], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches
+) -> tuple[Strategy[Any] | None, int | None, dict[str, str]]:
     """The first way that passes, the most tokens that it may be used for, and why those before it did not pass."""
     rejected: dict[str, str] = {}
     for candidate in candidates:
-        windows = bounds.sliding and isinstance(candidate, TreePacking) and check.windows(candidate) is None
+        windows = bounds.sliding and candidate.heeds_windows and check.windows(candidate) is None
         limit = _least(bounds.other_window if windows else bounds.window, bounds.batched)
         reason = check.shortness(limit) or check.sharing(candidate, last=None if windows else 1)
         reason = reason or _in_blocks(candidate, check, bounds, padded)
@@ -204,9 +214,9 @@ def _first(
     return None, _least(bounds.window, bounds.batched), rejected
 
 
-def _in_blocks(candidate: Strategy, check: SelfCheck, bounds: _Bounds, padded: PaddedBatches) -> str | None:
+def _in_blocks(candidate: Strategy[Any], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches) -> str | None:
     """The same check on several blocks of rows, where the way's kernel works in blocks."""
-    if not isinstance(candidate, FlexTreePacking | FlashTreePacking):
+    if not candidate.works_in_blocks:
         return None
     body = check.body
     long = SelfCheck(body, probes(body.model, bounds.context, LONG))
@@ -214,7 +224,7 @@ def _in_blocks(candidate: Strategy, check: SelfCheck, bounds: _Bounds, padded: P
     return long.sharing(candidate, last=None)
 
 
-def _why(chosen: Attention | None, kind: str, *, asked_for: bool) -> str | None:
+def _why(chosen: str | None, kind: str, *, asked_for: bool) -> str | None:
     if chosen is None:
         return None
     if asked_for:

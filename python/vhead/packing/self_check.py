@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vhead.packing import limits
-from vhead.packing.attention import interface as attention
-from vhead.packing.caching import PromptAndCompletion, SharedPrefix
+from vhead.packing.attention.interface import AttentionInterface
 from vhead.packing.gates import is_gated
-from vhead.packing.packing import TreePacking
 from vhead.packing.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
-from vhead.packing.trees import Pack, Segment, Tokens
+from vhead.packing.trees import Tokens
 from vhead.upstream import warn_once
 
 # Differences from a sequence alone that count as rounding, as a part of the largest state.
@@ -92,7 +90,7 @@ class SelfCheck:
             return f"its layers look back {limit} tokens only"
         return None
 
-    def windows(self, way: Strategy) -> str | None:
+    def windows(self, way: Strategy[Any]) -> str | None:
         """Why this way of sharing tokens cannot be used beyond the model's sliding windows, or None.
 
         The comparison is made with windows so short that these sequences are longer, and first it is made sure that
@@ -132,7 +130,7 @@ class SelfCheck:
     def _between_kernels(self) -> float:
         """What the model's own attention and transformers' plain one differ by, which are both right."""
         way = OneByOne(self.body)
-        with attention.AttentionInterface(self.body.model).plain():
+        with AttentionInterface(self.body.model).plain():
             return self._difference(way, self._batches(way))
 
     def logits_agree(self, way: PaddedBatches) -> bool:
@@ -147,7 +145,7 @@ class SelfCheck:
                     return False
         return True
 
-    def sharing(self, way: Strategy, *, last: int | None = 1) -> str | None:
+    def sharing(self, way: Strategy[Any], *, last: int | None = 1) -> str | None:
         """Why this way of sharing tokens cannot be used, or None.
 
         Args:
@@ -156,20 +154,20 @@ class SelfCheck:
                 window may be shorter than the way from a long sequence's last token to where an error is.
         """
         try:
-            if isinstance(way, TreePacking):
-                attention.register()
             batches = self._batches(way)
             difference = self._difference(way, batches)
             if not difference <= self._tolerance:
                 return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
-            wrong = self._difference(way, [_spoilt(batch) for batch in batches], last)
+            wrong = self._difference(
+                way, [replace(batch, content=way.spoilt(batch.content)) for batch in batches], last
+            )
         except Exception as error:  # Whatever a model raises means that it cannot.
             return self._refused(way, error)
         if not wrong > self._control * self._tolerance:
             return "a wrong result would not be noticed"
         return None
 
-    def _refused(self, way: Strategy, error: Exception) -> str:
+    def _refused(self, way: Strategy[Any], error: Exception) -> str:
         """What was raised, which the log says too: a release that broke this way must not pass for a slow model."""
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -183,10 +181,10 @@ class SelfCheck:
         """The largest difference of other states of the same sequences."""
         return max(_largest(other - own) for other, own in zip(alone, self._alone, strict=True))
 
-    def _batches(self, way: Strategy) -> list[Batch]:
+    def _batches(self, way: Strategy[Any]) -> list[Batch[Any]]:
         return list(way.batches(self._sequences, [min(self._prompt, len(s) - 1) for s in self._sequences], _UNLIMITED))
 
-    def _difference(self, way: Strategy, batches: Sequence[Batch], last: int | None = None) -> float:
+    def _difference(self, way: Strategy[Any], batches: Sequence[Batch[Any]], last: int | None = None) -> float:
         """The largest difference over all tokens, or over the last so many of each sequence."""
         worst = 0.0
         for batch in batches:
@@ -211,18 +209,6 @@ def short_windows(model: Any) -> Iterator[None]:  # noqa: ANN401, a language mod
     finally:
         for holder in holders:
             holder.sliding_window = window
-
-
-def _spoilt(batch: Batch) -> Batch:
-    """The batch as a way that mixes sequences up, or that loses what they share, would run it."""
-    content = batch.content
-    if isinstance(content, Pack):
-        content = replace(content, segments=(Segment(0, len(content.tokens), ()),))
-    elif isinstance(content, SharedPrefix):
-        content = replace(content, prefix=content.prefix[::-1].copy())
-    elif isinstance(content, PromptAndCompletion):
-        content = replace(content, prompt=content.prompt[::-1].copy())
-    return replace(batch, content=content)
 
 
 def _largest(difference: Tensor) -> float:

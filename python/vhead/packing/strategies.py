@@ -4,10 +4,11 @@ Each way says which sequences go together, and runs the model over such a batch 
 says is arithmetic on token ids, so that it can be done ahead while the model computes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +23,11 @@ from vhead.packing.trees import Tokens
 Rows = NDArray[np.int64]
 
 
+Content = TypeVar("Content")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class Batch(Generic[Content]):
     """Sequences that go through the model together.
 
     Attributes:
@@ -36,15 +40,26 @@ class Batch:
     places: tuple[int, ...]
     rows: tuple[Rows, ...]
     tokens: int
-    content: Any
+    content: Content
 
 
-class Strategy(Protocol):
-    """One way to batch and to run."""
+class Strategy(ABC, Generic[Content]):
+    """One way to batch and to run.
 
-    name: str
+    Attributes:
+        name: What the plan and the log call it.
+        attention: How it attends in packed trees; None: it packs none.
+        heeds_windows: Whether it attends within the model's sliding windows by itself.
+        works_in_blocks: Whether its kernel works in blocks of rows, so that short sequences alone do not try it.
+    """
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+    name: ClassVar[str]
+    attention: ClassVar[str | None] = None
+    heeds_windows: ClassVar[bool] = False
+    works_in_blocks: ClassVar[bool] = False
+
+    @abstractmethod
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Content]]:
         """Batches of at most `budget` tokens, or of one sequence, that hold each sequence once.
 
         Args:
@@ -53,8 +68,24 @@ class Strategy(Protocol):
             budget: Tokens that the model computes for a batch, padding included.
         """
 
-    def states(self, batch: Batch) -> Tensor:
+    @abstractmethod
+    def states(self, batch: Batch[Content]) -> Tensor:
         """The last hidden states `[N, H]` of a batch."""
+
+    def states_and_logits(self, batch: Batch[Content]) -> tuple[Tensor, Tensor]:
+        """The last hidden states `[N, H]` and the model's own logits `[N, V]`; of ways that share no tokens.
+
+        Raises:
+            NotImplementedError: This way shares tokens.
+        """
+        raise NotImplementedError(f"{self.name} gives hidden states only")
+
+    def spoilt(self, content: Content) -> Content:
+        """What it would run if it mixed sequences up, or lost what they share: a check has to notice the difference."""
+        return content
+
+    def forget(self) -> None:
+        """Drops what is kept of the model's states, as its weights may change."""
 
 
 class Body:
@@ -102,7 +133,11 @@ class Body:
         return hidden.flatten(0, 1), logits.flatten(0, 1)
 
 
-class PaddedBatches:
+# Token ids and attention mask, int64 `[B, T]`.
+Padded = tuple[Tensor, Tensor]
+
+
+class PaddedBatches(Strategy[Padded]):
     """Sequences of similar length, padded on the right."""
 
     name = "length-sorted batches"
@@ -110,18 +145,18 @@ class PaddedBatches:
     def __init__(self, body: Body) -> None:
         self._body = body
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Padded]]:
         """The longest first."""
         del prompts
         for chosen in token_budget_batches([len(sequence) for sequence in sequences], budget):
             yield padded(chosen.tolist(), sequences)
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Padded]) -> Tensor:
         """Of all rows, padding included."""
         tokens, mask = batch.content
         return self._body.states(tokens, attention_mask=mask)
 
-    def states_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def states_and_logits(self, batch: Batch[Padded]) -> tuple[Tensor, Tensor]:
         """The hidden states `[N, H]` and the model's own logits `[N, V]`."""
         return self._body.states_and_logits(*batch.content)
 
@@ -141,18 +176,18 @@ class OneByOne(PaddedBatches):
         super().__init__(body)
         self._forgets = forgets
 
-    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch]:
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Padded]]:
         """One sequence each, whatever the budget."""
         del prompts, budget
         return (padded([place], sequences) for place in range(len(sequences)))
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch[Padded]) -> Tensor:
         """Of the sequence's tokens."""
         tokens, _mask = batch.content
         self._forget(tokens)
         return self._body.states(tokens)
 
-    def states_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def states_and_logits(self, batch: Batch[Padded]) -> tuple[Tensor, Tensor]:
         """The hidden states `[N, H]` and the model's own logits `[N, V]`."""
         tokens, _mask = batch.content
         self._forget(tokens)
@@ -168,7 +203,7 @@ def as_row(array: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(array)[None]
 
 
-def padded(places: Sequence[int], sequences: Sequence[Tokens]) -> Batch:
+def padded(places: Sequence[int], sequences: Sequence[Tokens]) -> Batch[Padded]:
     """Some of the sequences as one padded batch."""
     tokens, mask = padded_tokens([sequences[place] for place in places])
     width = tokens.shape[1]
@@ -176,7 +211,7 @@ def padded(places: Sequence[int], sequences: Sequence[Tokens]) -> Batch:
     return Batch(tuple(places), rows, tokens.numel(), (tokens, mask))
 
 
-def padded_tokens(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+def padded_tokens(parts: Sequence[Tokens]) -> Padded:
     """Token ids and attention mask, int64 `[B, T]`, padded on the right, where no token's position depends on it."""
     tokens = np.zeros((len(parts), max(map(len, parts))), np.int64)
     mask = np.zeros_like(tokens)

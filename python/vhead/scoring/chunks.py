@@ -1,4 +1,4 @@
-"""Collecting the results of a window of rollouts, which are computed out of order, back in input order."""
+"""Collecting the results of a chunk of rollouts, which are computed out of order, back in input order."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -12,7 +12,7 @@ from vhead.rollouts.rollout import Rollout
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.scores import PER_TOKEN, TOKENS, Scores, offsets_of
 
-# A window is what is sorted by length: large enough to fill batches evenly, small enough to keep memory flat.
+# A chunk is what is sorted by length: large enough to fill batches evenly, small enough to keep memory flat.
 _ROLLOUTS = 4096
 
 
@@ -34,34 +34,34 @@ class Source(Protocol):
 Sourced = TypeVar("Sourced", bound=Source)
 
 
-def windows(
+def chunks(
     encoded: Iterable[tuple[Sourced, Encoded]], tokens: int
 ) -> Iterator[tuple[list[tuple[Sourced, Encoded]], Exception | None]]:
     """Groups consecutive rollouts of about `tokens` tokens, with the exception that ended the input early, if any.
 
     What was read before the exception is so still scored.
     """
-    window: list[tuple[Sourced, Encoded]] = []
+    chunk: list[tuple[Sourced, Encoded]] = []
     total = 0
     try:
         for source, rollout in encoded:
-            window.append((source, rollout))
+            chunk.append((source, rollout))
             total += len(rollout)
-            if total >= tokens or len(window) >= _ROLLOUTS:
-                yield window, None
-                window, total = [], 0
+            if total >= tokens or len(chunk) >= _ROLLOUTS:
+                yield chunk, None
+                chunk, total = [], 0
     except Exception as error:  # Handed on as it came.
-        yield window, error
+        yield chunk, error
         return
-    if window:
-        yield window, None
+    if chunk:
+        yield chunk, None
 
 
 class Results:
-    """The scores of a window while they are computed.
+    """The scores of a chunk while they are computed.
 
     Args:
-        window: The rollouts in input order.
+        chunk: The rollouts in input order.
         returns: What is asked for.
         conventions: How many entries a rollout has in a per-token field.
         truncates: Whether the scores say which rollouts were truncated.
@@ -72,25 +72,25 @@ class Results:
     """
 
     def __init__(
-        self, window: Sequence[Encoded], returns: Sequence[str], conventions: Conventions, *, truncates: bool = False
+        self, chunk: Sequence[Encoded], returns: Sequence[str], conventions: Conventions, *, truncates: bool = False
     ) -> None:
-        self._window = window
-        lengths = np.fromiter((conventions.entries(rollout) for rollout in window), np.int64, len(window))
+        self._chunk = chunk
+        lengths = np.fromiter((conventions.entries(rollout) for rollout in chunk), np.int64, len(chunk))
         offsets = offsets_of(lengths)
         computed: dict[str, NDArray[Any]] = {
-            name: np.empty(offsets[-1] if name in PER_TOKEN else len(window), np.float32)
+            name: np.empty(offsets[-1] if name in PER_TOKEN else len(chunk), np.float32)
             for name in returns
             if name != TOKENS
         }
         if TOKENS in returns:
-            computed |= _tokens(window, lengths)
+            computed |= _tokens(chunk, lengths)
         self.scores = Scores(
-            ids=tuple(rollout.id for rollout in window),
-            indices=np.fromiter((rollout.index for rollout in window), np.int64, len(window)),
-            prompt_lengths=np.fromiter((rollout.prompt_length for rollout in window), np.int64, len(window)),
+            ids=tuple(rollout.id for rollout in chunk),
+            indices=np.fromiter((rollout.index for rollout in chunk), np.int64, len(chunk)),
+            prompt_lengths=np.fromiter((rollout.prompt_length for rollout in chunk), np.int64, len(chunk)),
             offsets=offsets,
             computed=computed,
-            truncated=np.array([rollout.truncated for rollout in window], np.bool_) if truncates else None,
+            truncated=np.array([rollout.truncated for rollout in chunk], np.bool_) if truncates else None,
         )
         self.errors: dict[int, FieldError] = {}
 
@@ -116,14 +116,14 @@ class Results:
             if len(broken):
                 at = f" at completion token {broken[0]}" if name in PER_TOKEN else ""
                 got = f"{numbers[broken[0]]}{at}"
-                error = FieldError(self._window[place].name, name, expected="finite numbers from the model", got=got)
+                error = FieldError(self._chunk[place].name, name, expected="finite numbers from the model", got=got)
                 self.errors.setdefault(place, error)
 
 
-def _tokens(window: Sequence[Encoded], lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+def _tokens(chunk: Sequence[Encoded], lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
     """The columns that say which tokens the entries are about: the last ones of each rollout, so many."""
     ids, spans = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
-    for rollout, length in zip(window, lengths.tolist(), strict=True):
+    for rollout, length in zip(chunk, lengths.tolist(), strict=True):
         if length and rollout.spans is not None:
             ids.append(rollout.tokens[-length:])
             spans.append(rollout.spans[-length:])

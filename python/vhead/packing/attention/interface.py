@@ -102,6 +102,7 @@ class AttentionInterface:
     def attending(self, attend: Attend) -> Iterator[None]:
         """Lets the model's layers attend in this way while the block runs, in this thread."""
         try:
+            register()
             _active.attend = attend
             with self._configured(NAME):
                 yield
