@@ -262,7 +262,7 @@ def pickling_offence(cls: type[Exception]) -> str | None:
     """What an exception of class `cls` loses on its way between two processes."""
     error = cls(**example_arguments(cls)) if example_arguments(cls) else cls("some message")
     try:
-        copy = pickle.loads(pickle.dumps(error))  # noqa: S301, our own bytes
+        copy = pickle.loads(pickle.dumps(error))
     except TypeError as problem:
         return f"{cls.__name__}: {problem}"
     same = type(copy) is cls and str(copy) == str(error) and vars(copy) == vars(error)

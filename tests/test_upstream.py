@@ -139,7 +139,7 @@ class TestCache:
     @pytest.mark.parametrize("name", upstream.CACHE_NAMES)
     def test_the_name_is_the_models_own(self, name):
         scope: dict[str, type[nn.Module]] = {}
-        exec(f"class Remote(nn.Module):\n    def forward(self, input_ids, {name}=None): ...", {"nn": nn}, scope)  # noqa: S102
+        exec(f"class Remote(nn.Module):\n    def forward(self, input_ids, {name}=None): ...", {"nn": nn}, scope)
         assert upstream.cache_argument(scope["Remote"]()) == name
 
     def test_a_model_without_a_cache_has_none(self):

@@ -96,7 +96,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import version  # noqa: PLC0415, a slow import that most programs never need
+    from importlib.metadata import version  # a slow import that most programs never need
 
     return version("vhead")
 

@@ -79,7 +79,7 @@ def _is_two_plain_linears(module: nn.Module) -> bool:
     )
 
 
-def _two_layer(hidden_states: Tensor, summary: Any, dropout_p: float) -> Tensor:  # noqa: ANN401, a checked Sequential
+def _two_layer(hidden_states: Tensor, summary: Any, dropout_p: float) -> Tensor:
     first, _, second = summary
     return ops.value_head_two_layer(
         hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=dropout_p

@@ -20,7 +20,7 @@ SHARE = scaled(short=12, long=-(-60_000 // len(FOLDERS)))
 
 def attack(golden, folder, count):
     """What mutations of a golden folder end in that is neither a head nor an error of vhead's, and how many heads."""
-    random_ = random.Random(golden.name)  # noqa: S311
+    random_ = random.Random(golden.name)
     offences, found = [], 0
     for _ in range(count):
         shutil.rmtree(folder, ignore_errors=True)

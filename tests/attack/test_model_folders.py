@@ -38,7 +38,7 @@ def golden(request, tmp_path):
 
 def attack(golden, folder, count):
     """The errors that are not vhead's, and how many folders scored."""
-    random_ = random.Random(count)  # noqa: S311
+    random_ = random.Random(count)
     offences, scored = [], 0
     for _ in range(count):
         shutil.rmtree(folder, ignore_errors=True)

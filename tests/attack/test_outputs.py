@@ -116,7 +116,7 @@ def test_a_resumed_run_that_is_killed_again_is_finished_too(tmp_path, source, na
     make_input(tmp_path / source)
     operations = points(tmp_path / source, tmp_path / "whole", name)
     whole = (tmp_path / "whole" / name).read_bytes()
-    generator = random.Random(0)  # noqa: S311, the same kills every time
+    generator = random.Random(0)
     for attempt in range(scaled(20, 400)):
         target = tmp_path / f"attempt{attempt}" / name
         target.parent.mkdir()
@@ -178,7 +178,7 @@ def test_a_process_that_is_killed_at_any_time_is_finished_by_the_next(tmp_path, 
     source, target, whole = tmp_path / "in.jsonl", tmp_path / name, tmp_path / f"whole_{name}"
     make_rollouts(source, scaled(600, 6000))
     assert RUNNER.invoke(app, options(source, whole)).exit_code == 0
-    generator = random.Random(1)  # noqa: S311, the same delays every time
+    generator = random.Random(1)
     kills = 0
     while kills < scaled(1, 150):
         for file in (target, target.with_name(f".{name}.journal")):

@@ -111,7 +111,7 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_mutated_lines_harm_no_good_record(tmp_path, scorer, name):
-    generator = random.Random(name)  # noqa: S311, the same mutations every time
+    generator = random.Random(name)
     per_file = 40
     for attempt in range(scaled(3, 20_000 // per_file)):
         lines: list[bytes] = []
@@ -154,7 +154,7 @@ def parquet_bytes(generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_mutated_parquet_files_give_right_numbers_or_an_error_that_names_them(tmp_path, scorer, name):
-    generator = random.Random(name)  # noqa: S311, the same mutations every time
+    generator = random.Random(name)
     ends = set()
     for attempt in range(scaled(40, 6_000)):
         source, target = tmp_path / f"in{attempt}.parquet", tmp_path / f"{attempt}_{name}"

@@ -44,7 +44,7 @@ def is_whole(weight, bias):
 @pytest.fixture
 def quick_folder(tmp_path):
     """A folder in memory where there is one: what is raced for is names, not the disk."""
-    memory = Path("/dev/shm")  # noqa: S108, a folder of its own in it
+    memory = Path("/dev/shm")
     if not memory.is_dir():
         yield tmp_path
         return

@@ -21,7 +21,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def enter(version: str | None) -> Path:
         if version is None:
-            exec(fake_trl.HIDING, {})  # noqa: S102, our own text
+            exec(fake_trl.HIDING, {})
         else:
             fake_trl.write(version, tmp_path)
             monkeypatch.syspath_prepend(tmp_path)

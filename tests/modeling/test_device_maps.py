@@ -97,7 +97,7 @@ def test_a_model_on_one_device_can_be_pickled_and_copied(saved, tmp_path, name):
     model, folder = saved
     loaded = load(folder, MAPS[name], tmp_path)
     inputs = batch(model.pretrained_model)
-    for other in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):  # noqa: S301, our own bytes
+    for other in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
         assert torch.equal(other(**inputs).value, model(**inputs).value)
 
 

@@ -378,12 +378,12 @@ def test_transformers_own_outputs_stay_reachable() -> None:
         **padded_prompts(model), max_new_tokens=3, do_sample=False, output_scores=True, **EVERYTHING
     )
     assert len(output.scores) == 3
-    copied = pickle.loads(  # noqa: S301, our own bytes
+    copied = pickle.loads(
         pickle.dumps(ScoredGeneration(output.sequences, output.completion_mask, None, None, None, None))
     )
     assert torch.equal(copied.sequences, output.sequences)
     with pytest.raises(AttributeError):
-        output.no_such_output  # noqa: B018
+        output.no_such_output
 
 
 def test_nothing_stays_in_the_model() -> None:

@@ -174,7 +174,7 @@ def test_names_of_torchs_own_state_dict_are_kept_for_those_who_ask_for_them(monk
 
 
 def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))  # noqa: S301, our own bytes
+    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "t5"])

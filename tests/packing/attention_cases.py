@@ -57,7 +57,7 @@ def one_at_a_time(
     return output
 
 
-def flash_attn_varlen_func(  # noqa: PLR0917, the package's signature
+def flash_attn_varlen_func(
     q,
     k,
     v,

@@ -13,7 +13,7 @@ from vhead.scoring.scores import FIELDS
 
 
 def sent(scorer):
-    return pickle.loads(pickle.dumps(scorer))  # noqa: S301, our own bytes
+    return pickle.loads(pickle.dumps(scorer))
 
 
 @pytest.mark.parametrize("has_scored", [False, True], ids=["new", "used"])

@@ -45,7 +45,7 @@ def _base(config: Path) -> str | None:
 
 
 def _commit(location: str) -> str:
-    from vhead.checkpoints.checkpoint import Checkpoint  # noqa: PLC0415, imports torch
+    from vhead.checkpoints.checkpoint import Checkpoint  # imports torch
 
     checkpoint = Checkpoint(location)
     path = checkpoint.path("config.json") or checkpoint.path(_ADAPTER)

@@ -146,7 +146,7 @@ class SafetensorsFile:
             )
 
     @cached_property
-    def _file(self) -> Any:  # noqa: ANN401, the library's class has no name
+    def _file(self) -> Any:
         with _opened(self.path) as (file, name):
             self._check(file)
             with _naming(self.path, "expected a safetensors file"):
@@ -262,7 +262,7 @@ class _Decompressed(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell()
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401, any writable buffer
+    def readinto(self, buffer: Any) -> int:
         content = self._file.read(min(len(buffer), _FREE_BYTES))
         self._check(self._file.tell())
         buffer[: len(content)] = content
@@ -361,7 +361,7 @@ def _named_tensors(state: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, value) for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor))
 
 
-def _info_of_slice(part: Any) -> TensorInfo:  # noqa: ANN401, the library's class has no name
+def _info_of_slice(part: Any) -> TensorInfo:
     dtype = part.get_dtype()
     return TensorInfo(tuple(part.get_shape()), _TORCH_DTYPES.get(dtype, dtype))
 

@@ -20,7 +20,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 class _Commands(TyperGroup):
     """Commands whose usage errors, which quote the arguments, go through the door that all messages go through."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401, typer has had click's context, and has its own now
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)

@@ -132,9 +132,9 @@ def score(
 
 
 def _run(request: option.ScoreRequest) -> None:
-    from vhead.rollouts.files import open_reader  # noqa: PLC0415, for a fast --help
-    from vhead.scoring.output_files import open_output  # noqa: PLC0415, for a fast --help
-    from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import open_reader  # for a fast --help
+    from vhead.scoring.output_files import open_output  # for a fast --help
+    from vhead.scoring.progress import ScoringProgress  # for a fast --help
 
     progress = ScoringProgress(shown=request.shows_progress)
     skipped = SkippedRecords(request.source)
@@ -152,7 +152,7 @@ def _run(request: option.ScoreRequest) -> None:
         if output.finished:
             _check_finished(output, reader, request)
             return
-        from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
+        from vhead.scoring.pipeline import score_file  # imports torch
 
         with progress:
             score_file(
@@ -179,7 +179,7 @@ def _check_finished(output: "Output", reader: "Reader", request: option.ScoreReq
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
-    from vhead.scoring.scorer import Scorer  # noqa: PLC0415, imports torch
+    from vhead.scoring.scorer import Scorer  # imports torch
 
     return Scorer.from_pretrained(request.model, **request.loading, **request.options)
 
@@ -187,8 +187,8 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
 @contextmanager
 def _loading(request: option.ScoreRequest) -> Iterator[None]:
     """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
-    from rich.console import Console  # noqa: PLC0415, for a fast --help
-    from rich.text import Text  # noqa: PLC0415, for a fast --help
+    from rich.console import Console  # for a fast --help
+    from rich.text import Text  # for a fast --help
 
     logger = logging.getLogger("vhead")
     level = logger.level
@@ -204,7 +204,7 @@ def _loading(request: option.ScoreRequest) -> Iterator[None]:
 
 
 def _silence_transformers() -> None:
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415, imports torch
+    from transformers.utils import logging as transformers_logging  # imports torch
 
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()

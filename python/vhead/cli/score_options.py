@@ -212,7 +212,7 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """What the output has beside the input's columns, which these names are therefore kept from."""
-        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # noqa: PLC0415, for a fast --help
+        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
 
         columns = columns_of(self.returns or DEFAULT_RETURNS)
         names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
@@ -232,7 +232,7 @@ class ScoreRequest:
         Raises:
             OSError: One of them cannot be read.
         """
-        from vhead.checkpoints.identity import identity  # noqa: PLC0415, for a fast --help
+        from vhead.checkpoints.identity import identity  # for a fast --help
 
         head = self.loading["head"]
         return {
@@ -263,7 +263,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
     Raises:
         typer.BadParameter: It names something else, or nothing.
     """
-    from vhead.scoring.scores import check_returns  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.scores import check_returns  # for a fast --help
 
     if returns is None:
         return None
@@ -274,7 +274,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
 
 
 def _check_paths(source: str, output: str) -> None:
-    from vhead.rollouts.files import format_of  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import format_of  # for a fast --help
 
     for name, hint in ((source, "INPUT"), (output, "--output")):
         try:

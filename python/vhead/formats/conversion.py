@@ -63,7 +63,7 @@ class Conversion:
 def convert(
     source: str | Path,
     destination: str | Path,
-    format: str | None = None,  # noqa: A002, as in `save`
+    format: str | None = None,
     *,
     source_format: str | None = None,
     overwrite: bool = False,

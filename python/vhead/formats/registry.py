@@ -65,7 +65,7 @@ def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> Hea
     return read(checkpoint, choice[1], choice[0]) if choice else None
 
 
-def load(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> HeadWeights:  # noqa: A002, as `save` has it
+def load(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> HeadWeights:
     """Reads the trained head of a checkpoint in any format.
 
     Args:
@@ -87,7 +87,7 @@ def load(path: str | Path, *, format: str | None = None, **options: Unpack[Locat
     return read(checkpoint, sighting, head_format)
 
 
-def detect(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> Detection:  # noqa: A002, as `save` has it
+def detect(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> Detection:
     """Says in which format a checkpoint's head is and why, from names, shapes and dtypes; no weights are read.
 
     Args and errors are those of `load`.

@@ -20,7 +20,7 @@ _PICKLED = (".bin", ".pt", ".pth")
 _OWN = f"{VHEAD.name} holds heads of one or two projections and any number of outputs"
 
 
-def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:  # noqa: A002, the name that callers know
+def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:
     """Writes a head to a file of its own, with the names that a framework gives its tensors.
 
     Args:

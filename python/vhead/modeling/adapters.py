@@ -108,7 +108,7 @@ def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool, has_head: b
     return model
 
 
-def _fit_vocabulary(body: Any, adapter: Adapter) -> None:  # noqa: ANN401, a model of transformers
+def _fit_vocabulary(body: Any, adapter: Adapter) -> None:
     """Gives a language model as many tokens as the embeddings have that lie beside an adapter, where some do."""
     embeddings = body.get_input_embeddings()
     place = next(name for name, module in body.named_modules() if module is embeddings)
@@ -194,7 +194,7 @@ def drops_cache(body: nn.Module) -> bool:
 # The reward adapter
 
 
-def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:  # noqa: ANN401, peft's
+def load_reward_adapter(model: Any, checkpoint: Checkpoint, name: str) -> nn.Linear:
     """Adds a trained reward adapter to a model with adapters; which one is active, and what trains, stays as it is.
 
     Returns:
@@ -234,7 +234,7 @@ def _read_score(checkpoint: Checkpoint, weights: str, hidden_size: int) -> nn.Li
 
 
 @contextmanager
-def active(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401, peft's
+def active(model: Any, name: str) -> Iterator[None]:
     """Makes one adapter of a model the active one, in evaluation mode, while the block runs."""
     with unchanged(model):
         model.set_adapter(name)
@@ -243,7 +243,7 @@ def active(model: Any, name: str) -> Iterator[None]:  # noqa: ANN401, peft's
 
 
 @contextmanager
-def unchanged(model: Any) -> Iterator[None]:  # noqa: ANN401, peft's
+def unchanged(model: Any) -> Iterator[None]:
     """Restores the active adapter, the mode of every module, and what trains, however the block ends."""
     active_adapter = model.active_adapter
     modes = {module: module.training for module in model.modules()}
@@ -309,7 +309,7 @@ def save_score(score: nn.Module, folder: Path) -> None:
 
 def _peft() -> ModuleType:
     try:
-        import peft  # noqa: PLC0415, slow to import and often absent
+        import peft  # slow to import and often absent
     except ImportError as error:
         raise MissingPackageError("peft is not installed; adapters need it: pip install peft") from error
     module: ModuleType = peft

@@ -21,7 +21,7 @@ _MULTIMODAL_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", 
 _OF_WEIGHT_FILES = frozenset({"use_safetensors", "variant"})
 
 
-def class_for(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401, they have no common type
+def class_for(wanted: Any, location: str, arguments: Mapping[str, Any]) -> Any:
     """The class that loads all of a model: a multimodal one where `AutoModelForCausalLM` would drop what is not text.
 
     Args:
@@ -63,7 +63,7 @@ def stated_config(location: str, arguments: Mapping[str, Any]) -> Mapping[str, A
     return config if isinstance(config, dict) else {}
 
 
-def _class_name(auto_class: Any, model_type: str) -> str | None:  # noqa: ANN401, see `class_for`
+def _class_name(auto_class: Any, model_type: str) -> str | None:
     """The name of the class that an auto class has for a type of model, or None."""
     found = auto_class._model_mapping._model_mapping.get(model_type)
     name: str | None = found[0] if isinstance(found, tuple | list) else found

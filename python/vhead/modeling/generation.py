@@ -56,7 +56,7 @@ class ScoredGeneration:
     entropy: Tensor | None
     generation: ModelOutput = field(repr=False)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, as transformers' output has it
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "generation":
             raise AttributeError(name)
         return getattr(self.generation, name)
@@ -92,7 +92,7 @@ class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is unty
         self._logits = logits
         self._step: tuple[Tensor | None, Tensor | None] | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002, transformers'
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Reads the step that will choose the token after `input_ids` `[B, T]`."""
         self.read()
         return scores
@@ -107,7 +107,7 @@ class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is unty
     def before(self, allowed: Callable[..., Any]) -> Callable[..., Any]:
         """The caller's function for allowed tokens, which transformers calls before this processor."""
 
-        def read_then_allowed(*args: object) -> Any:  # noqa: ANN401, transformers'
+        def read_then_allowed(*args: object) -> Any:
             self.read()
             return allowed(*args)
 
@@ -181,7 +181,7 @@ def generate(
     plan: BackbonePlan,
     wanted: Wanted,
     *args: object,
-    **kwargs: Any,  # noqa: ANN401, transformers' arguments
+    **kwargs: Any,
 ) -> ScoredGeneration:
     """Runs a language model's `generate` and records the statistics of every token that it chooses.
 

@@ -142,7 +142,7 @@ class Loaded:
 
 
 def load(
-    auto_class: Any,  # noqa: ANN401, transformers' auto classes have no common type
+    auto_class: Any,
     location: str,
     model_args: tuple[object, ...],
     arguments: LoadArguments,
@@ -184,7 +184,7 @@ def load(
 
 
 def _load_with_adapter(
-    auto_class: Any,  # noqa: ANN401, see `load`
+    auto_class: Any,
     location: str,
     model_args: tuple[object, ...],
     *,
@@ -294,12 +294,12 @@ def _with_new_adapter(body: nn.Module, arguments: LoadArguments) -> nn.Module:
 
 
 def _load_body(
-    auto_class: Any,  # noqa: ANN401, see `load`
+    auto_class: Any,
     location: str,
     *model_args: object,
     device: int | str,
     found: _Found = _Found(),
-    **arguments: Any,  # noqa: ANN401, transformers' own
+    **arguments: Any,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Loads a language model; says which of its parameters the checkpoint lacked."""
     checkpoint, config = Checkpoint(location, **_location(arguments)), stated_config(location, arguments)

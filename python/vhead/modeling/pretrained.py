@@ -76,7 +76,7 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         v_head_num_outputs: int = 1,
         v_head_intermediate_size: int | None = None,
         summary_dropout_prob: float = 0.1,
-        **kwargs: Any,  # noqa: ANN401, transformers' own
+        **kwargs: Any,
     ) -> None:
         # Transformers makes one without arguments, to know the defaults.
         text_config = None if text_config is None else _language_model_config(text_config)
@@ -90,7 +90,7 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         if text_config is not None and kwargs.get("attn_implementation") is not None:
             text_config._attn_implementation = kwargs["attn_implementation"]
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, the language model's attributes
+    def __getattr__(self, name: str) -> Any:
         if self.text_config is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.text_config, name)
@@ -188,10 +188,10 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: object,
-        attn_implementation: Any = None,  # noqa: ANN401, transformers' own
+        attn_implementation: Any = None,
         output_loading_info: bool = False,
-        **kwargs: Any,  # noqa: ANN401, transformers' own
-    ) -> Any:  # noqa: ANN401, one or two things, as transformers has it
+        **kwargs: Any,
+    ) -> Any:
         """Loads a folder or a hub repository of this form; everything is read from there, the language model included.
 
         Args:
@@ -258,7 +258,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
     # Computing
 
-    def forward(  # noqa: PLR0917, transformers' order
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -350,7 +350,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         """Whether the language model's loss can be told the number of tokens of the whole batch, for `Trainer`."""
         return "num_items_in_batch" in signature(self.pretrained_model.forward).parameters
 
-    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401, as it is declared
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Any:
         """Chooses what a decoding step reads, as the language model does."""
         return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
 
@@ -389,7 +389,7 @@ def _language_model_config(given: PretrainedConfig | Mapping[str, Any]) -> Pretr
     return AutoConfig.for_model(**given)
 
 
-def _auto_class(config: ValueHeadConfig) -> Any:  # noqa: ANN401, transformers' auto classes have no common type
+def _auto_class(config: ValueHeadConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -403,7 +403,7 @@ def _head(config: ValueHeadConfig) -> ValueHead:
     )
 
 
-def _read_config(config_class: Any, location: object, arguments: dict[str, Any]) -> Any:  # noqa: ANN401, untyped
+def _read_config(config_class: Any, location: object, arguments: dict[str, Any]) -> Any:
     """A checkpoint's configuration, and the arguments that are not about it."""
     # Seen before it is made: transformers 4.57 cannot log a configuration without the one inside.
     if config_class.get_config_dict(location, **arguments)[0].get("text_config") is None:
@@ -414,7 +414,7 @@ def _read_config(config_class: Any, location: object, arguments: dict[str, Any])
     return config_class.from_pretrained(location, return_unused_kwargs=True, **arguments)
 
 
-def _choose_attention(config: Any, implementation: Any) -> None:  # noqa: ANN401, transformers' own
+def _choose_attention(config: Any, implementation: Any) -> None:
     config._attn_implementation = implementation
     config.text_config._attn_implementation = implementation
 

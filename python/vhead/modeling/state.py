@@ -122,7 +122,7 @@ class CheckpointState(nn.Module):
         return plain if first in self._modules else f"{BODY}.{plain}"
 
 
-def _tell_what_is_missing(module: CheckpointState, result: Any) -> None:  # noqa: ANN401, torch's private tuple
+def _tell_what_is_missing(module: CheckpointState, result: Any) -> None:
     """Names missing weights as `state_dict` does: safetensors and accelerate look tied ones up there."""
     missing = result.missing_keys
     missing[:] = [name for name in missing if not name.startswith(module._saved_elsewhere)]
@@ -171,7 +171,7 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         with _as_child(body, "v_head", self.v_head):
             return body.save_pretrained(folder, *args, state_dict=state, **kwargs)
 
-    def _save_with_adapter(self, state: Mapping[str, Any], folder: Path, *args: object, **kwargs: Any) -> object:  # noqa: ANN401, peft's own
+    def _save_with_adapter(self, state: Mapping[str, Any], folder: Path, *args: object, **kwargs: Any) -> object:
         body_state = {name: value for name, value in state.items() if name.partition(".")[0] not in self._modules}
         if body_state:
             kwargs["state_dict"] = body_state
@@ -183,7 +183,7 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
                 adapters.save_score(score, folder / self.rm_adapter_name)
         return result
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, transformers' own
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes, head included; the body is not changed.
 
         Args:
@@ -215,7 +215,7 @@ def _brought_back(state: dict[str, Any], body: nn.Module) -> dict[str, Any]:
     """The weights with the offloaded ones in memory, which transformers 5 brings back itself, a shard at a time."""
     if _BRINGS_WEIGHTS_BACK or not any(getattr(value, "is_meta", False) for value in state.values()):
         return state
-    from accelerate.utils.modeling import (  # type: ignore[import-untyped]  # noqa: PLC0415, what offloads has it
+    from accelerate.utils.modeling import (  # type: ignore[import-untyped]  # what offloads has it
         get_state_dict_offloaded_model,
     )
 

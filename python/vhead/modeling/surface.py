@@ -26,7 +26,7 @@ class _OfBody:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:  # noqa: ANN401, the body's type
+    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:
         if instance is None:
             return self
         body = instance.pretrained_model
@@ -136,7 +136,7 @@ class TransformersSurface(nn.Module):
         show: Callable[[], None] = self._of_peft("print_trainable_parameters")
         return show
 
-    def _of_peft(self, name: str) -> Any:  # noqa: ANN401, a method
+    def _of_peft(self, name: str) -> Any:
         """A method of peft's model that reads nothing but the parameters, for body and head together."""
         return MethodType(getattr(type(self.pretrained_model), name), self)
 

@@ -499,7 +499,7 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     transformers_parent_class = AutoModelForSeq2SeqLM
     lm_head_namings = ("lm_head", "embed_out", "output_projection")
 
-    def __init__(self, pretrained_model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, passed on
+    def __init__(self, pretrained_model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(pretrained_model, *args, **kwargs)
         self.is_encoder_decoder = True
 

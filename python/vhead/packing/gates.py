@@ -37,7 +37,7 @@ def is_gated(module: nn.Module) -> bool:
     return type(children["act_fn"]).__name__ in _SILU and all(type(children[part]) is nn.Linear for part in _PARTS)
 
 
-def _forward(layer: Any, states: Tensor) -> Tensor:  # noqa: ANN401, a gated layer of any class
+def _forward(layer: Any, states: Tensor) -> Tensor:
     gate = functional.silu(layer.gate_proj(states), inplace=True)
     gate *= layer.up_proj(states)
     output: Tensor = layer.down_proj(gate)

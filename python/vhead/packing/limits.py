@@ -31,14 +31,14 @@ _SCALED_ROTARY = ("linear", "dynamic", "yarn", "longrope", "su", "llama3")
 _CHANGING_ROTARY = ("dynamic", "longrope")
 
 
-def vocabulary_size(body: Any) -> int:  # noqa: ANN401, a language model of any class
+def vocabulary_size(body: Any) -> int:
     """Ids that can be both read and predicted."""
     embedding: Tensor = body.get_input_embeddings().weight
     predicted = getattr(body.get_output_embeddings(), "weight", embedding)
     return min(embedding.shape[0], predicted.shape[0])
 
 
-def context_length(body: Any) -> int | None:  # noqa: ANN401, a language model of any class
+def context_length(body: Any) -> int | None:
     """Tokens that the model takes at once, None where it states no limit.
 
     Rotary embeddings that are scaled take the original context times their factor, or what the configuration states
@@ -57,12 +57,12 @@ def context_length(body: Any) -> int | None:  # noqa: ANN401, a language model o
     return min([max(length, *_scaled_lengths(text)), *(table - bool(getattr(text, "ngram", 0)) for table in tables)])
 
 
-def _stated_length(text: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+def _stated_length(text: Any) -> int | None:
     stated = (getattr(text, name, None) for name in _LENGTHS)
     return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
-def _scaled_lengths(text: Any) -> Iterator[int]:  # noqa: ANN401, a configuration of any class
+def _scaled_lengths(text: Any) -> Iterator[int]:
     """The stated length, and those that scaled rotary embeddings reach."""
     stated = _stated_length(text) or 0
     yield stated
@@ -75,7 +75,7 @@ def _scaled_lengths(text: Any) -> Iterator[int]:  # noqa: ANN401, a configuratio
             yield int(original * factor)
 
 
-def attention_window(config: Any, *, sliding: bool = True) -> int | None:  # noqa: ANN401, a configuration of any class
+def attention_window(config: Any, *, sliding: bool = True) -> int | None:
     """Tokens that the layer with the shortest sight sees, None where all see everything.
 
     Args:
@@ -88,19 +88,19 @@ def attention_window(config: Any, *, sliding: bool = True) -> int | None:  # noq
     return min(found, default=None)
 
 
-def sliding_window(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+def sliding_window(config: Any) -> int | None:
     """Tokens that layers with a sliding window see, None where there are none."""
     window = getattr(text_config(config), _SLIDING, None)
     return window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None
 
 
-def selected_tokens(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+def selected_tokens(config: Any) -> int | None:
     """Tokens up to which no layer selects among those that it looks at, None where none ever does."""
     text = text_config(config)
     return min((size for name in _SELECTIONS for size in _integers(getattr(text, name, None))), default=None)
 
 
-def stable_rotary_length(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+def stable_rotary_length(config: Any) -> int | None:
     """The length up to which rotary embeddings do not depend on the batch, None where they never do."""
     text = text_config(config)
     changing = [rotary for rotary in _rotary(text) if _rotary_kind(rotary) in _CHANGING_ROTARY]
@@ -108,14 +108,14 @@ def stable_rotary_length(config: Any) -> int | None:  # noqa: ANN401, a configur
     return min((length for length in lengths if length is not None), default=None)
 
 
-def special_tokens(config: Any) -> set[int]:  # noqa: ANN401, a configuration of any class
+def special_tokens(config: Any) -> set[int]:
     """Ids that a configuration names: beginnings, ends, padding, places of images."""
     fields = {**vars(config), **vars(text_config(config))}
     named = (value for name, value in fields.items() if name.endswith(("_token_id", "_token_index", "_patch_id")))
     return {token for value in named for token in _integers(value)}
 
 
-def pad_token(config: Any) -> int | None:  # noqa: ANN401, a configuration of any class
+def pad_token(config: Any) -> int | None:
     """The id of padding, None where there is none."""
     for place in (config, text_config(config)):
         token = getattr(place, "pad_token_id", None)
@@ -124,7 +124,7 @@ def pad_token(config: Any) -> int | None:  # noqa: ANN401, a configuration of an
     return None
 
 
-def text_config(config: Any) -> Any:  # noqa: ANN401, a configuration of any class
+def text_config(config: Any) -> Any:
     """The language model's part of a configuration."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -134,7 +134,7 @@ def _integers(value: object) -> Iterator[int]:
     return (item for item in values if isinstance(item, int) and not isinstance(item, bool))
 
 
-def _rotary(text: Any) -> Iterator[Mapping[str, Any]]:  # noqa: ANN401, a configuration of any class
+def _rotary(text: Any) -> Iterator[Mapping[str, Any]]:
     """The parameters of a configuration's rotary embeddings, of each kind of layers."""
     return (rotary for name in _ROTARY for rotary in _mappings(getattr(text, name, None)))
 
@@ -143,12 +143,12 @@ def _rotary_kind(rotary: Mapping[str, Any]) -> object:
     return rotary.get("rope_type", rotary.get("type"))
 
 
-def _original_length(text: Any, rotary: Mapping[str, Any]) -> int | None:  # noqa: ANN401, a configuration of any class
+def _original_length(text: Any, rotary: Mapping[str, Any]) -> int | None:
     name = "original_max_position_embeddings"
     return rotary.get(name) or getattr(text, name, None)
 
 
-def _has_kinds(text: Any) -> bool:  # noqa: ANN401, a configuration of any class
+def _has_kinds(text: Any) -> bool:
     """Whether layers of several kinds have rotary embeddings of their own."""
     return hasattr(text, "rope_local_base_freq") or any(
         isinstance(value, Mapping) for rotary in _rotary(text) for value in rotary.values()

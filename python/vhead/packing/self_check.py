@@ -197,7 +197,7 @@ class SelfCheck:
 
 
 @contextmanager
-def short_windows(model: Any) -> Iterator[None]:  # noqa: ANN401, a language model of any class
+def short_windows(model: Any) -> Iterator[None]:
     """Shortens a model's sliding windows while the block runs: where its configuration and its layers state them."""
     config = limits.text_config(model.config)
     window = config.sliding_window

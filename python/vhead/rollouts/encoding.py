@@ -129,7 +129,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,  # noqa: ANN401, any tokenizer of transformers
+        tokenizer: Any,
         vocabulary_size: int,
         limit: LengthLimit,
         *,
@@ -197,7 +197,7 @@ class IdRegistry:
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
 
-    def add(self, id: Id, name: str) -> None:  # noqa: A002, the field's name
+    def add(self, id: Id, name: str) -> None:
         """Remembers an id and what errors call its record.
 
         Raises:

@@ -56,7 +56,7 @@ def open_reader(name: str, reserved: tuple[str, ...] = (), *, replaces: bool = F
         MissingExtraError: pyarrow is needed and not installed.
     """
     if format_of(name) == ".parquet":
-        from vhead.rollouts.parquet import ParquetReader  # noqa: PLC0415, pyarrow only when used
+        from vhead.rollouts.parquet import ParquetReader  # pyarrow only when used
 
         return ParquetReader(Path(name), reserved, replaces=replaces)
     if name == STANDARD_STREAM:

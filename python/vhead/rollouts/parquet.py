@@ -169,7 +169,7 @@ def _rows_at_once(group: pq.RowGroupMetaData) -> int:
     return max(1, min(_ROWS_AT_ONCE, _VALUES_AT_ONCE * max(int(group.num_rows), 1) // max(values, 1)))
 
 
-def _plain(value: pa.Scalar) -> Any:  # noqa: ANN401, whatever a column holds
+def _plain(value: pa.Scalar) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
     if not is_list or not value.is_valid or not pa.types.is_integer(value.type.value_type) or value.values.null_count:
         return value.as_py()
@@ -199,7 +199,7 @@ def _json_value(value: object) -> str | float:
     raise TypeError(type(value).__name__)
 
 
-def _without_nonfinite(value: Any) -> Any:  # noqa: ANN401, any JSON value
+def _without_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

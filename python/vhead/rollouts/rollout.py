@@ -45,7 +45,7 @@ class Rollout:
             raise FieldError(record, "completion", expected=f"{kinds[0]}, as the prompt is", got=kinds[1])
 
     @classmethod
-    def from_messages(cls, messages: Sequence[Message], id: Id = None) -> "Rollout":  # noqa: A002
+    def from_messages(cls, messages: Sequence[Message], id: Id = None) -> "Rollout":
         """A chat whose last message, the assistant's, is the completion; the model's chat template renders it.
 
         Args:
@@ -80,12 +80,12 @@ def shown(value: object) -> str:
     return f"{_short(value, _SHOWN)} ({type(value).__name__})"
 
 
-def named(where: str, id: Id) -> str:  # noqa: A002, the field's name
+def named(where: str, id: Id) -> str:
     """What errors call a record: its place in the input, and its id where it has one."""
     return where if id is None else f"{where} (id {_short(id, 2 * _SHOWN)})"
 
 
-def _record(id: Id) -> str | None:  # noqa: A002, the field's name
+def _record(id: Id) -> str | None:
     return None if id is None else f"record {_short(id, 2 * _SHOWN)}"
 
 

@@ -70,7 +70,7 @@ class StandardStream(io.RawIOBase):
         """The file's number."""
         return self._descriptor
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401, whatever lends memory
+    def readinto(self, buffer: Any) -> int:
         """Reads what is there, as soon as there is something; gives the number of bytes, 0 at the end."""
         if not self._wait(select.POLLIN):
             return 0
@@ -78,7 +78,7 @@ class StandardStream(io.RawIOBase):
         buffer[: len(data)] = data
         return len(data)
 
-    def write(self, data: Any) -> int:  # noqa: ANN401, whatever lends memory
+    def write(self, data: Any) -> int:
         """Writes as much as there is room for, as soon as there is some; gives the number of bytes."""
         self._wait(select.POLLOUT)
         return self.perform(os.write, data)

@@ -81,7 +81,7 @@ class TextTokenizer:
         VheadError: `append_eos` is asked for, and the tokenizer has no such token.
     """
 
-    def __init__(self, tokenizer: Any, *, separate: bool = False, append_eos: bool = False) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Any, *, separate: bool = False, append_eos: bool = False) -> None:
         self._tokenizer = tokenizer
         self._separate = separate
         self._end = getattr(tokenizer, "eos_token_id", None) if append_eos else None

@@ -248,7 +248,7 @@ class Read:
         return computed
 
 
-def _untrained_output(model: Any, body: Any) -> list[str]:  # noqa: ANN401, models of any class
+def _untrained_output(model: Any, body: Any) -> list[str]:
     """The parameters of the language-model head that were drawn and not loaded, by name."""
     output = body.get_output_embeddings()
     own = set() if output is None else {id(parameter) for parameter in output.parameters()}

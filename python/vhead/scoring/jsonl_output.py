@@ -60,7 +60,7 @@ def _members(score: Score, names: dict[str, str]) -> str:
     )
 
 
-def _number_or_list(value: Any, name: str) -> str:  # noqa: ANN401, one of two array-like types by name
+def _number_or_list(value: Any, name: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if name in TOKEN_COLUMNS:

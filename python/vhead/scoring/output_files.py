@@ -26,7 +26,7 @@ def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suf
     if name == STANDARD_STREAM:
         return Output(standard_output(), suffix)
     if suffix_of_name == ".parquet":
-        from vhead.scoring.parquet_output import ParquetOutput  # noqa: PLC0415, pyarrow only when used
+        from vhead.scoring.parquet_output import ParquetOutput  # pyarrow only when used
 
         return ParquetOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
     return OutputFile(Path(name), suffix, resume=resume, overwrite=overwrite)

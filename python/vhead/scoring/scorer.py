@@ -81,7 +81,7 @@ class Scorer:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any = None,  # noqa: ANN401, any tokenizer of transformers
+        tokenizer: Any = None,
         **options: Unpack[ScorerOptions],
     ) -> None:
         options = checked_options(options)
@@ -273,7 +273,7 @@ class Scorer:
             if len(chunk.scores):
                 yield chunk.scores
 
-    def windows(self, *arguments: Any, **named: Any) -> Iterator[Scores]:  # noqa: ANN401, those of `chunks`
+    def windows(self, *arguments: Any, **named: Any) -> Iterator[Scores]:
         """The old name of `chunks`."""
         warnings.warn("Scorer.windows is now called Scorer.chunks", FutureWarning, stacklevel=2)
         return self.chunks(*arguments, **named)

@@ -167,7 +167,7 @@ class _States:
             )
         return output, log_sums.T
 
-    def _run(self, query: Tensor, sequences: _Sequences, **options: object) -> Any:  # noqa: ANN401, as the kernel gives
+    def _run(self, query: Tensor, sequences: _Sequences, **options: object) -> Any:
         if self.softcap is not None:
             options["softcap"] = self.softcap
         return self.kernel(

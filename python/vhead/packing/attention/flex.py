@@ -79,7 +79,7 @@ def _kernel(device: str) -> Callable[..., Tensor]:
 
     Sizes are symbols from the first call on: the kernel that the self-check tries is so the one that runs later.
     """
-    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415, absent before torch 2.5
+    from torch.nn.attention.flex_attention import flex_attention  # absent before torch 2.5
 
     compiled: Callable[..., Tensor] = torch.compile(
         flex_attention, dynamic=True, fullgraph=True, backend="eager" if device == "cpu" else "inductor"
@@ -96,7 +96,7 @@ def _capped(softcap: Tensor) -> Modification:
     return cap
 
 
-def block_mask(visibility: Visibility, window: int | None, device: torch.device) -> Any:  # noqa: ANN401, a BlockMask
+def block_mask(visibility: Visibility, window: int | None, device: torch.device) -> Any:
     """What rows see, by blocks: those that are seen as a whole, and those whose every pair is looked at.
 
     Args:
@@ -104,7 +104,7 @@ def block_mask(visibility: Visibility, window: int | None, device: torch.device)
         window: Tokens that each token sees on its path, itself among them; None: all.
         device: Where the attention runs.
     """
-    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415, absent before torch 2.5
+    from torch.nn.attention.flex_attention import BlockMask  # absent before torch 2.5
 
     full, partial = seen_blocks(visibility, window)
     partial_counts, partial_chosen = _listed(partial, device)

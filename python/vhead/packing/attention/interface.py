@@ -52,7 +52,7 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def _forward(  # noqa: PLR0917, the interface's signature
+def _forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -80,7 +80,7 @@ def register() -> None:
     """
     if not available("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS"):
         raise NotImplementedError("this release of transformers has no attention interface")
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415, absent before 4.48
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # absent before 4.48
 
     # Before 4.50 it was a dict.
     add = getattr(ALL_ATTENTION_FUNCTIONS, "register", None) or ALL_ATTENTION_FUNCTIONS.__setitem__
