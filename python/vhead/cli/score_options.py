@@ -94,12 +94,12 @@ ChunkTokens = Annotated[
     int | None,
     typer.Option(
         "--chunk-tokens",
-        "--window-tokens",
         min=1,
         metavar="N",
         help="Tokens among which shared beginnings are found; default: eight batches.",
     ),
 ]
+OldChunkTokens = Annotated[int | None, typer.Option("--window-tokens", min=1, hidden=True)]
 NumThreads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads; default: those that this process may use."),
