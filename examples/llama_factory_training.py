@@ -3,7 +3,7 @@
 It trains LoRA and head on pairs of the demo's texts: the chosen one is natural, the rejected one its corrupted twin.
 
     pip install vhead llamafactory==0.9.4
-    DISABLE_VERSION_CHECK=1 python examples/llama_factory_reward_model.py
+    DISABLE_VERSION_CHECK=1 python examples/llama_factory_training.py
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Writes `docs/compatibility.md`: what holds for each model type of the installed transformers, found by running it.
+"""Writes `docs/model-types.md`: what holds for each model type of the installed transformers, found by running it.
 
 Each batch of model types runs in a process of its own, so that one that crashes costs only itself; rows are kept in
-`target/compatibility`, and a second run goes on where the first one stopped.
+`target/model-types`, and a second run goes on where the first one stopped.
 
-    python tools/compatibility_table.py            # examine what is missing, then write the table
-    python tools/compatibility_table.py --fresh    # examine everything again
+    python tools/model_types_table.py            # examine what is missing, then write the table
+    python tools/model_types_table.py --fresh    # examine everything again
 """
 
 import argparse
@@ -26,7 +26,7 @@ from architectures.report import Row, examine  # noqa: E402
 from architectures.table import render  # noqa: E402
 from architectures.tiny import model_types  # noqa: E402
 
-TABLE = ROOT / "docs" / "compatibility.md"
+TABLE = ROOT / "docs" / "model-types.md"
 BATCH = 25
 SECONDS_PER_BATCH = 600
 
@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parsed()
     if arguments.batch:
         return examine_batch(arguments.batch)
-    kept = arguments.rows or ROOT / "target" / "compatibility" / f"{transformers.__version__}.jsonl"
+    kept = arguments.rows or ROOT / "target" / "model-types" / f"{transformers.__version__}.jsonl"
     kept.parent.mkdir(parents=True, exist_ok=True)
     if arguments.fresh:
         kept.unlink(missing_ok=True)

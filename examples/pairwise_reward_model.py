@@ -4,7 +4,7 @@ The chosen text is natural, the rejected one its corrupted twin. What is trained
 lies in `value_head.safetensors` beside the language model, where LLaMA-Factory and the scorer look for it.
 
     pip install vhead
-    python examples/reward_model_llama_factory_style.py
+    python examples/pairwise_reward_model.py
 """
 
 import argparse
