@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
 INDEX = ROOT / "docs" / "README.md"
+SCORING = ROOT / "docs" / "scoring-reference.md"
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -114,6 +115,12 @@ def test_links_to_headings_lead_to_one(page: Path) -> None:
 def test_the_index_of_the_documentation_names_each_page_once() -> None:
     pages = {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name}
     assert sorted(re.findall(r"^\| \[(.*?\.md)\]", INDEX.read_text(), re.MULTILINE)) == sorted(pages)
+
+
+def test_the_reference_lists_every_option_of_scoring() -> None:
+    options = set(re.findall(r"--[a-z-]+", vhead_help("score"))) - {"--help"}
+    assert options >= {"--model", "--resume"}
+    assert {option for option in options if f"`{option}`" not in SCORING.read_text()} == set()
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:
