@@ -130,7 +130,7 @@ bench: $(VENV)/.test $(VENV)/.built
 
 # What docs/model-types.md says, found by running every model type of the installed transformers: about three minutes.
 model-types: $(VENV)/.test $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python tools/model_types_table.py --fresh
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.model_types_table --fresh
 
 format: $(VENV)/.test
 	cargo fmt --all

@@ -18,14 +18,14 @@ from measure import load_average, provenance
 from torch import Tensor
 
 from vhead import Rollout, Scorer
-from vhead.backbone import last_hidden_state
+from vhead.backbone.hidden_states import last_hidden_state
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
-from vhead.scoring.encode import Encoded
+from vhead.rollouts.encoding import Encoded
 from vhead.scoring.engine import Read, Work
 from vhead.scoring.statistics import token_statistics
-from vhead.scoring.strategies import as_row
-from vhead.scoring.window import windows
+from vhead.packing.strategies import as_row
+from vhead.scoring.chunks import windows
 
 RESULTS = Path(__file__).parent / "results" / "scoring-overhead.json"
 FIELDS = ("values", "logprobs", "reward")
@@ -90,7 +90,7 @@ class ModelOnly:
 
 def to_arrow(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[pa.Table]:
     """Streamed, each window as an Arrow table."""
-    return [window.to_arrow() for window in scorer.windows(rollouts, FIELDS)]
+    return [window.to_arrow() for window in scorer.chunks(rollouts, FIELDS)]
 
 
 def streamed(scorer: Scorer, rollouts: Sequence[Rollout]) -> int:

@@ -15,10 +15,10 @@ from trl.experimental.ppo import AutoModelForCausalLMWithValueHead as TrlModel
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.scoring import engine
-from vhead.scoring.caching import PrefixCache
-from vhead.scoring.packing import MaskedTreePacking
+from vhead.packing.caching import PrefixCache
+from vhead.packing.packing import MaskedTreePacking
 from vhead.scoring.statistics import statistics_of_logits
-from vhead.scoring.strategies import OneByOne, PaddedBatches, Strategy
+from vhead.packing.strategies import OneByOne, PaddedBatches, Strategy
 
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS = 151_936, 896, 4864, 14, 2
 TRL_BATCH = 8

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import ceiling, goal
+from tests.architectures.report import ceiling, goal
 
 FILE = Path(__file__).parent / "results" / "scoring.json"
 GOALS = {"values": 11.0, "all fields": 7.0}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from report import ceiling, goal
+from tests.architectures.report import ceiling, goal
 from scoring_chart import AXES, cost, where
 
 RESULTS = Path(__file__).parent / "results"

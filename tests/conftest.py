@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+# From here the code of a test in a process of its own finds `tests`.
+ROOT = Path(__file__).parent.parent
 
 # Read when torch and huggingface_hub are first imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,7 +58,7 @@ def fresh_python() -> Callable[[str], str]:
     """Runs code in a new interpreter and returns what it printed; fails with its traceback."""
 
     def run(code: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -2,9 +2,10 @@
 
 import ast
 import importlib
+import inspect
 import pickle
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_type_checkers_know_what_a_model_and_its_generate_give() -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'vhead' has no attribute 'CriticHead'"):
-        vhead.CriticHead  # noqa: B018
+        vhead.CriticHead
 
 
 def test_what_type_checkers_see_is_what_is_exported() -> None:
@@ -50,7 +51,7 @@ def test_what_type_checkers_see_is_what_is_exported() -> None:
 @pytest.mark.parametrize("name", [name for name in vhead.__all__ if name[0].isupper()])
 def test_classes_pickle_by_reference(name: str) -> None:
     cls = getattr(vhead, name)
-    assert pickle.loads(pickle.dumps(cls)) is cls  # noqa: S301, our own bytes
+    assert pickle.loads(pickle.dumps(cls)) is cls
     assert getattr(importlib.import_module(cls.__module__), name) is cls
 
 
@@ -73,3 +74,39 @@ def test_candle_head_needs_no_torch(fresh_python: FreshPython) -> None:
 
 def test_the_torch_check_can_fail(fresh_python: FreshPython) -> None:
     assert "torch" in fresh_python(f"import vhead; vhead.ValueHead; {LOADED}")
+
+
+def is_own(thing: object) -> bool:
+    return callable(thing) and str(getattr(thing, "__module__", "")).startswith("vhead")
+
+
+def undocumented(thing: object, name: str) -> Iterator[str]:
+    """The public classes, functions and methods of one thing that do not say what they do; `vhead`'s own alone."""
+    if not inspect.getdoc(thing):
+        yield name
+    if inspect.isclass(thing):
+        for child, value in vars(thing).items():
+            method = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if not child.startswith("_") and inspect.isfunction(method) and method.__module__.startswith("vhead"):
+                yield from undocumented(method, f"{name}.{child}")
+
+
+def test_what_is_public_says_what_it_does() -> None:
+    things = {name: getattr(vhead, name) for name in vhead.__all__ if name != "__version__"}
+    for module in [thing for thing in things.values() if inspect.ismodule(thing)]:
+        names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+        own = {name: getattr(module, name) for name in names}
+        things |= {f"{module.__name__}.{name}": thing for name, thing in own.items() if is_own(thing)}
+    assert [missing for name, thing in things.items() for missing in undocumented(thing, name)] == []
+
+
+def test_the_rule_of_docstrings_can_fail() -> None:
+    class Silent:
+        """Says nothing about its method."""
+
+        def method(self) -> None:
+            pass
+
+    Silent.method.__module__ = "vhead.silent"
+    assert list(undocumented(Silent, "Silent")) == ["Silent.method"]
+    assert list(undocumented(lambda: None, "function")) == ["function"]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, upstream
-from vhead.scoring.caching import PrefixCache
+from vhead.packing.caching import PrefixCache
 
 PACKAGE = Path(__file__).parent.parent / "python" / "vhead"
 
@@ -139,7 +139,7 @@ class TestCache:
     @pytest.mark.parametrize("name", upstream.CACHE_NAMES)
     def test_the_name_is_the_models_own(self, name):
         scope: dict[str, type[nn.Module]] = {}
-        exec(f"class Remote(nn.Module):\n    def forward(self, input_ids, {name}=None): ...", {"nn": nn}, scope)  # noqa: S102
+        exec(f"class Remote(nn.Module):\n    def forward(self, input_ids, {name}=None): ...", {"nn": nn}, scope)
         assert upstream.cache_argument(scope["Remote"]()) == name
 
     def test_a_model_without_a_cache_has_none(self):
@@ -194,7 +194,7 @@ class TestNothingFallsBackInSilence:
             raise TypeError("forward() got an unexpected keyword argument 'cache'")
 
         monkeypatch.setattr(PrefixCache, "states", broken)
-        monkeypatch.setattr("vhead.scoring.plan._packing", lambda *_: PrefixCache(None))
+        monkeypatch.setattr("vhead.packing.plan._packing", lambda *_: PrefixCache(None))
         with caplog.at_level(logging.WARNING):
             plan = Scorer(model()).plan
             Scorer(model())
@@ -208,7 +208,7 @@ class TestNothingFallsBackInSilence:
     def test_a_strategy_whose_numbers_differ_is_in_the_plan_and_not_in_the_log(self, monkeypatch, caplog):
         right = PrefixCache.states
         monkeypatch.setattr(PrefixCache, "states", lambda self, batch: right(self, batch).roll(1, dims=0))
-        monkeypatch.setattr("vhead.scoring.plan._packing", lambda _name, body, _bounds: PrefixCache(body))
+        monkeypatch.setattr("vhead.packing.plan._packing", lambda _name, body, _bounds: PrefixCache(body))
         with caplog.at_level(logging.WARNING):
             plan = Scorer(model()).plan
         assert "of the largest state" in plan.rejected["prefix cache"]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -11,15 +10,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from requirement_files import read_pins
+from tests.requirement_files import read_pins
+from tools.versions import names
 from vhead import upstream
 
 ROOT = Path(__file__).parent.parent
 WORLDS = ROOT / "tools" / "versions"
 PINS = {path.stem: path for path in WORLDS.glob("*.txt")} | {"locked": ROOT / "requirements" / "test.txt"}
 
-sys.path.append(str(WORLDS))
-import names  # noqa: E402
 
 # Names that only newer releases have, each reached where its absence is answered for.
 NEWER = {name.path for name in upstream.NAMES if name.since}

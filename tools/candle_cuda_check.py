@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "cuda"))
 
-from emulation import driver  # noqa: E402, after the path
+from tests.cuda.emulation import driver  # noqa: E402, after the path
 
 WORKSPACE = ROOT / "tests" / "candle_cuda"
 TARGET = ROOT / "target" / "candle-cuda"
@@ -43,7 +43,7 @@ def cargo(command: str, *words: str, flags: str = "", libraries: tuple[Path, ...
     if libraries:
         environment["LD_LIBRARY_PATH"] = ":".join(map(str, libraries))
     line = ["cargo", command, *where, "--package", "vhead-candle", *words]
-    done = subprocess.run(line, cwd=ROOT, env=environment, check=False)  # noqa: S603, our own words
+    done = subprocess.run(line, cwd=ROOT, env=environment, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -54,7 +54,7 @@ def make_libraries() -> None:
     for name in EMPTY:
         library = f"lib{name}.so"
         options = ("-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", LIBRARIES / library)
-        subprocess.run(["gcc", *options, WORKSPACE / "libraries.c"], check=True)  # noqa: S603, S607, our own words
+        subprocess.run(["gcc", *options, WORKSPACE / "libraries.c"], check=True)
     linked = LIBRARIES / "libcuda.so"
     linked.unlink(missing_ok=True)
     linked.symlink_to(driver.folder() / "libcuda.so.1")

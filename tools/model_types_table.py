@@ -3,8 +3,8 @@
 Each batch of model types runs in a process of its own, so that one that crashes costs only itself; rows are kept in
 `target/model-types`, and a second run goes on where the first one stopped.
 
-    python tools/model_types_table.py            # examine what is missing, then write the table
-    python tools/model_types_table.py --fresh    # examine everything again
+    python -m tools.model_types_table            # examine what is missing, then write the table
+    python -m tools.model_types_table --fresh    # examine everything again
 """
 
 import argparse
@@ -15,17 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import transformers
+
+from tests.architectures.report import Row, examine
+from tests.architectures.table import render
+from tests.architectures.tiny import model_types
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import torch  # noqa: E402, after the environment
-import transformers  # noqa: E402
-
-from architectures.report import Row, examine  # noqa: E402
-from architectures.table import render  # noqa: E402
-from architectures.tiny import model_types  # noqa: E402
-
 TABLE = ROOT / "docs" / "model-types.md"
 BATCH = 25
 SECONDS_PER_BATCH = 600
@@ -81,10 +78,10 @@ def run(batch: list[tuple[str, str]], kept: Path) -> None:
     """Examines a batch in another process, whose rows are appended to the file as they come."""
     names = [f"{model_type}:{auto_class}" for model_type, auto_class in batch]
     with kept.open("a") as rows:
-        command = [sys.executable, __file__, "--batch", *names]
+        command = [sys.executable, "-m", "tools.model_types_table", "--batch", *names]
         try:
-            subprocess.run(  # noqa: S603, our own command
-                command, stdout=rows, stderr=subprocess.DEVNULL, timeout=SECONDS_PER_BATCH, check=False
+            subprocess.run(
+                command, cwd=ROOT, stdout=rows, stderr=subprocess.DEVNULL, timeout=SECONDS_PER_BATCH, check=False
             )
         except subprocess.TimeoutExpired:
             print(f"out of time: {' '.join(names)}", file=sys.stderr)

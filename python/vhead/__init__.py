@@ -1,8 +1,8 @@
 """The value head of language models trained with reinforcement learning: a drop-in class, a scorer, and a fast head.
 
 Every public name is imported on first use, so that ``import vhead`` is cheap and ``vhead.CandleValueHead`` needs no
-torch. In a program that has imported transformers, importing this package registers ``vhead.native`` with its auto
-classes; in one that has not yet, the first use of a public name does, or ``import vhead.native``.
+torch. In a program that has imported transformers, importing this package registers ``vhead.pretrained`` with its
+auto classes; in one that has not yet, the first use of a public name does, or ``import vhead.pretrained``.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, native, ops, scoring
+    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, rollouts, scoring
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         AutoModelForSeq2SeqLMWithValueHead,
         PreTrainedModelWrapper,
     )
-    from vhead.native import ValueHeadConfig, ValueHeadModel
+    from vhead.modeling.reference_model import create_reference_model
     from vhead.ops import backends
-    from vhead.reference_model import create_reference_model
-    from vhead.scoring import Rollout, Score, Scorer, Scores
+    from vhead.pretrained import ValueHeadConfig, ValueHeadModel
+    from vhead.rollouts import Rollout
+    from vhead.scoring import Score, Scorer, Scores
 
     __version__: str
 
@@ -48,28 +49,31 @@ __all__ = [
     "formats",
     "heads",
     "modeling",
-    "native",
     "ops",
+    "pretrained",
+    "rollouts",
     "scoring",
 ]
 
-_SUBMODULES = frozenset({"candle", "errors", "formats", "heads", "modeling", "native", "ops", "scoring"})
+_SUBMODULES = frozenset(
+    {"candle", "errors", "formats", "heads", "modeling", "native", "ops", "pretrained", "rollouts", "scoring"}
+)
 
 _HOME = {
     "AutoModelForCausalLMWithValueHead": "modeling",
     "AutoModelForSeq2SeqLMWithValueHead": "modeling",
     "CandleValueHead": "candle",
     "PreTrainedModelWrapper": "modeling",
-    "Rollout": "scoring",
+    "Rollout": "rollouts",
     "Score": "scoring",
     "Scorer": "scoring",
     "Scores": "scoring",
     "ValueHead": "heads",
-    "ValueHeadConfig": "native",
-    "ValueHeadModel": "native",
+    "ValueHeadConfig": "pretrained",
+    "ValueHeadModel": "pretrained",
     "VheadError": "errors",
     "backends": "ops",
-    "create_reference_model": "reference_model",
+    "create_reference_model": "modeling",
 }
 
 
@@ -83,7 +87,7 @@ def __getattr__(name: str) -> object:
     else:
         raise AttributeError(f"module 'vhead' has no attribute {name!r}")
     globals()[name] = value
-    _register_native_form()
+    _register_pretrained()
     return value
 
 
@@ -92,15 +96,15 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import version  # noqa: PLC0415, a slow import that most programs never need
+    from importlib.metadata import version  # a slow import that most programs never need
 
     return version("vhead")
 
 
-def _register_native_form() -> None:
+def _register_pretrained() -> None:
     # Transformers offers no other way to make a model type known than to call it, and is never imported for that.
     if "transformers" in sys.modules and importlib.util.find_spec("torch"):
-        importlib.import_module("vhead.native")
+        importlib.import_module("vhead.pretrained")
 
 
-_register_native_form()
+_register_pretrained()

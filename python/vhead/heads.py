@@ -1,8 +1,9 @@
 """The value head: a projection of a hidden state, or two, in float32 whatever the language model's dtype."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, Self, TypedDict, Unpack
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypedDict, TypeGuard, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers import PretrainedConfig
 
 from vhead import ops
 from vhead.errors import HeadError, HeadMismatchError
-from vhead.formats import HeadWeights, LinearWeights
+from vhead.head_weights import HeadWeights, LinearWeights
 
 DEFAULT_DROPOUT = 0.1
 DEFAULT_INITIALIZER_RANGE = 0.2
@@ -19,6 +20,94 @@ DEFAULT_INITIALIZER_RANGE = 0.2
 # projects down to `word_embed_proj_dim`, multimodal configurations nest the text model's, encoder-decoders the
 # decoder's.
 _WIDTH_ATTRIBUTES = ("word_embed_proj_dim", "hidden_size", "text_config.hidden_size", "decoder.hidden_size")
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """One kind of head: the module that holds its weights, and the operation that computes values from them.
+
+    Attributes:
+        name: The stem of its operation in every layer, such as `two_layer`.
+        places: Where its projections are below `summary`, first the one that reads the hidden state; "" is `summary`
+            itself.
+        build: Makes `summary` from the sizes around its projections, from H to K; its weights are not yet drawn.
+        is_plain: Whether a `summary` is of this kind, and reading its weights gives what calling it would.
+        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to float32 values `[..., K]`,
+            or `[...]` for K = 1.
+    """
+
+    name: str
+    places: tuple[str, ...]
+    build: Callable[[Sequence[int]], nn.Module]
+    is_plain: Callable[[Any], bool]
+    values: Callable[[Tensor, Any, float], Tensor]
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether reading the module's weights gives what calling it would: no adapter, no quantisation, no hook."""
+    return type(module) is nn.Linear and _is_plain(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return not ("forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks)
+
+
+def _linear(sizes: Sequence[int]) -> nn.Linear:
+    inputs, outputs = sizes
+    # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
+    return nn.Linear(inputs, outputs, dtype=torch.float32, device="meta").to_empty(device=torch.empty(0).device)
+
+
+def _value_head(hidden_states: Tensor, summary: nn.Linear, dropout_p: float) -> Tensor:
+    return ops.value_head(hidden_states, summary.weight, summary.bias, dropout_p=dropout_p)
+
+
+def _two_linears(sizes: Sequence[int]) -> nn.Sequential:
+    width, intermediate, outputs = sizes
+    return nn.Sequential(_linear([width, intermediate]), nn.ReLU(), _linear([intermediate, outputs]))
+
+
+def _is_two_plain_linears(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Sequential
+        and len(module) == 3
+        and type(module[1]) is nn.ReLU
+        and _is_plain(module)
+        and _is_plain(module[1])
+        and is_plain_linear(module[0])
+        and is_plain_linear(module[2])
+    )
+
+
+def _two_layer(hidden_states: Tensor, summary: Any, dropout_p: float) -> Tensor:
+    first, _, second = summary
+    return ops.value_head_two_layer(
+        hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=dropout_p
+    )
+
+
+# A new kind of head is one more entry, with a number of projections of its own. The first is by far the most frequent.
+HEAD_KINDS = [
+    HeadKind("value_head", ("",), _linear, is_plain_linear, _value_head),
+    HeadKind("two_layer", ("0", "2"), _two_linears, _is_two_plain_linears, _two_layer),
+]
+
+
+def head_for(weights: HeadWeights) -> HeadKind:
+    """The kind of head that a trained head's weights are of.
+
+    Raises:
+        HeadError: There is none with so many projections.
+    """
+    return _kind_with(len(weights.layers), weights.source)
+
+
+def _kind_with(projections: int, source: str) -> HeadKind:
+    for kind in HEAD_KINDS:
+        if len(kind.places) == projections:
+            return kind
+    known = ", ".join(f"{kind.name} ({len(kind.places)})" for kind in HEAD_KINDS)
+    raise HeadError(f"{source}: expected a head with as many projections as one of {known}, found {projections}")
 
 
 class InitialArguments(TypedDict, total=False):
@@ -79,8 +168,9 @@ class ValueHead(nn.Module):
             v_head_initializer_range=v_head_initializer_range,
         )
         width = hidden_size_of(config) if hidden_size is None else hidden_size
+        sizes = {"hidden_size": width, "intermediate_size": intermediate_size, "num_outputs": num_outputs}
         self.dropout = _dropout(_dropout_probability(config, summary_dropout_prob))
-        self.summary = _summary(width, num_outputs, intermediate_size)
+        self.summary = _summary({name: size for name, size in sizes.items() if size is not None})
         self.flatten = nn.Flatten()
         self.initialize(v_head_init_strategy, v_head_initializer_range)
 
@@ -112,8 +202,19 @@ class ValueHead(nn.Module):
             intermediate_size=head.intermediate_size,
             **arguments,
         )
+        kind = head_for(head)
+        if module.kind is not kind:
+            module.summary = kind.build([module.hidden_size, *head.sizes[1:]])
         module.load(head)
         return module
+
+    @property
+    def kind(self) -> HeadKind:
+        """Which kind of head this is, whatever an adapter or a sharding library has wrapped around its projections."""
+        if hasattr(self.summary, "weight"):
+            return HEAD_KINDS[0]
+        fitting = [kind for kind in HEAD_KINDS if self.summary._modules.keys() >= set(kind.places)]
+        return max(fitting, key=lambda kind: len(kind.places))
 
     @property
     def hidden_size(self) -> int:
@@ -177,25 +278,15 @@ class ValueHead(nn.Module):
         """Projects hidden states `[..., H]` to values `[..., K]`, float32, on the head's device."""
         # Each look-up of a child or parameter costs a good part of what a small projection does: each is made once.
         summary, dropout = self.summary, self.dropout
-        if not _is_plain_linear(summary):
-            return self._forward_otherwise(hidden_states)
-        weight = summary.weight
-        probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        hidden_states = hidden_states.to(weight.device)
-        values = ops.value_head(hidden_states, weight, summary.bias, dropout_p=probability)
-        return values.unsqueeze(-1) if weight.shape[0] == 1 else values
-
-    def _forward_otherwise(self, hidden_states: Tensor) -> Tensor:
-        summary, dropout = self.summary, self.dropout
-        if not _is_two_plain_linears(summary):
+        for kind in HEAD_KINDS:
+            if kind.is_plain(summary):
+                break
+        else:
             return self._forward_through_modules(hidden_states)
-        first, _, second = summary
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        hidden_states = hidden_states.to(first.weight.device)
-        values = ops.value_head_two_layer(
-            hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=probability
-        )
-        return values.unsqueeze(-1) if second.out_features == 1 else values
+        last: Any = summary.get_submodule(kind.places[-1])
+        values = kind.values(hidden_states.to(last.weight.device), summary, probability)
+        return values.unsqueeze(-1) if last.weight.shape[0] == 1 else values
 
     def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:
         """Calls the children as modules, for a `summary` that an adapter replaced or a sharding library hooked."""
@@ -207,11 +298,9 @@ class ValueHead(nn.Module):
 
     def _linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """The projections by their place in this module: `summary`, or `summary.0` and `summary.2`."""
-        summary = self.summary
-        if hasattr(summary, "weight"):
-            yield "summary", summary
-        else:
-            yield from ((f"summary.{index}", summary[index]) for index in (0, 2))
+        for place in self.kind.places:
+            path = f"summary.{place}".removesuffix(".")
+            yield path, self.get_submodule(path)  # type: ignore[misc]  # what an adapter puts there has its attributes
 
 
 def hidden_size_of(config: PretrainedConfig) -> int:
@@ -261,52 +350,18 @@ def _dropout(probability: float) -> nn.Module:
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
-def _summary(width: int, num_outputs: int, intermediate_size: int | None) -> nn.Module:
-    for name, size in (("hidden_size", width), ("num_outputs", num_outputs), ("intermediate_size", intermediate_size)):
-        if size is not None and size < 1:
+def _summary(sizes: dict[str, int]) -> nn.Module:
+    for name, size in sizes.items():
+        if size < 1:
             raise HeadError(f"{name}: expected a positive number, got {size}")
-    if intermediate_size is None:
-        return _linear(width, num_outputs)
-    return nn.Sequential(_linear(width, intermediate_size), nn.ReLU(), _linear(intermediate_size, num_outputs))
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
-    return nn.Linear(inputs, outputs, dtype=torch.float32, device="meta").to_empty(device=torch.empty(0).device)
+    return _kind_with(len(sizes) - 1, "v_head").build(list(sizes.values()))
 
 
 def _trained_layers(head: HeadWeights) -> dict[str, LinearWeights]:
     """A trained head's projections by their places in `ValueHead`."""
-    names = ["summary"] if len(head.layers) == 1 else [f"summary.{2 * index}" for index in range(len(head.layers))]
+    names = [f"summary.{place}".removesuffix(".") for place in head_for(head).places]
     return dict(zip(names, head.layers, strict=True))
 
 
 def _listing(shapes: dict[str, list[int]]) -> str:
     return " and ".join(f"{name} {shape}" for name, shape in shapes.items())
-
-
-def _is_two_plain_linears(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Sequential
-        and len(module) == 3
-        and type(module[1]) is nn.ReLU
-        and _is_plain(module)
-        and _is_plain(module[1])
-        and _is_plain_linear(module[0])
-        and _is_plain_linear(module[2])
-    )
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether reading the module's weights gives what calling it would."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says and nothing else."""
-    return not ("forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks)

@@ -60,14 +60,14 @@ def with_cache_as(argument: str | None, inputs: Mapping[str, object]) -> dict[st
     return dict(inputs) if not given or argument is None else {**others, argument: given[0]}
 
 
-def cache_of(output: Mapping[str, Any]) -> Any:  # noqa: ANN401, a cache of any class
+def cache_of(output: Mapping[str, Any]) -> Any:
     """The cache that a model returned, or None."""
     return next((output[name] for name in CACHE_NAMES if name in tuple(output)), None)
 
 
-def empty_cache(model: Any) -> Any:  # noqa: ANN401, a language model of any class and its cache
+def empty_cache(model: Any) -> Any:
     """An empty cache of the kinds of layers that a model has."""
-    from transformers import DynamicCache  # noqa: PLC0415, slow, and only needed with a model at hand
+    from transformers import DynamicCache  # slow, and only needed with a model at hand
 
     # Before 4.56 it took no configuration, as there was a class for each kind of layer.
     return DynamicCache(config=model.config) if _TRANSFORMERS >= (4, 56) else DynamicCache()
@@ -195,7 +195,7 @@ def _resolves(path: str) -> bool:
     return False
 
 
-def _has(found: Any, attributes: list[str]) -> bool:  # noqa: ANN401, whatever a path leads through
+def _has(found: Any, attributes: list[str]) -> bool:
     for attribute in attributes:
         name = attribute.removesuffix("()")
         if not hasattr(found, name):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architectures.inputs import (
+from tests.architectures.inputs import (
     REQUIRED,
     Inputs,
     is_encoder_decoder,
@@ -23,11 +23,12 @@ from architectures.inputs import (
     text_inputs,
     words,
 )
-from architectures.tiny import build
-from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, backbone
-from vhead.backbone import Retention
-from vhead.padding import Padding
-from vhead.scoring.limits import context_length
+from tests.architectures.tiny import build
+from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from vhead.backbone import hidden_states
+from vhead.backbone.hidden_states import Retention
+from vhead.backbone.padding import Padding
+from vhead.packing.limits import context_length
 
 HOLDS = "yes"
 # Models whose tiny form keeps a longer context are not run to its end.
@@ -156,7 +157,7 @@ def forward_value(subject: Subject) -> str:
     compiled = replace(plan, retention=plan.compiled_retention)
     if found != HOLDS or compiled.retention is Retention.CAPTURE:
         return found
-    _, states = seeded(lambda: backbone.run(subject.body, compiled, dict(subject.inputs)))
+    _, states = seeded(lambda: hidden_states.run(subject.body, compiled, dict(subject.inputs)))
     return same(states, subject.states) if subject.trl is None else HOLDS
 
 

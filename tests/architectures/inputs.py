@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architectures.tiny import FIRST_SPECIAL
+from tests.architectures.tiny import FIRST_SPECIAL
 
 FIRST_WORD = 3
 ROWS, LENGTH, DECODER_LENGTH = 2, 7, 5

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
-from architectures.checks import ASPECTS, HOLDS, Subject, applies, subject
-from architectures.limits import LIMITS, left_out
-from vhead.backbone import Retention, Route
+from tests.architectures.checks import ASPECTS, HOLDS, Subject, applies, subject
+from tests.architectures.limits import LIMITS, left_out
+from vhead.backbone.hidden_states import Retention, Route
 
 KNOWN_LIMIT = "no"
 DOES_NOT_APPLY = "n/a"

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from architectures.report import COLUMNS, DOES_NOT_APPLY, KNOWN_LIMIT, Row
+from tests.architectures.report import COLUMNS, DOES_NOT_APPLY, KNOWN_LIMIT, Row
 
 _HEADER = ["model type", "auto class", "route", *COLUMNS, "notes"]
 

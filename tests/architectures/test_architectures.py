@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 
-from architectures.limits import LEFT_OUT, LEFT_OUT_OF_CLASS, LIMITS, left_out
-from architectures.report import Row, examine
-from architectures.table import documented_rows, documented_versions, line_of, render
-from architectures.tiny import model_types
-from vhead import AutoModelForCausalLMWithValueHead, backbone
-from vhead.padding import Padding
+from tests.architectures.limits import LEFT_OUT, LEFT_OUT_OF_CLASS, LIMITS, left_out
+from tests.architectures.report import Row, examine
+from tests.architectures.table import documented_rows, documented_versions, line_of, render
+from tests.architectures.tiny import model_types
+from vhead import AutoModelForCausalLMWithValueHead
+from vhead.backbone import hidden_states
+from vhead.backbone.padding import Padding
+from vhead.modeling import generation, wrapper
 
 PAGE = (Path(__file__).parents[2] / "docs" / "model-types.md").read_text(encoding="utf-8")
 IS_DOCUMENTED_VERSION = documented_versions(PAGE)[0] == transformers.__version__
@@ -82,7 +84,9 @@ def slightly_off(observed, *args):
 )
 def test_the_checks_can_fail(monkeypatch, model_type, column, breakage):
     name, broken = breakage
-    monkeypatch.setattr(backbone, name, broken(getattr(backbone, name)))
+    for module in (hidden_states, wrapper, generation):
+        if name in vars(module):
+            monkeypatch.setattr(module, name, broken(getattr(module, name)))
     assert examine(model_type, "AutoModelForCausalLM").cells[column] not in {"yes", "no"}
 
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from architectures.overrides import OVERRIDES
+from tests.architectures.overrides import OVERRIDES
 
 VOCABULARY = 128
 # Token ids that stand for images or sound lie from here upwards; ordinary text stays below.

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from attack.scale import scaled
+from tests.attack.scale import scaled
 
 TRIES = scaled(3000, 300_000)
 
@@ -13,7 +13,7 @@ ATTACK = """
 import ctypes, random, sys
 import numpy as np
 from vhead.candle import CandleValueHead
-from candle.test_arrays import DLTensor
+from tests.candle.test_arrays import DLTensor
 
 seed, tries = map(int, sys.argv[1:])
 choose = random.Random(seed).choice
@@ -62,7 +62,7 @@ print(sorted(outcomes))
 
 def test_whatever_its_fields_say_the_process_lives():
     command = [sys.executable, "-c", ATTACK, "7", str(TRIES)]
-    tests = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "['AllocationError', 'TypeError', 'ValueError', 'read']\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import vhead.tensor_files
-from attack.mutations import mutate_file
-from attack.scale import scaled
+import vhead.checkpoints.tensor_files
+from tests.attack.mutations import mutate_file
+from tests.attack.scale import scaled
 from vhead.errors import VheadError
 from vhead.formats import detect, find_head, load
 
@@ -20,7 +20,7 @@ SHARE = scaled(short=12, long=-(-60_000 // len(FOLDERS)))
 
 def attack(golden, folder, count):
     """What mutations of a golden folder end in that is neither a head nor an error of vhead's, and how many heads."""
-    random_ = random.Random(golden.name)  # noqa: S311
+    random_ = random.Random(golden.name)
     offences, found = [], 0
     for _ in range(count):
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,6 +54,6 @@ def test_some_mutations_leave_a_head(tmp_path):
 @pytest.mark.parametrize("name", ["trl_single", "trl_adapter", "nemo_archive"])
 def test_the_attack_finds_an_error_of_another_package(name, tmp_path, monkeypatch):
     """The control: without the gate around the readers of files, other packages' errors come through."""
-    monkeypatch.setattr(vhead.tensor_files, "_naming", lambda *_: nullcontext())
+    monkeypatch.setattr(vhead.checkpoints.tensor_files, "_naming", lambda *_: nullcontext())
     offences, _ = attack(GOLDEN / name, tmp_path / "x", 60)
     assert any(type(error).__module__ != "vhead.errors" for error in offences)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
-import vhead.loading
+import vhead.modeling.loading
 import vhead.scoring.loading
 import vhead.scoring.scorer
-from attack.mutations import mutate_file
-from attack.scale import scaled
+from tests.attack.mutations import mutate_file
+from tests.attack.scale import scaled
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import VheadError
 
@@ -38,7 +38,7 @@ def golden(request, tmp_path):
 
 def attack(golden, folder, count):
     """The errors that are not vhead's, and how many folders scored."""
-    random_ = random.Random(count)  # noqa: S311
+    random_ = random.Random(count)
     offences, scored = [], 0
     for _ in range(count):
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def test_mutated_folders_end_in_errors_of_vhead_s_only(golden, tmp_path):
 @pytest.mark.parametrize("golden", ["llama"], indirect=True)
 def test_the_attack_finds_an_error_of_another_package(golden, tmp_path, monkeypatch):
     """The control: without the gate, other packages' errors come through."""
-    for module in (vhead.loading, vhead.scoring.loading, vhead.scoring.scorer):
+    for module in (vhead.modeling.loading, vhead.scoring.loading, vhead.scoring.scorer):
         monkeypatch.setattr(module, "loading", lambda _: nullcontext())
     offences, _ = attack(golden, tmp_path / "x", COUNT)
     assert offences

@@ -15,18 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attack.killing import killed_at
-from attack.scale import scaled
-from typer_runner import RUNNER
+from tests.attack.killing import killed_at
+from tests.attack.scale import scaled
+from tests.scoring.score_file_cases import content, scores_of
+from tests.typer_runner import RUNNER
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
 from vhead.errors import VheadError
+from vhead.rollouts.files import open_reader
 from vhead.scoring import output as outputs
-from vhead.scoring.files import open_output, open_reader
+from vhead.scoring.output_files import open_output
 from vhead.scoring.part import GrowingFile
-
-sys.path.append(str(Path(__file__).parent.parent / "scoring"))
-from score_file_cases import content, scores_of
 
 # A field whose type widens on the way, three records to a window.
 WINDOW = 3
@@ -117,7 +116,7 @@ def test_a_resumed_run_that_is_killed_again_is_finished_too(tmp_path, source, na
     make_input(tmp_path / source)
     operations = points(tmp_path / source, tmp_path / "whole", name)
     whole = (tmp_path / "whole" / name).read_bytes()
-    generator = random.Random(0)  # noqa: S311, the same kills every time
+    generator = random.Random(0)
     for attempt in range(scaled(20, 400)):
         target = tmp_path / f"attempt{attempt}" / name
         target.parent.mkdir()
@@ -179,7 +178,7 @@ def test_a_process_that_is_killed_at_any_time_is_finished_by_the_next(tmp_path, 
     source, target, whole = tmp_path / "in.jsonl", tmp_path / name, tmp_path / f"whole_{name}"
     make_rollouts(source, scaled(600, 6000))
     assert RUNNER.invoke(app, options(source, whole)).exit_code == 0
-    generator = random.Random(1)  # noqa: S311, the same delays every time
+    generator = random.Random(1)
     kills = 0
     while kills < scaled(1, 150):
         for file in (target, target.with_name(f".{name}.journal")):
@@ -210,9 +209,8 @@ def wait_until_begun(process: subprocess.Popen, target: Path) -> None:
 RACER = """
 import sys, time
 from vhead.errors import VheadError
-from vhead.scoring.files import open_output
-sys.path.append({cases!r})
-from score_file_cases import lines_of, scores_of, write_in_windows
+from vhead.scoring.output_files import open_output
+from tests.scoring.score_file_cases import lines_of, scores_of, write_in_windows
 
 rows = lines_of(*({{"tag": {tag!r}, "n": n}} for n in range(50)))
 while time.time() < {start}:
@@ -230,10 +228,10 @@ except VheadError as error:
 def race(target: Path) -> list[tuple[int, str]]:
     """Two writers at once: how each ended, and what it said."""
     start = time.time() + 3
-    cases = str(Path(__file__).parent.parent / "scoring")
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACER.format(target=str(target), tag=tag, start=start, cases=cases)],
+            [sys.executable, "-c", RACER.format(target=str(target), tag=tag, start=start)],
+            cwd=Path(__file__).parent.parent.parent,
             stderr=subprocess.PIPE,
             text=True,
         )

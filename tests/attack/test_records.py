@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attack.scale import scaled
+from tests.attack.scale import scaled
 from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import RecordError, VheadError
-from vhead.scoring.files import open_output, open_reader
-from vhead.scoring.jsonl import JsonlReader
+from vhead.rollouts.files import open_reader
+from vhead.rollouts.jsonl import JsonlReader
 from vhead.scoring.output import Output
+from vhead.scoring.output_files import open_output
 from vhead.scoring.pipeline import score_file
 from vhead.scoring.progress import ScoringProgress
 
@@ -44,7 +45,7 @@ SPLICES = [
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
     # In single precision, as a half one's last bits depend on the batch.
-    return Scorer.from_pretrained(demo_model_path(), dtype="float32", device="cpu", token_budget=256, window_tokens=512)
+    return Scorer.from_pretrained(demo_model_path(), dtype="float32", device="cpu", token_budget=256, chunk_tokens=512)
 
 
 def scored(scorer: Scorer, source: Path, target: Path) -> tuple[list[RecordError], Exception | None]:
@@ -110,7 +111,7 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_mutated_lines_harm_no_good_record(tmp_path, scorer, name):
-    generator = random.Random(name)  # noqa: S311, the same mutations every time
+    generator = random.Random(name)
     per_file = 40
     for attempt in range(scaled(3, 20_000 // per_file)):
         lines: list[bytes] = []
@@ -153,7 +154,7 @@ def parquet_bytes(generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_mutated_parquet_files_give_right_numbers_or_an_error_that_names_them(tmp_path, scorer, name):
-    generator = random.Random(name)  # noqa: S311, the same mutations every time
+    generator = random.Random(name)
     ends = set()
     for attempt in range(scaled(40, 6_000)):
         source, target = tmp_path / f"in{attempt}.parquet", tmp_path / f"{attempt}_{name}"
@@ -182,9 +183,7 @@ def test_wrong_numbers_can_be_noticed(tmp_path, scorer):
 
 
 MEASURED = """
-import sys
-sys.path.insert(0, {tests!r})
-from attack import test_records as attack
+from tests.attack import test_records as attack
 
 scorer = attack.Scorer.from_pretrained(attack.demo_model_path(), device="cpu")
 attack.growth(scorer, 1000)
@@ -234,8 +233,9 @@ def growth(scorer: Scorer, count: int, *, kept: bool = False) -> int:
 
 def test_broken_lines_take_no_memory():
     """And errors that were kept, the control, would be noticed."""
-    code = MEASURED.format(tests=str(Path(__file__).parent.parent), count=scaled(30_000, 1_000_000), control=100_000)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = MEASURED.format(count=scaled(30_000, 1_000_000), control=100_000)
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told, kept = map(int, done.stdout.split())
     assert told < 2**26 < kept

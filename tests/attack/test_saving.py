@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attack.scale import scaled
-from vhead import replacing
-from vhead.checkpoint import Checkpoint
+from tests.attack.scale import scaled
+from vhead.checkpoints import replacing
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import VheadError
 from vhead.formats import HeadWeights, LinearWeights, convert, load, save
 
@@ -44,7 +44,7 @@ def is_whole(weight, bias):
 @pytest.fixture
 def quick_folder(tmp_path):
     """A folder in memory where there is one: what is raced for is names, not the disk."""
-    memory = Path("/dev/shm")  # noqa: S108, a folder of its own in it
+    memory = Path("/dev/shm")
     if not memory.is_dir():
         yield tmp_path
         return

@@ -1,6 +1,6 @@
 import pytest
 
-from attack.scale import scaled
+from tests.attack.scale import scaled
 
 
 def test_the_short_form_is_the_default(monkeypatch):

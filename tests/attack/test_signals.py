@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from attack.scale import scaled
-from forked_commands import Forks, draining, feeding
+from tests.attack.scale import scaled
+from tests.forked_commands import Forks, draining, feeding
 from vhead.demo import demo_model_path
 
 TRIES = scaled(1, 50)

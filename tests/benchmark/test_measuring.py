@@ -78,8 +78,9 @@ def test_the_report_of_the_benchmarks_reads_it(document, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     for name in ("report", "results"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import report
     import results
+
+    from tests.architectures import report
 
     document.save(tmp_path / "bench.json")
     page = report.report(results.Results.load(tmp_path / "bench.json"), "bench.json")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from library_versions import NUMPY_VERSIONS_DLPACK, TORCH_VERSIONS_DLPACK
+from tests.library_versions import NUMPY_VERSIONS_DLPACK, TORCH_VERSIONS_DLPACK
 from vhead.candle import CandleValueHead
 
 from .conftest import bits, make_head, random_floats

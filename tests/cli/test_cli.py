@@ -7,10 +7,10 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead import cli, upstream
 from vhead.cli.app import app
-from vhead.scoring.packing import TreePacking
+from vhead.packing.packing import TreePacking
 
 
 def run(*arguments):

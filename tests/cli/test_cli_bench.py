@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead.benchmark import comparison
 from vhead.cli.app import app
 from vhead.ops import value_head

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig, AutoModelForTokenClassification, ByT5Tokenizer, modeling_utils
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead import Rollout, Scorer
 from vhead.cli.app import app
 
@@ -387,7 +387,7 @@ class TestSameRun:
         ("option", "name"),
         [
             (["--token-budget", "50"], "token_budget: expected None"),
-            (["--window-tokens", "50"], "window_tokens: expected None"),
+            (["--chunk-tokens", "50"], "chunk_tokens: expected None"),
             (["--num-threads", "1"], "num_threads: expected None"),
             (["--batch-invariant"], "batch_invariant: expected False"),
             (["--suffix", "_b"], "suffix: expected ''"),
@@ -504,7 +504,7 @@ class TestOddRecords:
     def test_they_are_named_and_the_others_scored(self, critic, source, tmp_path):
         good = source.read_text().splitlines()
         source.write_text("\n".join([*good[:6], *self.ODD, *good[6:]]) + "\n")
-        done = run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--on-error", "skip", "--window-tokens", 16)
+        done = run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--on-error", "skip", "--chunk-tokens", 16)
         assert done.exit_code == 0, done.stderr
         assert "12 rollouts scored" not in done.stderr.splitlines()[0]
         named = [line.split(": ")[2] for line in done.stderr.splitlines() if line.startswith("vhead: skipped")]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead import env
 from vhead.cli import threads
 from vhead.cli.app import app

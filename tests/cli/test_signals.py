@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from forked_commands import RECORD, Forks, draining, feeding
+from tests.forked_commands import RECORD, Forks, draining, feeding
 from vhead.demo import demo_model_path
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead.cli import terminal
 from vhead.cli.app import app
 

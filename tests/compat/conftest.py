@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fake_trl
 import pytest
-from fake_trl import World, forget_trl, trl_modules
 
+from tests.compat import fake_trl
+from tests.compat.fake_trl import World, forget_trl, trl_modules
 from vhead.compat.trl import uninstall
 
 
@@ -21,7 +21,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def enter(version: str | None) -> Path:
         if version is None:
-            exec(fake_trl.HIDING, {})  # noqa: S102, our own text
+            exec(fake_trl.HIDING, {})
         else:
             fake_trl.write(version, tmp_path)
             monkeypatch.syspath_prepend(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import vhead
-from vhead.loading import LoadArguments
+from vhead.modeling.loading import LoadArguments
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = tomllib.loads((Path(__file__).parent / "trl_contract.toml").read_text(encoding="utf-8"))

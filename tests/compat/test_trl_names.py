@@ -8,12 +8,12 @@ import sys
 import threading
 import warnings
 
-import fake_trl
 import pytest
-from fake_trl import NAMED, World, imported, load_everything
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import vhead
+from tests.compat import fake_trl
+from tests.compat.fake_trl import NAMED, World, imported, load_everything
 from vhead.compat.trl import install, status
 from vhead.compat.trl.names import NAMES
 
@@ -65,7 +65,7 @@ def test_the_import_that_verl_tries_succeeds(world: World, version: str | None, 
         found = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            exec(f"from {module} import {fake_trl.CAUSAL}", found)  # noqa: S102, our own text
+            exec(f"from {module} import {fake_trl.CAUSAL}", found)
         assert found[fake_trl.CAUSAL] is vhead.AutoModelForCausalLMWithValueHead
 
 
@@ -123,7 +123,7 @@ def test_models_are_ordinary_objects(world: World) -> None:
     assert issubclass(critic, wrapper)
     pickled = pickle.dumps(model)
     assert b"trl.models" not in pickled
-    assert type(pickle.loads(pickled)) is causal  # noqa: S301, our own bytes
+    assert type(pickle.loads(pickled)) is causal
 
 
 def test_what_trl_alone_has_is_still_trl_s(world: World) -> None:
@@ -140,9 +140,9 @@ def test_a_stand_in_says_what_it_is(world: World) -> None:
     install()
     trl = importlib.import_module("trl")
     with pytest.raises(AttributeError, match=r"no attribute 'PPOTrainer': trl is not installed, and .* stand-in"):
-        trl.PPOTrainer  # noqa: B018
+        trl.PPOTrainer
     with pytest.raises(ImportError, match=r"cannot import name 'PPOTrainer' from 'trl' \(.*vhead/.*/stand_in.py"):
-        exec("from trl import PPOTrainer", {})  # noqa: S102, our own text
+        exec("from trl import PPOTrainer", {})
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'trl.trainer'"):
         importlib.import_module("trl.trainer")
     assert importlib.util.find_spec("trl.trainer") is None
@@ -181,7 +181,7 @@ def test_trl_s_own_warning_is_seen_once_and_at_its_place(world: World) -> None:
     install()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        exec(compile(f"from trl.experimental.ppo import {fake_trl.CAUSAL}", "their_script.py", "exec"), {})  # noqa: S102
+        exec(compile(f"from trl.experimental.ppo import {fake_trl.CAUSAL}", "their_script.py", "exec"), {})
     assert [(str(warning.message), warning.filename) for warning in seen] == [("experimental", "their_script.py")]
 
 

@@ -178,7 +178,7 @@ if __name__ == "__main__":
 def test_the_installed_trl_and_a_data_loader_s_worker(python: Python, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(REAL)
     done = python(*RUNNER, "program.py", PYTHONPATH="", TRL_EXPERIMENTAL_SILENCE="1")
-    assert outcome(done)[:2] == (0, "[['vhead.modeling', 'vhead.modeling']]\n"), done.stderr
+    assert outcome(done)[:2] == (0, "[['vhead.modeling.wrapper', 'vhead.modeling.wrapper']]\n"), done.stderr
 
 
 def test_installing_imports_neither_trl_nor_torch(python: Python) -> None:

@@ -5,11 +5,11 @@ import os
 import sys
 import warnings
 
-import fake_trl
 import pytest
-from fake_trl import NAMED, World, imported, load_everything, trl_modules
 
 import vhead
+from tests.compat import fake_trl
+from tests.compat.fake_trl import NAMED, World, imported, load_everything, trl_modules
 from vhead.compat.trl import install, status, uninstall
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from critics import VOCABULARY, language_model
 
+from tests.consumers.critics import VOCABULARY, language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 

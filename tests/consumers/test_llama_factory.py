@@ -5,8 +5,8 @@ from types import MethodType
 
 import pytest
 import torch
-from critics import H, expected_values, language_model
 
+from tests.consumers.critics import H, expected_values, language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 

@@ -1,9 +1,9 @@
 """What ROLL (commit 8eb27cc) does to the object, re-enacted demand by demand."""
 
 import torch
-from critics import H, language_model
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from tests.consumers.critics import H, language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 

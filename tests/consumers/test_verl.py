@@ -4,9 +4,9 @@ from types import MethodType
 
 import pytest
 import torch
-from critics import H, expected_values, language_model
 from torch import nn
 
+from tests.consumers.critics import H, expected_values, language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 

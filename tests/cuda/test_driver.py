@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import driver
 
 import vhead
+from tests.cuda.emulation import driver
 from vhead import _native
 
 WITHOUT_TORCH = "from vhead import _native; print(_native.cuda_absence(0))"

@@ -6,7 +6,8 @@ import zlib
 from importlib.metadata import PackageNotFoundError
 
 import pytest
-from emulation import ptx_images
+
+from tests.cuda.emulation import ptx_images
 
 DTYPES = ["float32", "bfloat16", "float16"]
 HEAD = {

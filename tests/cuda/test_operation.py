@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from emulation import driver
 from torch._subclasses import FakeTensorMode
 
+from tests.cuda.emulation import driver
 from vhead.ops import value_head, value_head_two_layer
 from vhead.ops.arguments import seed_tensor
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from emulation import ptx_images
-from emulation.ptx_kernels import Device, Head
 from torch import Tensor
 
+from tests.cuda.emulation import ptx_images
+from tests.cuda.emulation.ptx_kernels import Device, Head
 from vhead.ops import value_head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,8 @@ from ctypes.util import find_library
 import numpy as np
 import pytest
 import torch
-from emulation.ptx import (
+
+from tests.cuda.emulation.ptx import (
     AccessError,
     BarrierError,
     LaunchError,
@@ -17,7 +18,7 @@ from emulation.ptx import (
     ShuffleError,
     UnknownInstructionError,
 )
-from emulation.ptx.floats import fma32, to_bfloat16, to_float16
+from tests.cuda.emulation.ptx.floats import fma32, to_bfloat16, to_float16
 
 REGISTERS = ".reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<9>; .reg .f32 %f<9>; .reg .b64 %rd<9>;"
 SHARED = ".shared .align 4 .b8 shared[512];"

@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from emulation import ptx_images
-from emulation.ptx import BarrierError, LaunchError, Module, PtxError, RaceError
-from emulation.ptx_kernels import Device, Head, to_numpy
 
+from tests.cuda.emulation import ptx_images
+from tests.cuda.emulation.ptx import BarrierError, LaunchError, Module, PtxError, RaceError
+from tests.cuda.emulation.ptx_kernels import Device, Head, to_numpy
 from vhead import _native
 from vhead.ops import value_head
 

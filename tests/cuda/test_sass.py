@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from emulation import ptx_images
+
+from tests.cuda.emulation import ptx_images
 
 pytestmark = ptx_images.needs_disassembler
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]

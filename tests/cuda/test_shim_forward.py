@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from emulation.build import build
-from emulation.ptx_kernels import Device, Head
-from emulation.shim_kernels import Library, Memory
 from torch import Tensor
 
+from tests.cuda.emulation.build import build
+from tests.cuda.emulation.ptx_kernels import Device, Head
+from tests.cuda.emulation.shim_kernels import Library, Memory
 from vhead.ops import value_head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from emulation.build import build, read_sources
-from emulation.shim_kernels import Library, Memory
+
+from tests.cuda.emulation.build import build, read_sources
+from tests.cuda.emulation.shim_kernels import Library, Memory
 
 UNIT = """
 #include "dropout.cuh"

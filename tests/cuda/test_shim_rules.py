@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulation.build import SANITIZED, build, read_sources
-from emulation.ptx_kernels import Device, Head, to_numpy
-from emulation.shim_kernels import EmulationError, Library, Memory, Replay
 
+from tests.cuda.emulation.build import SANITIZED, build, read_sources
+from tests.cuda.emulation.ptx_kernels import Device, Head, to_numpy
+from tests.cuda.emulation.shim_kernels import EmulationError, Library, Memory, Replay
 from vhead import _native
 from vhead.ops import value_head
 

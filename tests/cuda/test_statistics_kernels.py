@@ -5,9 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import build, ptx_images
-from emulation.statistics_kernels import Case, Emulator, Kernels, bits, differing, ptx, random_case, sanitized, shim
 from torch import Tensor
+
+from tests.cuda.emulation import build, ptx_images
+from tests.cuda.emulation.statistics_kernels import (
+    Case,
+    Emulator,
+    Kernels,
+    bits,
+    differing,
+    ptx,
+    random_case,
+    sanitized,
+    shim,
+)
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},

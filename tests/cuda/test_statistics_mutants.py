@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emulation import build, ptx_images
-from emulation.ptx import Module, PtxError
-from emulation.shim_kernels import EmulationError
-from emulation.statistics_kernels import BLOCK, Case, Emulator, Kernels, bits, differing, ptx, shim
+
+from tests.cuda.emulation import build, ptx_images
+from tests.cuda.emulation.ptx import Module, PtxError
+from tests.cuda.emulation.shim_kernels import EmulationError
+from tests.cuda.emulation.statistics_kernels import BLOCK, Case, Emulator, Kernels, bits, differing, ptx, shim
 
 # (what is broken, a text of the source that occurs once, what stands there instead)
 MUTANTS = [

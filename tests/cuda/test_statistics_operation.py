@@ -1,6 +1,6 @@
 """Token statistics on the emulated driver, in a process that finds it: the tests are in `tests/cuda/emulated`."""
 
-from emulation import driver
+from tests.cuda.emulation import driver
 
 
 def test_under_the_emulated_driver() -> None:

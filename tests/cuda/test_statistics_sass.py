@@ -1,7 +1,8 @@
 """The machine code of the token statistics' kernels: instructions for each logit, and 128-bit loads and stores."""
 
 import pytest
-from emulation import ptx_images
+
+from tests.cuda.emulation import ptx_images
 
 pytestmark = ptx_images.needs_disassembler
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]

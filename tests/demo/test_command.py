@@ -13,12 +13,12 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 
-from typer_runner import RUNNER
+from tests.typer_runner import RUNNER
 from vhead.cli.demo import demo
 from vhead.cli.demo_table import FEW_STYLES, PAPER, TITLE, coloured, fitting, marked, shade, show
 from vhead.demo.judgement import Judged
 from vhead.demo.rollouts import DemoRollout
-from vhead.scoring.jsonl import JsonlReader
+from vhead.rollouts.jsonl import JsonlReader
 
 WIDTHS = [80, 100, 140]
 COLOUR = re.compile(r"\x1b\[[\d;]*m")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from library_versions import DTYPE
+from tests.library_versions import DTYPE
 from vhead import AutoModelForCausalLMWithValueHead, Scorer
 from vhead.demo import demo_model_path, demo_rollouts_path
 from vhead.demo.judgement import Judged, summarise

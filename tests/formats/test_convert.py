@@ -8,17 +8,18 @@ import weakref
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN, TOKENS, WITH_BODY, layers, location
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from typer_runner import RUNNER
-from vhead import AutoModelForCausalLMWithValueHead, replacing
+from tests.formats.golden import EXPECTED, GOLDEN, TOKENS, WITH_BODY, layers, location
+from tests.typer_runner import RUNNER
+from vhead import AutoModelForCausalLMWithValueHead
+from vhead.checkpoints import replacing
+from vhead.checkpoints.tensor_files import TensorInfo
 from vhead.cli.app import app
 from vhead.errors import AdapterError, BodyMismatchError, HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import FORMATS, convert, detect, load
 from vhead.formats.streaming import Entry, write_safetensors
-from vhead.tensor_files import TensorInfo
 
 TARGETS = [head_format.name for head_format in FORMATS if head_format.body is not None]
 HEADS_ONLY = [head_format.name for head_format in FORMATS if head_format.body is None]

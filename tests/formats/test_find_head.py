@@ -9,11 +9,11 @@ import zipfile
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from tests.formats.golden import EXPECTED, GOLDEN
 from vhead.errors import HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, find_head
 
@@ -206,7 +206,7 @@ def test_hostile_safetensors(tmp_path, content, name):
     with pytest.raises(HeadFileError) as error:
         find_head(tmp_path)
     assert name in str(error.value)
-    assert isinstance(pickle.loads(pickle.dumps(error.value)), HeadFileError)  # noqa: S301, our own bytes
+    assert isinstance(pickle.loads(pickle.dumps(error.value)), HeadFileError)
 
 
 @pytest.mark.parametrize("keep", range(0, len(save(head_state())), 8))

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from golden import EXPECTED, TOKENS, WITH_BODY, location
 from packaging.version import Version
 
-from library_versions import READS_PICKLES
+from tests.formats.golden import EXPECTED, TOKENS, WITH_BODY, location
+from tests.library_versions import READS_PICKLES
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import BodyMismatchError
 from vhead.formats import load

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN, layers, location
 
+from tests.formats.golden import EXPECTED, GOLDEN, layers, location
 from vhead import formats
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
 from vhead.formats import FORMATS, detect, find_head, load

@@ -9,14 +9,14 @@ import zipfile
 
 import pytest
 import torch
-from golden import EXPECTED, GOLDEN, layers, location
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
-from test_find_head import Bomb, header
 
-import vhead.tensor_files
-from vhead.checkpoint import regular_file
+import vhead.checkpoints.tensor_files
+from tests.formats.golden import EXPECTED, GOLDEN, layers, location
+from tests.formats.test_find_head import Bomb, header
+from vhead.checkpoints.checkpoint import regular_file
 from vhead.errors import EnvironmentVariableError, HeadError, HeadFileError, HeadMismatchError
 from vhead.formats import BIAS_KEY, FORMATS, WEIGHT_KEY, detect, find_head, load
 
@@ -491,7 +491,7 @@ def head_state():
 @pytest.fixture
 def before_torch_2_6(monkeypatch):
     """Where nobody has said yes to pickled files yet."""
-    monkeypatch.setattr(vhead.tensor_files, "_SAFE_UNPICKLING", (999,))
+    monkeypatch.setattr(vhead.checkpoints.tensor_files, "_SAFE_UNPICKLING", (999,))
     monkeypatch.delenv("VHEAD_ALLOW_PICKLE")
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vhead import CandleValueHead, tensor_files
-from vhead.checkpoint import Checkpoint
+from vhead import CandleValueHead
+from vhead.checkpoints import tensor_files
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights, load, save
 
@@ -162,7 +163,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, 
         save(second, tmp_path / file, "vhead", overwrite=True)
         return opened(name, **arguments)
 
-    monkeypatch.setattr(f"vhead.tensor_files.{library}", open_late)
+    monkeypatch.setattr(f"vhead.checkpoints.tensor_files.{library}", open_late)
     assert same_head(load(tmp_path / file), first)
     monkeypatch.undo()
     assert same_head(load(tmp_path / file), second)

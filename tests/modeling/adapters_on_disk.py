@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import COMMON, build
 from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from tests.modeling.tiny_models import COMMON, build
 
 peft = pytest.importorskip("peft")
 

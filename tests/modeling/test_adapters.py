@@ -4,20 +4,20 @@ import copy
 import json
 import logging
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("peft")
 
 import peft
-from adapters_on_disk import ADAPTED, lora, peft_is_quiet, save_base
 
-import vhead.adapters
-import vhead.checkpoint
+import vhead.checkpoints.checkpoint
+import vhead.modeling.adapters
+from tests.modeling.adapters_on_disk import ADAPTED, lora, peft_is_quiet, save_base
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 from vhead.errors import AdapterError, HeadError, HeadFileError, MissingPackageError
 from vhead.upstream import cache_of
@@ -243,7 +243,7 @@ def test_a_reference_model_is_a_copy_with_its_adapter(base):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_to_the_same_parameters(base):
-    from test_modes import enable_checkpointing
+    from tests.modeling.test_modes import enable_checkpointing
 
     model = wrapped(base, summary_dropout_prob=0.0).train()
     gradients = []
@@ -282,7 +282,7 @@ def test_an_adapter_on_the_hub_is_looked_up_as_asked(base, tmp_path, monkeypatch
     model = wrapped(base)
     model.save_pretrained(tmp_path / "some" / "adapter" / "step-5")
     hub = Hub(tmp_path)
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", hub)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", hub)
     where = {"revision": "abc", "cache_dir": str(tmp_path / "cache"), "token": "t", "local_files_only": True}
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained("some/adapter", subfolder="step-5", **where)
     assert same_parameters(loaded, model)
@@ -315,7 +315,7 @@ def test_a_local_adapter_never_asks_the_hub(saved, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", refuse)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", refuse)
     model, folder = saved
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder.parent, subfolder="adapter")
     assert same_parameters(loaded, model)
@@ -446,7 +446,7 @@ def test_an_adapter_of_another_task_is_refused():
 
 
 def build_settings():
-    from tiny_models import COMMON
+    from tests.modeling.tiny_models import COMMON
 
     return COMMON
 
@@ -512,12 +512,10 @@ def test_without_peft_an_adapter_says_what_to_install(saved, monkeypatch):
 
 
 def test_without_peft_everything_else_works(fresh_python, tmp_path):
-    folder = Path(__file__).parent
     code = f"""
 import sys
 sys.modules["peft"] = None
-sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]
-from tiny_models import batch, build
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 for architecture, wrapper in (("llama", AutoModelForCausalLMWithValueHead), ("t5", AutoModelForSeq2SeqLMWithValueHead)):
     build(architecture).save_pretrained({str(tmp_path)!r} + architecture)

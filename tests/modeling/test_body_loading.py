@@ -10,16 +10,16 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from test_checkpoints import same_state
-from tiny_models import COMMON, batch, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-import vhead.checkpoint
-from library_versions import TRANSFORMERS
+import vhead.checkpoints.checkpoint
+from tests.library_versions import TRANSFORMERS
+from tests.modeling.test_checkpoints import same_state
+from tests.modeling.tiny_models import COMMON, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, Scorer, ValueHead, formats
 from vhead.errors import BodyMismatchError, HeadError, HeadMismatchError, HeadNotFoundError, LoadError
 from vhead.formats import HeadWeights, LinearWeights
-from vhead.loading import LoadArguments
+from vhead.modeling.loading import LoadArguments
 
 RENAMES = Version("5") <= TRANSFORMERS
 
@@ -147,7 +147,7 @@ def test_a_known_prefix_is_taken_off_or_refused(tmp_path, architecture, prefix):
 
 
 def test_a_known_prefix_is_refused_where_transformers_cannot_take_it_off(tmp_path, monkeypatch):
-    monkeypatch.setattr("vhead.loading._MAPS_NAMES", False)
+    monkeypatch.setattr("vhead.modeling.loading._MAPS_NAMES", False)
     wrapped().save_pretrained(tmp_path)
     prefixed(tmp_path, "pretrained_model.")
     with pytest.raises(BodyMismatchError, match=r"found pretrained_model\.model\.embed.*vhead convert"):
@@ -280,7 +280,7 @@ def test_a_loaded_head_of_another_kind_keeps_dropout_and_mode(tmp_path):
 
 def test_an_adapters_head_of_two_layers_is_not_taken_for_trls(tmp_path):
     pytest.importorskip("peft")
-    from adapters_on_disk import lora, peft_is_quiet, save_base
+    from tests.modeling.adapters_on_disk import lora, peft_is_quiet, save_base
 
     with peft_is_quiet():
         base = save_base(tmp_path / "base")
@@ -475,7 +475,7 @@ class DeadHub:
 @pytest.mark.parametrize("load", [AutoModelForCausalLMWithValueHead.from_pretrained, Scorer.from_pretrained])
 def test_a_repository_that_cannot_be_reached_is_asked_for_a_few_times_at_most(monkeypatch, load):
     hub = DeadHub(LocalEntryNotFoundError)
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", hub)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", hub)
     with pytest.raises(LoadError, match=r"^org/typo: expected the folder of a model, .* the hub cannot be reached"):
         load("org/typo")
     assert hub.asked <= 2

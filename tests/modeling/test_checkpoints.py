@@ -9,14 +9,14 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
-import vhead.checkpoint
-import vhead.loading
-import vhead.tensor_files
-from library_versions import CHECKPOINT_DTYPE, DTYPE, READS_PICKLES
+import vhead.checkpoints.checkpoint
+import vhead.checkpoints.tensor_files
+import vhead.modeling.loading
+from tests.library_versions import CHECKPOINT_DTYPE, DTYPE, READS_PICKLES
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 from vhead.errors import HeadError, HeadMismatchError
 
@@ -179,7 +179,7 @@ def test_the_head_costs_two_tensors(tmp_path, monkeypatch, options):
         def __getattr__(self, name):
             return getattr(self._inner, name)
 
-    monkeypatch.setattr(vhead.tensor_files, "safe_open", Spy)
+    monkeypatch.setattr(vhead.checkpoints.tensor_files, "safe_open", Spy)
     AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
     assert sorted(read) == sorted(HEAD_KEYS)
     assert len(opened) == 1
@@ -204,7 +204,7 @@ def test_finds_the_head_on_the_hub(tmp_path, monkeypatch, options):
     model = wrapped()
     model.save_pretrained(tmp_path / "weights", **options)
     hub = Hub(tmp_path)
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", hub)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", hub)
     where = {"revision": "abc", "cache_dir": "/cache", "token": "t", "local_files_only": True}
     head = vhead.formats.find_head("some/repository", subfolder="weights", **where)
     assert torch.equal(head.weight, model.v_head.summary.weight)
@@ -216,12 +216,12 @@ def test_finds_the_head_on_the_hub(tmp_path, monkeypatch, options):
 def test_from_pretrained_hands_the_location_arguments_on(saved, monkeypatch):
     seen = []
 
-    class Spy(vhead.checkpoint.Checkpoint):
+    class Spy(vhead.checkpoints.checkpoint.Checkpoint):
         def __init__(self, location, **where):
             seen.append((location, where))
             super().__init__(location, **where)
 
-    monkeypatch.setattr(vhead.loading, "Checkpoint", Spy)
+    monkeypatch.setattr(vhead.modeling.loading, "Checkpoint", Spy)
     _, folder = saved
     where = {"revision": "main", "cache_dir": "/cache", "local_files_only": True, "token": "t"}
     AutoModelForCausalLMWithValueHead.from_pretrained(folder, **where, **{DTYPE: torch.float32})
@@ -233,7 +233,7 @@ def test_a_local_folder_never_asks_the_hub(saved, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", refuse)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", refuse)
     AutoModelForCausalLMWithValueHead.from_pretrained(saved[1])
 
 
@@ -403,7 +403,7 @@ def test_a_quantised_model_is_its_own_again_also_where_saving_fails(tmp_path):
     not hasattr(HfQuantizer, "get_state_dict_and_metadata"), reason="transformers saves the weights that it is given"
 )
 def test_the_stand_in_for_a_quantiser_loses_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr("vhead.saving._as_child", lambda *_arguments: nullcontext())
+    monkeypatch.setattr("vhead.modeling.state._as_child", lambda *_arguments: nullcontext())
     quantised().save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert not HEAD_KEYS & set(file.keys())

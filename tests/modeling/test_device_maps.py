@@ -7,16 +7,17 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("accelerate")
 
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 
-from library_versions import IS_BEFORE_4_57
+from tests.library_versions import IS_BEFORE_4_57
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.placement import last_hidden_device, uses_several_accelerators
+from vhead.backbone.placement import last_hidden_device, uses_several_accelerators
 
 DISK = {"model": "disk", "lm_head": "cpu"}
 MIXED = {
@@ -96,7 +97,7 @@ def test_a_model_on_one_device_can_be_pickled_and_copied(saved, tmp_path, name):
     model, folder = saved
     loaded = load(folder, MAPS[name], tmp_path)
     inputs = batch(model.pretrained_model)
-    for other in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):  # noqa: S301, our own bytes
+    for other in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
         assert torch.equal(other(**inputs).value, model(**inputs).value)
 
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import batch, build
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from library_versions import HAS_FSMT, TRANSFORMERS
+from tests.library_versions import HAS_FSMT, TRANSFORMERS
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import GenerationError
-from vhead.generation import ScoredGeneration
+from vhead.modeling.generation import ScoredGeneration
 
 EVERYTHING = {"output_values": True, "output_logprobs": True, "output_entropy": True}
 NEW_TOKENS = 6
@@ -378,12 +378,12 @@ def test_transformers_own_outputs_stay_reachable() -> None:
         **padded_prompts(model), max_new_tokens=3, do_sample=False, output_scores=True, **EVERYTHING
     )
     assert len(output.scores) == 3
-    copied = pickle.loads(  # noqa: S301, our own bytes
+    copied = pickle.loads(
         pickle.dumps(ScoredGeneration(output.sequences, output.completion_mask, None, None, None, None))
     )
     assert torch.equal(copied.sequences, output.sequences)
     with pytest.raises(AttributeError):
-        output.no_such_output  # noqa: B018
+        output.no_such_output
 
 
 def test_nothing_stays_in_the_model() -> None:

@@ -5,12 +5,12 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import SEQ2SEQ, batch, build
 from transformers import PreTrainedModel
 
-from library_versions import SELECTS_HIDDEN_STATES
+from tests.library_versions import SELECTS_HIDDEN_STATES
+from tests.modeling.tiny_models import SEQ2SEQ, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from vhead.backbone import Retention
+from vhead.backbone.hidden_states import Retention
 from vhead.upstream import cache_of
 
 LAYERS = {

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import batch, build
 
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead
 
 
@@ -129,7 +129,8 @@ def test_a_model_on_the_meta_device():
 
 
 def build_on_meta():
-    from tiny_models import COMMON
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.modeling.tiny_models import COMMON
 
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON))

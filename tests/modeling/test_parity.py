@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import CAUSAL, SEQ2SEQ, batch, build
 
+from tests.modeling.tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 trl = pytest.importorskip("trl.experimental.ppo", exc_type=ImportError)

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from tiny_models import batch, build
 
-import vhead.reference_model
+import vhead.modeling.reference_model
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 from vhead.errors import ReferenceModelError
 
@@ -115,7 +115,7 @@ def test_a_pattern_that_matches_nothing_changes_nothing(layers, pattern):
 
 
 def test_zero3_is_refused(monkeypatch, caplog):
-    monkeypatch.setattr(vhead.reference_model, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(vhead.modeling.reference_model, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ReferenceModelError, match="ZeRO-3"), caplog.at_level(logging.WARNING):
         create_reference_model(wrapped())
 

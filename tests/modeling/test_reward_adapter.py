@@ -5,14 +5,15 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build
+
+from tests.modeling.tiny_models import batch, build
 
 pytest.importorskip("peft")
 
 import peft
-from adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 
-import vhead.checkpoint
+import vhead.checkpoints.checkpoint
+from tests.modeling.adapters_on_disk import lora, peft_is_quiet, save_base, save_reward_adapter
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import AdapterError, HeadFileError, HeadMismatchError
 
@@ -283,7 +284,7 @@ def test_it_is_looked_up_on_the_hub_with_what_is_shared(base, reward, monkeypatc
             raise EntryNotFoundError(name)
         return str(reward[1] / name)
 
-    monkeypatch.setattr(vhead.checkpoint, "hf_hub_download", download)
+    monkeypatch.setattr(vhead.checkpoints.checkpoint, "hf_hub_download", download)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         base, peft_config=lora(), reward_adapter="some/judge", revision="main", token=True, local_files_only=True
     )

@@ -6,14 +6,14 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
 
-from library_versions import TORCH_ASKS_FOR_NAMES
+from tests.library_versions import TORCH_ASKS_FOR_NAMES
+from tests.modeling.tiny_models import CAUSAL, SEQ2SEQ, batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 
@@ -174,7 +174,7 @@ def test_names_of_torchs_own_state_dict_are_kept_for_those_who_ask_for_them(monk
 
 
 def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))  # noqa: S301, our own bytes
+    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bloom", "t5"])

@@ -5,7 +5,6 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import batch, build
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -15,10 +14,11 @@ from transformers import (
     EncoderDecoderConfig,
 )
 
-from library_versions import DTYPE
+from tests.library_versions import DTYPE
+from tests.modeling.tiny_models import batch, build
 from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
 from vhead.errors import AdapterError, HeadError
-from vhead.modeling import ValueHeadOutput
+from vhead.modeling.wrapper import ValueHeadOutput
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ class Unnamed(torch.nn.Module):
 def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch, wrapper, name):
     usual = name in wrapper.lm_head_namings
     # How the last hidden state of such a body would be reached is another matter.
-    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    monkeypatch.setattr("vhead.modeling.wrapper.plan_for", lambda _body: None)
     for namings, accepted in ((wrapper.lm_head_namings, usual), ((name,), True), ((), True)):
         kind = type("Kind", (wrapper,), {"lm_head_namings": namings})
         if accepted:
@@ -234,7 +234,7 @@ def test_the_names_of_language_model_heads_are_what_a_subclass_says(monkeypatch,
     ("method", "answer"), [("can_generate", True), ("get_output_embeddings", torch.nn.Linear(32, 97))]
 )
 def test_a_body_that_says_so_has_a_language_model_head_whatever_it_is_called(monkeypatch, method, answer):
-    monkeypatch.setattr("vhead.backbone.plan_for", lambda _body: None)
+    monkeypatch.setattr("vhead.modeling.wrapper.plan_for", lambda _body: None)
     monkeypatch.setattr(Unnamed, method, lambda _self: answer)
     assert AutoModelForCausalLMWithValueHead(Unnamed("embed_tokens")).v_head.hidden_size == 32
 
@@ -307,7 +307,7 @@ def test_weights_are_drawn_again_where_a_strategy_is_named(model):
 
 def test_a_peft_model_as_object_trains_head_and_adapter():
     peft = pytest.importorskip("peft")
-    from test_backbone import with_adapter
+    from tests.backbone.test_hidden_states import with_adapter
 
     body = with_adapter(peft, peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body)

@@ -4,10 +4,10 @@ import json
 import sys
 
 import pytest
-from tiny_models import build
 from transformers import ByT5Tokenizer, dynamic_module_utils
 
-from typer_runner import RUNNER
+from tests.modeling.tiny_models import build
+from tests.typer_runner import RUNNER
 from vhead import AutoModelForCausalLMWithValueHead, Scorer
 from vhead.cli.app import app
 from vhead.errors import LoadError

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from ops.conftest import same_bits
+from tests.ops.conftest import same_bits
 from vhead.ops import init_linear_, init_normal_
 
 

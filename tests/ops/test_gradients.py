@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ops.conftest import DTYPES, HALVES, Case, rms, same_bits
+from tests.ops.conftest import DTYPES, HALVES, Case, rms, same_bits
 from vhead.ops import value_head, value_head_plain
 
 

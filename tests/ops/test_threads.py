@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from ops.conftest import same_bits
+from tests.ops.conftest import same_bits
 from vhead import _native, ops
 from vhead.ops import value_head
 

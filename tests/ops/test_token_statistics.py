@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.conftest import DTYPES, HALVES, rms, same_bits
+from tests.ops.conftest import DTYPES, HALVES, rms, same_bits
 from vhead import _native
 from vhead.ops import (
     TokenStatistics,

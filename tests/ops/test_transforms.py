@@ -13,7 +13,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.conftest import Case, same_bits
+from tests.ops.conftest import Case, same_bits
 from vhead.ops import value_head, value_head_plain
 
 OPERATOR = torch.ops.vhead.value_head.default

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
-from ops.conftest import DTYPES, rms, same_bits
+from tests.ops.conftest import DTYPES, rms, same_bits
 from vhead import _native
 from vhead.ops import value_head, value_head_two_layer, value_head_two_layer_plain
 

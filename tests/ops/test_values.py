@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ops.conftest import DTYPES, HALVES, Case, rms, same_bits
+from tests.ops.conftest import DTYPES, HALVES, Case, rms, same_bits
 from vhead import _native
 from vhead.ops import value_head, value_head_plain
 

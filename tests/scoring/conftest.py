@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from scoring_models import critic
 from transformers import ByT5Tokenizer
+
+from tests.scoring.scoring_models import critic
 
 BYTES = 259
 TEMPLATE = (

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from library_versions import DTYPE, need_architecture
+from tests.library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
-from vhead.scoring import caching, packing, strategies
+from vhead.packing import caching, packing, strategies
 
 VOCABULARY = 97
 CONTEXT = 64
@@ -99,7 +99,8 @@ def by_way(scorer: Scorer, name: str) -> Scorer:
     engine = scorer._engine
     body = engine._body
     arguments = (body, CONTEXT) if name == "MaskedTreePacking" else (body,)
-    engine._ways = dataclasses.replace(engine._ways, usual=WAYS[name](*arguments), longest_usual=None)
+    plan = dataclasses.replace(engine._ways.plan, longest_shared=None)
+    engine._ways = dataclasses.replace(engine._ways, usual=WAYS[name](*arguments), plan=plan)
     return scorer
 
 

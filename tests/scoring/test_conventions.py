@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scoring_models import critic, reference, trees
 
+from tests.scoring.scoring_models import critic, reference, trees
 from vhead import Rollout, Scorer
 from vhead.errors import HeadError, VheadError
 from vhead.scoring import Conventions
@@ -193,7 +193,7 @@ def test_by_default_a_checkpoint_without_a_language_model_head_gives_what_it_can
     partial.untrained = frozenset({"lm_head.weight"})
     scorer = Scorer(partial)
     assert scorer.default_returns == ("values", "reward")
-    assert scorer.score(trees()).fields == next(scorer.windows(trees())).fields == ("values", "reward")
+    assert scorer.score(trees()).fields == next(scorer.chunks(trees())).fields == ("values", "reward")
     assert caplog.messages == ["the checkpoint holds no lm_head.weight: the scores are values, reward"]
 
 

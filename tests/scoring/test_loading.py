@@ -9,13 +9,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scoring_models import critic
 
+from tests.scoring.scoring_models import critic
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import BodyMismatchError, FieldError, HeadError, HeadNotFoundError, LoadError, VheadError
-from vhead.scoring.encode import Encoder
+from vhead.rollouts.encoding import Encoder, LengthLimit
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.truncation import LengthLimit
 
 BYTE_SHIFT = 3
 

@@ -11,10 +11,21 @@ import sys
 from contextlib import suppress
 
 import pytest
-from score_file_cases import GOOD, Stopped, begun, content, lines_of, put, read, scores_of, stop_after, write_in_windows
 
+from tests.scoring.score_file_cases import (
+    GOOD,
+    Stopped,
+    begun,
+    content,
+    lines_of,
+    put,
+    read,
+    scores_of,
+    stop_after,
+    write_in_windows,
+)
 from vhead.errors import FieldError, OutputBusyError, OutputError, ResumeError
-from vhead.scoring.files import open_output
+from vhead.scoring.output_files import open_output
 
 ROWS = lines_of(*({"n": number} for number in range(6)))
 both_formats = pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
@@ -282,7 +293,7 @@ class TestLock:
 
     def test_the_lock_ends_with_the_process(self, tmp_path):
         path = tmp_path / "out.jsonl"
-        code = f"import os; from vhead.scoring.files import open_output; open_output({str(path)!r}); os._exit(9)"
+        code = f"import os; from vhead.rollouts.files import open_output; open_output({str(path)!r}); os._exit(9)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
         put(path, ROWS)
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from score_file_cases import begun, content, lines_of, put, read, scores_of, stop_after, write_in_windows
 
+from tests.scoring.score_file_cases import begun, content, lines_of, put, read, scores_of, stop_after, write_in_windows
 from vhead.errors import FieldError
 from vhead.scoring.schema import Shape, shape_of, united
 

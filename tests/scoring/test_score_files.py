@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from score_file_cases import GOOD, begun, content, put, read, scores_of
 
+from tests.scoring.score_file_cases import GOOD, begun, content, put, read, scores_of
 from vhead import Scores
 from vhead.errors import FieldError, FileFormatError, MissingExtraError
-from vhead.scoring import jsonl
-from vhead.scoring.files import open_output, open_reader
-from vhead.scoring.parquet import ParquetRow
+from vhead.rollouts import jsonl
+from vhead.rollouts.files import open_reader
+from vhead.rollouts.parquet import ParquetRow
+from vhead.scoring.output_files import open_output
 
 
 def write(lines, scores, path):

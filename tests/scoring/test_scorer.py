@@ -4,13 +4,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 from transformers import modeling_utils
 
+from tests.scoring.scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError
-from vhead.scoring import engine, logits, statistics, strategies
+from vhead.packing import strategies
+from vhead.scoring import engine, logits, statistics
 from vhead.scoring.scores import FIELDS
 from vhead.scoring.statistics import row_chunks, statistics_of_logits
 
@@ -107,7 +108,8 @@ def test_row_chunks_cover_all_rows_once():
 
 def test_token_statistics_of_impossible_tokens():
     rows = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 0.0, 0.0]])
-    logprobs, entropy = statistics_of_logits(rows, torch.arange(2), torch.tensor([2, 1]), 1.0, entropy=True)
+    statistics = statistics_of_logits(rows, torch.arange(2), torch.tensor([2, 1]), temperature=1.0, entropy=True)
+    logprobs, entropy = statistics.values()
     distribution = torch.log_softmax(rows[0, [0, 2]].double(), 0)
     assert entropy[0].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=1e-6)
     assert logprobs[0].item() == pytest.approx(distribution[1].item(), abs=1e-6)
@@ -348,7 +350,7 @@ class TestBadInput:
             assert len(told) == 1
             yield Rollout([5], [6])
 
-        assert len(list(scorer.windows(records(), ["reward"], on_error=told.append))) == 1
+        assert len(list(scorer.chunks(records(), ["reward"], on_error=told.append))) == 1
 
     @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
     def test_temperature(self, scorer, temperature):
@@ -377,7 +379,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"num_threads: expected 1 to 1024, got {number}"):
             Scorer(model, num_threads=number)
 
-    @pytest.mark.parametrize("argument", ["token_budget", "window_tokens"])
+    def test_an_unknown_option_names_the_known_ones(self, model):
+        with pytest.raises(TypeError, match=r"expected options among token_budget, .*, got tokens_budget"):
+            Scorer(model, tokens_budget=7)
+
+    def test_the_old_names_of_chunks_work_and_say_the_new_ones(self, model):
+        with pytest.warns(FutureWarning, match="window_tokens is now called chunk_tokens") as warned:
+            scorer = Scorer(model, window_tokens=20)
+        assert warned[0].filename == __file__
+        given = rollouts()[:4]
+        with pytest.warns(FutureWarning, match=r"Scorer\.windows is now called Scorer\.chunks"):
+            old = list(scorer.windows(given, ["values"]))
+        assert [chunk.ids for chunk in old] == [chunk.ids for chunk in scorer.chunks(given, ["values"])]
+        assert len(old) > 1
+
+    @pytest.mark.parametrize("argument", ["token_budget", "chunk_tokens"])
     def test_arguments_below_one(self, model, argument):
         with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0"):
             Scorer(model, **{argument: 0})

@@ -81,7 +81,7 @@ def test_a_field_that_was_not_asked_for_is_a_named_error(scores):
     with pytest.raises(
         MissingFieldError, match=r"^entropy: expected one of the fields that were asked for \(values, lo"
     ):
-        scores.entropy  # noqa: B018
+        scores.entropy
     assert not hasattr(scores, "token_ids")
     assert hasattr(scores, "values")
 
@@ -198,4 +198,4 @@ def test_to_pandas():
 
 
 def test_scores_survive_pickling():
-    same(pickle.loads(pickle.dumps(make())), make())  # noqa: S301, our own bytes
+    same(pickle.loads(pickle.dumps(make())), make())

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from scoring_models import CONTEXT, critic, reference, worst
 
+from tests.scoring.scoring_models import CONTEXT, critic, reference, worst
 from vhead import Rollout, Scorer, Scores
 from vhead.errors import FieldError, VheadError
-from vhead.scoring.jsonl import JsonlReader, JsonlWriter
+from vhead.rollouts.encoding import LengthLimit
+from vhead.rollouts.jsonl import JsonlReader
+from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.truncation import LengthLimit
 
 TOLERANCE = 1e-4
 

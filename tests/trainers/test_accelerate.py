@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from toy_task import language_model
 
 import vhead
+from tests.trainers.toy_task import language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 accelerate = pytest.importorskip("accelerate")

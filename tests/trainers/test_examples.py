@@ -9,7 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from library_versions import TRANSFORMERS
+from tests.library_versions import TRANSFORMERS
 from vhead import AutoModelForCausalLMWithValueHead
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

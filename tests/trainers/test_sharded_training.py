@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from toy_task import language_model
 
+from tests.trainers.toy_task import language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 RANKS = 2

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_task import language_model
 
+from tests.trainers.toy_task import language_model
 from vhead import AutoModelForCausalLMWithValueHead
 
 pytest.importorskip("accelerate")

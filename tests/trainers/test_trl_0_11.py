@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import trl
-from toy_task import PROMPTS, language_model, share_of_ascii, tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
 import vhead
 import vhead.compat.trl
+from tests.trainers.toy_task import PROMPTS, language_model, share_of_ascii, tokenizer
 
 # What TRL and its contemporaries warn of is not this package's.
 pytestmark = pytest.mark.filterwarnings("ignore")

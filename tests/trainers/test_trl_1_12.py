@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_task import PROMPTS, AsciiReward, language_model, tokenizer
 
+from tests.trainers.toy_task import PROMPTS, AsciiReward, language_model, tokenizer
 from vhead import AutoModelForCausalLMWithValueHead
 
 pytestmark = [
@@ -103,7 +103,7 @@ def test_one_object_is_policy_and_value_model(tmp_path):
 def test_the_native_form_is_policy_and_value_model_and_saves_by_itself(tmp_path):
     from transformers import AutoModel
 
-    from vhead.native import ValueHeadModel
+    from vhead.pretrained import ValueHeadModel
 
     model = ValueHeadModel.from_wrapper(with_value_head())
     before = copy.deepcopy(model)

@@ -68,7 +68,7 @@ def environment(folder: Path, pins: Path) -> Path:
 def build(folder: Path) -> Path:
     """Builds the wheel from the checkout, with the maturin of this script's environment."""
     command = [sys.executable, "-m", "maturin", "build", "--release", "--locked", "--out", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603, our own command
+    subprocess.run(command, cwd=ROOT, check=True)
     return max(folder.glob("vhead-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
@@ -86,7 +86,7 @@ def freeze(python: Path) -> set[str]:
 def uv(*arguments: str) -> str:
     """Runs uv, and returns what it printed on its standard output; its messages are for the reader."""
     command = [sys.executable, "-m", "uv", "--quiet", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603, our own command
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def run_tests(python: Path, pytest_arguments: list[str]) -> dict[str, int]:
@@ -96,7 +96,7 @@ def run_tests(python: Path, pytest_arguments: list[str]) -> dict[str, int]:
     command = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored, *warnings, *pytest_arguments]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=kept | CALM, stdout=pipe, text=True) as tests:  # noqa: S603
+    with subprocess.Popen(command, cwd=ROOT, env=kept | CALM, stdout=pipe, text=True) as tests:
         last = ""
         for last in tests.stdout or ():
             print(last, end="", flush=True)
@@ -108,7 +108,7 @@ def record(world: str, packages: set[str], outcome: dict[str, int]) -> None:
     """Adds a line to the results."""
     versions = dict(package.split("==") for package in packages if "==" in package)
     git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True)  # noqa: S603, our own command
+    commit = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True)
     line = {
         "world": world,
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
+from vhead.checkpoints.replacing import replacing_file
 from vhead.errors import FileFormatError
-from vhead.replacing import replacing_file
 
 Row: TypeAlias = dict[str, Any]
 

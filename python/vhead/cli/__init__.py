@@ -28,7 +28,7 @@ def main() -> None:
 
 def _app() -> Callable[[], object]:
     try:
-        from vhead.cli.app import app  # noqa: PLC0415, what it needs is optional
+        from vhead.cli.app import app  # what it needs is optional
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _OPTIONAL:
             raise
@@ -38,7 +38,7 @@ def _app() -> Callable[[], object]:
 
 def _run(app: Callable[[], object]) -> int:
     """Runs a command to its end; gives its exit code."""
-    from vhead.cli import threads  # noqa: PLC0415, a missing package is to be named first
+    from vhead.cli import threads  # a missing package is to be named first
 
     terminal.route_messages()
     threads.choose()
@@ -49,7 +49,7 @@ def _run(app: Callable[[], object]) -> int:
 
 
 def _code_of(action: Callable[[], object], *, says: bool = True) -> int:
-    from vhead.cli.failure import FAILED, described  # noqa: PLC0415, as above
+    from vhead.cli.failure import FAILED, described  # as above
 
     try:
         action()

@@ -100,9 +100,9 @@ def _request(
     compiles: bool,
     quick: bool,
 ) -> "Request":
-    import torch  # noqa: PLC0415, for a fast --help
+    import torch  # for a fast --help
 
-    from vhead.benchmark.run import Request  # noqa: PLC0415, imports torch
+    from vhead.benchmark.run import Request  # imports torch
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -111,10 +111,10 @@ def _request(
 
 
 def _run(request: "Request") -> "Document":
-    from rich.console import Console  # noqa: PLC0415, for a fast --help
+    from rich.console import Console  # for a fast --help
 
-    from vhead.benchmark.run import run  # noqa: PLC0415, imports torch
-    from vhead.cli.bench_table import report  # noqa: PLC0415, for a fast --help
+    from vhead.benchmark.run import run  # imports torch
+    from vhead.cli.bench_table import report  # for a fast --help
 
     progress = Console(stderr=True)
     with progress.status("starting") as status:

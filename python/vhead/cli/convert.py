@@ -60,7 +60,7 @@ def convert(
 
 
 def _check_formats(format_name: str | None, source_format: str | None) -> None:
-    from vhead.formats import FORMATS  # noqa: PLC0415, imports torch
+    from vhead.formats import FORMATS  # imports torch
 
     known = [head_format.name for head_format in FORMATS]
     for name, hint in ((format_name, "--format"), (source_format, "--from")):
@@ -69,7 +69,7 @@ def _check_formats(format_name: str | None, source_format: str | None) -> None:
 
 
 def _show(source: Path, source_format: str | None) -> None:
-    from vhead import formats  # noqa: PLC0415, imports torch
+    from vhead import formats  # imports torch
 
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -89,7 +89,7 @@ def _show(source: Path, source_format: str | None) -> None:
 def _convert(
     source: Path, destination: Path, format_name: str | None, source_format: str | None, *, force: bool
 ) -> None:
-    from vhead import formats  # noqa: PLC0415, imports torch
+    from vhead import formats  # imports torch
 
     done = formats.convert(source, destination, format_name, source_format=source_format, overwrite=force)
     say(_described(source, done.detection))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vhead.checkpoints.replacing import replacing_file
 from vhead.cli.failure import reported
 from vhead.cli.terminal import say
 from vhead.errors import VheadError
-from vhead.replacing import replacing_file
 
 if TYPE_CHECKING:
     from vhead.demo.judgement import Judged, Summary
@@ -58,11 +58,11 @@ def demo(
     The texts are passages of Python's documentation that the model was not trained on, each followed by two twins: one
     corrupted to the end, one corrupted in the middle. Nothing is downloaded.
     """
-    from rich.console import Console  # noqa: PLC0415, slow imports wait until the command runs
+    from rich.console import Console  # slow imports wait until the command runs
 
-    from vhead.cli.demo_table import fitting, picture, show  # noqa: PLC0415
-    from vhead.demo.judgement import summarise  # noqa: PLC0415
-    from vhead.demo.rollouts import read_demo_rollouts  # noqa: PLC0415
+    from vhead.cli.demo_table import fitting, picture, show
+    from vhead.demo.judgement import summarise
+    from vhead.demo.rollouts import read_demo_rollouts
 
     with reported():
         if write is not None:
@@ -89,11 +89,11 @@ def _first_topics(rollouts: "list[DemoRollout]", count: int | None) -> list[str]
 
 def _score(rollouts: "list[DemoRollout]") -> Run:
     """Scores through the public interface, as any user's rollouts are scored."""
-    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+    from transformers.utils.logging import disable_progress_bar
 
-    from vhead import Rollout, Scorer, backends  # noqa: PLC0415
-    from vhead.demo import demo_model_path  # noqa: PLC0415
-    from vhead.demo.judgement import judge  # noqa: PLC0415
+    from vhead import Rollout, Scorer, backends
+    from vhead.demo import demo_model_path
+    from vhead.demo.judgement import judge
 
     disable_progress_bar()
     # A model of this size gains nothing from a second thread and loses much to one when the machine is busy.
@@ -125,7 +125,7 @@ def _result_lines(summary: "Summary", run: Run) -> list[str]:
 
 def _write_rollouts(path: Path) -> None:
     """The bundled rollouts as a file of the user's; one that is there stays."""
-    from vhead.demo import demo_rollouts_path  # noqa: PLC0415
+    from vhead.demo import demo_rollouts_path
 
     content = demo_rollouts_path().read_bytes()
     try:

@@ -48,7 +48,7 @@ def _version(name: str) -> str:
 
 
 def _torch_facts() -> Iterator[tuple[str, str]]:
-    import torch  # noqa: PLC0415, for a fast --help
+    import torch  # for a fast --help
 
     yield "cpu cores", threads.described_cores()
     yield "torch threads", str(torch.get_num_threads())
@@ -57,17 +57,17 @@ def _torch_facts() -> Iterator[tuple[str, str]]:
 
 
 def _backend_facts() -> Iterator[tuple[str, str]]:
-    from vhead.ops import backends  # noqa: PLC0415, imports torch
+    from vhead.ops import backends  # imports torch
 
     yield from _flat("backend", backends())
 
 
 def _scorer_facts() -> Iterator[tuple[str, str]]:
     """What these releases of torch and transformers cost: names that are gone, and ways that failed on a trial."""
-    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415, imports torch
+    from transformers.utils.logging import disable_progress_bar  # imports torch
 
-    from vhead import Scorer, upstream  # noqa: PLC0415, imports torch
-    from vhead.demo import demo_model_path  # noqa: PLC0415
+    from vhead import Scorer, upstream  # imports torch
+    from vhead.demo import demo_model_path
 
     missing = [name.path for name in upstream.missing_names()]
     yield "upstream names missing", ", ".join(missing) or "none"

@@ -14,7 +14,7 @@ from vhead.cli.terminal import escaped, say
 from vhead.errors import RecordError
 
 if TYPE_CHECKING:
-    from vhead.scoring.files import Reader
+    from vhead.rollouts.files import Reader
     from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
@@ -59,8 +59,10 @@ def score(
     dtype: option.ModelDtype = None,
     device: option.Device = None,
     token_budget: option.TokenBudget = None,
-    window_tokens: option.WindowTokens = None,
+    chunk_tokens: option.ChunkTokens = None,
+    window_tokens: option.OldChunkTokens = None,
     num_threads: option.NumThreads = None,
+    attention: option.AttentionOption = None,
     batch_invariant: option.BatchInvariant = False,
     normalize_rewards: option.NormalizeRewards = False,
     allow_random_head: option.AllowRandomHead = False,
@@ -93,26 +95,33 @@ def score(
     - `cat rollouts.jsonl | vhead score - --model ./critic --output - --on-error skip | jq .reward`
     """
     with reported():
+        if window_tokens is not None:
+            say("--window-tokens is now called --chunk-tokens")
         request = option.ScoreRequest(
             source=source,
             model=model,
             output=output,
-            head=head,
             returns=option.checked_returns(returns),
             temperature=temperature,
-            dtype=None if dtype is None else dtype.value,
-            device=device,
-            token_budget=token_budget,
-            window_tokens=window_tokens,
-            num_threads=num_threads,
-            batch_invariant=batch_invariant,
-            normalize_rewards=normalize_rewards,
-            allow_random_head=allow_random_head,
-            trust_remote_code=trust_remote_code,
-            truncation=option.truncation_of(truncate),
-            max_length=max_length,
-            separate_tokens=separate_tokens,
-            append_eos=append_eos,
+            loading={
+                "head": head,
+                "dtype": None if dtype is None else dtype.value,
+                "device": device,
+                "normalize_rewards": normalize_rewards,
+                "allow_random_head": allow_random_head,
+                "trust_remote_code": trust_remote_code,
+            },
+            options={
+                "token_budget": token_budget,
+                "chunk_tokens": chunk_tokens or window_tokens,
+                "num_threads": num_threads,
+                "attention": None if attention is None else attention.value,
+                "batch_invariant": batch_invariant,
+                "truncation": option.truncation_of(truncate),
+                "max_length": max_length,
+                "separate_tokens": separate_tokens,
+                "append_eos": append_eos,
+            },
             limit=limit,
             skips=on_error is option.OnError.SKIP,
             resume=resume,
@@ -126,8 +135,9 @@ def score(
 
 
 def _run(request: option.ScoreRequest) -> None:
-    from vhead.scoring.files import open_output, open_reader  # noqa: PLC0415, for a fast --help
-    from vhead.scoring.progress import ScoringProgress  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import open_reader  # for a fast --help
+    from vhead.scoring.output_files import open_output  # for a fast --help
+    from vhead.scoring.progress import ScoringProgress  # for a fast --help
 
     progress = ScoringProgress(shown=request.shows_progress)
     skipped = SkippedRecords(request.source)
@@ -145,7 +155,7 @@ def _run(request: option.ScoreRequest) -> None:
         if output.finished:
             _check_finished(output, reader, request)
             return
-        from vhead.scoring.pipeline import score_file  # noqa: PLC0415, imports torch
+        from vhead.scoring.pipeline import score_file  # imports torch
 
         with progress:
             score_file(
@@ -172,32 +182,16 @@ def _check_finished(output: "Output", reader: "Reader", request: option.ScoreReq
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
-    from vhead.scoring.scorer import Scorer  # noqa: PLC0415, imports torch
+    from vhead.scoring.scorer import Scorer  # imports torch
 
-    return Scorer.from_pretrained(
-        request.model,
-        dtype=request.dtype,
-        device=request.device,
-        head=request.head,
-        allow_random_head=request.allow_random_head,
-        trust_remote_code=request.trust_remote_code,
-        normalize_rewards=request.normalize_rewards,
-        token_budget=request.token_budget,
-        window_tokens=request.window_tokens,
-        num_threads=request.num_threads,
-        batch_invariant=request.batch_invariant,
-        truncation=request.truncation,
-        max_length=request.max_length,
-        separate_tokens=request.separate_tokens,
-        append_eos=request.append_eos,
-    )
+    return Scorer.from_pretrained(request.model, **request.loading, **request.options)
 
 
 @contextmanager
 def _loading(request: option.ScoreRequest) -> Iterator[None]:
     """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
-    from rich.console import Console  # noqa: PLC0415, for a fast --help
-    from rich.text import Text  # noqa: PLC0415, for a fast --help
+    from rich.console import Console  # for a fast --help
+    from rich.text import Text  # for a fast --help
 
     logger = logging.getLogger("vhead")
     level = logger.level
@@ -213,7 +207,7 @@ def _loading(request: option.ScoreRequest) -> Iterator[None]:
 
 
 def _silence_transformers() -> None:
-    from transformers.utils import logging as transformers_logging  # noqa: PLC0415, imports torch
+    from transformers.utils import logging as transformers_logging  # imports torch
 
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from vhead.scoring.options import ScorerOptions
 
 STANDARD_STREAM = "-"
 
@@ -29,6 +32,15 @@ class Truncate(StrEnum):
     ERROR = "error"
     PROMPT = "prompt"
     COMPLETION = "completion"
+
+
+class Attention(StrEnum):
+    """How tokens see each other in packed rollouts."""
+
+    SEGMENTS = "segments"
+    FLEX = "flex"
+    FLASH = "flash"
+    MASK = "mask"
 
 
 class OnError(StrEnum):
@@ -78,13 +90,28 @@ Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, c
 TokenBudget = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch; default: 2048 on a CPU, 16384 elsewhere.")
 ]
-WindowTokens = Annotated[
+ChunkTokens = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Tokens among which shared beginnings are found; default: eight batches."),
+    typer.Option(
+        "--chunk-tokens",
+        min=1,
+        metavar="N",
+        help="Tokens among which shared beginnings are found; default: eight batches.",
+    ),
 ]
+OldChunkTokens = Annotated[int | None, typer.Option("--window-tokens", min=1, hidden=True)]
 NumThreads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads; default: those that this process may use."),
+]
+AttentionOption = Annotated[
+    Attention | None,
+    typer.Option(
+        "--attention",
+        metavar="WAY",
+        help="segments, flex, flash or mask: how tokens that several rollouts share are attended; default: the fastest "
+        "way that the model can take.",
+    ),
 ]
 BatchInvariant = Annotated[
     bool, typer.Option("--batch-invariant", help="The same bits for a rollout whatever else is scored; slower.")
@@ -147,27 +174,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One call of `vhead score`, its names and numbers checked."""
+    """One call of `vhead score`, its names and numbers checked.
+
+    Attributes:
+        loading: The arguments of `Scorer.from_pretrained` that say what is loaded, and how.
+        options: The scorer's own.
+    """
 
     source: str
     model: str
     output: str
-    head: str | None
     returns: tuple[str, ...] | None
     temperature: float
-    dtype: str | None
-    device: str | None
-    token_budget: int | None
-    window_tokens: int | None
-    num_threads: int | None
-    batch_invariant: bool
-    normalize_rewards: bool
-    allow_random_head: bool
-    trust_remote_code: bool
-    truncation: Literal["prompt", "completion"] | None
-    max_length: int | None
-    separate_tokens: bool
-    append_eos: bool
+    loading: dict[str, Any]
+    options: "ScorerOptions"
     limit: int | None
     skips: bool
     resume: bool
@@ -192,10 +212,10 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """What the output has beside the input's columns, which these names are therefore kept from."""
-        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # noqa: PLC0415, for a fast --help
+        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
 
         columns = columns_of(self.returns or DEFAULT_RETURNS)
-        names = columns if self.truncation is None else (*columns, TRUNCATED)
+        names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
         return tuple(f"{name}{self.suffix}" for name in names)
 
     @property
@@ -205,37 +225,28 @@ class ScoreRequest:
         return not self.quiet and sys.stderr.isatty() and not covered
 
     def settings(self) -> dict[str, object]:
-        """What a run must have in common with the one that it resumes, or the output would be of two minds.
+        """What a run must have in common with the one that it resumes: on each of these the numbers depend.
 
         Reads the model's files.
 
         Raises:
             OSError: One of them cannot be read.
         """
-        from vhead.scoring.model_files import identity  # noqa: PLC0415, for a fast --help
+        from vhead.checkpoints.identity import identity  # for a fast --help
 
+        head = self.loading["head"]
         return {
             "vhead": version("vhead"),
             **identity(self.model, "model"),
-            **({} if self.head is None else identity(self.head, "head")),
+            **({} if head is None else identity(head, "head")),
             "returns": None if self.returns is None else list(self.returns),
             "suffix": self.suffix,
             "overwrite": self.overwrite,
             "temperature": self.temperature,
-            "dtype": self.dtype,
-            "device": self.device,
-            "token_budget": self.token_budget,
-            "window_tokens": self.window_tokens,
-            "num_threads": self.num_threads,
-            "batch_invariant": self.batch_invariant,
-            "normalize_rewards": self.normalize_rewards,
-            "allow_random_head": self.allow_random_head,
-            "trust_remote_code": self.trust_remote_code,
-            "truncate": self.truncation,
-            "max_length": self.max_length,
             "unique_ids": self.unique_ids,
-            "separate_tokens": self.separate_tokens,
-            "append_eos": self.append_eos,
+            **{name: value for name, value in self.loading.items() if name != "head"},
+            # By the option's name, which the user knows.
+            **{"truncate" if name == "truncation" else name: value for name, value in self.options.items()},
         }
 
 
@@ -252,7 +263,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
     Raises:
         typer.BadParameter: It names something else, or nothing.
     """
-    from vhead.scoring.scores import check_returns  # noqa: PLC0415, for a fast --help
+    from vhead.scoring.scores import check_returns  # for a fast --help
 
     if returns is None:
         return None
@@ -263,7 +274,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
 
 
 def _check_paths(source: str, output: str) -> None:
-    from vhead.scoring.files import format_of  # noqa: PLC0415, for a fast --help
+    from vhead.rollouts.files import format_of  # for a fast --help
 
     for name, hint in ((source, "INPUT"), (output, "--output")):
         try:

@@ -4,17 +4,17 @@
     formats.save(head, "value_head.safetensors", format="llama-factory")
     formats.convert("critic", "critic-for-trl", format="trl")      # with its language model
 
-A format knows which tensors are its head; where bytes come from is `vhead.checkpoint`'s business. A new format is one
-more entry of `FORMATS`, and a module of this package that says how to find its tensors.
+A format knows which tensors are its head; where their bytes come from is the business of `vhead.checkpoints`. A new
+format is one more entry of `FORMATS`, and a module of this package that says how to find its tensors.
 """
 
 from vhead.formats.conversion import Conversion, convert
-from vhead.formats.layout import Format
+from vhead.formats.layout import Detection, Format
 from vhead.formats.megatron import VERL_MEGATRON as _VERL_MEGATRON
 from vhead.formats.registry import FORMATS, detect, find_head, load
 from vhead.formats.trl import BIAS_KEY, WEIGHT_KEY
-from vhead.formats.weights import Detection, HeadWeights, LinearWeights
 from vhead.formats.writing import save, save_beside_adapter
+from vhead.head_weights import HeadWeights, LinearWeights
 
 # The format whose head lies where transformers expects a language model's output layer.
 VERL_MEGATRON = _VERL_MEGATRON.name

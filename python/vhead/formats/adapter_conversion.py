@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vhead.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from vhead.errors import AdapterError, HeadError
 from vhead.formats.carrying import carried, copy_files
 from vhead.formats.layout import Format, Sighting
 from vhead.formats.streaming import Entry, write_safetensors
 from vhead.formats.trl import LLAMA_FACTORY_FILES
-from vhead.formats.weights import HeadWeights
 from vhead.formats.writing import head_tensors, write_tensors
+from vhead.head_weights import HeadWeights
 
 TRL_ADAPTER_FILE = "pytorch_model.bin"
 

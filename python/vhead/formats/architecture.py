@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from vhead.errors import BodyMismatchError, HeadError
 from vhead.formats.huggingface import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from vhead.formats.layout import Format, LinearNames
-from vhead.formats.weights import HeadWeights
+from vhead.head_weights import HeadWeights
 
 _LANGUAGE_MODELS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -158,7 +158,7 @@ class Architecture:
             ) from error
 
     @property
-    def _language_model(self) -> Any:  # noqa: ANN401, one of transformers' classes
+    def _language_model(self) -> Any:
         return None if self._language_model_name is None else _class(self._language_model_name)
 
     @property
@@ -170,12 +170,12 @@ class Architecture:
         stated = self._settings.get("architectures")
         return stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
 
-    def _class_names(self, mapping: Any) -> str | None:  # noqa: ANN401, of names or of tuples of names
+    def _class_names(self, mapping: Any) -> str | None:
         found = None if mapping is None else mapping.get(self._settings.get("model_type"))
         return found[0] if isinstance(found, tuple) else found
 
 
-def _trunk_shapes(model: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401, one of transformers' classes
+def _trunk_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters but the language-model head's and those that transformers does without."""
     optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     left_out = set(_output_names(model))
@@ -186,7 +186,7 @@ def _trunk_shapes(model: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401, on
     }
 
 
-def _output_names(model: Any) -> list[str]:  # noqa: ANN401, one of transformers' classes
+def _output_names(model: Any) -> list[str]:
     """The names of the language-model head's parameters, tied ones included."""
     head = model.get_output_embeddings()
     own = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
@@ -195,8 +195,8 @@ def _output_names(model: Any) -> list[str]:  # noqa: ANN401, one of transformers
     return [name for name, parameter in named if id(parameter) in own - tied]
 
 
-def _class(name: str) -> Any:  # noqa: ANN401, one of transformers' classes
-    import transformers  # noqa: PLC0415, its attributes import a model's module each
+def _class(name: str) -> Any:
+    import transformers  # its attributes import a model's module each
 
     return getattr(transformers, name)
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vhead.checkpoint import SIDE_FILES, regular_file
+from vhead.checkpoints.checkpoint import SIDE_FILES, regular_file
 
 # What is written anew, and what is a trainer's.
 _NOT_CARRIED = re.compile(r"(adapter_)?config\.json|trainer_state\.json|.*\.index(\..+)?\.json")

@@ -12,19 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vhead.checkpoint import ADAPTER_CONFIG, Checkpoint
-from vhead.config_bounds import bounded_by, check_config
+from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from vhead.checkpoints.config_bounds import bounded_by, check_config
+from vhead.checkpoints.replacing import replacing_folder
 from vhead.errors import HeadError, HeadFileError, HeadMismatchError, loading
 from vhead.formats.adapter_conversion import write_adapter
 from vhead.formats.architecture import Architecture
 from vhead.formats.carrying import carried, copy_files, keep_others
-from vhead.formats.layout import Format, Sighting, read
+from vhead.formats.layout import Detection, Format, Sighting, read
 from vhead.formats.registry import body_names, body_prefix, chosen, detection_of, format_named, load, same_weights
 from vhead.formats.streaming import Entry, write_safetensors
 from vhead.formats.trl import TRL, VHEAD
-from vhead.formats.weights import Detection, HeadWeights
 from vhead.formats.writing import head_tensors, is_head_file, save
-from vhead.replacing import replacing_folder
+from vhead.head_weights import HeadWeights
 
 # What formats keep about their heads in a configuration; a head of another format has none of it.
 _HEAD_SETTINGS = (
@@ -63,7 +63,7 @@ class Conversion:
 def convert(
     source: str | Path,
     destination: str | Path,
-    format: str | None = None,  # noqa: A002, as in `save`
+    format: str | None = None,
     *,
     source_format: str | None = None,
     overwrite: bool = False,

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadFileError
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, architecture, sightings
-from vhead.formats.weights import HeadWeights
+from vhead.head_weights import HeadWeights
 
 TOKEN_CLASSIFICATION = "ForTokenClassification"  # noqa: S105, the end of a class's name
 SEQUENCE_CLASSIFICATION = "ForSequenceClassification"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadFileError, HeadMismatchError
-from vhead.formats.weights import HeadWeights, LinearWeights
+from vhead.head_weights import HeadWeights, LinearWeights
 
 # What compilers and trainers wrap around any module leaves its name wherever such a module is.
 _PRIVATE_WRAPPERS = ("_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod")
@@ -45,6 +45,23 @@ HEAD_LIKE = re.compile(
 _MOST_ELEMENTS = 1 << 29
 
 _FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What `detect` found, from names and shapes alone.
+
+    Attributes:
+        format: The format's name.
+        reason: Why it is that one, in one sentence.
+        tensors: The names of the head's tensors, sorted.
+        body_prefix: What stands before the language model's own names: "" or for instance "pretrained_model.".
+    """
+
+    format: str
+    reason: str
+    tensors: tuple[str, ...]
+    body_prefix: str
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ has one row, an output layer has a row per token of the vocabulary.
 
 from collections.abc import Iterator
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.formats.layout import HEAD_LIKE, Body, Format, LinearNames, Sighting, sightings
 
 AREAL_FILE = "value_head.pt"

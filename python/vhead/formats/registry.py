@@ -7,14 +7,14 @@ from typing import Unpack
 
 import torch
 
-from vhead.checkpoint import Checkpoint, LocationArguments
+from vhead.checkpoints.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
 from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
-from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Format, Sighting, check_fits, mismatch, read
+from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Detection, Format, Sighting, check_fits, mismatch, read
 from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
 from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
 from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
-from vhead.formats.weights import Detection, HeadWeights
+from vhead.head_weights import HeadWeights
 
 # Where two formats claim the same tensors, the first one in this order has them: those that a configuration tells apart
 # stand before those that names alone do.
@@ -51,7 +51,7 @@ def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> Hea
 
     Args:
         location: A folder, one file, or a hub repository's id; an existing path is never looked up on the hub.
-        **options: Those of `vhead.checkpoint.LocationArguments`, as `from_pretrained` takes them.
+        **options: Those of `vhead.checkpoints.checkpoint.LocationArguments`, as `from_pretrained` takes them.
 
     Returns:
         The head, or None for a plain language model that holds nothing like one.
@@ -65,13 +65,13 @@ def find_head(location: str | Path, **options: Unpack[LocationArguments]) -> Hea
     return read(checkpoint, choice[1], choice[0]) if choice else None
 
 
-def load(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> HeadWeights:  # noqa: A002, as `save` has it
+def load(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> HeadWeights:
     """Reads the trained head of a checkpoint in any format.
 
     Args:
         path: A folder, one file, or a hub repository's id; an existing path is never looked up on the hub.
         format: The name of the only format to try. None: the one that the checkpoint shows signs of.
-        **options: Those of `vhead.checkpoint.LocationArguments`, as `from_pretrained` takes them.
+        **options: Those of `vhead.checkpoints.checkpoint.LocationArguments`, as `from_pretrained` takes them.
 
     Returns:
         Float32 weights, whatever the file's dtype, and where they are from.
@@ -87,7 +87,7 @@ def load(path: str | Path, *, format: str | None = None, **options: Unpack[Locat
     return read(checkpoint, sighting, head_format)
 
 
-def detect(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> Detection:  # noqa: A002, as `save` has it
+def detect(path: str | Path, *, format: str | None = None, **options: Unpack[LocationArguments]) -> Detection:
     """Says in which format a checkpoint's head is and why, from names, shapes and dtypes; no weights are read.
 
     Args and errors are those of `load`.

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, architecture, number, sightings
-from vhead.formats.weights import HeadWeights
+from vhead.head_weights import HeadWeights
 
 _WITHOUT_BIAS = LinearNames("weight")
 _TWO_LAYERS = (LinearNames("0.weight", "0.bias"), LinearNames("2.weight", "2.bias"))

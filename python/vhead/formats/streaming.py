@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vhead.checkpoints.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 from vhead.errors import HeadFileError
-from vhead.tensor_files import SAFETENSORS_DTYPES, TensorInfo
 
 _ALIGNMENT = 8
 
@@ -77,5 +77,5 @@ def write_safetensors(entries: Sequence[Entry], path: Path) -> None:
             file.write(_bytes_of(entry))
 
 
-def _bytes_of(entry: Entry) -> Any:  # noqa: ANN401, an array, whose buffer is written without a copy
+def _bytes_of(entry: Entry) -> Any:
     return entry.read().contiguous().reshape(-1).view(torch.uint8).numpy()

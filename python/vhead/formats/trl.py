@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, sightings
 
 WEIGHT_KEY = "v_head.summary.weight"

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from vhead.checkpoints.replacing import replacing_file
 from vhead.errors import HeadError
 from vhead.formats.layout import Format, LinearNames
 from vhead.formats.registry import format_named
 from vhead.formats.trl import BIAS_KEY, VHEAD, WEIGHT_KEY
-from vhead.formats.weights import HeadWeights, LinearWeights
-from vhead.replacing import replacing_file
+from vhead.head_weights import HeadWeights, LinearWeights
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth")
@@ -20,7 +20,7 @@ _PICKLED = (".bin", ".pt", ".pth")
 _OWN = f"{VHEAD.name} holds heads of one or two projections and any number of outputs"
 
 
-def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:  # noqa: A002, the name that callers know
+def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite: bool = False) -> Path:
     """Writes a head to a file of its own, with the names that a framework gives its tensors.
 
     Args:

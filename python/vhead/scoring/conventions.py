@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from vhead.scoring.encode import Encoded
+from vhead.rollouts.encoding import Encoded
 
 Alignment = Literal["completion", "right_shift"]
 Pooling = Literal["last", "last_non_pad", "before_pad"]

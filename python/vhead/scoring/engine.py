@@ -10,18 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone import plan_for
-from vhead.env import MOST_THREADS
+from vhead.backbone.hidden_states import plan_for
+from vhead.backbone.placement import to_device
 from vhead.errors import HeadError, VheadError
-from vhead.scoring import limits
-from vhead.scoring.caching import PromptThenCompletion
+from vhead.packing import limits
+from vhead.packing.plan import find_ways
+from vhead.packing.strategies import Batch, Body, Strategy
+from vhead.rollouts.encoding import Encoded
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.encode import Encoded
 from vhead.scoring.logits import find_logits_rule
-from vhead.scoring.plan import Attention, ScorerPlan, find_ways
+from vhead.scoring.options import ScorerOptions
 from vhead.scoring.scores import PER_TOKEN
 from vhead.scoring.statistics import statistics_of_logits, token_statistics
-from vhead.scoring.strategies import Batch, Body, PaddedBatches, Strategy, to_device
 
 Fields = dict[str, NDArray[np.float32]]
 
@@ -32,10 +32,10 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """A batch of a window, and the way in which it goes through the model; `batch.places` count in the window."""
+    """A batch of a chunk, and the way in which it goes through the model; `batch.places` count in the chunk."""
 
-    strategy: Strategy
-    batch: Batch
+    strategy: Strategy[Any]
+    batch: Batch[Any]
 
 
 class Engine:
@@ -43,10 +43,7 @@ class Engine:
 
     Args:
         model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., 1]`.
-        num_threads: Torch's threads while computing, 1 to 1024; None leaves them as they are.
-        conventions: Which positions are read.
-        batch_invariant: Whether a rollout's numbers may not depend on what else is scored.
-        attention: The only way of attending in packed trees that will do; None: the fastest that passes.
+        options: The scorer's; of them the threads, the conventions, the attention and batch invariance.
 
     Attributes:
         device: Where token ids go.
@@ -58,28 +55,18 @@ class Engine:
     Raises:
         HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder, or cannot take the asked-for attention.
-        ValueError: `num_threads` is out of range.
+        ValueError: There is no such attention, or it is asked for together with batch invariance.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_threads: int | None = None,
-        conventions: Conventions | None = None,
-        *,
-        batch_invariant: bool = False,
-        attention: Attention | None = None,
-    ) -> None:
-        if num_threads is not None and not 1 <= num_threads <= MOST_THREADS:
-            raise ValueError(f"num_threads: expected 1 to {MOST_THREADS}, got {num_threads}")
+    def __init__(self, model: nn.Module, options: ScorerOptions) -> None:
         body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
         if (outputs := getattr(head, "num_outputs", 1)) != 1:
             raise HeadError(f"model: expected a head with one output to score with, got one with {outputs}")
         self._model, self._head = model, head
-        self._num_threads = num_threads
-        self._conventions = conventions or Conventions()
+        self._num_threads = options.get("num_threads")
+        self._conventions = options.get("conventions") or Conventions()
         plan = plan_for(body)
         if plan.is_encoder_decoder:
             raise VheadError(f"model: expected a decoder-only language model, got the {type(body).__name__}")
@@ -97,20 +84,14 @@ class Engine:
         self._pad_token = limits.pad_token(body.config)
         with self._computing():
             self._rule = find_logits_rule(body, plan)
-            own_logits = self._rule is None
             self._ways = find_ways(
-                self._body, batch_invariant=batch_invariant, own_logits=own_logits, attention=attention
+                self._body,
+                batch_invariant=options.get("batch_invariant", False),
+                own_logits=self._rule is None,
+                attention=options.get("attention"),
             )
-        self.plan = ScorerPlan(
-            architecture=type(body).__name__,
-            strategy=self._ways.usual.name,
-            attention=self._ways.attention,
-            attention_reason=self._ways.attention_reason,
-            rejected=dict(self._ways.rejected),
-            longest_shared=self._ways.longest_usual,
-            long_strategy=self._ways.padded.name,
-            logits="of the whole batch, by the model" if self._rule is None else str(self._rule),
-        )
+        logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
+        self.plan = replace(self._ways.plan, logits=logits)
 
     @property
     def selects_rows(self) -> bool:
@@ -130,27 +111,27 @@ class Engine:
                 f"head, got {', '.join(fields)}"
             )
 
-    def work(self, window: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
-        """How a window is batched, for the asked-for fields; each rollout is in one batch."""
-        groups = self._ways.groups([len(rollout) for rollout in window])
+    def work(self, chunk: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
+        """How a chunk is batched, for the asked-for fields; each rollout is in one batch."""
+        groups = self._ways.groups([len(rollout) for rollout in chunk])
         if needs_logits(fields) and self._rule is None:
             token_budget = min(token_budget, max(1, _FULL_LOGITS_BYTES // (_FLOAT32_BYTES * self.vocabulary_size)))
-            groups = self._ways.without_sharing([len(rollout) for rollout in window])
+            groups = self._ways.without_sharing([len(rollout) for rollout in chunk])
         work = []
         for strategy, places in groups:
-            sequences = [window[place].tokens for place in places]
-            prompts = [window[place].prompt_length for place in places]
+            sequences = [chunk[place].tokens for place in places]
+            prompts = [chunk[place].prompt_length for place in places]
             for batch in strategy.batches(sequences, prompts, token_budget):
                 work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
         return work
 
-    def score(self, window: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
+    def score(self, chunk: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
         """The fields of a batch's rollouts, one after the other in the batch's order, float32.
 
         Raises:
             VheadError: The device has not enough memory for the batch.
         """
-        rollouts = [window[place] for place in work.batch.places]
+        rollouts = [chunk[place] for place in work.batch.places]
         try:
             with self._computing():
                 computed = self._score(rollouts, work, fields, temperature)
@@ -173,21 +154,24 @@ class Engine:
 
     def _score(self, rollouts: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token)
-        logits = None
-        if needs_logits(fields) and self._rule is None and isinstance(work.strategy, PaddedBatches):
+        rule, entropy = self._rule, "entropy" in fields
+        statistics: dict[str, Tensor] = {}
+        if rule is None and needs_logits(fields):
             states, logits = work.strategy.states_and_logits(work.batch)
+            statistics = statistics_of_logits(
+                logits, read.predicting, read.targets, temperature=temperature, entropy=entropy
+            )
         else:
             states = work.strategy.states(work.batch)
-        computed = self._head_outputs(states, read, fields)
-        if needs_logits(fields):
-            computed |= self._statistics(states, logits, read, fields, temperature)
-        arrays = {name: computed[name].cpu().numpy() for name in fields}
-        return read.aligned(arrays, self._conventions)
+            if rule is not None and needs_logits(fields):
+                predicting = states[to_device(read.predicting, states.device)]
+                statistics = token_statistics(predicting, rule, read.targets, temperature=temperature, entropy=entropy)
+        computed = self._head_outputs(states, read, fields) | statistics
+        return read.aligned({name: computed[name].cpu().numpy() for name in fields}, self._conventions)
 
     def forget(self) -> None:
         """Drops what was kept of the model's states, as its weights may change."""
-        if isinstance(self._ways.usual, PromptThenCompletion):
-            self._ways.usual.forget()
+        self._ways.usual.forget()
 
     def _head_outputs(self, states: Tensor, read: "Read", fields: Sequence[str]) -> dict[str, Tensor]:
         """The head sees the rows that are read and no others."""
@@ -199,16 +183,6 @@ class Engine:
         outputs = self._head(states[index])
         parts = outputs.float().flatten().split([len(part) for part in rows.values()])
         return dict(zip(rows, parts, strict=True))
-
-    def _statistics(
-        self, states: Tensor, logits: Tensor | None, read: "Read", fields: Sequence[str], temperature: float
-    ) -> dict[str, Tensor]:
-        rows, entropy = to_device(read.predicting, states.device), "entropy" in fields
-        if self._rule is not None and logits is None:
-            logprobs, spread = token_statistics(states[rows], self._rule, read.targets, temperature, entropy=entropy)
-        elif logits is not None:
-            logprobs, spread = statistics_of_logits(logits, rows, read.targets, temperature, entropy=entropy)
-        return {"logprobs": logprobs} | ({} if spread is None else {"entropy": spread})
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -247,7 +221,9 @@ class Read:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, rollouts: Sequence[Encoded], batch: Batch, conventions: Conventions, pad_token: int | None) -> "Read":
+    def of(
+        cls, rollouts: Sequence[Encoded], batch: Batch[Any], conventions: Conventions, pad_token: int | None
+    ) -> "Read":
         """By these conventions."""
         first = [conventions.first_scored(rollout) for rollout in rollouts]
         predicting = [rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)]
@@ -272,7 +248,7 @@ class Read:
         return computed
 
 
-def _untrained_output(model: Any, body: Any) -> list[str]:  # noqa: ANN401, models of any class
+def _untrained_output(model: Any, body: Any) -> list[str]:
     """The parameters of the language-model head that were drawn and not loaded, by name."""
     output = body.get_output_embeddings()
     own = set() if output is None else {id(parameter) for parameter in output.parameters()}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from vhead.errors import ResumeError
+from vhead.rollouts.rows import Row
 from vhead.scoring.part import new_file, open_regular
-from vhead.scoring.rows import Row
 
 
 @dataclass(frozen=True)

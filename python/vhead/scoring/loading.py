@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vhead import upstream
-from vhead.checkpoint import Checkpoint
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import BodyMismatchError, HeadNotFoundError, LoadError, VheadError, loading
 from vhead.formats import find_head
 
@@ -61,8 +61,8 @@ def load_critic(
 
 def _load(
     path: str | Path, dtype: torch.dtype | str | None, head: str | Path | None, *, trust_remote_code: bool
-) -> Any:  # noqa: ANN401, the class is imported on use
-    from vhead.modeling import AutoModelForCausalLMWithValueHead  # noqa: PLC0415, slow, and only needed to load
+) -> Any:
+    from vhead.modeling import AutoModelForCausalLMWithValueHead  # slow, and only needed to load
 
     options = {} if dtype is None else {upstream.DTYPE: _dtype(dtype)}
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
@@ -72,9 +72,9 @@ def _load(
     return model.eval()
 
 
-def _check_complete(model: Any, path: str | Path) -> None:  # noqa: ANN401, as above
+def _check_complete(model: Any, path: str | Path) -> None:
     """Layers that the checkpoint lacks are drawn at random; a language-model head is only missed where it is used."""
-    from vhead.loading import trunk_names  # noqa: PLC0415, imports transformers
+    from vhead.modeling.loading import trunk_names  # imports transformers
 
     missing = sorted(trunk_names(model.pretrained_model, set(model.untrained)))
     if missing:
@@ -106,16 +106,16 @@ def _move(model: nn.Module, device: torch.device | str | None) -> None:
         raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
-def _home_of_tokenizer(path: str | Path, model: Any) -> str | Path:  # noqa: ANN401, see `_load`
+def _home_of_tokenizer(path: str | Path, model: Any) -> str | Path:
     """Where a model's tokenizer is: an adapter that was saved without one has that of its language model."""
     adapter = getattr(model.pretrained_model, "active_peft_config", None)
     base: str | None = getattr(adapter, "base_model_name_or_path", None)
     return path if base is None or Checkpoint(path).path("tokenizer_config.json") is not None else base
 
 
-def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401, any tokenizer of transformers
+def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
     """The model's tokenizer, or None where it has none: token ids can be scored without."""
-    from transformers import AutoTokenizer  # noqa: PLC0415, slow, and only needed to load
+    from transformers import AutoTokenizer  # slow, and only needed to load
 
     try:
         with loading(path):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vhead.backbone import BackbonePlan, last_hidden_state
+from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state
 
 # Weights of other dtypes are quantised, and their module converts what it reads by itself.
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

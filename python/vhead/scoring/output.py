@@ -25,10 +25,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
+from vhead.rollouts.rows import Row
 from vhead.scoring.journal import Journal, Published, Run
-from vhead.scoring.jsonl import JsonlWriter
+from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
-from vhead.scoring.rows import Row
 from vhead.scoring.scores import Scores
 
 # What a run that is killed has to compute again.
@@ -43,7 +43,7 @@ class Writer(Protocol):
     def held(self, rows: Sequence[Row], *, skips: bool) -> tuple[Any, dict[int, RecordError]]:
         """What `append` takes of the rows, and by its place what is wrong with each that the format cannot hold."""
 
-    def append(self, held: Any, scores: Scores) -> None:  # noqa: ANN401, each format has its own
+    def append(self, held: Any, scores: Scores) -> None:
         """Appends records with their scores."""
 
 
@@ -71,7 +71,7 @@ class Output:
         """Where the part is that was finished, when writing stopped early."""
         return None
 
-    def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:  # noqa: ANN401, ARG002, of pyarrow
+    def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
         """Goes on where an earlier run stopped, or starts.
 
         Args:
@@ -174,7 +174,7 @@ class OutputFile(Output):
         """Where the part is that was finished, when writing stopped early."""
         return self.partial if self.journal is not None and self.journal.records and self.partial.exists() else None
 
-    def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:  # noqa: ANN401, of pyarrow
+    def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
         """Goes on where an earlier run stopped, or starts; as `Output.begin` says."""
         journal = self._earlier(settings) if self._resume else None
         if self.finished:
@@ -196,10 +196,10 @@ class OutputFile(Output):
         self._complete(nothing)
         sync_folder(self.path)
 
-    def _make_writer(self, schema: Any) -> Writer:  # noqa: ANN401, ARG002, of pyarrow
+    def _make_writer(self, schema: Any) -> Writer:
         return JsonlWriter(self._part, self._suffix)
 
-    def _complete(self, nothing: Scores) -> None:  # noqa: ARG002, other formats have columns
+    def _complete(self, nothing: Scores) -> None:
         """The lines are complete as they are."""
         self._note_published(self._part)
         self.partial.replace(self.path)

@@ -7,11 +7,11 @@ from itertools import chain
 from typing import Any, BinaryIO, Protocol, cast
 
 from vhead.errors import FieldError, FileFormatError, RecordError
-from vhead.scoring.arrow import pa, pc, pq
+from vhead.rollouts.arrow import pa, pc, pq
+from vhead.rollouts.parquet import ParquetRow
+from vhead.rollouts.rows import Row
 from vhead.scoring.output import OutputFile
-from vhead.scoring.parquet import ParquetRow
 from vhead.scoring.part import Sink, new_file
-from vhead.scoring.rows import Row
 from vhead.scoring.schema import Kind, Shape, shape_of, united
 from vhead.scoring.scores import Scores
 

@@ -71,7 +71,7 @@ class GrowingFile(io.RawIOBase):
         os.ftruncate(self._file, length)
         return True
 
-    def write(self, data: Any) -> int:  # noqa: ANN401, bytes or what has a buffer of them
+    def write(self, data: Any) -> int:
         """Appends all of it."""
         view = memoryview(data).cast("B")
         self._digest.update(view)

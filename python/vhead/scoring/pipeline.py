@@ -5,13 +5,13 @@ from contextlib import suppress
 from itertools import islice
 
 from vhead.errors import RecordError
-from vhead.scoring.encode import IdRegistry
-from vhead.scoring.files import Reader
+from vhead.rollouts.encoding import IdRegistry
+from vhead.rollouts.files import Reader
+from vhead.rollouts.rollout import named
+from vhead.rollouts.rows import Row
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.rollout import named
-from vhead.scoring.rows import Row
 from vhead.scoring.scorer import ErrorHandler, Scorer
 
 
@@ -56,10 +56,10 @@ def score_file(
             progress.expect(rows.expected)
         progress.advance(rollouts, tokens, computed)
 
-    for window in scorer.scored(rows, returns, temperature, on_error=on_error, on_batch=on_batch, ids=ids):
-        if window.scores.truncated is not None:
-            progress.truncated += int(window.scores.truncated.sum())
-        output.write(window.sources, window.scores, window.last, on_error)
+    for chunk in scorer.scored(rows, returns, temperature, on_error=on_error, on_batch=on_batch, ids=ids):
+        if chunk.scores.truncated is not None:
+            progress.truncated += int(chunk.scores.truncated.sum())
+        output.write(chunk.sources, chunk.scores, chunk.last, on_error)
     output.publish(rows.last, scorer.nothing(returns))
 
 

@@ -115,9 +115,9 @@ def _clock(seconds: float) -> str:
 def _bar() -> "Progress":
     """A bar that takes the width that the figures leave."""
     try:
-        from rich import progress  # noqa: PLC0415, an optional dependency
-        from rich.console import Console  # noqa: PLC0415, an optional dependency
-        from rich.table import Column  # noqa: PLC0415, an optional dependency
+        from rich import progress  # an optional dependency
+        from rich.console import Console  # an optional dependency
+        from rich.table import Column  # an optional dependency
     except ImportError as error:
         raise MissingExtraError("rich", "cli") from error
     return progress.Progress(

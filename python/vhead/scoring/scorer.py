@@ -2,52 +2,38 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Self, TypedDict, Unpack
+from typing import Any, Generic, Self, Unpack
 
 import torch
 from torch import nn
 
 from vhead.errors import HeadError, RecordError, loading
+from vhead.packing.plan import ScorerPlan
+from vhead.rollouts.encoding import Encoded, Encoder, IdRegistry, LengthLimit
+from vhead.rollouts.rollout import Rollout, named
 from vhead.scoring.ahead import Ahead
+from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.encode import Encoded, Encoder, IdRegistry
 from vhead.scoring.engine import Engine, Work
 from vhead.scoring.loading import Critic, load_critic
-from vhead.scoring.plan import ATTENTIONS, Attention, ScorerPlan
+from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.rollout import Rollout, named
 from vhead.scoring.scores import DEFAULT_RETURNS, TOKENS, Score, Scores, check_returns, computed_fields
-from vhead.scoring.truncation import LengthLimit, Truncation
-from vhead.scoring.window import Results, Sourced, windows
 
 logger = logging.getLogger("vhead")
 
 _CPU_TOKEN_BUDGET = 2048
 _DEVICE_TOKEN_BUDGET = 16384
-# A window is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
+# A chunk is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
 # finishes one in seconds.
-_BATCHES_PER_WINDOW = 8
+_BATCHES_PER_CHUNK = 8
 
 ErrorHandler = Callable[[RecordError], None]
 BatchHandler = Callable[[int, int, int], None]
-
-
-class ScorerOptions(TypedDict, total=False):
-    """The arguments of `Scorer` that are neither the model nor the tokenizer."""
-
-    token_budget: int | None
-    window_tokens: int | None
-    num_threads: int | None
-    conventions: Conventions | None
-    batch_invariant: bool
-    attention: Attention | None
-    truncation: Truncation | None
-    max_length: int | None
-    separate_tokens: bool
-    append_eos: bool
 
 
 class Scorer:
@@ -63,7 +49,7 @@ class Scorer:
         model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
         tokenizer: Needed for rollouts of text or messages.
         token_budget: Tokens of a batch; None: 2048 on a CPU, 16384 elsewhere.
-        window_tokens: Tokens of rollouts that are read before they are batched, among which shared beginnings are
+        chunk_tokens: Tokens of rollouts that are read before they are batched, among which shared beginnings are
             found; None: eight times the budget.
         num_threads: Torch's threads while scoring; None leaves them as they are.
         conventions: Which positions values and rewards are read at; None: as above.
@@ -88,58 +74,34 @@ class Scorer:
         HeadError: The model has no value head, or one with several outputs.
         VheadError: The model is an encoder-decoder, takes fewer tokens than `max_length`, or cannot take the asked-for
             attention; or `append_eos` is asked for, and the tokenizer has no end-of-sequence token.
-        ValueError: The budget, the window or the number of threads is below 1, `max_length` is below 2, `truncation` or
+        ValueError: The budget, the chunk or the number of threads is below 1, `max_length` is below 2, `truncation` or
             `attention` is none of these, or `attention` is given with `batch_invariant`, which packs nothing.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any = None,  # noqa: ANN401, any tokenizer of transformers
-        *,
-        token_budget: int | None = None,
-        window_tokens: int | None = None,
-        num_threads: int | None = None,
-        conventions: Conventions | None = None,
-        batch_invariant: bool = False,
-        attention: Attention | None = None,
-        truncation: Truncation | None = None,
-        max_length: int | None = None,
-        separate_tokens: bool = False,
-        append_eos: bool = False,
+        tokenizer: Any = None,
+        **options: Unpack[ScorerOptions],
     ) -> None:
-        _check(token_budget, window_tokens, attention, batch_invariant=batch_invariant)
+        options = checked_options(options)
         # What a copy in another process is made from.
-        self._arguments = {
-            "tokenizer": tokenizer,
-            "token_budget": token_budget,
-            "window_tokens": window_tokens,
-            "num_threads": num_threads,
-            "conventions": conventions,
-            "batch_invariant": batch_invariant,
-            "attention": attention,
-            "truncation": truncation,
-            "max_length": max_length,
-            "separate_tokens": separate_tokens,
-            "append_eos": append_eos,
-        }
+        self._arguments = {"tokenizer": tokenizer, **options}
         self.model = model
-        self._conventions = conventions or Conventions()
-        self._engine = Engine(
-            model, num_threads, self._conventions, batch_invariant=batch_invariant, attention=attention
-        )
-        limit = LengthLimit.of(self._engine.context_length, max_length, truncation)
+        self._conventions = options.get("conventions") or Conventions()
+        self._engine = Engine(model, options)
+        limit = LengthLimit.of(self._engine.context_length, options.get("max_length"), options.get("truncation"))
         self._encoder = Encoder(
             tokenizer,
             self._engine.vocabulary_size,
             limit,
-            separate_tokens=separate_tokens,
-            append_eos=append_eos,
+            separate_tokens=options.get("separate_tokens", False),
+            append_eos=options.get("append_eos", False),
         )
-        self._truncates = truncation is not None
+        self._truncates = options.get("truncation") is not None
         is_cpu = self._engine.device.type == "cpu"
-        self.token_budget = token_budget or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
-        self._window_tokens = window_tokens or self.token_budget * _BATCHES_PER_WINDOW
+        self.token_budget = options.get("token_budget") or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
+        self._chunk_tokens = options.get("chunk_tokens") or self.token_budget * _BATCHES_PER_CHUNK
         self._has_said_what_is_left_out = False
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -255,7 +217,7 @@ class Scorer:
         returns = self.checked_returns(returns)
         parts = [self.nothing(returns)]
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
-            parts += self.windows(rollouts, returns, temperature, on_batch=display.advance)
+            parts += self.chunks(rollouts, returns, temperature, on_batch=display.advance)
         return Scores.concat(parts)
 
     def stream(
@@ -268,15 +230,15 @@ class Scorer:
     ) -> Iterator[Score]:
         """Scores rollouts as they come, in input order, in memory that does not grow with their number.
 
-        The arguments are those of `windows`.
+        The arguments are those of `chunks`.
 
         Yields:
             One `Score` per rollout; its `index` is the rollout's position in the input.
         """
-        for window in self.windows(rollouts, returns, temperature, on_error=on_error):
-            yield from window
+        for chunk in self.chunks(rollouts, returns, temperature, on_error=on_error):
+            yield from chunk
 
-    def windows(
+    def chunks(
         self,
         rollouts: Iterable[Rollout],
         returns: Sequence[str] | None = None,
@@ -285,12 +247,12 @@ class Scorer:
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
     ) -> Iterator[Scores]:
-        """Scores rollouts as they come, a window of them at a time.
+        """Scores rollouts as they come, a chunk of them at a time.
 
-        While the model computes one window, the next ones are read, tokenised and batched in a thread.
+        While the model computes one chunk, the next ones are read, tokenised and batched in a thread.
 
         Args:
-            rollouts: Iterated in a thread of its own, no further than two windows ahead of the one that is computed.
+            rollouts: Iterated in a thread of its own, no further than two chunks ahead of the one that is computed.
             returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
             on_error: Told of each rollout that cannot be scored, as soon as that is known and maybe in the thread that
@@ -307,9 +269,14 @@ class Scorer:
             ValueError: `returns` or `temperature` is out of range.
         """
         given = (_Given(index, rollout) for index, rollout in enumerate(rollouts))
-        for window in self.scored(given, returns, temperature, on_error=on_error, on_batch=on_batch):
-            if len(window.scores):
-                yield window.scores
+        for chunk in self.scored(given, returns, temperature, on_error=on_error, on_batch=on_batch):
+            if len(chunk.scores):
+                yield chunk.scores
+
+    def windows(self, *arguments: Any, **named: Any) -> Iterator[Scores]:
+        """The old name of `chunks`."""
+        warnings.warn("Scorer.windows is now called Scorer.chunks", FutureWarning, stacklevel=2)
+        return self.chunks(*arguments, **named)
 
     def scored(
         self,
@@ -320,10 +287,10 @@ class Scorer:
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
         ids: IdRegistry | None = None,
-    ) -> Iterator["ScoredWindow[Sourced]"]:
-        """Scores what comes from somewhere, a window at a time, and says what each of the scores is of.
+    ) -> Iterator["ScoredChunk[Sourced]"]:
+        """Scores what comes from somewhere, a chunk at a time, and says what each of the scores is of.
 
-        The arguments are those of `windows`, with two more.
+        The arguments are those of `chunks`, with two more.
 
         Args:
             sources: Each gives its rollout when it is asked, in the thread that reads.
@@ -337,10 +304,10 @@ class Scorer:
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         with Ahead(self._prepared(sources, returns, on_error, ids)) as ready:
-            for window in ready:
-                yield from _report(window, self._score(window, returns, temperature, on_batch), on_error)
-                if window.failure is not None:
-                    raise window.failure
+            for chunk in ready:
+                yield from _report(chunk, self._score(chunk, returns, temperature, on_batch), on_error)
+                if chunk.failure is not None:
+                    raise chunk.failure
 
     def nothing(self, returns: Sequence[str]) -> Scores:
         """The scores of no rollouts."""
@@ -352,14 +319,14 @@ class Scorer:
         returns: Sequence[str],
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
-    ) -> Iterator["_Window[Sourced]"]:
-        """Windows with all that can be done before the model is needed."""
+    ) -> Iterator["_Chunk[Sourced]"]:
+        """Chunks with all that can be done before the model is needed."""
         fields = computed_fields(returns)
         encoded = self._encoded(sources, on_error, ids, with_spans=TOKENS in returns)
-        for window, failure in windows(encoded, self._window_tokens):
-            rollouts = [rollout for _, rollout in window]
+        for chunk, failure in chunks(encoded, self._chunk_tokens):
+            rollouts = [rollout for _, rollout in chunk]
             work = self._engine.work(rollouts, self.token_budget, fields) if fields else []
-            yield _Window([source for source, _ in window], rollouts, work, failure)
+            yield _Chunk([source for source, _ in chunk], rollouts, work, failure)
 
     def _encoded(
         self,
@@ -385,14 +352,14 @@ class Scorer:
                 yield source, encoded
 
     def _score(
-        self, window: "_Window[Any]", returns: Sequence[str], temperature: float, on_batch: BatchHandler | None
+        self, chunk: "_Chunk[Any]", returns: Sequence[str], temperature: float, on_batch: BatchHandler | None
     ) -> Results:
-        results, fields = self._results(window.rollouts, returns), computed_fields(returns)
-        for work in window.work:
+        results, fields = self._results(chunk.rollouts, returns), computed_fields(returns)
+        for work in chunk.work:
             batch = work.batch
-            results.put(batch.places, self._engine.score(window.rollouts, work, fields, temperature))
+            results.put(batch.places, self._engine.score(chunk.rollouts, work, fields, temperature))
             if on_batch is not None:
-                on_batch(len(batch.places), sum(len(window.rollouts[place]) for place in batch.places), batch.tokens)
+                on_batch(len(batch.places), sum(len(chunk.rollouts[place]) for place in batch.places), batch.tokens)
         self._engine.forget()
         return results
 
@@ -402,22 +369,6 @@ class Scorer:
 
 def _made_again(cls: type[Scorer], model: nn.Module, arguments: dict[str, Any]) -> Scorer:
     return cls(model, **arguments)
-
-
-def _check(
-    token_budget: int | None,
-    window_tokens: int | None,
-    attention: Attention | None,
-    *,
-    batch_invariant: bool,
-) -> None:
-    numbers = {"token_budget": token_budget, "window_tokens": window_tokens}
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
-    if attention is not None and (batch_invariant or attention not in ATTENTIONS):
-        expected = "None with batch_invariant" if batch_invariant else f"one of {', '.join(ATTENTIONS)}"
-        raise ValueError(f"attention: expected {expected}, got {attention!r}")
 
 
 def _normalising(conventions: Conventions | None, critic: Critic, source: str | Path) -> Conventions:
@@ -447,7 +398,7 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Window(Generic[Sourced]):
+class _Chunk(Generic[Sourced]):
     """Consecutive rollouts, ready for the model.
 
     Attributes:
@@ -464,7 +415,7 @@ class _Window(Generic[Sourced]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ScoredWindow(Generic[Sourced]):
+class ScoredChunk(Generic[Sourced]):
     """Consecutive rollouts that have been scored.
 
     Attributes:
@@ -478,17 +429,15 @@ class ScoredWindow(Generic[Sourced]):
     last: Sourced
 
 
-def _report(
-    window: _Window[Sourced], results: Results, on_error: ErrorHandler | None
-) -> Iterator[ScoredWindow[Sourced]]:
+def _report(chunk: _Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
     """The good scores; the errors between them go to `on_error`, or the first one ends it."""
-    errors, scores, sources = results.errors, results.scores, window.sources
+    errors, scores, sources = results.errors, results.scores, chunk.sources
     for place in sorted(errors):
         if on_error is None:
             if place:
-                yield ScoredWindow(sources[:place], scores[:place], sources[place - 1])
+                yield ScoredChunk(sources[:place], scores[:place], sources[place - 1])
             raise errors[place]
         on_error(errors[place])
     if sources:
         good = [source for place, source in enumerate(sources) if place not in errors]
-        yield ScoredWindow(good, scores.without(errors), sources[-1])
+        yield ScoredChunk(good, scores.without(errors), sources[-1])

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
+from vhead.rollouts.rollout import Id
 from vhead.scoring.notebook import table
-from vhead.scoring.rollout import Id
 
 if TYPE_CHECKING:
     import pyarrow
@@ -286,7 +286,7 @@ class Scores(_Fields, Sequence[Score]):
             MissingExtraError: pyarrow is not installed.
         """
         try:
-            import pyarrow as pa  # noqa: PLC0415, an optional dependency
+            import pyarrow as pa  # an optional dependency
         except ImportError as error:
             raise MissingExtraError("pyarrow", "data") from error
         columns: dict[str, Any] = {"id": pa.array(_one_type(self.ids))}
@@ -295,7 +295,7 @@ class Scores(_Fields, Sequence[Score]):
             columns[name] = self._list_column(pa, array) if _is_per_token(name) else pa.array(array)
         return pa.table(columns)
 
-    def _list_column(self, pa: Any, flat: NDArray[Any]) -> "pyarrow.ChunkedArray":  # noqa: ANN401, a module
+    def _list_column(self, pa: Any, flat: NDArray[Any]) -> "pyarrow.ChunkedArray":
         """Arrow's list offsets have 32 bits, so that a longer column is cut into chunks between rollouts."""
         start = 0
         chunks: list[pyarrow.ListArray] = []
@@ -311,7 +311,7 @@ class Scores(_Fields, Sequence[Score]):
             start = stop
         return pa.chunked_array(chunks)
 
-    def to_pandas(self) -> Any:  # noqa: ANN401, pandas is optional and brings no types
+    def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with the columns of `to_arrow`; per-token fields hold array views.
 
         Raises:

@@ -1,14 +1,14 @@
 """Log-probabilities and entropies of tokens, without the logits of all of them."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vhead import ops
+from vhead.backbone.placement import to_device
+from vhead.heads import is_plain_linear
 from vhead.scoring.logits import LogitsRule
-from vhead.scoring.strategies import to_device
 
 _LOGITS_BYTES = 32 * 1024 * 1024
 _FLOAT32_BYTES = 4
@@ -23,8 +23,8 @@ def row_chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 def token_statistics(
-    states: Tensor, rule: LogitsRule, targets: Tensor, temperature: float, *, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    states: Tensor, rule: LogitsRule, targets: Tensor, *, temperature: float, entropy: bool
+) -> dict[str, Tensor]:
     """Log-probability of each target, and the entropy of each distribution, in nats.
 
     Args:
@@ -35,12 +35,12 @@ def token_statistics(
         entropy: Whether the entropies are wanted too.
 
     Returns:
-        Log-probabilities `[N]` and entropies `[N]` or None, float32.
+        `logprobs` `[N]`, and `entropy` `[N]` where it is wanted, float32.
     """
     output = rule.lm_head
-    if not _is_plain_linear(output) or output.weight.device != states.device:
+    if not is_plain_linear(output) or output.weight.device != states.device:
         return _in_chunks(lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature, entropy=entropy)
-    logprobs, spread = ops.token_logprobs(
+    logprobs, entropies = ops.token_logprobs(
         rule.readable(states),
         output.weight,
         to_device(targets, states.device),
@@ -49,18 +49,12 @@ def token_statistics(
         softcap=rule.softcap,
         scale=rule.scale,
     )
-    return logprobs.float(), spread.float() if entropy else None
-
-
-def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether reading the module's weights gives what calling it would: no adapter, no quantisation, no hook."""
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__
-    return plain and not module._forward_pre_hooks and not module._forward_hooks
+    return _fields(logprobs.float(), entropies.float() if entropy else None)
 
 
 def statistics_of_logits(
-    logits: Tensor, rows: Tensor, targets: Tensor, temperature: float, *, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float, entropy: bool
+) -> dict[str, Tensor]:
     """The same of some rows `[N]` of logits `[M, V]` that are there already; they stay as they are."""
     return _in_chunks(
         lambda chunk: logits[rows[chunk]].float(), targets, logits.shape[-1], temperature, entropy=entropy
@@ -69,14 +63,20 @@ def statistics_of_logits(
 
 def _in_chunks(
     logits_of: Callable[[slice], Tensor], targets: Tensor, vocabulary: int, temperature: float, *, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> dict[str, Tensor]:
     logprobs, entropies = [], []
     for rows in row_chunks(len(targets), vocabulary):
         logits = logits_of(rows)
-        logprob, spread = _statistics(logits, to_device(targets[rows], logits.device), temperature, entropy=entropy)
+        logprob, of_rows = _statistics(logits, to_device(targets[rows], logits.device), temperature, entropy=entropy)
         logprobs.append(logprob)
-        entropies.append(spread)
-    return torch.cat(logprobs), torch.cat([part for part in entropies if part is not None]) if entropy else None
+        entropies.append(of_rows)
+    return _fields(
+        torch.cat(logprobs), torch.cat([part for part in entropies if part is not None]) if entropy else None
+    )
+
+
+def _fields(logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
+    return {"logprobs": logprobs} | ({} if entropy is None else {"entropy": entropy})
 
 
 def _statistics(logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emulated.conftest import DTYPES, same_bits
+from tests.cuda.emulated.conftest import DTYPES, same_bits
 from vhead import _native
 from vhead.errors import CudaError
 from vhead.ops import statistics_of_logits, token_logprobs, token_statistics, token_statistics_plain

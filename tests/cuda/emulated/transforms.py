@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulated.conftest import same_bits
+from tests.cuda.emulated.conftest import same_bits
 from vhead import _native
 from vhead.ops import dispatch, projection, two_layer, value_head
 from vhead.ops.dispatch import Operation

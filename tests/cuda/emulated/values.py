@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from emulated.conftest import DTYPES, same_bits
+from tests.cuda.emulated.conftest import DTYPES, same_bits
 from vhead import _native
 
 ALL = [True, True, True]

@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from emulation import build
+from tests.cuda.emulation import build
 
 EMULATED = Path(__file__).parent.parent / "emulated"
 _OPTIONS = (*build.LIBRARY, "-Wl,-soname,libcuda.so.1")

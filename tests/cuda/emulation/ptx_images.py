@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from emulation.ptx import Module
+from tests.cuda.emulation.ptx import Module
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURE = "compute_80"

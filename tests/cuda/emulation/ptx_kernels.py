@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emulation.ptx import Allocation, Launch, Memory, Module
+from tests.cuda.emulation.ptx import Allocation, Launch, Memory, Module
 
 KERNELS = Path(__file__).parents[3] / "rust" / "cuda" / "kernels"
 _CONSTANT = re.compile(r"constexpr u32 (\w+) = (\w+);")

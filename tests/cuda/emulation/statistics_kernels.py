@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emulation import shim_kernels
-from emulation.ptx import Memory, Module
+from tests.cuda.emulation import shim_kernels
+from tests.cuda.emulation.ptx import Memory, Module
 from vhead import _native
 
 KERNELS = Path(__file__).parents[3] / "rust" / "cuda" / "kernels"

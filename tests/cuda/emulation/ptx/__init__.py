@@ -11,7 +11,7 @@ for bounds, alignment and races (two threads at one place, one of them writing, 
 barrier and shuffle for threads that are missing.
 """
 
-from emulation.ptx.errors import (
+from tests.cuda.emulation.ptx.errors import (
     AccessError,
     BarrierError,
     EndlessError,
@@ -22,8 +22,8 @@ from emulation.ptx.errors import (
     ShuffleError,
     UnknownInstructionError,
 )
-from emulation.ptx.memory import Allocation, Memory
-from emulation.ptx.module import Launch, Module
+from tests.cuda.emulation.ptx.memory import Allocation, Memory
+from tests.cuda.emulation.ptx.module import Launch, Module
 
 __all__ = [
     "AccessError",

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emulation.ptx.errors import ShuffleError
-from emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
-from emulation.ptx.operands import address, as_type, dtype, reader, vector, writer
-from emulation.ptx.operations import Step, decodes, unknown
-from emulation.ptx.syntax import Instruction, Kernel, bits
+from tests.cuda.emulation.ptx.errors import ShuffleError
+from tests.cuda.emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
+from tests.cuda.emulation.ptx.operands import address, as_type, dtype, reader, vector, writer
+from tests.cuda.emulation.ptx.operations import Step, decodes, unknown
+from tests.cuda.emulation.ptx.syntax import Instruction, Kernel, bits
 
 # Where data are kept on the way changes no result.
 _HINTS = {

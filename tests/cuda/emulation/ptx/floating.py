@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emulation.ptx import integers
-from emulation.ptx.floats import fma32, to_bfloat16, to_float16
-from emulation.ptx.lanes import UNSIGNED, Array
-from emulation.ptx.operands import dtype
-from emulation.ptx.operations import Step, decodes, elementwise, unknown
-from emulation.ptx.syntax import Instruction, Kernel
+from tests.cuda.emulation.ptx import integers
+from tests.cuda.emulation.ptx.floats import fma32, to_bfloat16, to_float16
+from tests.cuda.emulation.ptx.lanes import UNSIGNED, Array
+from tests.cuda.emulation.ptx.operands import dtype
+from tests.cuda.emulation.ptx.operations import Step, decodes, elementwise, unknown
+from tests.cuda.emulation.ptx.syntax import Instruction, Kernel
 
 _ROUNDED = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 _OF_INTEGERS = {"mul": integers.multiply, "div": integers.divide}

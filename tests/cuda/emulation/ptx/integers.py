@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
-from emulation.ptx.operands import reader, vector, writer
-from emulation.ptx.operations import Step, decodes, elementwise, unknown
-from emulation.ptx.syntax import Instruction, Kernel, bits
+from tests.cuda.emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
+from tests.cuda.emulation.ptx.operands import reader, vector, writer
+from tests.cuda.emulation.ptx.operations import Step, decodes, elementwise, unknown
+from tests.cuda.emulation.ptx.syntax import Instruction, Kernel, bits
 
 _ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,

@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from emulation.ptx.errors import AccessError
-from emulation.ptx.memory import Memory, Shared
-from emulation.ptx.syntax import Kernel, bits
+from tests.cuda.emulation.ptx.errors import AccessError
+from tests.cuda.emulation.ptx.memory import Memory, Shared
+from tests.cuda.emulation.ptx.syntax import Kernel, bits
 
 Array: TypeAlias = NDArray[Any]
 # Which lanes an instruction is for: all of them, or their numbers in rising order.

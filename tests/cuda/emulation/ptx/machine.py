@@ -10,13 +10,13 @@ from functools import cached_property
 
 import numpy as np
 
-from emulation.ptx import floating, integers  # noqa: F401, they fill the table of operations
-from emulation.ptx.accesses import whole_warps
-from emulation.ptx.errors import BarrierError, EndlessError
-from emulation.ptx.lanes import ALL, Array, At, Lanes
-from emulation.ptx.operands import reader
-from emulation.ptx.operations import Step, decode, unknown
-from emulation.ptx.syntax import Instruction, Kernel
+from tests.cuda.emulation.ptx import floating, integers  # noqa: F401, they fill the table of operations
+from tests.cuda.emulation.ptx.accesses import whole_warps
+from tests.cuda.emulation.ptx.errors import BarrierError, EndlessError
+from tests.cuda.emulation.ptx.lanes import ALL, Array, At, Lanes
+from tests.cuda.emulation.ptx.operands import reader
+from tests.cuda.emulation.ptx.operations import Step, decode, unknown
+from tests.cuda.emulation.ptx.syntax import Instruction, Kernel
 
 _RUNNING, _EXITED = -1, -2
 _END = 1 << 30

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from emulation.ptx.errors import AccessError, RaceError
+from tests.cuda.emulation.ptx.errors import AccessError, RaceError
 
 Array = NDArray[Any]
 Addresses = NDArray[np.uint64]

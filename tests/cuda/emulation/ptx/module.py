@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from emulation.ptx.errors import LaunchError
-from emulation.ptx.lanes import Blocks, Lanes, Parameters, Shape
-from emulation.ptx.machine import Machine, Program
-from emulation.ptx.memory import Allocation, Memory
-from emulation.ptx.syntax import Kernel, parse
+from tests.cuda.emulation.ptx.errors import LaunchError
+from tests.cuda.emulation.ptx.lanes import Blocks, Lanes, Parameters, Shape
+from tests.cuda.emulation.ptx.machine import Machine, Program
+from tests.cuda.emulation.ptx.memory import Allocation, Memory
+from tests.cuda.emulation.ptx.syntax import Kernel, parse
 
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _LARGEST_BLOCK = (1024, 1024, 64)

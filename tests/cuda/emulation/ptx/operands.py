@@ -6,9 +6,9 @@ from functools import cache
 
 import numpy as np
 
-from emulation.ptx.errors import UnknownInstructionError
-from emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
-from emulation.ptx.syntax import Kernel, bits
+from tests.cuda.emulation.ptx.errors import UnknownInstructionError
+from tests.cuda.emulation.ptx.lanes import UNSIGNED, Array, At, Lanes
+from tests.cuda.emulation.ptx.syntax import Kernel, bits
 
 Reader = Callable[[Lanes, At], Array]
 Writer = Callable[[Lanes, At, Array], None]

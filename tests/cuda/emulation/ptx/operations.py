@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from emulation.ptx.errors import UnknownInstructionError
-from emulation.ptx.lanes import At, Lanes
-from emulation.ptx.operands import reader, writer
-from emulation.ptx.syntax import Instruction, Kernel
+from tests.cuda.emulation.ptx.errors import UnknownInstructionError
+from tests.cuda.emulation.ptx.lanes import At, Lanes
+from tests.cuda.emulation.ptx.operands import reader, writer
+from tests.cuda.emulation.ptx.syntax import Instruction, Kernel
 
 Step = Callable[[Lanes, At], None]
 Decoder = Callable[[Kernel, Instruction], Step]

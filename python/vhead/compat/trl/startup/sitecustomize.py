@@ -10,7 +10,7 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 def _install() -> None:
     try:
-        from vhead.compat.trl import install  # noqa: PLC0415, another environment's interpreter may lack it
+        from vhead.compat.trl import install  # another environment's interpreter may lack it
     except ModuleNotFoundError as missing:
         # A subprocess of another environment is none of this package's business.
         if (missing.name or "").split(".")[0] != "vhead":

@@ -1,0 +1,1 @@
+"""The last hidden state of any language model."""

@@ -1,0 +1,1 @@
+"""How the tokens of a packed row see each other, and no others."""

@@ -1,0 +1,120 @@
+"""Ways in which sequences that share their first tokens are one row of a batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vhead.packing.attention.flash import FlashAttention
+from vhead.packing.attention.flex import FlexAttention, whole_blocks
+from vhead.packing.attention.interface import Attend, AttentionInterface
+from vhead.packing.attention.segments import SegmentAttention
+from vhead.packing.attention.visibility import dense_mask
+from vhead.packing.strategies import Batch, Body, Strategy, as_row, row_multiple
+from vhead.packing.trees import Pack, Segment, Tokens, pack_trees
+
+
+class _Packing(Strategy[Pack]):
+    """Trees of sequences as one row each."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
+        """One packed row each."""
+        del prompts
+        return (
+            _packed(pack) for pack in pack_trees(sequences, budget, row_multiple(self._body.device, self._body.dtype))
+        )
+
+    def spoilt(self, content: Pack) -> Pack:
+        """One sequence instead of a tree: tokens see what is no ancestor of theirs."""
+        return replace(content, segments=(Segment(0, len(content.tokens), ()),))
+
+
+class TreePacking(_Packing):
+    """Trees of sequences as one row, attended segment by segment; needs transformers' attention interface."""
+
+    name = "tree packing"
+    attention = "segments"
+    heeds_windows = True
+    attend: Callable[[Sequence[Segment]], Attend] = SegmentAttention
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self._interface = AttentionInterface(body.model)
+
+    def states(self, batch: Batch[Pack]) -> Tensor:
+        """No mask is given, as none is looked at."""
+        pack = batch.content
+        with self._interface.attending(type(self).attend(pack.segments)):
+            return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions))
+
+
+class FlashTreePacking(TreePacking):
+    """The same, attended by FlashAttention's packed sequences; needs the package flash_attn."""
+
+    name = "tree packing with FlashAttention"
+    attention = "flash"
+    works_in_blocks = True
+    attend = FlashAttention
+
+
+class FlexTreePacking(TreePacking):
+    """The same, attended by FlexAttention, whose blocks the row is filled up to; needs torch 2.5."""
+
+    name = "tree packing with FlexAttention"
+    attention = "flex"
+    works_in_blocks = True
+
+    def states(self, batch: Batch[Pack]) -> Tensor:
+        """Those of the padding, which begins a sequence of its own, are left out."""
+        pack = batch.content
+        segments = whole_blocks(pack.segments)
+        padding = segments[-1].stop - len(pack.tokens)
+        tokens, positions = _filled(pack.tokens, padding), _filled(pack.positions, padding)
+        with self._interface.attending(FlexAttention(segments)):
+            states = self._body.states(as_row(tokens), position_ids=as_row(positions))
+        return states[: len(pack.tokens)]
+
+
+# Rows of a dense mask, which has their square of entries.
+_LONGEST_MASK = 4096
+
+
+class MaskedTreePacking(_Packing):
+    """Trees of sequences as one row, with a mask over all pairs of tokens.
+
+    Args:
+        body: The language model.
+        longest_row: Rows in which a model that looks at places in the row, not at positions, still sees everything.
+    """
+
+    name = "tree packing with a dense mask"
+    attention = "mask"
+
+    def __init__(self, body: Body, longest_row: int | None) -> None:
+        super().__init__(body)
+        self._longest_row = min(longest_row or _LONGEST_MASK, _LONGEST_MASK)
+
+    def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
+        """One packed row each, as long as its mask may be."""
+        return super().batches(sequences, prompts, min(budget, self._longest_row))
+
+    def states(self, batch: Batch[Pack]) -> Tensor:
+        """The mask is additive, as every model that takes one expects."""
+        pack = batch.content
+        mask = dense_mask(pack.segments, self._body.dtype, self._body.device)
+        return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions), attention_mask=mask)
+
+
+def _filled(array: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
+    """With so many zeros more: any token, at the first position."""
+    return np.concatenate([array, np.zeros(padding, np.int64)])
+
+
+def _packed(pack: Pack) -> Batch[Pack]:
+    rows = tuple(pack.rows(at) for at in range(len(pack.places)))
+    return Batch(pack.places, rows, len(pack.tokens), pack)

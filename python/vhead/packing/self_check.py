@@ -1,0 +1,216 @@
+"""The comparison that decides which way of batching a language model can take.
+
+What a batch gives is compared with what each sequence gives alone. A check that cannot fail proves nothing, so each
+tree is also attended wrongly on purpose: a way is used only where that would have been noticed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vhead.packing import limits
+from vhead.packing.attention.interface import AttentionInterface
+from vhead.packing.gates import is_gated
+from vhead.packing.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
+from vhead.packing.trees import Tokens
+from vhead.upstream import warn_once
+
+# Differences from a sequence alone that count as rounding, as a part of the largest state.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+_HALF_TOLERANCE = 3e-2
+# Half-precision states may differ from a sequence alone by this times what padded batches differ.
+_NOISE_FACTOR = 3.0
+# How many times the tolerance an error on purpose has to exceed; of half precisions the tolerance is wide already.
+_CONTROL_FACTOR, _HALF_CONTROL_FACTOR = 4.0, 2.0
+
+_UNLIMITED = 10**6
+_PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
+# A window that ends within the shortest sequence, and that is never the model's own.
+_SHORT_WINDOW = 6
+# Kernels that work in blocks of 128 rows are tried on sequences of several blocks too.
+LONG = 16
+
+
+def probes(model: nn.Module, context: int | None, times: int = 1) -> list[Tokens]:
+    """Short sequences of ordinary tokens: three with a common beginning, two of which share more, and one other.
+
+    Args:
+        model: Whose vocabulary they are from.
+        context: They are no longer than this, None where there is no limit.
+        times: How much longer they are than they need be.
+    """
+    special = limits.special_tokens(model.config)
+    vocabulary = limits.vocabulary_size(model)
+    usable = np.array([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> Tokens:
+        return rng.choice(usable, count * times)
+
+    prompt, second = draw(_PROMPT), draw(_SECOND)
+    sequences = [
+        np.concatenate([prompt, draw(_FIRST)]),
+        np.concatenate([prompt, second]),
+        np.concatenate([prompt, second[: _FORK * times], draw(_THIRD)]),
+        draw(_OTHER),
+    ]
+    return [sequence[:context] for sequence in sequences]
+
+
+class SelfCheck:
+    """Compares batches of a few short sequences with the same sequences alone.
+
+    Args:
+        body: The language model.
+        sequences: The sequences, as `probes` makes them.
+    """
+
+    def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
+        self.body, self._sequences = body, sequences
+        self._prompt = _PROMPT * max(1, max(map(len, sequences)) // (_PROMPT + _SECOND))
+        way = OneByOne(body)
+        batches = list(way.batches(sequences, [], 1))
+        states = [way.states(batch).float() for batch in batches]
+        self._alone = states
+        self._scale = max(float(state.abs().max()) for state in states)
+        self._tolerance = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE) * self._scale
+        self._half = body.dtype not in _TOLERANCE
+        self._control = _HALF_CONTROL_FACTOR if self._half else _CONTROL_FACTOR
+
+    def shortness(self, limit: int | None) -> str | None:
+        """Why sequences as short as these are too long for sharing, or None."""
+        longest = max(map(len, self._sequences))
+        if limit is not None and limit < longest:
+            return f"its layers look back {limit} tokens only"
+        return None
+
+    def windows(self, way: Strategy[Any]) -> str | None:
+        """Why this way of sharing tokens cannot be used beyond the model's sliding windows, or None.
+
+        The comparison is made with windows so short that these sequences are longer, and first it is made sure that
+        the model itself heeds what was shortened.
+        """
+        with short_windows(self.body.model):
+            short = SelfCheck(self.body, self._sequences)
+            if not short._difference_of(self._alone) > self._control * self._tolerance:
+                return "its windows cannot be tried"
+            short._tolerance = max(short._tolerance, self._tolerance)
+            return short.sharing(way, last=None)
+
+    def in_place_agrees(self) -> bool:
+        """Whether gated layers may work in place, found on the sequences alone."""
+        if self.body.device.type != "cpu" or not any(is_gated(module) for module in self.body.model.modules()):
+            return False
+        self.body.in_place = True
+        try:
+            alone = OneByOne(self.body)
+            return self._difference(alone, self._batches(alone)) <= self._tolerance
+        finally:
+            self.body.in_place = False
+
+    def padding(self, way: PaddedBatches) -> str | None:
+        """Why padded batches cannot be used, or None."""
+        try:
+            difference = self._difference(way, self._batches(way))
+        except Exception as error:  # Whatever a model raises means that it cannot.
+            return self._refused(way, error)
+        if not difference <= self._tolerance:
+            return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
+        if self._half:
+            noise = max(difference, self._between_kernels())
+            self._tolerance = max(_NOISE_FACTOR * noise, 2**-8 * self._scale)
+        return None
+
+    def _between_kernels(self) -> float:
+        """What the model's own attention and transformers' plain one differ by, which are both right."""
+        way = OneByOne(self.body)
+        with AttentionInterface(self.body.model).plain():
+            return self._difference(way, self._batches(way))
+
+    def logits_agree(self, way: PaddedBatches) -> bool:
+        """Whether the model's own logits are in padded batches what they are alone."""
+        alone = OneByOne(self.body)
+        expected = [alone.states_and_logits(batch)[1].float() for batch in self._batches(alone)]
+        for batch in self._batches(way):
+            logits = way.states_and_logits(batch)[1].float()
+            for place, rows in zip(batch.places, batch.rows, strict=True):
+                difference = logits[torch.from_numpy(rows).to(logits.device)] - expected[place]
+                if not _largest(difference) <= self._tolerance / self._scale * float(expected[place].abs().max()):
+                    return False
+        return True
+
+    def sharing(self, way: Strategy[Any], *, last: int | None = 1) -> str | None:
+        """Why this way of sharing tokens cannot be used, or None.
+
+        Args:
+            way: As it would be used.
+            last: Among how many of each sequence's last tokens an error on purpose has to be seen, None for all. A
+                window may be shorter than the way from a long sequence's last token to where an error is.
+        """
+        try:
+            batches = self._batches(way)
+            difference = self._difference(way, batches)
+            if not difference <= self._tolerance:
+                return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
+            wrong = self._difference(
+                way, [replace(batch, content=way.spoilt(batch.content)) for batch in batches], last
+            )
+        except Exception as error:  # Whatever a model raises means that it cannot.
+            return self._refused(way, error)
+        if not wrong > self._control * self._tolerance:
+            return "a wrong result would not be noticed"
+        return None
+
+    def _refused(self, way: Strategy[Any], error: Exception) -> str:
+        """What was raised, which the log says too: a release that broke this way must not pass for a slow model."""
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        # This one is raised on purpose, where it is known that something cannot be.
+        if not isinstance(error, NotImplementedError):
+            architecture = type(self.body.model).__name__
+            warn_once(f"{architecture} is not scored by {way.name}, which failed on a trial: {reason}")
+        return reason
+
+    def _difference_of(self, alone: Sequence[Tensor]) -> float:
+        """The largest difference of other states of the same sequences."""
+        return max(_largest(other - own) for other, own in zip(alone, self._alone, strict=True))
+
+    def _batches(self, way: Strategy[Any]) -> list[Batch[Any]]:
+        return list(way.batches(self._sequences, [min(self._prompt, len(s) - 1) for s in self._sequences], _UNLIMITED))
+
+    def _difference(self, way: Strategy[Any], batches: Sequence[Batch[Any]], last: int | None = None) -> float:
+        """The largest difference over all tokens, or over the last so many of each sequence."""
+        worst = 0.0
+        for batch in batches:
+            states = way.states(batch).float()
+            for place, rows in zip(batch.places, batch.rows, strict=True):
+                chosen = states[torch.from_numpy(rows).to(states.device)]
+                difference = chosen - self._alone[place]
+                worst = max(worst, _largest(difference if last is None else difference[-last:]))
+        return worst
+
+
+@contextmanager
+def short_windows(model: Any) -> Iterator[None]:
+    """Shortens a model's sliding windows while the block runs: where its configuration and its layers state them."""
+    config = limits.text_config(model.config)
+    window = config.sliding_window
+    holders = [holder for holder in (config, *model.modules()) if getattr(holder, "sliding_window", None) == window]
+    try:
+        for holder in holders:
+            holder.sliding_window = min(max(1, window // 2), _SHORT_WINDOW)
+        yield
+    finally:
+        for holder in holders:
+            holder.sliding_window = window
+
+
+def _largest(difference: Tensor) -> float:
+    largest = float(difference.abs().max())
+    return math.inf if math.isnan(largest) else largest

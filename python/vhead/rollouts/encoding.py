@@ -1,0 +1,210 @@
+"""From a rollout to token ids that the model can take."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhead.errors import FieldError, VheadError
+from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.rollout import Id, Message, Rollout
+from vhead.rollouts.text import Passage, Spans, TextTokenizer, Tokens, no_spans
+
+Truncation = Literal["prompt", "completion"]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimit:
+    """How many tokens a rollout may have, and which are cut off where it has more.
+
+    Attributes:
+        tokens: Of prompt and completion together; None: any number.
+        truncation: `"prompt"` cuts the prompt's first tokens off, `"completion"` the completion's last ones, None none.
+        is_context: Whether the limit is the model's own.
+    """
+
+    tokens: int | None
+    truncation: Truncation | None = None
+    is_context: bool = True
+
+    @classmethod
+    def of(cls, context_length: int | None, max_length: int | None, truncation: Truncation | None) -> Self:
+        """The limit of a model that is asked to keep to `max_length`.
+
+        Raises:
+            ValueError: `truncation` is none of these, or `max_length` leaves no room for a prompt and a completion.
+            VheadError: `max_length` is more than the model takes.
+        """
+        if truncation is not None and truncation not in get_args(Truncation):
+            raise ValueError(f"truncation: expected None, {' or '.join(get_args(Truncation))}, got {truncation!r}")
+        if max_length is None:
+            return cls(context_length, truncation)
+        if max_length < 2:
+            raise ValueError(f"max_length: expected at least 2, a prompt's token and a completion's, got {max_length}")
+        if context_length is not None and max_length > context_length:
+            raise VheadError(f"max_length: expected at most the model's {context_length} tokens, got {max_length}")
+        return cls(max_length, truncation, is_context=False)
+
+    def kept(self, prompt: int, completion: int, name: str) -> tuple[int, int]:
+        """The first token and the one past the last of so many that stay, at least one of each part among them.
+
+        Raises:
+            FieldError: Both are too long together and nothing may be cut off, or the part that has to stay whole is too
+                long by itself.
+        """
+        length = prompt + completion
+        excess = 0 if self.tokens is None else length - self.tokens
+        if excess <= 0:
+            return 0, length
+        if self.truncation == "prompt" and excess < prompt:
+            return excess, length
+        if self.truncation == "completion" and excess < completion:
+            return 0, length - excess
+        raise self._error(prompt, completion, name)
+
+    def _error(self, prompt: int, completion: int, name: str) -> FieldError:
+        if self.truncation is None:
+            limit = f"the model's {self.tokens}" if self.is_context else f"{self.tokens}"
+            expected = f"at most {limit} tokens together with the prompt"
+            got = f"{prompt} + {completion} = {prompt + completion}"
+            return FieldError(name, "completion", expected=expected, got=got)
+        kept, cut, length = "completion", "prompt", completion
+        if self.truncation == "completion":
+            kept, cut, length = cut, kept, prompt
+        # Only a limit that there is can be exceeded.
+        room = (self.tokens or 0) - 1
+        expected = f"at most {room} tokens, as the {cut} alone is truncated and keeps at least one"
+        return FieldError(name, kept, expected=expected, got=str(length))
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A rollout as token ids.
+
+    Attributes:
+        index: Its position in the input.
+        id: Its id.
+        name: What errors call it.
+        tokens: Prompt and completion, int64 `[P + C]`.
+        prompt_length: P.
+        truncated: Whether it has fewer tokens than it came with.
+        spans: First and one-past-last character of the completion that each token stands for, int64 `[P + C, 2]`; -1
+            where there is no text. None: they were not asked for.
+    """
+
+    index: int
+    id: Id
+    name: str
+    tokens: NDArray[np.int64]
+    prompt_length: int
+    truncated: bool = False
+    spans: Spans | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def completion_length(self) -> int:
+        """C."""
+        return len(self.tokens) - self.prompt_length
+
+
+class Encoder:
+    """Turns rollouts into token ids, checked against what the model can take.
+
+    Args:
+        tokenizer: Needed for text and messages.
+        vocabulary_size: Rows of the model's token embedding.
+        limit: Tokens that a rollout may have, and what becomes of longer ones.
+        separate_tokens: Whether prompt and completion are tokenised apart.
+        append_eos: Whether a completion of plain text is followed by the end-of-sequence token.
+
+    Raises:
+        VheadError: `append_eos` is asked for, and the tokenizer has no such token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary_size: int,
+        limit: LengthLimit,
+        *,
+        separate_tokens: bool = False,
+        append_eos: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._text = TextTokenizer(tokenizer, separate=separate_tokens, append_eos=append_eos)
+        self._vocabulary_size = vocabulary_size
+        self._limit = limit
+
+    def encode(self, index: int, rollout: Rollout, name: str, *, with_spans: bool = False) -> Encoded:
+        """The rollout's token ids.
+
+        Raises:
+            FieldError: Text came without a tokenizer, a part has no tokens, an id is not in the vocabulary, or both
+                together are longer than they may be and are not to be truncated.
+        """
+        if not isinstance(rollout, Rollout):
+            raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
+        tokens = self._tokens(rollout, name, with_spans=with_spans)
+        count, length = tokens.prompt_length, len(tokens.ids)
+        if not 0 < count < length or tokens.ids.max() >= self._vocabulary_size:
+            raise self._error(tokens, name)
+        first, stop = self._limit.kept(count, length - count, name)
+        spans = None if tokens.spans is None else tokens.spans[first:stop]
+        truncated = stop - first < length
+        return Encoded(index, rollout.id, name, tokens.ids[first:stop], count - first, truncated, spans)
+
+    def _tokens(self, rollout: Rollout, name: str, *, with_spans: bool) -> Tokens:
+        """The tokens, with spans of the completion's characters where they are asked for."""
+        prompt, completion = rollout.prompt, rollout.completion
+        if isinstance(prompt, np.ndarray):
+            ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
+            return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None)
+        if self._tokenizer is None:
+            raise FieldError(name, "prompt", expected="token ids, as the scorer has no tokenizer", got=rollout.kind)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
+            tokens = self._text.plain(passage, with_spans=with_spans)
+        else:
+            chat = ChatTemplate(self._tokenizer, name)
+            passage = chat.passage(cast("Messages", prompt), cast("Messages", completion))
+            tokens = self._text.rendered(passage, with_spans=with_spans)
+        spans = passage.within_completion(tokens.spans) if with_spans and tokens.spans is not None else None
+        return Tokens(tokens.ids, tokens.prompt_length, spans)
+
+    def _error(self, tokens: Tokens, name: str) -> FieldError:
+        """What is wrong with parts of which one has no tokens, or one that is not in the vocabulary."""
+        count = tokens.prompt_length
+        for field, ids in (("prompt", tokens.ids[:count]), ("completion", tokens.ids[count:])):
+            if not len(ids):
+                got = "a text without any" if field == "completion" else "a text with none that ends where it does"
+                return FieldError(name, field, expected="at least one token", got=got)
+            if ids.max() >= self._vocabulary_size:
+                break
+        at = int(ids.argmax())
+        expected = f"token ids below the vocabulary's {self._vocabulary_size}"
+        return FieldError(name, field, expected=expected, got=f"{ids[at]} at position {at}")
+
+
+class IdRegistry:
+    """Notices an id that comes twice; what it remembers grows with every id."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def add(self, id: Id, name: str) -> None:
+        """Remembers an id and what errors call its record.
+
+        Raises:
+            FieldError: Another record had this id.
+        """
+        if id is None:
+            return
+        # By its text, since True and 1 are one key, and nan is none.
+        if (first := self._names.setdefault(repr(id), name)) != name:
+            raise FieldError(name, "id", expected="an id of its own", got=f"the id of {first}")

@@ -1,0 +1,186 @@
+"""Rollouts in JSON Lines."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from vhead.errors import FieldError, VheadError
+from vhead.rollouts.rollout import Rollout, shown
+from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A line is held in memory as a whole; no rollout is as long as this.
+LONGEST_LINE = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class JsonRow:
+    """One line; it is parsed when its rollout is asked for, so that a broken line harms no other.
+
+    Attributes:
+        line: Its bytes, or its beginning where it is longer than a line may be.
+        number: Its place among all lines.
+        count: Its place among those that are not blank.
+        position: Bytes of the file up to its end.
+        chain: The digest of all records up to this one.
+        reserved: Names of columns that it may not have.
+        replaces: Whether it loses these columns instead.
+    """
+
+    line: bytes
+    number: int
+    count: int
+    position: int
+    chain: bytes
+    reserved: tuple[str, ...] = ()
+    replaces: bool = False
+
+    @property
+    def where(self) -> str:
+        """The record's place in the file."""
+        return f"line {self.number}"
+
+    @property
+    def digest(self) -> str:
+        """A short text that stands for all records up to this one."""
+        return self.chain.hex()
+
+    def rollout(self) -> Rollout:
+        """What is to be scored; `RecordError` when the line is not a JSON object that holds a rollout."""
+        record = self._parsed()
+        if not self.replaces:
+            check_reserved(record, self.reserved, self.where)
+        return rollout_of(record, self.where)
+
+    def json_object(self) -> str:
+        """The line as it came: numbers, key order and unknown fields survive to the byte."""
+        # Between two members it is white space, and to many readers the end of a line.
+        text = self.line.decode().strip().replace("\r", " ")
+        if not self.replaces or self._parsed().keys().isdisjoint(self.reserved):
+            return text
+        try:
+            return _without(text, self.reserved)
+        except RecursionError:
+            raise self._too_deep() from None
+
+    def columns(self) -> dict[str, Any]:
+        """The parsed line.
+
+        Raises:
+            FieldError: The line is not UTF-8 or not a JSON object, or holds a number that no float is near.
+        """
+        record = self._parsed(exact=True)
+        return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
+
+    def _parsed(self, *, exact: bool = False) -> dict[str, Any]:
+        if len(self.line) >= LONGEST_LINE:
+            expected = f"a line of less than {LONGEST_LINE:,} bytes"
+            raise FieldError(self.where, "text", expected=expected, got="a longer one")
+        try:
+            record = json.loads(self.line.decode(), parse_float=_within_range if exact else None)
+        except UnicodeDecodeError as error:
+            raise FieldError(
+                self.where, "text", expected="UTF-8", got=f"{error.reason} at byte {error.start}"
+            ) from None
+        except _OutOfRangeError as error:
+            expected = "numbers within the range of 64-bit floats, as Parquet has no others"
+            raise FieldError(self.where, "text", expected=expected, got=shown(error.args[0])) from None
+        except ValueError as error:
+            raise FieldError(self.where, "text", expected="a JSON object", got=self._broken(error)) from None
+        except RecursionError:
+            raise self._too_deep() from None
+        if not isinstance(record, dict):
+            raise FieldError(self.where, "text", expected="a JSON object", got=shown(record))
+        return record
+
+    def _too_deep(self) -> FieldError:
+        return FieldError(self.where, "text", expected="a JSON object", got="one nested too deeply")
+
+    def _broken(self, error: ValueError) -> str:
+        if not self.line.endswith(b"\n"):
+            return "half of one: the file ends in the middle of the line"
+        if not isinstance(error, json.JSONDecodeError):
+            return f"broken JSON ({error})"
+        # The line's end is white space to JSON, so that a line that stops short is faulted on the next one.
+        column = min(error.pos, len(error.doc.rstrip())) + 1
+        return f"broken JSON at column {column} ({error.msg})"
+
+
+class JsonlReader:
+    """The records of a JSON Lines stream, one at a time; blank lines are no records.
+
+    Args:
+        stream: Opened for reading bytes; closed by `close`.
+        size: Bytes in all, where that is known.
+        reserved: Names of columns that the scores will take, so that no record may have them.
+        replaces: Whether records lose such columns instead.
+
+    Attributes:
+        schema: None: what columns there are is known when the last record is read.
+    """
+
+    schema = None
+
+    def __init__(
+        self, stream: BinaryIO, size: int | None = None, reserved: tuple[str, ...] = (), *, replaces: bool = False
+    ) -> None:
+        self._stream = stream
+        self.size = size
+        self._reserved = reserved
+        self._replaces = replaces
+
+    def __iter__(self) -> Iterator[Row]:
+        position = count = 0
+        chain = b""
+        for number, (line, length) in enumerate(self._lines(), start=1):
+            position += length
+            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if content := text.strip():
+                count, chain = count + 1, chained(chain, content)
+                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces)
+
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        """Each line and its length; of one that is too long, the beginning."""
+        while line := self._stream.readline(LONGEST_LINE):
+            length, end = len(line), line
+            while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
+                end = self._stream.readline(LONGEST_LINE)
+                length += len(end)
+            yield line, length
+
+    def close(self) -> None:
+        """Closes the stream."""
+        self._stream.close()
+
+
+class _OutOfRangeError(VheadError, ValueError):
+    """A number that a float can only call infinite."""
+
+
+def _within_range(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise _OutOfRangeError(digits)
+    return number
+
+
+def _without(text: str, names: tuple[str, ...]) -> str:
+    """A JSON object without some of its members, the others as they came."""
+    decoder, kept = json.JSONDecoder(), []
+    start = _next(text, 1)
+    while text[start] != "}":
+        name, end = decoder.raw_decode(text, start)
+        _, end = decoder.raw_decode(text, _next(text, _next(text, end) + 1))
+        if name not in names:
+            kept.append(text[start:end])
+        start = _next(text, end)
+        start = _next(text, start + 1) if text[start] == "," else start
+    return f"{{{', '.join(kept)}}}"
+
+
+def _next(text: str, start: int) -> int:
+    """The first place from `start` on that is not white space."""
+    while text[start] in " \t\r\n":
+        start += 1
+    return start

@@ -1,0 +1,53 @@
+"""The options of a scorer: one object from the command line to the engine."""
+
+import warnings
+from typing import TYPE_CHECKING, TypedDict
+
+from vhead.env import MOST_THREADS
+
+if TYPE_CHECKING:
+    from vhead.packing.plan import Attention
+    from vhead.rollouts.encoding import Truncation
+    from vhead.scoring.conventions import Conventions
+
+
+class ScorerOptions(TypedDict, total=False):
+    """The arguments of `Scorer` that are neither the model nor the tokenizer; what each means is said there.
+
+    An option that is missing is None, or False.
+    """
+
+    token_budget: int | None
+    chunk_tokens: int | None
+    num_threads: int | None
+    conventions: "Conventions | None"
+    batch_invariant: bool
+    attention: "Attention | None"
+    truncation: "Truncation | None"
+    max_length: int | None
+    separate_tokens: bool
+    append_eos: bool
+
+
+def checked_options(options: ScorerOptions) -> ScorerOptions:
+    """The options, once it is sure that each is one, and that the numbers are in range.
+
+    Raises:
+        TypeError: There is no such option.
+        ValueError: A number is out of range.
+    """
+    if "window_tokens" in options:
+        warnings.warn("window_tokens is now called chunk_tokens", FutureWarning, stacklevel=3)
+        options = {**options, "chunk_tokens": options["window_tokens"]}  # type: ignore[typeddict-item]
+        del options["window_tokens"]  # type: ignore[typeddict-item]
+    if unknown := options.keys() - ScorerOptions.__annotations__.keys():
+        known = ", ".join(ScorerOptions.__annotations__)
+        raise TypeError(f"Scorer: expected options among {known}, got {', '.join(sorted(unknown))}")
+    numbers = {"token_budget": options.get("token_budget"), "chunk_tokens": options.get("chunk_tokens")}
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    threads = options.get("num_threads")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"num_threads: expected 1 to {MOST_THREADS}, got {threads}")
+    return options
