@@ -276,7 +276,9 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     if given["window_tokens"] is not None:
         say("--window-tokens is now called --chunk-tokens")
         given = {**given, "chunk_tokens": given["chunk_tokens"] or given["window_tokens"]}
-    plain: dict[str, Any] = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
+    plain: dict[str, Any] = {
+        name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
+    }
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
     options: Any = {name: plain[name] for name in _OPTIONS} | {"truncation": truncation}
     return ScoreRequest(
