@@ -112,8 +112,8 @@ class MissingFieldError(VheadError, AttributeError):
 
     def __init__(self, field: str, present: tuple[str, ...]) -> None:
         super().__init__(
-            f"{field}: expected one of the fields that were asked for ({', '.join(present)}), got another one; "
-            "`returns` names what is computed"
+            f"{field}: expected one of the fields that were computed ({', '.join(present)}); "
+            "ask for more in `returns` when you score"
         )
         self.field = field
         self.present = present

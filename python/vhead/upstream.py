@@ -173,7 +173,9 @@ def available(path: str) -> bool:
         return True
     if name.is_expected():
         installed = importlib.metadata.version(name.package)
-        warn_once(f"{name.package} {installed} lacks {path}, which vhead uses for {name.used_for}; it does without")
+        warn_once(
+            f"{name.package} {installed} has no {path}, which vhead uses for {name.used_for}; vhead goes on without it"
+        )
     return False
 
 

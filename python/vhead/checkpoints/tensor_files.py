@@ -271,8 +271,8 @@ class _Decompressed(io.RawIOBase):
     def _check(self, offset: int) -> None:
         if offset > self._limit:
             raise HeadFileError(
-                f"{self._path}: expected weights, which hardly compress, got more than {self._limit:,} bytes from "
-                f"{self._path.stat().st_size:,}"
+                f"{self._path}: expected weights, which hardly compress, got {self._path.stat().st_size:,} bytes that "
+                f"unpack to more than {self._limit:,}"
             )
 
 
@@ -308,14 +308,17 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
-        raise HeadFileError(f"{path}: expected pickled tensors, got a TorchScript archive, which is a program")
+        raise HeadFileError(f"{path}: expected pickled tensors, got a TorchScript archive, which holds a program")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise HeadFileError(
-            f"{path}: expected an archive of torch.save, which compresses nothing, got a compressed one"
+            f"{path}: expected an archive as torch.save writes it, without compression, got a compressed one"
         )
     claimed = sum(member.file_size for member in members)
     if claimed > size:
-        raise HeadFileError(f"{path}: expected at most {size:,} bytes in the archive, got {claimed:,}")
+        raise HeadFileError(
+            f"{path}: expected at most {size:,} bytes in the archive, which is the size of the file, got {claimed:,}; "
+            "it is damaged or hostile"
+        )
     for member in members:
         if PurePosixPath(member.filename).name == "data.pkl":
             with _naming(path, "expected pickled tensors, got a damaged archive"), archive.open(member) as pickled:
@@ -324,7 +327,7 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
 
 def _check_nesting(file: IO[bytes], path: Path) -> None:
     if is_too_nested(file):
-        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that take years to read")
+        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that would take years to read")
 
 
 def _is_tar_header(block: bytes) -> bool:

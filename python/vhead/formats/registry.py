@@ -159,8 +159,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     found = sorted(name for name in names if _HEAD_FILE.fullmatch(name))
     if found:
         raise HeadMismatchError(
-            f"{folder}: expected a head among the model's tensors, found none there and {', '.join(found)}, which may "
-            "hold one: name the file itself, head=... (--head), or move it elsewhere"
+            f"{folder}: expected a head among the model's tensors and found none there, but {', '.join(found)} may "
+            "hold one; name that file itself, head=... (--head), or move it out of the folder"
         )
 
 
@@ -204,5 +204,5 @@ def _ambiguous(checkpoint: Checkpoint, candidates: dict[str, tuple[Format, Sight
     listing = "; ".join(f"{root} ({head_format.name}: {s.reason})" for root, (head_format, s) in candidates.items())
     return HeadMismatchError(
         f"{checkpoint.location}: expected one value head, found {len(candidates)}: {listing}. "
-        "Give vhead.formats.load the format of the one that is meant, or remove the other"
+        "Say which format you mean (format=... of vhead.formats.load, --from of vhead convert), or remove the other"
     )

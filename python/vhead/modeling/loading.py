@@ -369,7 +369,7 @@ def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, 
     get = settings.get if isinstance(settings, dict) else partial(getattr, settings)
     if "device_map" in arguments or not any(get(flag, False) for flag in ("load_in_8bit", "load_in_4bit")):
         return arguments
-    logger.warning("device_map: none given for a quantised model, so that all of it is put on device %s", device)
+    logger.warning("device_map: none given, so the whole quantised model goes to device %s", device)
     return {**arguments, "device_map": {"": device}}
 
 
@@ -389,7 +389,7 @@ def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) 
         f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: expected "
         f"{min(missing & trunk)} and {len(missing) - 1} others, found "
         f"{renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
-        "A prefix is taken off the names by: vhead convert SRC DST"
+        "If the names only have a prefix too many, `vhead convert SRC DST` takes it off"
     )
 
 

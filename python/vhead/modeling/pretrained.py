@@ -409,7 +409,8 @@ def _read_config(config_class: Any, location: object, arguments: dict[str, Any])
     if config_class.get_config_dict(location, **arguments)[0].get("text_config") is None:
         raise HeadError(
             f"{location}: expected a configuration of model_type {config_class.model_type!r} with a text_config; "
-            "any other checkpoint becomes one by ValueHeadModel.from_wrapper"
+            "load any other checkpoint with AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, "
+            "and turn it into this form with ValueHeadModel.from_wrapper"
         )
     return config_class.from_pretrained(location, return_unused_kwargs=True, **arguments)
 

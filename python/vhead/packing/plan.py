@@ -231,7 +231,7 @@ def _why(chosen: str | None, kind: str, *, asked_for: bool) -> str | None:
         return "as asked for"
     first = _ORDER.get(kind, _ORDER["cpu"])[0]
     if chosen != first:
-        return "the next that passed"
+        return "the next one that passed its trial"
     return "the fastest measured on a CPU" if first == "segments" else "expected to be the fastest on CUDA"
 
 

@@ -87,7 +87,7 @@ class SelfCheck:
         """Why sequences as short as these are too long for sharing, or None."""
         longest = max(map(len, self._sequences))
         if limit is not None and limit < longest:
-            return f"its layers look back {limit} tokens only"
+            return f"its layers look back only {limit} tokens"
         return None
 
     def windows(self, way: Strategy[Any]) -> str | None:
@@ -99,7 +99,7 @@ class SelfCheck:
         with short_windows(self.body.model):
             short = SelfCheck(self.body, self._sequences)
             if not short._difference_of(self._alone) > self._control * self._tolerance:
-                return "its windows cannot be tried"
+                return "its attention windows cannot be tried on short sequences"
             short._tolerance = max(short._tolerance, self._tolerance)
             return short.sharing(way, last=None)
 
@@ -164,7 +164,7 @@ class SelfCheck:
         except Exception as error:  # Whatever a model raises means that it cannot.
             return self._refused(way, error)
         if not wrong > self._control * self._tolerance:
-            return "a wrong result would not be noticed"
+            return "cannot be tried, because a wrong result would look like a right one"
         return None
 
     def _refused(self, way: Strategy[Any], error: Exception) -> str:
@@ -174,7 +174,7 @@ class SelfCheck:
         # This one is raised on purpose, where it is known that something cannot be.
         if not isinstance(error, NotImplementedError):
             architecture = type(self.body.model).__name__
-            warn_once(f"{architecture} is not scored by {way.name}, which failed on a trial: {reason}")
+            warn_once(f"{architecture} is not scored by {way.name}, which failed when it was tried: {reason}")
         return reason
 
     def _difference_of(self, alone: Sequence[Tensor]) -> float:

@@ -74,7 +74,7 @@ class LengthLimit:
             kept, cut, length = cut, kept, prompt
         # Only a limit that there is can be exceeded.
         room = (self.tokens or 0) - 1
-        expected = f"at most {room} tokens, as the {cut} alone is truncated and keeps at least one"
+        expected = f"at most {room} tokens, because only the {cut} is truncated and at least one of its tokens stays"
         return FieldError(name, kept, expected=expected, got=str(length))
 
 
@@ -166,7 +166,8 @@ class Encoder:
             ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
             return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None)
         if self._tokenizer is None:
-            raise FieldError(name, "prompt", expected="token ids, as the scorer has no tokenizer", got=rollout.kind)
+            expected = "token ids, because the scorer has no tokenizer"
+            raise FieldError(name, "prompt", expected=expected, got=rollout.kind)
         if isinstance(prompt, str) and isinstance(completion, str):
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
             tokens = self._text.plain(passage, with_spans=with_spans)
@@ -182,7 +183,7 @@ class Encoder:
         count = tokens.prompt_length
         for field, ids in (("prompt", tokens.ids[:count]), ("completion", tokens.ids[count:])):
             if not len(ids):
-                got = "a text without any" if field == "completion" else "a text with none that ends where it does"
+                got = "a text without any" if field == "completion" else "a text in which no token ends"
                 return FieldError(name, field, expected="at least one token", got=got)
             if ids.max() >= self._vocabulary_size:
                 break
@@ -207,4 +208,4 @@ class IdRegistry:
             return
         # By its text, since True and 1 are one key, and nan is none.
         if (first := self._names.setdefault(repr(id), name)) != name:
-            raise FieldError(name, "id", expected="an id of its own", got=f"the id of {first}")
+            raise FieldError(name, "id", expected="an id that no other record has", got=f"the id of {first}")

@@ -73,8 +73,8 @@ class Engine:
         adapter = getattr(body, "active_peft_config", None)
         if adapter is not None and adapter.is_prompt_learning:
             raise VheadError(
-                f"model: expected a language model that sees a rollout's tokens alone, got one with a learnt prompt "
-                f"({adapter.peft_type.value}), whose virtual tokens stand before them"
+                f"model: expected a language model that sees only the tokens of a rollout, got one with a learnt "
+                f"prompt ({adapter.peft_type.value}), which puts virtual tokens before them"
             )
         self._body = Body(body, plan)
         self.device: torch.device = self._body.device
@@ -106,9 +106,9 @@ class Engine:
         """
         if self.untrained_output and needs_logits(fields):
             raise VheadError(
-                "returns: expected only values and reward, as the checkpoint holds no "
-                f"{', '.join(self.untrained_output)} and log-probabilities would be those of a random language-model "
-                f"head, got {', '.join(fields)}"
+                "returns: expected only values and reward, because the checkpoint holds no "
+                f"{', '.join(self.untrained_output)} and log-probabilities would come from random weights, "
+                f"got {', '.join(fields)}"
             )
 
     def work(self, chunk: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:

@@ -13,6 +13,9 @@ from vhead.errors import ResumeError
 from vhead.rollouts.rows import Row
 from vhead.scoring.part import new_file, open_regular
 
+# It names both options, because together they would continue the earlier run or be refused.
+START_ANEW = "start anew with --overwrite and without --resume"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -87,8 +90,8 @@ class Journal:
             return None
         except (ValueError, RecursionError) as error:
             raise ResumeError(
-                f"{path}: expected what an earlier run noted about its progress, got: "
-                f"{error or type(error).__name__}; --overwrite alone starts anew"
+                f"{path}: this file should say how far an earlier run came, but cannot be read: "
+                f"{error or type(error).__name__}; {START_ANEW}"
             ) from None
 
     @classmethod
@@ -135,7 +138,7 @@ class Journal:
             if before != now:
                 raise ResumeError(
                     f"{output}: {name}: expected {before!r}, as in the run that is resumed, got {now!r}; "
-                    "--overwrite alone starts anew"
+                    f"give the same again, or {START_ANEW}"
                 )
 
     def pass_over(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -150,11 +153,14 @@ class Journal:
             yield last
         found = 0 if last is None else last.count
         if found < self.records:
-            raise ResumeError(f"input: expected the {self.records:,} records that are done, got {found:,}")
+            raise ResumeError(
+                f"input: expected the {self.records:,} records that the earlier run finished, got {found:,}; "
+                f"give the same input again, or {START_ANEW}"
+            )
         if last is not None and last.digest != self.input:
             raise ResumeError(
-                f"input: expected the {self.records:,} records that are done, got others up to {last.where}; "
-                "--overwrite alone starts anew"
+                f"input: expected the {self.records:,} records that the earlier run finished, got others up to "
+                f"{last.where}; give the same input again, or {START_ANEW}"
             )
 
     def check_whole(self, rows: Iterator[Row], output: str) -> None:
@@ -167,8 +173,8 @@ class Journal:
             pass
         if (more := next(rows, None)) is not None:
             raise ResumeError(
-                f"{output}: expected an input of the {self.records:,} records that are done, got more: {more.where}; "
-                "--overwrite alone starts anew"
+                f"{output}: expected an input of the {self.records:,} records that are finished, got more: "
+                f"{more.where}; to score them too, {START_ANEW}"
             )
 
     def at(self, row: Row | None, written: int, part: str, published: Published | None = None) -> Self:

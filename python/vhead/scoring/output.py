@@ -26,13 +26,14 @@ from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
 from vhead.rollouts.rows import Row
-from vhead.scoring.journal import Journal, Published, Run
+from vhead.scoring.journal import START_ANEW, Journal, Published, Run
 from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
 from vhead.scoring.scores import Scores
 
-# What a run that is killed has to compute again.
+# A run that is killed has to compute this much again.
 _SECONDS_BETWEEN_NOTES = 1.0
+_REPLACE = "replace it with --overwrite, or choose another name"
 
 ErrorHandler = Callable[[RecordError], None]
 
@@ -101,7 +102,7 @@ class Output:
             OSError: Writing failed.
         """
         if self._writer is None:
-            raise ValueError("write: expected an output that has begun")
+            raise ValueError("write: expected an output that has begun; call begin() first")
         held, errors = self._writer.held(rows, skips=on_error is not None)
         if on_error is None and errors:
             ((place, error),) = errors.items()
@@ -225,10 +226,11 @@ class OutputFile(Output):
         check_name(self.path)
         if not self._resume and not self._overwrite:
             if self.path.exists():
-                raise OutputError(f"{self.path}: expected no such file yet; --overwrite replaces it")
+                raise OutputError(f"{self.path}: expected no such file yet; {_REPLACE}")
             if not self._part.is_empty:
                 raise OutputError(
-                    f"{self.partial}: an earlier run stopped here; --resume goes on with it, --overwrite starts anew"
+                    f"{self.partial}: an earlier run stopped before it was finished; continue it with --resume, or "
+                    "start anew with --overwrite"
                 )
 
     def _announce(self) -> None:
@@ -254,18 +256,19 @@ class OutputFile(Output):
             self.finished = True
             return journal
         if self.path.exists() and not self._overwrite:
-            raise OutputError(f"{self.path}: expected no such file, or that of the same run; --overwrite replaces it")
+            raise OutputError(f"{self.path}: expected no such file, or that of the same run; {_REPLACE}")
         if self._part.is_empty and (journal is None or journal.published or not journal.written):
             return None
         if journal is None:
             raise ResumeError(
-                f"{self.partial}: expected {self._notes.name}, which says what is in it; --overwrite alone starts anew"
+                f"{self.partial}: expected {self._notes.name}, which says what is in it, found no such file; "
+                f"{START_ANEW}"
             )
         journal.check(settings, self.partial)
         if not self._part.cut(journal.written) or self._part.digest != journal.part:
             raise ResumeError(
                 f"{self.partial}: expected the {journal.written:,} bytes that the earlier run wrote, got others; "
-                "--overwrite alone starts anew"
+                f"{START_ANEW}"
             )
         return journal
 

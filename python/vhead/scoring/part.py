@@ -174,11 +174,11 @@ def _lock(file: int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputBusyError(f"{path}: another run writes this output") from None
+        raise OutputBusyError(f"{path}: another run is writing this output") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: files cannot be locked here, so that two runs with one output go unnoticed", path)
+        logger.warning("%s: files cannot be locked here, so a second run with this output would go unnoticed", path)
 
 
 def _check_regular(file: int, path: Path) -> None:
@@ -186,7 +186,10 @@ def _check_regular(file: int, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise OutputError(f"{path}: expected a file, found {_kind(status.st_mode)}; delete it")
     if status.st_nlink > 1:
-        raise OutputError(f"{path}: expected a file with one name, found one that has another name too; delete it")
+        raise OutputError(
+            f"{path}: expected a file with one name, found one that has a second name (a hard link), whose content "
+            "would change as well; delete this one"
+        )
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -66,9 +66,11 @@ def _forward(
     """What the attention interface calls; whether the arguments that it passes over matter, the self-check finds."""
     del module, attention_mask
     if needed := [name for name in _TERMS if others.get(name) is not None]:
-        raise NotImplementedError(f"its attention has further terms: {', '.join(needed)}")
+        raise NotImplementedError(f"the model adds terms of its own to attention scores: {', '.join(needed)}")
     if _active.attend is None:
-        raise RuntimeError(f"the attention {NAME!r} works only while a scorer runs the model")
+        raise RuntimeError(
+            f"the attention {NAME!r} works only while a scorer runs the model, and only in the scorer's thread"
+        )
     return _active.attend(query, key, value, scale=scaling, softcap=softcap, window=sliding_window), None
 
 
