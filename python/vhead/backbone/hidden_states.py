@@ -209,7 +209,7 @@ def without_adapter(model: nn.Module) -> PreTrainedModel:
 
 
 def _accepted(plan: BackbonePlan, inputs: dict[str, object]) -> dict[str, object]:
-    """The inputs that are there, as models of images refuse even the names of others."""
+    """The inputs that were given: some models refuse the very name of an argument that they do not take."""
     # Callers of TRL's class pass these to every model; which states are kept is this module's business.
     ours = ("output_hidden_states", "return_dict")
     kept = ("input_ids",) if plan.needs_input_ids else ()
@@ -288,7 +288,7 @@ def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> T
 
 
 def _without_logits_arguments(model: PreTrainedModel, inputs: dict[str, object]) -> dict[str, object]:
-    """Drops what only the language-model head uses; labels leave the decoder tokens that they imply."""
+    """Drops what only the language-model head uses. The decoder tokens that labels imply take their place."""
     labels = inputs.get("labels")
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
     if (

@@ -99,7 +99,7 @@ class Checkpoint:
     def weight_map(self) -> dict[str, str]:
         """The name of each of the model's tensors and the file that holds it; empty where there are no weights.
 
-        Of an adapter's folder without a model's weights, the adapter's: a classifier's adapter holds its head.
+        In a folder with an adapter and no model, these are the adapter's: a classifier's adapter holds its head.
         """
         if self.is_file:
             return self.names_in(Path(self.location).name)

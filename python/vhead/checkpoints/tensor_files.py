@@ -73,8 +73,8 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        dtype: Its dtype as torch prints it, `torch.bfloat16`, or as the file does, where torch has none; before it, for
-            what is not plain numbers in memory, a word for what it is.
+        dtype: Its dtype as torch prints it, such as `torch.bfloat16`, or as the file writes it if torch has none. If
+            the tensor is not plain numbers in memory, a word for what it is stands before that, such as `sparse`.
     """
 
     shape: tuple[int, ...]
@@ -185,7 +185,7 @@ class PickledFile(_StateDictFile):
     """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
 
     def check(self) -> None:
-        """Refuses archives of code, and what becomes longer than the file."""
+        """Refuses archives that hold code, or that unpack to more than the file is long."""
         with _opened(self.path) as (file, _):
             self._check(file)
 
@@ -243,7 +243,7 @@ class NemoFile(_StateDictFile):
 
 
 class _Decompressed(io.RawIOBase):
-    """What a compressed file holds, as far as it is not suspiciously longer than the file."""
+    """What a compressed file holds, as long as that is not suspiciously longer than the file."""
 
     def __init__(self, file: gzip.GzipFile, limit: int, path: Path) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class _Decompressed(io.RawIOBase):
 
 @contextmanager
 def _naming(path: Path, problem: str) -> Iterator[None]:
-    """Names the file; reading what somebody else wrote can raise anything."""
+    """Turns any error into one that names the file: reading what somebody else wrote can raise anything."""
     try:
         yield
     except HeadFileError:

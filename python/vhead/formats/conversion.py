@@ -140,7 +140,7 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
 
 
 def _check_head(folder: Path, head: HeadWeights, destination: Path) -> None:
-    """Reads the head back from what was written."""
+    """Reads the head back from what was written, and compares it."""
     try:
         written = load(folder)
     except HeadError as error:

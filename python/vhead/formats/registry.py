@@ -108,7 +108,7 @@ def detection_of(checkpoint: Checkpoint, head_format: Format, sighting: Sighting
 
 
 def format_named(name: str) -> Format:
-    """The format of a name.
+    """The format that has this name.
 
     Raises:
         HeadError: There is none.
@@ -135,10 +135,11 @@ def chosen(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sig
 
 
 def choose(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sighting] | None:
-    """`chosen`, or None where there is nothing like a head."""
+    """Chooses as `chosen` does, and gives None if there is nothing like a head."""
     candidates: dict[str, tuple[Format, Sighting]] = {}
     for head_format in FORMATS if name is None else (format_named(name),):
         for sighting in head_format.find(checkpoint):
+            # The first format in the table's order keeps the tensors that a later one claims too.
             candidates.setdefault(sighting.root, (head_format, sighting))
     if len(candidates) > 1 and not _are_the_same(checkpoint, list(candidates.values())):
         raise _ambiguous(checkpoint, candidates)

@@ -159,7 +159,7 @@ def check_peft_config(peft_config: object) -> None:
 
 
 def check_task(body: nn.Module) -> None:
-    """Checks that the adapters of a model leave a language model with a token for each state.
+    """Checks that a model with its adapters is still a language model, with one hidden state for each token.
 
     Raises:
         AdapterError: The model is one for another task, or its prompt is learnt: TRL's PPO takes neither.

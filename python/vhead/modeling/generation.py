@@ -75,7 +75,7 @@ class Wanted:
 
 
 class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
-    """Reads off the run of the model that a token is chosen by, before anybody else runs the model; changes no scores.
+    """Reads off each run of the model that a token is chosen by, before the model runs again. It changes no scores.
 
     It is called first among the processors that `generate` is given. Streamers, stopping criteria and processors may
     run the model as well, `values` included: all of them after this one, and before the next step's own run.
@@ -114,7 +114,7 @@ class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is unty
         return read_then_allowed
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The state `[B, H]` and the logits `[B, V]` of the step, each where it was wanted; lets them go.
+        """Gives the step's state `[B, H]` and logits `[B, V]`, each if it was wanted, and forgets them.
 
         Raises:
             GenerationError: The model's `generate` chose a token without calling its logits processors.

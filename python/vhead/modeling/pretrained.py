@@ -421,7 +421,7 @@ def _choose_attention(config: Any, implementation: Any) -> None:
 
 
 def _check_complete(missing: Iterable[str], location: object) -> None:
-    """Transformers only warns about weights that it draws."""
+    """Refuses a checkpoint that lacks weights; transformers only warns, and draws them at random."""
     names = sorted(missing)
     of_head = [name for name in names if name.startswith("v_head.")]
     if of_head:

@@ -19,7 +19,7 @@ class LengthLimit:
     """How many tokens a rollout may have, and which are cut off where it has more.
 
     Attributes:
-        tokens: Of prompt and completion together; None: any number.
+        tokens: The most tokens of prompt and completion together; None: any number.
         truncation: `"prompt"` cuts the prompt's first tokens off, `"completion"` the completion's last ones, None none.
         is_context: Whether the limit is the model's own.
     """
@@ -47,7 +47,7 @@ class LengthLimit:
         return cls(max_length, truncation, is_context=False)
 
     def kept(self, prompt: int, completion: int, name: str) -> tuple[int, int]:
-        """The first token and the one past the last of so many that stay, at least one of each part among them.
+        """Which tokens stay, as the first one and the one past the last; at least one of each part is among them.
 
         Raises:
             FieldError: Both are too long together and nothing may be cut off, or the part that has to stay whole is too
@@ -90,7 +90,7 @@ class Encoded:
         id: Its id.
         name: What errors call it.
         tokens: Prompt and completion, int64 `[P + C]`.
-        prompt_length: P.
+        prompt_length: P, the tokens of the prompt.
         truncated: Whether it has fewer tokens than it came with.
         spans: First and one-past-last character of the completion that each token stands for, int64 `[P + C, 2]`; -1
             where there is no text. None: they were not asked for.
@@ -109,7 +109,7 @@ class Encoded:
 
     @property
     def completion_length(self) -> int:
-        """C."""
+        """C, the tokens of the completion."""
         return len(self.tokens) - self.prompt_length
 
 

@@ -1,4 +1,4 @@
-"""Rollouts in JSON Lines."""
+"""Reads rollouts from JSON Lines."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class JsonRow:
         line: Its bytes, or its beginning where it is longer than a line may be.
         number: Its place among all lines.
         count: Its place among those that are not blank.
-        position: Bytes of the file up to its end.
+        position: Bytes of the file up to the line's end.
         chain: The digest of all records up to this one.
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.

@@ -1,4 +1,4 @@
-"""What a run noted about its output, so that another run can go on from there, or see that all is done."""
+"""What a run noted about its output, so that another run can continue from there, or see that all is done."""
 
 import json
 import os
@@ -121,14 +121,14 @@ class Journal:
         return journal
 
     def save(self, path: Path) -> None:
-        """Writes the journal beside its place and moves it there, so that it is never half a one."""
+        """Writes the journal to a new file and gives that its name, so that readers never see half of it."""
         with new_file(path.with_name(f"{path.name}.new")) as unfinished:
             unfinished.write(json.dumps(asdict(self)).encode())
             unfinished.sync()
             unfinished.path.replace(path)
 
     def check(self, settings: Mapping[str, object], output: Path) -> None:
-        """Checks that a run with these settings may go on where the earlier one stopped.
+        """Checks that a run with these settings may continue where the earlier one stopped.
 
         Raises:
             ResumeError: A setting differs.
@@ -142,13 +142,13 @@ class Journal:
                 )
 
     def pass_over(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Passes over the records that are done, and gives them.
+        """Yields the records that are done, and checks after the last one that they are the right ones.
 
         Raises:
             ResumeError: They are not those that the earlier run finished.
         """
         last = None
-        # The range first: the other way round a row would be taken that nobody gets.
+        # The range comes first: the other way round, zip would take one row too many and drop it.
         for _, last in zip(range(self.records), rows, strict=False):
             yield last
         found = 0 if last is None else last.count

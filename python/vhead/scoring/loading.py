@@ -76,7 +76,10 @@ def _load(
 
 
 def _check_complete(model: Any, path: str | Path) -> None:
-    """Layers that the checkpoint lacks are drawn at random; a language-model head is only missed where it is used."""
+    """Refuses a model some of whose layers were drawn at random, because the checkpoint lacks them.
+
+    A language-model head that is missing is reported only where it is used.
+    """
     from vhead.modeling.loading import trunk_names  # imports transformers
 
     missing = sorted(trunk_names(model.pretrained_model, set(model.untrained)))

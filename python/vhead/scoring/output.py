@@ -5,7 +5,7 @@ What a run finds under its output's name, and does about it:
 | | neither option | `--resume` | `--overwrite` | both |
 |---|---|---|---|---|
 | nothing | starts | starts | starts | starts |
-| a part of the same run | refuses | goes on | starts anew | goes on |
+| a part of the same run | refuses | continues | starts anew | continues |
 | the finished output of the same run | refuses | says so | starts anew | says so |
 | a part of another run | refuses | refuses | starts anew | refuses |
 | another output | refuses | refuses | starts anew | starts anew |
@@ -49,11 +49,11 @@ class Writer(Protocol):
 
 
 class Output:
-    """Scores as JSON Lines to a stream, of which nothing is noted.
+    """Writes scores as JSON Lines to a stream, and notes nothing about it.
 
     Args:
         stream: What is appended to.
-        suffix: Stands behind the names of the scores' columns.
+        suffix: Added to the names of the scores' columns.
 
     Attributes:
         journal: What is done, and with which settings; None where nothing is noted, and before `begin`.
@@ -69,11 +69,11 @@ class Output:
 
     @property
     def kept(self) -> Path | None:
-        """Where the part is that was finished, when writing stopped early."""
+        """Where the finished part is if writing stopped early, or None."""
         return None
 
     def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
-        """Goes on where an earlier run stopped, or starts.
+        """Continues where an earlier run stopped, or starts.
 
         Args:
             settings: What the scores depend on, as JSON has it.
@@ -124,7 +124,7 @@ class Output:
         """
 
     def _done(self, last: Row | None) -> None:
-        """Everything up to a record is written."""
+        """Takes note that everything up to a record is written."""
 
     def __enter__(self) -> Self:
         return self
@@ -139,12 +139,12 @@ class OutputFile(Output):
     """A file of scores that appears under its own name only when it is complete.
 
     Until then it grows as `NAME.partial` beside it, and `.NAME.journal` notes how far it has come, so that another run
-    can go on. The journal stays beside the finished output and says what that was made with.
+    can continue it. The journal stays beside the finished output and says what that was made with.
 
     Args:
         path: The output's name.
-        suffix: Stands behind the names of the scores' columns.
-        resume: Whether to go on with what an earlier run of the same settings and input left.
+        suffix: Added to the names of the scores' columns.
+        resume: Whether to continue what an earlier run of the same settings and input left.
         overwrite: Whether to replace what earlier runs left.
 
     Raises:
@@ -172,11 +172,11 @@ class OutputFile(Output):
 
     @property
     def kept(self) -> Path | None:
-        """Where the part is that was finished, when writing stopped early."""
+        """Where the finished part is if writing stopped early, or None."""
         return self.partial if self.journal is not None and self.journal.records and self.partial.exists() else None
 
     def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
-        """Goes on where an earlier run stopped, or starts; as `Output.begin` says."""
+        """Continues where an earlier run stopped, or starts; as `Output.begin` says."""
         journal = self._earlier(settings) if self._resume else None
         if self.finished:
             self.journal = journal
@@ -201,7 +201,7 @@ class OutputFile(Output):
         return JsonlWriter(self._part, self._suffix)
 
     def _complete(self, nothing: Scores) -> None:
-        """The lines are complete as they are."""
+        """Gives the part the output's name: lines are complete as they are."""
         self._note_published(self._part)
         self.partial.replace(self.path)
 
@@ -234,7 +234,7 @@ class OutputFile(Output):
                 )
 
     def _announce(self) -> None:
-        """Notes who is at it, for a run that comes while the model is read."""
+        """Notes which run is writing, for another one that comes while this one still reads the model."""
         with suppress(ResumeError, OSError):
             journal = Journal.load(self._notes)
             if journal is not None:
@@ -244,7 +244,7 @@ class OutputFile(Output):
                 self._announced = True
 
     def _earlier(self, settings: Mapping[str, object]) -> Journal | None:
-        """What an earlier run noted, when this one can go on with it; None where there was none."""
+        """What an earlier run noted, if this one can continue it; None where there was none."""
         journal = Journal.load(self._notes)
         if journal is not None and self._is_published(journal):
             try:
@@ -287,7 +287,7 @@ class OutputFile(Output):
             self._note()
 
     def _note(self) -> None:
-        """Notes how far the output has come, after it has come there: on the disk, not just in its cache."""
+        """Notes how far the output has come, once all of that is on the disk and not only in its cache."""
         if self.journal is not None and self.journal != self._noted:
             self._part.sync()
             self._save()
@@ -307,13 +307,13 @@ class OutputFile(Output):
             self._release()
 
     def _release(self) -> None:
-        """Lets go of the part, which stays when records are done in it."""
+        """Closes the part, and deletes it unless records in it are done."""
         if self.journal is None:
             nothing = self._part.is_empty
             unannounced = self._announced
         else:
             nothing = unannounced = not self.journal.records and self.journal.published is None
-        # The part of an output that this run published has that name no more; what has its old name is another run's.
+        # Once this run has published its output, the part's old name may already be that of another run's part.
         if nothing or self.finished:
             self.partial.unlink(missing_ok=True)
         if unannounced:

@@ -52,7 +52,7 @@ class Shape:
     """What records hold in one place.
 
     Attributes:
-        kind: Of which kind it is.
+        kind: What kind of values there are.
         where: The first record that holds something of this kind there.
         least: The smallest whole number; None for other kinds.
         most: The largest whole number; None for other kinds.
@@ -73,7 +73,7 @@ class Shape:
         return self.most is not None and self.most.number > _LARGEST_SIGNED
 
     def to_json(self) -> list[Any]:
-        """As lists, for JSON."""
+        """The shape as lists, for JSON."""
         bounds = [None if bound is None else [bound.number, bound.where] for bound in (self.least, self.most)]
         items = None if self.items is None else self.items.to_json()
         members = {name: member.to_json() for name, member in self.members.items()}
@@ -81,7 +81,7 @@ class Shape:
 
     @classmethod
     def from_json(cls, content: Sequence[Any]) -> "Shape":
-        """The reverse of `to_json`."""
+        """The shape that `to_json` made lists of."""
         kind, where, least, most, items, members = content
         return cls(
             kind=Kind[kind],
