@@ -54,6 +54,11 @@ class HeadWeights:
         return self.layers[-1].bias_or_zeros
 
     @property
+    def sizes(self) -> list[int]:
+        """The sizes around the projections: H, those between two of them, K."""
+        return [self.hidden_size, *(layer.weight.shape[0] for layer in self.layers)]
+
+    @property
     def hidden_size(self) -> int:
         """Elements of the hidden state that the head reads: H."""
         return self.layers[0].weight.shape[1]

@@ -202,6 +202,9 @@ class ValueHead(nn.Module):
             intermediate_size=head.intermediate_size,
             **arguments,
         )
+        kind = head_for(head)
+        if module.kind is not kind:
+            module.summary = kind.build([module.hidden_size, *head.sizes[1:]])
         module.load(head)
         return module
 

@@ -84,7 +84,7 @@ def test_weights_may_be_halves_views_and_tensors():
     assert head.bias.tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("again", [lambda head: pickle.loads(pickle.dumps(head)), copy.copy, copy.deepcopy])  # noqa: S301
+@pytest.mark.parametrize("again", [lambda head: pickle.loads(pickle.dumps(head)), copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("bias", [True, False])
 def test_copies_and_pickles_are_the_same_head(again, bias):
     head, hidden = make_head(3, 96, bias=bias, num_threads=2), random_floats(4, 96)

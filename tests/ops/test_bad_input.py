@@ -138,6 +138,6 @@ def test_panics_become_exceptions(two_threads) -> None:
         with pytest.raises(errors.KernelPanicError, match="a kernel failed inside: on purpose") as caught:
             _native.panic_on_purpose(tasks)
         assert isinstance(caught.value, RuntimeError)
-        copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301, our own bytes
+        copy = pickle.loads(pickle.dumps(caught.value))
         assert str(copy) == str(caught.value)
         assert len(_native.worker_threads(8)) == 8

@@ -35,8 +35,8 @@ def trl_absence() -> str | None:
 def _trl_class() -> type[torch.nn.Module]:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
-        from trl.experimental.ppo.modeling_value_head import ValueHead  # noqa: PLC0415, optional and slow
+        from trl.experimental.ppo.modeling_value_head import ValueHead
     except ModuleNotFoundError:
-        from trl.models.modeling_value_head import ValueHead  # noqa: PLC0415, where it was before trl 1.0
+        from trl.models.modeling_value_head import ValueHead
     kind: type[torch.nn.Module] = ValueHead
     return kind

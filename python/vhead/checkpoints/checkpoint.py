@@ -27,14 +27,13 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
+from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from vhead.checkpoints.tensor_files import TensorFile, TensorInfo, open_tensors, unpickles_safely
 from vhead.errors import HeadFileError, LoadError
 
 _SHARD_NAME = re.compile(r"[^/\\\0]+\.(?:safetensors|bin)")
 
 # An adapter's files, as peft names them.
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_HEAD_FILE = "value_head.safetensors"
 _CONFIG_FILES = ("config.json", ADAPTER_CONFIG)
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-_ADAPTER = "adapter_config.json"
+from vhead.checkpoints import ADAPTER_CONFIG
 
 
 def identity(location: str, what: str) -> dict[str, str]:
@@ -32,7 +32,7 @@ def _digests(path: Path) -> Iterator[tuple[str, str]]:
     for file in files:
         with file.open("rb") as content:
             yield file.name, hashlib.file_digest(content, "sha256").hexdigest()
-    if base := _base(path / _ADAPTER):
+    if base := _base(path / ADAPTER_CONFIG):
         yield from identity(base, "base").items()
 
 
@@ -49,6 +49,6 @@ def _commit(location: str) -> str:
     from vhead.checkpoints.checkpoint import Checkpoint  # imports torch
 
     checkpoint = Checkpoint(location)
-    path = checkpoint.path("config.json") or checkpoint.path(_ADAPTER)
+    path = checkpoint.path("config.json") or checkpoint.path(ADAPTER_CONFIG)
     # Files of the hub's cache lie in a folder that is called by their commit.
     return location if path is None else f"{location} at {path.parent.name}"

@@ -1,5 +1,6 @@
 """The commands and what they share."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, cast
 
@@ -29,21 +30,32 @@ class _Commands(TyperGroup):
             raise
 
 
-app = typer.Typer(
-    name="vhead",
-    cls=_Commands,
-    help="Score rollouts with a language model and its value head.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: `vhead score rollouts.jsonl --model ./critic --output scores.parquet`",
-)
-app.command("score")(score)
-app.command("convert")(convert)
-app.command("demo")(demo)
-app.command("bench")(bench)
-app.command("env")(environment)
+# A new command is one more entry, and a module that parses and prints.
+COMMANDS: dict[str, Callable[..., object]] = {
+    "score": score,
+    "convert": convert,
+    "demo": demo,
+    "bench": bench,
+    "env": environment,
+}
+
+
+def app_of(commands: dict[str, Callable[..., object]]) -> typer.Typer:
+    """The command line with these commands."""
+    made = typer.Typer(
+        name="vhead",
+        cls=_Commands,
+        help="Score rollouts with a language model and its value head.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="Example: `vhead score rollouts.jsonl --model ./critic --output scores.parquet`",
+    )
+    for name, command in commands.items():
+        made.command(name)(command)
+    made.callback()(options)
+    return made
 
 
 def _show_version(asked: bool) -> None:  # noqa: FBT001, typer's callbacks take a value
@@ -52,7 +64,6 @@ def _show_version(asked: bool) -> None:  # noqa: FBT001, typer's callbacks take 
         raise typer.Exit
 
 
-@app.callback()
 def options(
     *,
     _version: Annotated[
@@ -60,3 +71,6 @@ def options(
     ] = False,
 ) -> None:
     """Score rollouts with a language model and its value head."""
+
+
+app = app_of(COMMANDS)

@@ -60,6 +60,7 @@ def score(
     device: option.Device = None,
     token_budget: option.TokenBudget = None,
     chunk_tokens: option.ChunkTokens = None,
+    window_tokens: option.OldChunkTokens = None,
     num_threads: option.NumThreads = None,
     attention: option.AttentionOption = None,
     batch_invariant: option.BatchInvariant = False,
@@ -94,6 +95,8 @@ def score(
     - `cat rollouts.jsonl | vhead score - --model ./critic --output - --on-error skip | jq .reward`
     """
     with reported():
+        if window_tokens is not None:
+            say("--window-tokens is now called --chunk-tokens")
         request = option.ScoreRequest(
             source=source,
             model=model,
@@ -110,7 +113,7 @@ def score(
             },
             options={
                 "token_budget": token_budget,
-                "chunk_tokens": chunk_tokens,
+                "chunk_tokens": chunk_tokens or window_tokens,
                 "num_threads": num_threads,
                 "attention": None if attention is None else attention.value,
                 "batch_invariant": batch_invariant,

@@ -99,12 +99,12 @@ ChunkTokens = Annotated[
     int | None,
     typer.Option(
         "--chunk-tokens",
-        "--window-tokens",
         min=1,
         metavar="N",
         help="Tokens of rollouts that are read at once, among which shared prompts are found. Default: eight batches.",
     ),
 ]
+OldChunkTokens = Annotated[int | None, typer.Option("--window-tokens", min=1, hidden=True)]
 NumThreads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads. Default: those that this process may use."),

@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadError
 from vhead.formats.carrying import carried, copy_files
 from vhead.formats.layout import Format, Sighting

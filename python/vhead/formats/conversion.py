@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint
+from vhead.checkpoints import ADAPTER_CONFIG
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.checkpoints.config_bounds import bounded_by, check_config
 from vhead.checkpoints.replacing import replacing_folder
 from vhead.errors import HeadError, HeadFileError, HeadMismatchError, loading

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vhead.backbone.placement import last_hidden_device
-from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError, loading
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
 from vhead.formats.adapter_conversion import (

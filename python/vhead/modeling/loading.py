@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vhead.backbone.hidden_states import without_adapter
-from vhead.checkpoints.checkpoint import ADAPTER_CONFIG, Checkpoint, LocationArguments, quiet_about
+from vhead.checkpoints import ADAPTER_CONFIG
+from vhead.checkpoints.checkpoint import Checkpoint, LocationArguments, quiet_about
 from vhead.checkpoints.config_bounds import bounded_by, check_config, is_layer_count
 from vhead.errors import AdapterError, BodyMismatchError, HeadMismatchError, LoadError, loading
 from vhead.formats import VERL_MEGATRON, HeadWeights

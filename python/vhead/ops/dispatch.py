@@ -134,7 +134,7 @@ class Operation:
         self.backward_operator = getattr(operators, f"{implementation.name}_backward").default
         self._function, self._transformed = _functions(self)
 
-    def __call__(self, *inputs: Any) -> Tensor:  # noqa: ANN401, the operator's arguments
+    def __call__(self, *inputs: Any) -> Tensor:
         """The way that fits."""
         tensors = [x for x in inputs[: len(self._tensors)] if x is not None]
         if SETTINGS.plain_torch or forward_mode() or not all(_has_kernels(tensor) for tensor in tensors):
@@ -149,34 +149,34 @@ class Operation:
             return cast("Tensor", self._function.apply(*inputs))
         return self.eager(*inputs)
 
-    def eager(self, *inputs: Any) -> Tensor:  # noqa: ANN401
+    def eager(self, *inputs: Any) -> Tensor:
         """Forward on plain tensors, without a graph."""
         if inputs[0].is_cpu:
             return self._of.forward(*_resolved(inputs))
         return self._cuda_forward(*inputs)
 
-    def _cuda_forward(self, *inputs: Any) -> Tensor:  # noqa: ANN401
+    def _cuda_forward(self, *inputs: Any) -> Tensor:
         """On a device with kernels, by them; on any other, plain."""
         return self._of.cuda_forward(*_resolved(inputs)) if has_cuda_kernels(inputs[0]) else self._of.plain(*inputs)
 
-    def _cuda_backward(self, *inputs: Any) -> Gradients:  # noqa: ANN401
+    def _cuda_backward(self, *inputs: Any) -> Gradients:
         native = has_cuda_kernels(inputs[1])
         return self._of.cuda_backward(*_resolved(inputs)) if native else self._of.plain_backward(*inputs)
 
-    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401, ARG002, torch's protocol
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps for backward what it needs."""
         *_, dropout_p, seed = inputs
         ctx.save_for_backward(*(inputs[i] for i in self._saved), seed)
         ctx.dropout_p = dropout_p
 
-    def differentiate(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, torch's protocol
+    def differentiate(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for the operator's arguments."""
         *saved, seed = ctx.saved_tensors
         needed = tuple(ctx.needs_input_grad[: len(self._tensors)])
         # Autograd itself casts a gradient to its parameter's dtype.
         return *self._gradients(grad, *saved, ctx.dropout_p, seed, needed), None, None
 
-    def _gradients(self, *inputs: Any) -> Gradients:  # noqa: ANN401
+    def _gradients(self, *inputs: Any) -> Gradients:
         """Gradients where needed, by differentiable operations where they may be asked again."""
         tensors = [x for x in inputs[: len(self._saved) + 1] if x is not None]
         differentiable = torch.is_grad_enabled() or (not is_dynamo_compiling() and _functorch_layer() is not None)
@@ -187,7 +187,7 @@ class Operation:
             return tuple(g if n else None for g, n in zip(gradients, inputs[-1], strict=True))
         return self._of.backward(*_resolved(inputs)) if tensors[1].is_cpu else self._cuda_backward(*inputs)
 
-    def vmap(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:  # noqa: ANN401
+    def vmap(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         """The loop over samples that vmap means, as one call where that numbers the mask's rows the same way."""
         hidden, *_, seed = inputs
         if seed is None and in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
@@ -198,7 +198,7 @@ class Operation:
         ]
         return torch.stack(samples), 0
 
-    def _register(self) -> Any:  # noqa: ANN401, torch's library object
+    def _register(self) -> Any:
         of = self._of
         library: Any = torch.library.Library("vhead", "FRAGMENT")  # type: ignore[no-untyped-call]
         rest, count = "float dropout_p, Tensor? seed", len(self._tensors)
@@ -227,13 +227,13 @@ def _argument_name(declaration: str) -> str:
     return declaration.rpartition(" ")[2]
 
 
-def _all_gradients(compute: Callable[..., Gradients], *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _all_gradients(compute: Callable[..., Gradients], *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients as an operator must return them: an empty tensor where one is not needed."""
     hidden = inputs[1]
     return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in compute(*inputs))
 
 
-def _fake_gradients(every: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _fake_gradients(every: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
     hidden, needed = inputs[1], inputs[-1]
     return tuple(g if need else hidden.new_empty(0) for g, need in zip(every(*inputs[1:-3]), needed, strict=True))
 
@@ -245,12 +245,12 @@ def _functions(operation: Operation) -> tuple[Any, Any]:
     transforms ask for that and for a rule for vmap.
     """
 
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # noqa: ANN401, torch's protocol
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         values = operation.eager(*inputs)
         operation.save(ctx, inputs, values)
         return values
 
-    def transformed(*inputs: Any) -> Tensor:  # noqa: ANN401, torch's protocol
+    def transformed(*inputs: Any) -> Tensor:
         return cast("Tensor", operation.operator(*inputs))
 
     backward = staticmethod(operation.differentiate)

@@ -63,7 +63,7 @@ def _replicated_like(hidden: Tensor, keep: Tensor) -> Tensor:
     return cast("Tensor", sharding.DTensor.from_local(keep, hidden.device_mesh, placements, run_check=False))
 
 
-def sharding_module() -> Any:  # noqa: ANN401, a module that only sharding programs import
+def sharding_module() -> Any:
     """Where DTensor lives, in programs that use it."""
     module = sys.modules.get("torch.distributed.tensor")
     # Torch 2.4 has a module of this name as well, and DTensor elsewhere.

@@ -106,7 +106,7 @@ def _plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float
         return values.squeeze(-1) if _outputs(weight) == 1 else values
 
 
-def _plain_backward(  # noqa: PLR0917, the operator's schema
+def _plain_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, needed: tuple[bool, ...]
 ) -> Gradients:
     with own_precision(hidden):
@@ -130,7 +130,7 @@ def _masked(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * keep
 
 
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:  # noqa: ARG001
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     outputs = _outputs(weight)
     sizes = hidden.shape[:-1] if outputs == 1 else (*hidden.shape[:-1], outputs)
     return hidden.new_empty(sizes, dtype=torch.float32)

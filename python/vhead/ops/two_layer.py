@@ -75,7 +75,7 @@ def _check_tensors(
     _check_layer(("weight2", "K"), weight2, "bias2", bias2, hidden, weight1.shape[0])
 
 
-def _check_layer(  # noqa: PLR0917, a layer's parts
+def _check_layer(
     names: tuple[str, str], weight: Tensor, bias_name: str, bias: Tensor | None, hidden: Tensor, columns: int
 ) -> None:
     name, rows = names
@@ -93,7 +93,7 @@ def _check_layer(  # noqa: PLR0917, a layer's parts
 # --- Plain torch -----------------------------------------------------------------------------------------------------
 
 
-def _plain(  # noqa: PLR0917, the operator's schema
+def _plain(
     hidden: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -130,7 +130,7 @@ def _before_relu(kept: Tensor, weight1: Tensor, bias1: Tensor | None, dropout_p:
     return sums if bias1 is None else sums + bias1.to(kept.dtype)
 
 
-def _plain_backward(  # noqa: PLR0917, the operator's schema
+def _plain_backward(
     grad: Tensor,
     hidden: Tensor,
     weight1: Tensor,
@@ -156,7 +156,7 @@ def _plain_backward(  # noqa: PLR0917, the operator's schema
         return *of_first, of_weight2, of_bias2
 
 
-def _first_layer_gradients(  # noqa: PLR0917, what the layer was computed from
+def _first_layer_gradients(
     before: Tensor,
     kept: Tensor,
     hidden: Tensor,
@@ -181,7 +181,7 @@ def _first_layer_gradients(  # noqa: PLR0917, what the layer was computed from
 # --- CUDA: torch's product for the first layer, whose order of additions is torch's, and the kernel for the second ----
 
 
-def _cuda_forward(  # noqa: PLR0917, the operator's schema
+def _cuda_forward(
     hidden: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -196,7 +196,7 @@ def _cuda_forward(  # noqa: PLR0917, the operator's schema
         return _native.cuda_value_head(activations, weight2, bias2)
 
 
-def _cuda_backward(  # noqa: PLR0917, the operator's schema
+def _cuda_backward(
     grad: Tensor,
     hidden: Tensor,
     weight1: Tensor,
@@ -221,7 +221,7 @@ def _cuda_backward(  # noqa: PLR0917, the operator's schema
 # --- Native ----------------------------------------------------------------------------------------------------------
 
 
-def _backward(  # noqa: PLR0917, the operator's schema
+def _backward(
     grad: Tensor,
     hidden: Tensor,
     weight1: Tensor,
@@ -281,14 +281,14 @@ class _Sums:
 # --- The dispatcher --------------------------------------------------------------------------------------------------
 
 
-def _fake(  # noqa: PLR0917, the operator's schema
+def _fake(
     hidden: Tensor,
-    weight1: Tensor,  # noqa: ARG001
-    bias1: Tensor | None,  # noqa: ARG001
+    weight1: Tensor,
+    bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Tensor | None,  # noqa: ARG001
-    dropout_p: float,  # noqa: ARG001
-    seed: Tensor | None,  # noqa: ARG001
+    bias2: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     outputs = weight2.shape[0]
     sizes = hidden.shape[:-1] if outputs == 1 else (*hidden.shape[:-1], outputs)

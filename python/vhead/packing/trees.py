@@ -138,7 +138,7 @@ class _Builder:
 
     def _reset(self) -> None:
         self.size = 0
-        self._path: list[Range] = []
+        self._path: tuple[Range, ...] = ()
         self._places: list[int] = []
         self._paths: list[tuple[Range, ...]] = []
         self._segments: list[Segment] = []
@@ -151,7 +151,7 @@ class _Builder:
 
     def leave_tree(self) -> None:
         """Ends a tree: the sequence that comes next shares nothing with those before."""
-        self._path = []
+        self._path = ()
 
     def add(self, place: int, shared: int) -> None:
         """Adds a sequence that begins with the first `shared` tokens of the one before."""
@@ -159,13 +159,13 @@ class _Builder:
         path = _first(self._path, shared)
         start, stop = self.size, self.size + len(tokens) - shared
         if stop > start:
-            self._segments.append(Segment(start, stop, tuple(path)))
+            self._segments.append(Segment(start, stop, path))
             self._tokens.append(tokens[shared:])
             self._positions.append(self._counted[shared : len(tokens)])
-            path = _joined(path, (start, stop))
+            path = joined(path, (start, stop))
         self._path, self.size = path, stop
         self._places.append(place)
-        self._paths.append(tuple(path))
+        self._paths.append(path)
 
     def _fill(self, rows: int) -> None:
         """Adds rows that nobody reads: tokens of the pack again, since any others might mean something to the model."""
@@ -188,7 +188,7 @@ class _Builder:
         return pack
 
 
-def _first(path: Sequence[Range], length: int) -> list[Range]:
+def _first(path: Sequence[Range], length: int) -> tuple[Range, ...]:
     """The first `length` rows of a path."""
     kept: list[Range] = []
     for start, stop in path:
@@ -196,11 +196,11 @@ def _first(path: Sequence[Range], length: int) -> list[Range]:
             break
         kept.append((start, min(stop, start + length)))
         length -= stop - start
-    return kept
+    return tuple(kept)
 
 
-def _joined(path: list[Range], rows: Range) -> list[Range]:
+def joined(path: Sequence[Range], rows: Range) -> tuple[Range, ...]:
     """A path that goes on with these rows, as one range where they follow each other."""
     if path and path[-1][1] == rows[0]:
-        return [*path[:-1], (path[-1][0], rows[1])]
-    return [*path, rows]
+        return (*path[:-1], (path[-1][0], rows[1]))
+    return (*path, rows)

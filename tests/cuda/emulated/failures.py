@@ -36,7 +36,7 @@ def test_a_failed_launch_names_the_kernel(monkeypatch, driver) -> None:
     expected = r"vhead_forward_float32_vector was not launched: cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED \(719\)"
     with pytest.raises(CudaError, match=expected) as caught:
         forward()
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301, our own bytes
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert driver.launches() == []
     monkeypatch.delenv("VHEAD_MOCK_FAIL")
     assert forward().shape == (3,)

@@ -58,7 +58,7 @@ class BackwardInputs(NamedTuple):
         return Inputs(*tensors, self.temperature, self.softcap, self.scale, batch_invariant=False)
 
 
-def checked(  # noqa: PLR0917, those of the public functions
+def checked(
     hidden: Tensor,
     lm_head_weight: Tensor,
     targets: Tensor,

@@ -18,7 +18,7 @@ class CpuKernels:
     # Bytes of hidden states that are upcast at once.
     UPCAST_BYTES = 16 << 20
 
-    def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:  # noqa: ARG002, other kernels ask
+    def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Torch multiplies float32 only: half precisions are upcast, a chunk of rows and a tile's weight at a time."""
         half = hidden.dtype != torch.float32
         chunk = max(1, self.UPCAST_BYTES // (4 * hidden.shape[1]) if half else len(hidden))

@@ -20,7 +20,7 @@ class CudaKernels:
     # Bytes of weight that are upcast at once, where torch cannot multiply half precisions into float32.
     UPCAST_BYTES = 64 << 20
 
-    def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:  # noqa: ARG002, refused before
+    def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Half precisions are multiplied as they are where torch can, else upcast."""
         if _are_multiplied_as_they_are(hidden, weight):
             rows = min(self.ROWS, max(1, len(hidden)))

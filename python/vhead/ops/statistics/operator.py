@@ -14,7 +14,7 @@ from vhead.ops.statistics.tiles import Sums
 from vhead.ops.statistics.twin import backward_again, backward_in_rows, forward_in_rows
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, the operator's schema
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The four statistics, and for backward the largest logits and the logarithms of the sums relative to them."""
     inputs = Inputs(*arguments)
     hidden, weight = inputs.hidden, inputs.weight
@@ -30,7 +30,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, the operato
     return logprobs, entropy, log_sum_p_squared, is_top1.bool(), peak, log_sum
 
 
-def backward(*arguments: Any) -> Gradients:  # noqa: ANN401, the operator's schema
+def backward(*arguments: Any) -> Gradients:
     """Gradients for (hidden, weight, bias) where needed, from tiles that are computed again."""
     inputs = BackwardInputs(*arguments)
     hidden, weight = inputs.hidden, inputs.weight
@@ -45,14 +45,14 @@ def backward(*arguments: Any) -> Gradients:  # noqa: ANN401, the operator's sche
         return sums.gradients(differences.factor)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401, torch's protocol
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, bias, *ctx.numbers, _ = inputs
     _, entropy, log_sum_p_squared, is_top1, peak, log_sum = output
     ctx.mark_non_differentiable(log_sum_p_squared, is_top1, peak, log_sum)
     ctx.save_for_backward(hidden, weight, targets, bias, peak, log_sum, entropy)
 
 
-def _differentiate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _differentiate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
     needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     arguments = BackwardInputs._make((grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.numbers, needed))
     if torch.is_grad_enabled():
@@ -70,7 +70,7 @@ class Differentiable(torch.autograd.Function):
     """Eager autograd."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, torch's protocol
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         """The operator's results."""
         output = forward(*inputs)
         _save(ctx, inputs, output)
@@ -82,19 +82,19 @@ class Differentiable(torch.autograd.Function):
 # --- The dispatcher --------------------------------------------------------------------------------------------------
 
 
-def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, the operator's schema
+def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtype = precision(hidden, weight)
     kinds = (dtype, dtype, dtype, torch.bool, dtype, dtype)
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=kind) for kind in kinds)
 
 
-def _whole_backward(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, the operator's schema
+def _whole_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Gradients as an operator must return them: an empty tensor where one is not needed."""
     hidden = arguments[2]
     return tuple(hidden.new_empty(0) if g is None else g for g in backward(*arguments))
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401, the operator's schema
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, needed = arguments[2], arguments[3], arguments[-1]
     of_bias = hidden.new_empty(weight.shape[:1], dtype=precision(hidden, weight))
     whole = (hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), of_bias)

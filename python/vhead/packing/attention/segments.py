@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from vhead.backbone.placement import to_device
 from vhead.packing.attention.visibility import Visibility
-from vhead.packing.trees import Range, Segment
+from vhead.packing.trees import Range, Segment, joined
 
 # Queries that are looked at together: more of them need a larger mask, and compute more that it hides.
 _QUERY_BLOCK = 512
@@ -79,7 +79,7 @@ def pieces(segments: Sequence[Segment], window: int | None) -> Iterator[Piece]:
     for segment in segments:
         for start in range(segment.start, segment.stop, _QUERY_BLOCK):
             stop = min(start + _QUERY_BLOCK, segment.stop)
-            keys = _joined(segment.path, (segment.start, stop))
+            keys = joined(segment.path, (segment.start, stop))
             if window is not None:
                 keys = _last(keys, window - 1 + stop - start)
             yield Piece(start, stop, keys, stop - start, sum(stop - start for start, stop in keys))
@@ -337,13 +337,6 @@ def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
 def _repeated(states: Tensor, count: int) -> Tensor:
     """Each head `count` times, one after the other."""
     return states if count == 1 else states.repeat_interleave(count, dim=1)
-
-
-def _joined(path: tuple[Range, ...], rows: Range) -> tuple[Range, ...]:
-    """A path that goes on with these rows, as one range where they follow each other."""
-    if path and path[-1][1] == rows[0]:
-        return (*path[:-1], (path[-1][0], rows[1]))
-    return (*path, rows)
 
 
 def _last(ranges: tuple[Range, ...], count: int) -> tuple[Range, ...]:

@@ -1,0 +1,136 @@
+"""What CONTRIBUTING says about additions: a toy head kind, format and command, each added in its one place."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig
+
+from tests.typer_runner import RUNNER
+from vhead import Rollout, Scorer, ValueHead, formats, heads
+from vhead.cli.app import COMMANDS, app_of
+from vhead.cli.terminal import show
+from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
+from vhead.formats import registry
+from vhead.formats.layout import Format, LinearNames, sightings
+from vhead.head_weights import HeadWeights, LinearWeights
+from vhead.heads import HEAD_KINDS, HeadKind, head_for
+from vhead.modeling import AutoModelForCausalLMWithValueHead
+
+H, FIRST, SECOND = 16, 8, 4
+TOY_NAMES = (LinearNames("critic_tower.weight", "critic_tower.bias"),)
+
+
+def drawn(*sizes):
+    """A trained head with projections between these sizes."""
+    layers = tuple(LinearWeights(torch.randn(b, a), torch.randn(b)) for a, b in pairwise(sizes))
+    return HeadWeights(layers, format="toy", source="a test")
+
+
+def three_linears(sizes):
+    linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    return nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2])
+
+
+def three_layer_values(hidden, summary, dropout_p):
+    values = summary(nn.functional.dropout(hidden.float(), dropout_p))
+    return values.squeeze(-1) if values.shape[-1] == 1 else values
+
+
+TOY_KIND = HeadKind(
+    name="three_layer",
+    places=("0", "2", "4"),
+    build=three_linears,
+    is_plain=lambda module: type(module) is nn.Sequential and len(module) == 5,
+    values=three_layer_values,
+)
+
+
+class TestHeadKind:
+    def config(self):
+        return LlamaConfig(
+            hidden_size=H, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+        )
+
+    def test_one_entry_of_the_table_is_enough(self, monkeypatch):
+        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        weights = drawn(H, FIRST, SECOND, 1)
+        assert head_for(weights) is TOY_KIND
+        head = ValueHead.like(weights, self.config(), summary_dropout_prob=0.0)
+        hidden = torch.randn(3, 5, H)
+        first, second, third = weights.layers
+        expected = torch.tanh(hidden @ first.weight.T + first.bias) @ second.weight.T + second.bias
+        expected = torch.tanh(expected) @ third.weight.T + third.bias
+        assert torch.allclose(head(hidden), expected, atol=1e-5)
+        assert head.kind is TOY_KIND
+        assert head.weights().sizes == [H, FIRST, SECOND, 1]
+
+    def test_a_model_and_a_scorer_take_it(self, monkeypatch):
+        from transformers import LlamaForCausalLM
+
+        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        model = AutoModelForCausalLMWithValueHead(LlamaForCausalLM(self.config())).eval()
+        model.v_head = ValueHead.like(drawn(H, FIRST, SECOND, 1), self.config())
+        model.eval()
+        score = Scorer(model).score([Rollout([1, 2], [3, 4, 5])])[0]
+        expected = model(torch.tensor([[1, 2, 3, 4, 5]])).value[0, 1:-1].detach()
+        assert torch.allclose(torch.from_numpy(score.values), expected, atol=1e-4)
+
+    def test_without_the_entry_it_is_refused_with_those_there_are(self):
+        with pytest.raises(HeadError, match=r"a test: .* value_head \(1\), two_layer \(2\), found 3"):
+            head_for(drawn(H, FIRST, SECOND, 1))
+
+
+TOY_FORMAT = Format(
+    name="toy",
+    frameworks="a test",
+    find=lambda checkpoint: sightings(
+        checkpoint, "critic_tower", (LinearNames("weight", "bias"),), "{root} is what the toy calls its head"
+    ),
+    layouts=(TOY_NAMES,),
+)
+
+
+class TestFormat:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        head = drawn(H, 1).layers[0]
+        save_file({"critic_tower.weight": head.weight, "critic_tower.bias": head.bias}, tmp_path / "model.safetensors")
+        return tmp_path, head
+
+    def test_one_entry_of_the_table_is_enough(self, monkeypatch, folder):
+        path, head = folder
+        monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, TOY_FORMAT))
+        assert formats.detect(path).format == "toy"
+        loaded = formats.load(path)
+        assert torch.equal(loaded.weight, head.weight)
+        formats.save(loaded, path / "copy.safetensors", format="toy")
+        assert torch.equal(formats.load(path / "copy.safetensors").bias, head.bias)
+        done = RUNNER.invoke(
+            app_of(COMMANDS), ["convert", str(path), str(path / "own.safetensors"), "--format", "vhead"]
+        )
+        assert done.exit_code == 0, done.stderr
+        assert torch.equal(formats.load(path / "own.safetensors").weight, head.weight)
+
+    def test_without_the_entry_the_head_is_not_found(self, folder):
+        with pytest.raises((HeadNotFoundError, HeadMismatchError)):
+            formats.load(folder[0])
+
+
+def count(source: str) -> None:
+    """Count the characters of a text."""
+    show(str(len(source)))
+
+
+class TestCommand:
+    def test_one_entry_of_the_table_is_enough(self):
+        app = app_of(COMMANDS | {"count": count})
+        assert RUNNER.invoke(app, ["count", "four"]).output == "4\n"
+        assert "Count the characters of a text." in RUNNER.invoke(app, ["--help"]).output
+
+    def test_without_the_entry_there_is_no_such_command(self):
+        done = RUNNER.invoke(app_of(COMMANDS), ["count", "four"])
+        assert done.exit_code == 2
+        assert "count" in done.stderr
