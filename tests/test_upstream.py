@@ -123,7 +123,7 @@ def test_a_name_that_a_release_drops_is_missed_and_said_once(monkeypatch, caplog
     assert not upstream.available("torch.nn.Linear.gone")
     assert not upstream.available("torch.nn.Linear.gone")
     assert [r.getMessage() for r in caplog.records] == [
-        f"torch {version('torch')} lacks torch.nn.Linear.gone, which vhead uses for a test; it does without"
+        f"torch {version('torch')} has no torch.nn.Linear.gone, which vhead uses for a test; vhead goes on without it"
     ]
 
 
@@ -201,7 +201,7 @@ class TestNothingFallsBackInSilence:
         assert plan.strategy == "length-sorted batches"
         assert plan.rejected["prefix cache"] == "TypeError: forward() got an unexpected keyword argument 'cache'"
         assert [record.getMessage() for record in caplog.records] == [
-            "LlamaForCausalLM is not scored by prefix cache, which failed on a trial: "
+            "LlamaForCausalLM is not scored by prefix cache, which failed when it was tried: "
             "TypeError: forward() got an unexpected keyword argument 'cache'"
         ]
 

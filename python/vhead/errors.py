@@ -25,7 +25,7 @@ class HeadMismatchError(HeadError):
 
 
 class LoadError(VheadError, OSError, ValueError):
-    """Another package could not load what a folder or a file holds; the message names it, the cause is that error."""
+    """Another package could not load a folder or a file. The message names it; `__cause__` is the original error."""
 
 
 class HeadFileError(HeadError):
@@ -33,7 +33,7 @@ class HeadFileError(HeadError):
 
 
 class ReferenceModelError(VheadError, ValueError):
-    """A reference model cannot be made as asked."""
+    """A reference model cannot be made with these arguments."""
 
 
 class RecordError(VheadError, ValueError):
@@ -112,8 +112,8 @@ class MissingFieldError(VheadError, AttributeError):
 
     def __init__(self, field: str, present: tuple[str, ...]) -> None:
         super().__init__(
-            f"{field}: expected one of the fields that were asked for ({', '.join(present)}), got another one; "
-            "`returns` names what is computed"
+            f"{field}: expected one of the fields that were computed ({', '.join(present)}); "
+            "ask for more in `returns` when you score"
         )
         self.field = field
         self.present = present
@@ -127,15 +127,15 @@ class HeadNotFoundError(HeadError):
 
 
 class EnvironmentVariableError(VheadError, ValueError):
-    """An environment variable of this package holds something it cannot mean."""
+    """An environment variable of this package has a value that is not allowed."""
 
 
 class AdapterError(VheadError, ValueError):
-    """An adapter is missing, malformed, of the wrong kind, or not what was asked for needs."""
+    """An adapter is missing, malformed, of the wrong kind, or not one that the call can use."""
 
 
 class BodyMismatchError(VheadError, ValueError):
-    """A checkpoint's weights are not the language model's that its configuration names."""
+    """A checkpoint's weights are not those of the language model that its configuration names."""
 
 
 class MissingPackageError(VheadError, ImportError):
@@ -143,27 +143,27 @@ class MissingPackageError(VheadError, ImportError):
 
 
 class GenerationError(VheadError, ValueError):
-    """A way of generating from which values cannot be read off as asked."""
+    """Values cannot be read off with the way of generating that was asked for."""
 
 
 class ResumeError(VheadError, ValueError):
-    """An unfinished output cannot be gone on with: its input or its settings are others now, or it is damaged."""
+    """An unfinished output cannot be continued: its input or its settings have changed, or it is damaged."""
 
 
 class OutputError(VheadError, OSError):
-    """An output cannot be written under its name: something is there already, or another run writes it."""
+    """An output cannot be written under its name: something is there already, or another run is writing it."""
 
 
 class OutputBusyError(OutputError):
-    """Another run writes this output."""
+    """Another run is writing this output."""
 
 
 class BenchmarkError(VheadError, ValueError):
-    """Something cannot be measured as asked: the device is not there or too small, or torch.compile does not work."""
+    """A measurement is not possible: the device is not there or too small, or torch.compile does not work."""
 
 
 class CudaError(VheadError, RuntimeError):
-    """The CUDA driver or a device refused what was asked of it; what was asked for was not computed."""
+    """The CUDA driver or a device refused a call, so the result was not computed."""
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def _is_own_mistake(error: BaseException) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line and of a length that a terminal can take."""
+    """The kind of an error and what it says, on one line that is short enough for a terminal."""
     text = " ".join(str(error).split())
     shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__

@@ -331,7 +331,9 @@ def check_head_arguments(**arguments: Unpack[HeadArguments]) -> None:
         raise HeadError(f'v_head_init_strategy: expected None or "normal", got {strategy!r}')
     initializer_range = arguments.get("v_head_initializer_range", DEFAULT_INITIALIZER_RANGE)
     if not 0.0 <= initializer_range < math.inf:
-        raise HeadError(f"v_head_initializer_range: expected a standard deviation, got {initializer_range!r}")
+        raise HeadError(
+            f"v_head_initializer_range: expected a standard deviation, finite and 0 or more, got {initializer_range!r}"
+        )
     _checked_probability(arguments.get("summary_dropout_prob") or 0.0)
 
 

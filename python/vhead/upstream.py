@@ -56,7 +56,7 @@ def with_cache_as(argument: str | None, inputs: Mapping[str, object]) -> dict[st
     """A model's inputs, with a cache that came by any of its names under the one that the model takes."""
     others = {name: value for name, value in inputs.items() if name not in CACHE_NAMES}
     given = [value for name in CACHE_NAMES if (value := inputs.get(name)) is not None]
-    # A model that takes no cache is to say so itself.
+    # A model that takes no cache gets it all the same, so that the model itself says so.
     return dict(inputs) if not given or argument is None else {**others, argument: given[0]}
 
 
@@ -173,7 +173,9 @@ def available(path: str) -> bool:
         return True
     if name.is_expected():
         installed = importlib.metadata.version(name.package)
-        warn_once(f"{name.package} {installed} lacks {path}, which vhead uses for {name.used_for}; it does without")
+        warn_once(
+            f"{name.package} {installed} has no {path}, which vhead uses for {name.used_for}; vhead goes on without it"
+        )
     return False
 
 

@@ -249,7 +249,7 @@ def test_of_two_writers_one_wins_whole_and_the_other_is_told(tmp_path, name):
         assert sorted(code for code, _ in ends) == [0, 1], ends
         (winner,) = (tag for tag, (code, _) in zip("ab", ends, strict=True) if code == 0)
         (told,) = (text for code, text in ends if code)
-        assert "another run writes this output" in told or "expected no such file yet" in told, told
+        assert "another run is writing this output" in told or "expected no such file yet" in told, told
         assert [(record["tag"], record["n"]) for record in content(target)] == [(winner, n) for n in range(50)]
         assert sorted(os.listdir(tmp_path)) == sorted(
             entry for done in range(attempt + 1) for entry in (f".{done}_{name}.journal", f"{done}_{name}")

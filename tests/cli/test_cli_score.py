@@ -179,8 +179,8 @@ class TestBadData:
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"vhead: what was scored is kept in {tmp_path / 'out.jsonl.partial'}; "
-            "the same command with --resume goes on with it",
+            f"vhead: what has been scored is kept in {tmp_path / 'out.jsonl.partial'}; "
+            "give the same command again with --resume to continue",
             f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
             "(Expecting property name enclosed in double quotes)",
         ]
@@ -208,7 +208,7 @@ class TestBadData:
     def test_unique_ids_are_asked_for_and_both_records_named(self, critic, source, tmp_path):
         bad_line(source, 3, '{"id": "r1", "prompt": "a", "completion": "b"}\n')
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--unique-ids")
-        expected = "line 3 (id 'r1'): id: expected an id of its own, got the id of line 2 (id 'r1')"
+        expected = "line 3 (id 'r1'): id: expected an id that no other record has, got the id of line 2 (id 'r1')"
         assert done.stderr.splitlines()[-1] == f"vhead: {source}: {expected}"
 
     @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -322,11 +322,14 @@ class TestResume:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda lines: ["{}\n", *lines], "input: expected the 6 records that are done, got others up to line 6"),
+            (
+                lambda lines: ["{}\n", *lines],
+                "input: expected the 6 records that the earlier run finished, got others up to line 6",
+            ),
             (lambda lines: [*lines[1::-1], *lines[2:]], "got others up to line 6"),
             (lambda lines: [lines[0].replace("r0", "r9"), *lines[1:]], "got others up to line 6"),
-            (lambda lines: lines[:3], "input: expected the 6 records that are done, got 3"),
-            (lambda lines: [], "input: expected the 6 records that are done, got 0"),
+            (lambda lines: lines[:3], "input: expected the 6 records that the earlier run finished, got 3"),
+            (lambda lines: [], "input: expected the 6 records that the earlier run finished, got 0"),
         ],
     )
     def test_another_input_is_refused(self, critic, source, tmp_path, change, message):
@@ -347,7 +350,10 @@ class TestResume:
         self.stop_at(critic, source, tmp_path / "out.jsonl", 7)
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
-        assert "an earlier run stopped here; --resume goes on with it, --overwrite starts anew" in done.stderr
+        expected = (
+            "an earlier run stopped before it was finished; continue it with --resume, or start anew with --overwrite"
+        )
+        assert expected in done.stderr
         assert len(read_jsonl(tmp_path / "out.jsonl.partial")) == 6
 
     def test_a_stream_cannot_be_resumed(self, critic, source):
@@ -405,14 +411,16 @@ class TestSameRun:
         other = '{"prompt": "Other ", "completion": "text"}\n'
         done = run("-", "-m", critic, "-o", stopped, stdin=other)
         assert done.exit_code == 1
-        assert "stopped here; --resume goes on with it, --overwrite starts anew" in done.stderr
+        assert (
+            "stopped before it was finished; continue it with --resume, or start anew with --overwrite" in done.stderr
+        )
         assert stopped.with_name("out.jsonl.partial").read_bytes() == part
         assert run("-", "-m", critic, "-o", stopped, "--overwrite", stdin=other + "{broken").exit_code == 1
         done = run(source, "-m", critic, "-o", stopped, "--resume")
         assert done.exit_code == 1
         assert "overwrite: expected True" in done.stderr
         done = run(source, "-m", critic, "-o", stopped, "--resume", "--overwrite")
-        assert "input: expected the 1 records that are done, got others up to line 1" in done.stderr
+        assert "input: expected the 1 records that the earlier run finished, got others up to line 1" in done.stderr
 
     def test_standard_input_is_gone_on_with_like_a_file(self, critic, source, stopped, tmp_path):
         text = source.read_text()
@@ -429,7 +437,10 @@ class TestSameRun:
         source.write_text(text.replace('"r8"', '"r2"'))
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--unique-ids", "--resume")
         assert done.exit_code == 1
-        assert "line 9 (id 'r2'): id: expected an id of its own, got the id of line 3 (id 'r2')" in done.stderr
+        assert (
+            "line 9 (id 'r2'): id: expected an id that no other record has, got the id of line 3 (id 'r2')"
+            in done.stderr
+        )
 
 
 class TestFinished:
@@ -444,13 +455,13 @@ class TestFinished:
         done = run(source, "-m", critic, "-o", output, "--resume")
         assert (done.exit_code, done.stderr) == (
             0,
-            f"vhead: {output} is finished already, 12 records: nothing was scored\n",
+            f"vhead: {output} is finished already with 12 records, so nothing was scored\n",
         )
         assert output.stat().st_mtime_ns == before
 
     def test_without_options_it_is_refused_before_the_model_is_read(self, source, output):
         done = run(source, "-m", "unused", "-o", output)
-        expected = f"vhead: {output}: expected no such file yet; --overwrite replaces it\n"
+        expected = f"vhead: {output}: expected no such file yet; replace it with --overwrite, or choose another name\n"
         assert (done.exit_code, done.stderr) == (1, expected)
 
     def test_another_input_is_not_finished(self, critic, source, output):
@@ -458,7 +469,8 @@ class TestFinished:
             file.write('{"prompt": "One ", "completion": "more"}\n')
         done = run(source, "-m", critic, "-o", output, "--resume")
         assert done.exit_code == 1
-        assert "expected an input of the 12 records that are done, got more: line 13; --overwrite alone" in done.stderr
+        expected = "expected an input of the 12 records that are finished, got more: line 13; to score them too, "
+        assert f"{expected}start anew with --overwrite and without --resume" in done.stderr
 
     def test_it_is_overwritten_when_asked(self, critic, source, output):
         assert run(source, "-m", critic, "-o", output, "--overwrite", "--limit", 3).exit_code == 0
@@ -476,7 +488,8 @@ class TestFinished:
         again = output.with_name(f"again{output.suffix}")
         done = run(output, "-m", critic, "-o", again, "--returns", "reward")
         assert done.exit_code == 1
-        assert "reward: expected no such column in the input, as the scores go there, got one; --suffix" in done.stderr
+        expected = "reward: expected no such column in the input, because the scores go there, got one; "
+        assert f"{expected}give the new columns other names with --suffix" in done.stderr
         assert run(output, "-m", critic, "-o", again, *options).exit_code == 0
         rows = [
             read_jsonl(path) if path.suffix == ".jsonl" else pq.read_table(path).to_pylist() for path in (output, again)
@@ -569,7 +582,7 @@ class TestUsage:
     def test_no_such_model(self, source, tmp_path):
         done = run(source, "--model", tmp_path / "nothing", "--output", tmp_path / "out.jsonl")
         assert done.exit_code == 1
-        expected = "expected the folder of a model, or a repository on the hub: there is no such folder"
+        expected = "expected the folder of a model or a repository on the hub, but there is no such folder"
         assert done.stderr == f"vhead: {tmp_path / 'nothing'}: {expected}\n"
 
 
@@ -592,7 +605,7 @@ class TestProcess:
         kept = read_jsonl(partial)
         assert [line["id"] for line in kept] == list(range(len(kept)))
         assert 0 < len(kept) < 300_000
-        kept_in = f"what was scored is kept in {partial}; the same command with --resume goes on with it"
+        kept_in = f"what has been scored is kept in {partial}; give the same command again with --resume to continue"
         assert stderr == f"vhead: {kept_in}\nvhead: interrupted\n"
         assert not (tmp_path / "out.jsonl").exists()
 

@@ -43,7 +43,7 @@ def test_another_tokenizer_is_an_error(rollout: DemoRollout) -> None:
 @pytest.mark.parametrize("field", ["values", "logprobs", "reward"])
 def test_a_missing_field_is_an_error(rollout: DemoRollout, field: str) -> None:
     computed = {name: value for name, value in vars(score(6)).items() if name != field}
-    with pytest.raises(MissingFieldError, match=f"^{field}: expected one of the fields that were asked for"):
+    with pytest.raises(MissingFieldError, match=f"^{field}: expected one of the fields that were computed"):
         judge(rollout, Score(0, "r", 2, computed))
 
 

@@ -254,7 +254,9 @@ def test_what_cannot_be_tried_is_said(tmp_path):
 def test_a_head_that_would_not_be_found_again_is_not_written(tmp_path, monkeypatch):
     other = load(location("beaver"))
     monkeypatch.setattr("vhead.formats.conversion.load", lambda _folder: other)
-    with pytest.raises(HeadMismatchError, match="converted: what would be written holds another head than was read"):
+    with pytest.raises(
+        HeadMismatchError, match="converted: the head that was read back differs from the one in the source"
+    ):
         convert(location("openrlhf"), tmp_path / "converted")
     assert not list(tmp_path.iterdir())
 
@@ -408,7 +410,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
         return load(folder)
 
     monkeypatch.setattr("vhead.formats.conversion.load", load_late)
-    with pytest.raises(FileExistsError, match="converted: another folder was put there meanwhile"):
+    with pytest.raises(FileExistsError, match="converted: another folder was put there in the meantime"):
         convert(location("openrlhf"), tmp_path / "converted")
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
     assert (tmp_path / "converted" / "thesis.txt").read_text() == "mine"
@@ -418,7 +420,7 @@ def test_the_current_folder_is_not_pulled_away(tmp_path, monkeypatch):
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for destination in (".", ".."):
-        with pytest.raises(HeadError, match="this is the current folder, or around it"):
+        with pytest.raises(HeadError, match="this is the current folder or one around it"):
             convert(location("openrlhf"), destination, overwrite=True)
     with pytest.raises(HeadError, match="a file system is mounted here"):
         convert(location("openrlhf"), "/proc", overwrite=True)
@@ -464,7 +466,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", HEADS_ONLY)
 def test_formats_that_hold_heads_only_say_so(tmp_path, target):
     name = "trlx" if target == "trlx" else "openrlhf"
-    with pytest.raises(HeadError, match=f"{target} can be written for a head, not for a language model"):
+    with pytest.raises(HeadError, match=f"{target} holds a head alone, without its language model; name a file"):
         convert(location(name), tmp_path / "converted", target)
 
 

@@ -346,9 +346,7 @@ def test_a_classifier_s_adapter_holds_its_head(tmp_path, file):
 def test_a_head_in_a_file_that_no_format_knows_is_named(tmp_path, name):
     save_file({"model.norm.weight": torch.randn(8)}, tmp_path / "model.safetensors")
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(
-        HeadMismatchError, match=f"found none there and {name}, which may hold one: name the file itself"
-    ):
+    with pytest.raises(HeadMismatchError, match=f"found none there, but {name} may hold one; name that file itself"):
         find_head(tmp_path)
 
 

@@ -512,7 +512,7 @@ class TestPickledFiles:
         zipped(tmp_path / name, {"x/constants.pkl": b"\x80\x02).", "x/data.pkl": b"\x80\x02).", "x/version": b"3\n"})
         error = outcome(tmp_path)
         assert type(error) is HeadFileError
-        assert "got a TorchScript archive, which is a program" in str(error)
+        assert "got a TorchScript archive, which holds a program" in str(error)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "value_head.bin", "value_head.pt"])
     def test_a_tar_archive_is_refused_before_torch_opens_it(self, tmp_path, torch_opens_nothing, name):
@@ -530,7 +530,7 @@ class TestPickledFiles:
         with zipfile.ZipFile(tmp_path / "plain") as plain:
             members = {name: plain.read(name) for name in plain.namelist()}
         zipped(tmp_path / "pytorch_model.bin", members, zipfile.ZIP_DEFLATED)
-        assert "torch.save, which compresses nothing" in str(outcome(tmp_path))
+        assert "as torch.save writes it, without compression" in str(outcome(tmp_path))
 
     def test_members_that_share_their_bytes_are_refused(self, tmp_path, torch_opens_nothing):
         path = zipped(tmp_path / "pytorch_model.bin", {f"x/data/{index}": bytes(1000) for index in range(2)})

@@ -64,7 +64,7 @@ def test_round_trip(tmp_path, name, index, file):
 @pytest.mark.parametrize("name", WITHOUT_BIAS)
 def test_a_bias_does_not_go_into_a_format_without_one_unless_it_is_zero(tmp_path, name):
     head = random_head()
-    with pytest.raises(HeadError, match=f"{name} has no bias beside .*; this head's is "):
+    with pytest.raises(HeadError, match=f"{name} has no place for a bias beside .*, and this head's is not zero: "):
         save(head, tmp_path / "head.safetensors", name)
     assert not list(tmp_path.iterdir())
     weight = head.layers[0].weight
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_said(tmp_path, name):
     projections = {len(layers) for layers in head_format.layouts}
     for count, intermediate in ((1, None), (2, 16)):
         if count not in projections:
-            with pytest.raises(HeadError, match=f"{name} has no names for a head of {count} projections; vhead holds"):
+            with pytest.raises(HeadError, match=f"{name} cannot hold a head of {count} projections; vhead holds"):
                 save(random_head(intermediate=intermediate, bias=False), tmp_path / "head.bin", name)
     if head_format.outputs == 1:
         intermediate = None if 1 in projections else 16

@@ -568,7 +568,7 @@ class BitsAndBytes:
 def test_a_quantised_model_goes_to_the_current_device(base, quantised, asked, caplog):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(base, **asked)
     assert quantised.arguments["device_map"] == {"": model.current_device}
-    assert "device_map: none given for a quantised model" in caplog.text
+    assert "device_map: none given, so the whole quantised model goes to device" in caplog.text
     assert quantised.arguments["quantization_config"] == asked.get("quantization_config", asked)
     assert model.is_loaded_in_4bit
 

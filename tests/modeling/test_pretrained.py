@@ -328,7 +328,7 @@ def test_a_folder_that_lacks_something_is_an_error(saved, tmp_path):
 
 def test_a_folder_of_another_form_is_an_error(tmp_path):
     wrapped().save_pretrained(tmp_path)
-    with pytest.raises(HeadError, match=r"becomes one by ValueHeadModel\.from_wrapper"):
+    with pytest.raises(HeadError, match=r"turn it into this form with ValueHeadModel\.from_wrapper"):
         ValueHeadModel.from_pretrained(tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_in_half_precision_no_way_is_worse_than_padding(attention):
 
 
 def test_terms_that_are_not_known_are_refused():
-    with pytest.raises(NotImplementedError, match="its attention has further terms: s_aux"):
+    with pytest.raises(NotImplementedError, match="the model adds terms of its own to attention scores: s_aux"):
         interface._forward(None, None, None, None, s_aux=torch.zeros(4))
 
 
@@ -177,7 +177,7 @@ class TestChoice:
 
         monkeypatch.setattr(packing.FlexAttention, "__call__", fail)
         found = Scorer(models["llama"]).plan
-        assert (found.attention, found.attention_reason) == ("flash", "the next that passed")
+        assert (found.attention, found.attention_reason) == ("flash", "the next one that passed its trial")
         assert found.rejected == {"tree packing with FlexAttention": "RuntimeError: no compiler"}
 
     def test_without_the_package_segments_follow(self, models, as_on_cuda, monkeypatch):

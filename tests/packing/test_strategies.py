@@ -149,7 +149,9 @@ class TestSelfCheck:
                 layer.self_attn.o_proj.weight.zero_()
         ways = self.ways(model)
         assert isinstance(ways.usual, strategies.PaddedBatches)
-        assert ways.plan.rejected["tree packing"] == "a wrong result would not be noticed"
+        assert (
+            ways.plan.rejected["tree packing"] == "cannot be tried, because a wrong result would look like a right one"
+        )
 
     @needs_interface
     def test_what_a_model_raises_is_the_reason(self, models, monkeypatch):
@@ -215,7 +217,7 @@ class TestLimits:
     def test_a_window_shorter_than_the_check_rules_sharing_out(self):
         found = Scorer(critic("mistral", sliding_window=8, attention_chunk_size=8)).plan
         assert found.strategy == "length-sorted batches"
-        assert found.rejected["tree packing"] == "its layers look back 8 tokens only"
+        assert found.rejected["tree packing"] == "its layers look back only 8 tokens"
 
     def test_a_window_that_cannot_be_tried_stays_a_limit(self):
         """The configuration states one, and the model heeds none."""

@@ -76,7 +76,7 @@ def test_a_token_across_the_border_is_the_completion_s():
 
 def test_a_prompt_that_is_swallowed_whole_is_named():
     bare = byte_level(beginning=False)
-    with pytest.raises(FieldError, match="prompt: expected at least one token, got a text with none that ends where"):
+    with pytest.raises(FieldError, match="prompt: expected at least one token, got a text in which no token ends"):
         encode(bare, "hel", "lo world")
 
 

@@ -1,4 +1,4 @@
-"""Outputs: whole under their names or not there, one run's at a time, and gone on with only by the same run."""
+"""Outputs: whole under their names or not there, one run's at a time, and continued only by the same run."""
 
 import errno
 import fcntl
@@ -103,7 +103,7 @@ class Unwritable:
 class TestWhatIsThere:
     def test_a_finished_output_is_not_overwritten_unasked(self, tmp_path, name):
         put(tmp_path / name, ROWS[:3])
-        with pytest.raises(OutputError, match="expected no such file yet; --overwrite replaces it"):
+        with pytest.raises(OutputError, match="expected no such file yet; replace it with --overwrite"):
             open_output(str(tmp_path / name))
         assert len(content(tmp_path / name)) == 3
         assert names(tmp_path) == [f".{name}.journal", name]
@@ -117,7 +117,9 @@ class TestWhatIsThere:
             assert output.finished
             assert output.journal.records == 6
             output.journal.check_whole(iter(ROWS), name)
-            with pytest.raises(ResumeError, match="expected an input of the 6 records that are done, got more: line 7"):
+            with pytest.raises(
+                ResumeError, match="expected an input of the 6 records that are finished, got more: line 7"
+            ):
                 output.journal.check_whole(iter(lines_of(*({"n": number} for number in range(7)))), name)
             with pytest.raises(ResumeError, match="got others up to line 6"):
                 output.journal.check_whole(iter(lines_of(*({"n": number} for number in range(1, 7)))), name)
@@ -138,13 +140,14 @@ class TestWhatIsThere:
         put(tmp_path / name, ROWS)
         with (tmp_path / name).open("ab") as file:
             file.write(b" ")
-        with pytest.raises(OutputError, match="expected no such file, or that of the same run; --overwrite replaces"):
+        told = "expected no such file, or that of the same run; replace it with --overwrite"
+        with pytest.raises(OutputError, match=told):
             begun(tmp_path / name, resume=True)
 
     def test_an_output_without_a_journal_is_refused(self, tmp_path, name):
         put(tmp_path / name, ROWS)
         journal_of(tmp_path / name).unlink()
-        with pytest.raises(OutputError, match="--overwrite replaces it"):
+        with pytest.raises(OutputError, match="replace it with --overwrite"):
             begun(tmp_path / name, resume=True)
 
     def test_a_journal_without_an_output_is_nothing(self, tmp_path, name):
@@ -158,19 +161,20 @@ class TestWhatIsThere:
     def test_a_part_is_not_lost_unasked(self, tmp_path, name):
         stop_after(tmp_path / name, ROWS[:3])
         part = (tmp_path / f"{name}.partial").read_bytes()
-        with pytest.raises(OutputError, match="stopped here; --resume goes on with it, --overwrite starts anew"):
+        told = "stopped before it was finished; continue it with --resume, or start anew with --overwrite"
+        with pytest.raises(OutputError, match=told):
             open_output(str(tmp_path / name))
         assert (tmp_path / f"{name}.partial").read_bytes() == part
         put(tmp_path / name, ROWS[:1], overwrite=True)
         assert len(content(tmp_path / name)) == 1
 
-    def test_a_part_without_a_journal_is_not_gone_on_with(self, tmp_path, name):
+    def test_a_part_without_a_journal_is_not_continued(self, tmp_path, name):
         stop_after(tmp_path / name, ROWS[:3])
         journal_of(tmp_path / name).unlink()
         with pytest.raises(ResumeError, match=r"expected \.out.*\.journal, which says what is in it"):
             begun(tmp_path / name, resume=True)
 
-    def test_a_part_is_gone_on_with(self, tmp_path, name):
+    def test_a_part_is_continued(self, tmp_path, name):
         put(tmp_path / f"whole_{name}", ROWS, 2)
         stop_after(tmp_path / name, ROWS[:4], 2)
         with (tmp_path / f"{name}.partial").open("ab") as partial:
@@ -182,11 +186,11 @@ class TestWhatIsThere:
             output.publish(ROWS[5], scores_of())
         assert [record["n"] for record in content(tmp_path / name)] == [0, 1, 2, 3, 4, 5]
 
-    def test_a_replaced_output_stays_while_a_part_is_gone_on_with(self, tmp_path, name):
+    def test_a_replaced_output_stays_while_a_part_is_continued(self, tmp_path, name):
         put(tmp_path / name, ROWS[:1])
         stop_after(tmp_path / name, ROWS[:3], overwrite=True)
         assert len(content(tmp_path / name)) == 1
-        with pytest.raises(OutputError, match="--overwrite replaces it"):
+        with pytest.raises(OutputError, match="replace it with --overwrite"):
             begun(tmp_path / name, resume=True)
         put(tmp_path / name, ROWS[3:], resume=True, overwrite=True)
         assert [record["n"] for record in content(tmp_path / name)] == [0, 1, 2, 3, 4, 5]
@@ -252,7 +256,7 @@ class TestJournal:
         journal = journal_of(path)
         journal.write_text(json.dumps(json.loads(journal.read_text()) | change))
         with pytest.raises(
-            ResumeError, match=rf"\.out\.jsonl\.journal: expected what an earlier run noted .* {message}"
+            ResumeError, match=rf"\.out\.jsonl\.journal: this file should say how far .* cannot be read: {message}"
         ):
             begun(path, resume=True)
         assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 3
@@ -261,7 +265,7 @@ class TestJournal:
     def test_what_is_no_journal_is_named(self, tmp_path, text):
         stop_after(tmp_path / "out.jsonl", ROWS[:3])
         journal_of(tmp_path / "out.jsonl").write_bytes(text)
-        with pytest.raises(ResumeError, match="expected what an earlier run noted about its progress, got: "):
+        with pytest.raises(ResumeError, match="this file should say how far an earlier run came, but cannot be read: "):
             begun(tmp_path / "out.jsonl", resume=True)
 
     @pytest.mark.parametrize("records", [1, 2, 4])
@@ -270,7 +274,10 @@ class TestJournal:
         stop_after(path, ROWS[:3])
         journal = journal_of(path)
         journal.write_text(json.dumps(json.loads(journal.read_text()) | {"records": records}))
-        with begun(path, resume=True) as output, pytest.raises(ResumeError, match="that are done, got others"):
+        with (
+            begun(path, resume=True) as output,
+            pytest.raises(ResumeError, match="that the earlier run finished, got others"),
+        ):
             list(output.journal.pass_over(iter(ROWS)))
 
 
@@ -280,7 +287,7 @@ class TestLock:
     def test_the_second_run_is_told_who_writes(self, tmp_path, name, options):
         with begun(tmp_path / name) as output:
             write_in_windows(output, ROWS)
-            who = rf"another run writes this output: process {os.getpid()} on {socket.gethostname()}, since 20"
+            who = rf"another run is writing this output: process {os.getpid()} on {socket.gethostname()}, since 20"
             with pytest.raises(OutputBusyError, match=who):
                 open_output(str(tmp_path / name), **options)
             output.publish(ROWS[-1], scores_of())

@@ -105,7 +105,9 @@ class TestJsonl:
 
     def test_a_half_written_last_line(self):
         rows = read(f'{GOOD}\n{{"prompt": "a", "comp')
-        with pytest.raises(FieldError, match=r"line 2: .* got half of one: the file ends in the middle of the line"):
+        with pytest.raises(
+            FieldError, match=r"line 2: .* got only half of one, because the file ends in the middle of this line"
+        ):
             rows[1].rollout()
 
     def test_a_whole_last_line_needs_no_line_break(self):

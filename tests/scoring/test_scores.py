@@ -79,7 +79,7 @@ def test_slices_equal_the_chosen_rollouts(key):
 @pytest.mark.parametrize("scores", [make(), make()[2]], ids=["Scores", "Score"])
 def test_a_field_that_was_not_asked_for_is_a_named_error(scores):
     with pytest.raises(
-        MissingFieldError, match=r"^entropy: expected one of the fields that were asked for \(values, lo"
+        MissingFieldError, match=r"^entropy: expected one of the fields that were computed \(values, lo"
     ):
         scores.entropy
     assert not hasattr(scores, "token_ids")

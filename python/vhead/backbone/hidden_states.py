@@ -170,7 +170,9 @@ def run(model: nn.Module, plan: BackbonePlan, inputs: dict[str, object]) -> tupl
     output = model(**inputs, output_hidden_states=-1 if retention is Retention.SELECT else True)
     states = output.decoder_hidden_states if plan.is_encoder_decoder else output.hidden_states
     if states is None or states[-1] is None:
-        raise VheadError(f"{type(model).__name__} returned no last hidden state by {retention.value}")
+        raise VheadError(
+            f"{type(model).__name__} returned no last hidden state, although it was called with {retention.value}"
+        )
     return output, states[-1]
 
 
@@ -207,7 +209,7 @@ def without_adapter(model: nn.Module) -> PreTrainedModel:
 
 
 def _accepted(plan: BackbonePlan, inputs: dict[str, object]) -> dict[str, object]:
-    """The inputs that are there, as models of images refuse even the names of others."""
+    """The inputs that were given: some models refuse the very name of an argument that they do not take."""
     # Callers of TRL's class pass these to every model; which states are kept is this module's business.
     ours = ("output_hidden_states", "return_dict")
     kept = ("input_ids",) if plan.needs_input_ids else ()
@@ -267,7 +269,9 @@ def _needs_full_forward(model: PreTrainedModel, plan: BackbonePlan, inputs: Mapp
 
 def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-        raise VheadError("decoder_input_ids: an encoder-decoder's values need the decoder's tokens, got none")
+        raise VheadError(
+            "decoder_input_ids: expected the decoder's tokens, to which an encoder-decoder's values belong, got none"
+        )
     encoder_states = inputs.get("encoder_outputs")
     if encoder_states is None:
         encoder_states = model.encoder(**_named(inputs, "input_ids", "inputs_embeds", "attention_mask"))
@@ -284,7 +288,7 @@ def _run_encoder_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> T
 
 
 def _without_logits_arguments(model: PreTrainedModel, inputs: dict[str, object]) -> dict[str, object]:
-    """Drops what only the language-model head uses; labels leave the decoder tokens that they imply."""
+    """Drops what only the language-model head uses. The decoder tokens that labels imply take their place."""
     labels = inputs.get("labels")
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
     if (
@@ -340,7 +344,7 @@ def _captured_state(
     def captured() -> Tensor:
         if not states:
             names = " and ".join(type(module).__name__ for module in modules)
-            raise VheadError(f"the model passed {names} by, so that its last hidden state is not known")
+            raise VheadError(f"the model did not run through {names}, so its last hidden state cannot be read")
         return states[0]
 
     handles = [module.register_forward_hook(keep) for module in modules]

@@ -77,7 +77,7 @@ def _tokens_first(inputs: Inputs, prefix: str) -> tuple[Inputs, Tensor | None]:
 
 
 def _columns(inputs: Mapping[str, Any], prefix: str, mask: Tensor, rows: Tensor, columns: Tensor) -> Inputs:
-    """Of the inputs that have one entry for each token of `mask` `[B, T]`, the entries in these rows and columns."""
+    """The entries in these rows and columns, of every input that has one for each token of `mask` `[B, T]`."""
     chosen: Inputs = {}
     for name, value in inputs.items():
         own = name.removeprefix(prefix)
@@ -92,7 +92,7 @@ def _columns(inputs: Mapping[str, Any], prefix: str, mask: Tensor, rows: Tensor,
 
 
 def _put_back(states: Tensor, order: Tensor) -> Tensor:
-    """The states `[B, E + T, H]` where the tokens were that were moved in the order `[B, T]`."""
+    """Moves states `[B, E + T, H]` back to where their tokens were before these were put into `order` `[B, T]`."""
     columns = order.to(states.device).argsort(dim=-1)
     rows = torch.arange(len(states), device=states.device)[:, None]
     virtual = states.shape[1] - columns.shape[1]
@@ -101,8 +101,9 @@ def _put_back(states: Tensor, order: Tensor) -> Tensor:
 
 
 def _alone(states_of: Callable[[Inputs], Tensor], inputs: Inputs, mask: Tensor) -> Iterator[Tensor]:
-    """The states `[T, H]` of each row, run by itself without its padding, where the states are zero."""
+    """The states `[T, H]` of each row, which runs by itself and without its padding; at padding they are zero."""
     for row, tokens in enumerate(mask):
+        # A row of padding alone runs as it is, because no model takes a row without tokens.
         kept = (tokens if tokens.any() else ~tokens).nonzero().flatten()
         own = {
             name: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == mask.shape[:1] else value

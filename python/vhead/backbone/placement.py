@@ -11,7 +11,7 @@ from vhead.backbone.hidden_states import without_adapter
 def last_hidden_device(model: nn.Module) -> torch.device | None:
     """The device on which a language model computes its last hidden state, or None where no parameter tells.
 
-    Weights that are offloaded to the main memory or the disk come to their execution device for a call; this is it.
+    For weights that are offloaded to the main memory or the disk, it is the device that they come to for a call.
     """
     for module in _from_the_end(without_adapter(model)):
         own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
@@ -28,7 +28,7 @@ def uses_several_accelerators(model: nn.Module) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; to CUDA from page-locked memory, so that neither side waits for the other."""
+    """Brings a tensor to a device; to CUDA from page-locked memory, so that neither side waits for the other."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -53,7 +53,7 @@ def _from_the_end(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _device(place: int | str | torch.device) -> torch.device:
-    """A place of a device map; numbers count accelerators."""
+    """The device that an entry of a device map means; a number counts accelerators."""
     return torch.device(_accelerator(), place) if isinstance(place, int) else torch.device(place)
 
 

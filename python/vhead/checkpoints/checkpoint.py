@@ -98,7 +98,7 @@ class Checkpoint:
     def weight_map(self) -> dict[str, str]:
         """The name of each of the model's tensors and the file that holds it; empty where there are no weights.
 
-        Of an adapter's folder without a model's weights, the adapter's: a classifier's adapter holds its head.
+        In a folder with an adapter and no model, these are the adapter's: a classifier's adapter holds its head.
         """
         if self.is_file:
             return self.names_in(Path(self.location).name)
@@ -119,7 +119,7 @@ class Checkpoint:
         if root.is_dir():
             return regular_file(root, str(PurePosixPath(self._subfolder, name)))
         if root.exists():
-            raise HeadFileError(f"{root}: expected a folder or a file, found a pipe or a device")
+            raise HeadFileError(f"{root}: expected a folder or a file with a checkpoint, found a pipe or a device")
         return None if self._absence is not None else self._download(name)
 
     def _download(self, name: str) -> Path | None:
@@ -131,7 +131,7 @@ class Checkpoint:
         except RevisionNotFoundError:
             self._absence = f"the hub's repository has no revision {self._hub_arguments.get('revision')!r}"
         except RepositoryNotFoundError:
-            self._absence = "there is no such folder, and the hub shows no such repository"
+            self._absence = "there is no such folder, and the hub has no repository of that name that you may read"
         except LocalEntryNotFoundError:
             # Either the hub does not answer, or it must not be asked. What its cache has is found without it.
             self._hub_arguments["local_files_only"] = True
@@ -152,8 +152,11 @@ class Checkpoint:
         if self._absence is not None:
             reason = self._absence
         elif not self.is_local and self._hub_arguments.get("local_files_only"):
-            reason = "there is no such folder, its cache has nothing of that name, and the hub cannot be reached"
-        raise LoadError(f"{self.location}: expected the folder of a model, or a repository on the hub: {reason}")
+            reason = (
+                "there is no such folder, the hub's cache has nothing of that name, and the hub cannot be reached or "
+                "may not be asked (HF_HUB_OFFLINE, local_files_only)"
+            )
+        raise LoadError(f"{self.location}: expected the folder of a model or a repository on the hub, but {reason}")
 
     def check(self) -> None:
         """Refuses what no loader may open, before other packages open the checkpoint's files by their names.
@@ -280,7 +283,8 @@ def regular_file(folder: Path, name: str) -> Path | None:
         raise HeadFileError(f"{path}: expected a file of the checkpoint, found a link that leads nowhere") from error
     if not (target.is_relative_to(root) or _is_cached_content(root, target)):
         raise HeadFileError(
-            f"{path}: expected a file of the checkpoint, found a link to {target}: put the file itself here"
+            f"{path}: expected a file of the checkpoint, found a link to {target}, which is outside of it; "
+            "if that file belongs to the checkpoint, put a copy of it here"
         )
     if not stat.S_ISREG(kind):
         found = "a folder" if stat.S_ISDIR(kind) else "a pipe or a device"

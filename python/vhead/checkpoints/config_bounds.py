@@ -61,7 +61,7 @@ def check_config(config: Mapping[str, object], source: str, *, runs_code: bool =
             _check_number(name, value, f"{source}: {path}")
         elif name.endswith("attn_implementation") and isinstance(value, str) and "/" in value and not runs_code:
             raise LoadError(
-                f"{source}: {path}: {value!r} is code from the hub, which runs only with trust_remote_code=True"
+                f"{source}: {path}: {value!r} is code from the hub, which runs only if you pass trust_remote_code=True"
             )
 
 
@@ -74,8 +74,10 @@ def _check_number(name: str, value: int, where: str) -> None:
     most = _MOST_OF_A_COUNT if _COUNTS.search(name) else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else None
     if most is not None and value > most:
         raise LoadError(f"{where}: expected at most {most:,}, got {value:,}")
-    if value < (name in _ALL_LAYERS) and is_layer_count(name):
-        raise LoadError(f"{where}: expected a number of layers, got {value:,}")
+    # A model may have no layers of one kind, but it has some layers.
+    least = int(name in _ALL_LAYERS)
+    if value < least and is_layer_count(name):
+        raise LoadError(f"{where}: expected {least} or more layers, got {value:,}")
 
 
 @contextmanager
@@ -116,9 +118,9 @@ class _Counter:
         most_elements, most_tensors = self._limits
         if self._elements > most_elements or len(self._seen) > most_tensors:
             raise BodyMismatchError(
-                f"{self._checkpoint.location}: the configuration asks for more than the checkpoint has weights for: "
-                f"{len(self._seen):,} {self._what} with {self._elements:,} elements so far, and "
-                f"{len(self._checkpoint.weight_map):,} tensors in the checkpoint"
+                f"{self._checkpoint.location}: the configuration asks for a larger model than the checkpoint has "
+                f"weights for: {len(self._seen):,} {self._what} with {self._elements:,} elements had been made when "
+                f"this was noticed, and the checkpoint has {len(self._checkpoint.weight_map):,} tensors"
             )
 
     @cached_property

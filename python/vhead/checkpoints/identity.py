@@ -11,11 +11,12 @@ from vhead.checkpoints import ADAPTER_CONFIG
 def identity(location: str, what: str) -> dict[str, str]:
     """The digests of a model's files by name, or the commit of a hub repository.
 
-    Of a folder, the files that lie in it, and those of an adapter's base; about a second for each gigabyte.
+    Of a folder these are the files directly in it, and with an adapter also those of its base model. Reading them takes
+    about a second for each gigabyte.
 
     Args:
         location: A folder, a file, or a hub repository's id.
-        what: What it is called.
+        what: What the names in the result begin with, such as `model`.
 
     Raises:
         OSError: A file cannot be read.

@@ -1,4 +1,4 @@
-"""Whether a pickle holds tuples whose hash nobody lives to see, told from its opcodes before anything is made of it.
+"""Finds pickles with tuples that would take years to hash, from their opcodes and before anything is made of them.
 
 A tuple that holds another one twice, which holds another one twice, and so on, takes a few hundred bytes. As a key of a
 dictionary it is hashed, and each level doubles the time, inside one call of Python's that no signal ends.
@@ -18,7 +18,8 @@ _PICKLES_IN_A_FILE = 5
 def is_too_nested(file: IO[bytes]) -> bool:
     """Whether one of the pickles at the beginning of a file holds a tuple of too many elements.
 
-    An element counts as often as it is reached. What is no pickle is not: reading it ends in an error by itself.
+    An element counts once for each way that leads to it. A file that is no pickle passes: reading it ends in an error
+    by itself.
     """
     try:
         return any(size > _MOST_ELEMENTS for _ in range(_PICKLES_IN_A_FILE) for size in _tuple_sizes(file))
@@ -53,7 +54,7 @@ def _tuple_sizes(file: IO[bytes]) -> Iterator[int]:
 
 
 def _take(before: list[pickletools.StackObject], stack: list[int], marks: list[int]) -> Iterable[int]:
-    """Takes off the stack what an opcode takes."""
+    """Removes from the stack what an opcode consumes, and returns it."""
     if pickletools.markobject in before:
         start = marks.pop() - before.index(pickletools.markobject)
     else:

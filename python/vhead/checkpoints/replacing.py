@@ -114,7 +114,7 @@ def _place(folder: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise FileExistsError(f"{path}: another folder was put there meanwhile") from error
+        raise FileExistsError(f"{path}: another folder was put there in the meantime, and was left alone") from error
 
 
 def _check_swapping(path: Path) -> None:
@@ -143,7 +143,7 @@ def _swap(one: Path, other: Path) -> None:
     if code in _NOT_OFFERED:
         raise OSError(
             code,
-            "this file system cannot replace a folder in one step, so that a model is there at every moment: "
+            "this file system cannot replace a folder in one step, so for a moment there would be no model; "
             "remove the folder first, or write to another name",
             str(other.parent),
         )

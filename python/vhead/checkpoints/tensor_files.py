@@ -73,8 +73,8 @@ class TensorInfo:
 
     Attributes:
         shape: Its shape.
-        dtype: Its dtype as torch prints it, `torch.bfloat16`, or as the file does, where torch has none; before it, for
-            what is not plain numbers in memory, a word for what it is.
+        dtype: Its dtype as torch prints it, such as `torch.bfloat16`, or as the file writes it if torch has none. If
+            the tensor is not plain numbers in memory, a word for what it is stands before that, such as `sparse`.
     """
 
     shape: tuple[int, ...]
@@ -185,7 +185,7 @@ class PickledFile(_StateDictFile):
     """A file that `torch.save` wrote; only tensors and plain containers are ever unpickled, and pages stay on disk."""
 
     def check(self) -> None:
-        """Refuses archives of code, and what becomes longer than the file."""
+        """Refuses archives that hold code, or that unpack to more than the file is long."""
         with _opened(self.path) as (file, _):
             self._check(file)
 
@@ -243,7 +243,7 @@ class NemoFile(_StateDictFile):
 
 
 class _Decompressed(io.RawIOBase):
-    """What a compressed file holds, as far as it is not suspiciously longer than the file."""
+    """What a compressed file holds, as long as that is not suspiciously longer than the file."""
 
     def __init__(self, file: gzip.GzipFile, limit: int, path: Path) -> None:
         super().__init__()
@@ -271,14 +271,14 @@ class _Decompressed(io.RawIOBase):
     def _check(self, offset: int) -> None:
         if offset > self._limit:
             raise HeadFileError(
-                f"{self._path}: expected weights, which hardly compress, got more than {self._limit:,} bytes from "
-                f"{self._path.stat().st_size:,}"
+                f"{self._path}: expected weights, which hardly compress, got {self._path.stat().st_size:,} bytes that "
+                f"unpack to more than {self._limit:,}"
             )
 
 
 @contextmanager
 def _naming(path: Path, problem: str) -> Iterator[None]:
-    """Names the file; reading what somebody else wrote can raise anything."""
+    """Turns any error into one that names the file: reading what somebody else wrote can raise anything."""
     try:
         yield
     except HeadFileError:
@@ -308,14 +308,17 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
-        raise HeadFileError(f"{path}: expected pickled tensors, got a TorchScript archive, which is a program")
+        raise HeadFileError(f"{path}: expected pickled tensors, got a TorchScript archive, which holds a program")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise HeadFileError(
-            f"{path}: expected an archive of torch.save, which compresses nothing, got a compressed one"
+            f"{path}: expected an archive as torch.save writes it, without compression, got a compressed one"
         )
     claimed = sum(member.file_size for member in members)
     if claimed > size:
-        raise HeadFileError(f"{path}: expected at most {size:,} bytes in the archive, got {claimed:,}")
+        raise HeadFileError(
+            f"{path}: expected at most {size:,} bytes in the archive, which is the size of the file, got {claimed:,}; "
+            "it is damaged or hostile"
+        )
     for member in members:
         if PurePosixPath(member.filename).name == "data.pkl":
             with _naming(path, "expected pickled tensors, got a damaged archive"), archive.open(member) as pickled:
@@ -324,7 +327,7 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
 
 def _check_nesting(file: IO[bytes], path: Path) -> None:
     if is_too_nested(file):
-        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that take years to read")
+        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that would take years to read")
 
 
 def _is_tar_header(block: bytes) -> bool:

@@ -19,7 +19,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 
 class _Commands(TyperGroup):
-    """Commands whose usage errors, which quote the arguments, go through the door that all messages go through."""
+    """Commands whose usage errors are escaped like all messages, because they quote the arguments."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""

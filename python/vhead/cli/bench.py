@@ -27,22 +27,30 @@ class BenchDtype(StrEnum):
 def bench(
     *,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if any.")
+        str | None,
+        typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... Default: cuda if there is one, otherwise cpu."),
     ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="NxH", help="Rows and hidden size; may be given repeatedly.")
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NxH",
+            help="Rows and hidden size, such as 8192x2048. Give the option again for more than one.",
+        ),
     ] = None,
     dtype: Annotated[
         list[BenchDtype] | None,
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="Of the hidden states: float32, bfloat16, float16; may be given repeatedly.",
+            help="Dtype of the hidden states: float32, bfloat16 or float16. Give the option again for more than one.",
         ),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each contestant; default: 21.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=2, help="How many times each contestant is timed. Default: 21.")
+    ] = None,
     num_threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; default: those that this process may use.")
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: those that this process may use.")
     ] = None,
     compiles: Annotated[
         bool, typer.Option("--compile", help="Measure plain torch under torch.compile as well.")
@@ -52,9 +60,9 @@ def bench(
 ) -> None:
     """Measure the value head on this machine, against plain torch in the steps of TRL's head.
 
-    First its values, gradients and dropout masks are compared with the CPU's, bit by bit; on the CPU, every layout of
-    hidden states with contiguous rows. Then all contestants take turns; the figures are medians. TRL's own class is
-    among them where a release is installed that has one.
+    First its values, gradients and dropout masks are compared bit by bit: a device's with the CPU's, and on the CPU
+    those of every layout of hidden states with contiguous rows. Then all contestants take turns, and the figures are
+    medians. TRL's own class is among them if a release is installed that has one.
 
     Exit codes: 0 done, 1 failed, or a bit differs or a check does not hold, 2 wrong usage, 130 interrupted,
     143 terminated.
@@ -79,10 +87,10 @@ def bench(
 
 
 def parsed_shape(text: str) -> tuple[int, int]:
-    """Rows and hidden size of `8192x2048`.
+    """Reads rows and hidden size from a text such as `8192x2048`.
 
     Raises:
-        typer.BadParameter: It is something else.
+        typer.BadParameter: The text has another form.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:

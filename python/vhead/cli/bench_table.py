@@ -9,7 +9,7 @@ from vhead.benchmark.summary import LEGEND, MODES, facts, times
 
 
 def report(console: Console, document: Document) -> None:
-    """Prints a run."""
+    """Prints what was measured where, a table for each mode, and the legend."""
     for line in facts(document):
         _print(console, line)
     for mode, title in MODES.items():

@@ -24,12 +24,15 @@ def convert(
     *,
     format_name: Annotated[
         str | None,
-        typer.Option("--format", "-f", help="What to write; default: trl, or vhead where TRL cannot hold the head."),
+        typer.Option(
+            "--format", "-f", help="The format to write. Default: trl, or vhead if TRL's layout cannot hold the head."
+        ),
     ] = None,
     source_format: Annotated[
-        str | None, typer.Option("--from", help="What to read; default: what the checkpoint shows signs of.")
+        str | None,
+        typer.Option("--from", help="The format to read. Default: the one that the checkpoint shows signs of."),
     ] = None,
-    detect: Annotated[bool, typer.Option("--detect", help="Only say what SRC holds; nothing is written.")] = False,
+    detect: Annotated[bool, typer.Option("--detect", help="Only say what SRC holds, and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files of DST.")] = False,
 ) -> None:
     """Convert a trained value head between the formats of frameworks, with its language model or alone.
@@ -49,7 +52,7 @@ def convert(
     - `vhead convert ./reward-model value_head.safetensors --format llama-factory`
     """
     if (destination is None) != detect:
-        problem = "expected DST, or --detect alone" if destination is None else "writes nothing: leave DST out"
+        problem = "expected DST, or --detect alone" if destination is None else "writes nothing, so leave DST out"
         raise typer.BadParameter(problem, param_hint="DST" if destination is None else "--detect")
     with reported():
         _check_formats(format_name, source_format)

@@ -41,7 +41,7 @@ def demo(
     passages: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Passages to show, each with its corrupted twins; default: what the screen holds."
+            min=1, metavar="N", help="Passages to show, each with its corrupted twins. Default: what the screen holds."
         ),
     ] = None,
     save: Annotated[
@@ -50,7 +50,9 @@ def demo(
     ] = None,
     write: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the rollouts to this new .jsonl, for vhead score; score none."),
+        typer.Option(
+            metavar="FILE", help="Write the rollouts to this new .jsonl file for vhead score, and score nothing."
+        ),
     ] = None,
 ) -> None:
     """Score bundled rollouts with the bundled model, and colour every character by its value.
@@ -116,7 +118,7 @@ def _result_lines(summary: "Summary", run: Run) -> list[str]:
     return [
         f"reward       natural {summary.natural:+.1f}, corrupted {summary.corrupted:+.1f}: "
         f"AUC {summary.auc:.2f}, {summary.ordered} of {summary.pairs} pairs in order",
-        f"in between   corrupted in the middle only, the reward ends at {summary.recovered:+.1f}",
+        f"in between   if only the middle is corrupted, the reward ends at {summary.recovered:+.1f}",
         f"characters   corrupted spans against the rest: AUC {summary.token_auc:.2f}",
         f"speed        {run.tokens} tokens in {run.seconds:.2f} s on one thread: {speed:,.0f} tokens/s",
         f"head         {run.backend}",
@@ -124,7 +126,7 @@ def _result_lines(summary: "Summary", run: Run) -> list[str]:
 
 
 def _write_rollouts(path: Path) -> None:
-    """The bundled rollouts as a file of the user's; one that is there stays."""
+    """Writes the bundled rollouts to a new file; a file that is there already stays as it is."""
     from vhead.demo import demo_rollouts_path
 
     content = demo_rollouts_path().read_bytes()

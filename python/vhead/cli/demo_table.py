@@ -84,7 +84,7 @@ def _prompt(judged: Judged) -> Text:
 
 
 def _empty_table(*, wide: bool) -> Table:
-    """The columns; where there is little room, the text has it, and the reward alone is said in numbers."""
+    """A table with its columns. On a narrow screen the text gets the room, and the reward is the only number."""
     table = Table(box=box.SIMPLE_HEAD, header_style=HEADER, padding=(0, 1, 0, 0), expand=True, show_edge=False)
     table.add_column("rollout", width=18 if wide else 14)
     table.add_column("completion", ratio=1, overflow="fold")
@@ -118,7 +118,7 @@ def legend(console: Console) -> Text:
     """What the colours, or the marks, mean."""
     if not uses_colour(console):
         opening, closing = brackets_of(console)
-        return Text(f"{opening}words{closing} have a mean value below zero: corrupted, says the head")
+        return Text(f"{opening}words{closing} have a mean value below zero: the head takes them for corrupted")
     text = Text("value after each character:  corrupted ")
     styles = styles_of(console)
     ends = {0: f" -{SATURATION:.0f} ", len(styles) // 2: "  0 ", len(styles) - 1: f" +{SATURATION:.0f} "}
@@ -128,7 +128,7 @@ def legend(console: Console) -> Text:
 
 
 def fitting(console: Console, judged: Sequence[Judged], lines: int) -> list[Judged]:
-    """As many passages, with their twins, as the screen holds between the legend and so many lines; at least one."""
+    """As many passages, with their twins, as fit on the screen above this number of `lines`; at least one."""
     topics = list(dict.fromkeys(j.rollout.topic for j in judged))
     # Title, legend, two empty lines, and the one that the shell asks on.
     room = console.height - lines - 5

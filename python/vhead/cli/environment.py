@@ -63,7 +63,7 @@ def _backend_facts() -> Iterator[tuple[str, str]]:
 
 
 def _scorer_facts() -> Iterator[tuple[str, str]]:
-    """What these releases of torch and transformers cost: names that are gone, and ways that failed on a trial."""
+    """What the installed releases lack: names that are gone, and ways of scoring that failed when they were tried."""
     from transformers.utils.logging import disable_progress_bar  # imports torch
 
     from vhead import Scorer, upstream  # imports torch

@@ -39,7 +39,7 @@ class SkippedRecords:
         self.count = 0
 
     def __call__(self, error: RecordError) -> None:
-        """Reports one more."""
+        """Counts one more record, and reports it unless many were reported already."""
         with self._lock:
             self.count += 1
             if self.count <= _ERRORS_SHOWN:
@@ -83,8 +83,8 @@ def score(
 
     The output has the records in input order, as they came, with one more field per score. It appears under its name
     when it is complete; until then, and when scoring stops early, it is NAME.partial beside it. The same command with
-    --resume goes on with it: nothing is lost, and nothing is in the output twice. Where there is an output already,
-    nothing is scored without --overwrite.
+    --resume continues it: nothing is lost, and nothing is in the output twice. If there is an output already, nothing
+    is scored without --overwrite.
 
     Exit codes: 0 done, though records may have been skipped, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 
@@ -141,11 +141,11 @@ def _run(request: option.ScoreRequest) -> None:
 
 
 def _check_finished(output: "Output", reader: "Reader", request: option.ScoreRequest) -> None:
-    """Says that there is nothing to do, if the finished output is that of this input."""
+    """Checks that the finished output belongs to this input, and says that there is nothing to do."""
     if output.journal is not None:
         output.journal.check_whole(islice(reader, request.limit), request.output)
         if not request.quiet:
-            say(f"{request.output} is finished already, {output.journal.records:,} records: nothing was scored")
+            say(f"{request.output} is finished already with {output.journal.records:,} records, so nothing was scored")
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
@@ -185,7 +185,7 @@ def _silence_transformers() -> None:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Errors about records say in which file."""
+    """Puts the file's name before errors about its records."""
     try:
         yield
     except RecordError as error:
@@ -194,13 +194,13 @@ def _naming(source: str) -> Iterator[None]:
 
 @contextmanager
 def _kept(output: "Output") -> Iterator["Output"]:
-    """Says where the part is that was finished when scoring stopped early."""
+    """Says where the finished part is if scoring stops early."""
     try:
         with output:
             yield output
     except BaseException:
         if output.kept is not None:
-            say(f"what was scored is kept in {output.kept}; the same command with --resume goes on with it")
+            say(f"what has been scored is kept in {output.kept}; give the same command again with --resume to continue")
         raise
 
 

@@ -69,14 +69,14 @@ Output = Annotated[
 ]
 Head = Annotated[
     str | None,
-    typer.Option(metavar="PATH", help="File, folder or hub id with the head, where the model's own does not hold it."),
+    typer.Option(metavar="PATH", help="File, folder or hub id with the head, if the model's own does not hold it."),
 ]
 Returns = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="Some of values, logprobs, entropy, reward, tokens (ids and places in the text), with commas between; "
-        "default: values, logprobs and reward, without logprobs where the checkpoint has no language-model head.",
+        help="What to compute, with commas between: values, logprobs, entropy, reward, tokens (ids and places in the "
+        "text). Default: values, logprobs and reward, without logprobs if the checkpoint has no language-model head.",
     ),
 ]
 Temperature = Annotated[
@@ -85,12 +85,17 @@ Temperature = Annotated[
 ModelDtype = Annotated[
     Dtype | None,
     typer.Option(
-        "--dtype", metavar="DTYPE", help="The language model's: float32, bfloat16, float16; default: as saved."
+        "--dtype",
+        metavar="DTYPE",
+        help="Dtype of the language model: float32, bfloat16 or float16. Default: as it was saved.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if any.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... Default: cuda if there is one, otherwise cpu."),
+]
 TokenBudget = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch; default: 2048 on a CPU, 16384 elsewhere.")
+    int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch. Default: 2048 on a CPU, 16384 elsewhere.")
 ]
 ChunkTokens = Annotated[
     int | None,
@@ -98,31 +103,38 @@ ChunkTokens = Annotated[
         "--chunk-tokens",
         min=1,
         metavar="N",
-        help="Tokens among which shared beginnings are found; default: eight batches.",
+        help="Tokens of rollouts that are read at once, among which shared prompts are found. Default: eight batches.",
     ),
 ]
 OldChunkTokens = Annotated[int | None, typer.Option("--window-tokens", min=1, hidden=True)]
 NumThreads = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads; default: those that this process may use."),
+    typer.Option(min=1, max=MOST_THREADS, metavar="N", help="CPU threads. Default: those that this process may use."),
 ]
 AttentionOption = Annotated[
     Attention | None,
     typer.Option(
         "--attention",
         metavar="WAY",
-        help="segments, flex, flash or mask: how tokens that several rollouts share are attended; default: the fastest "
-        "way that the model can take.",
+        help="How rollouts that share tokens attend to them: segments, flex, flash or mask. Default: the fastest way "
+        "that the model can take.",
     ),
 ]
 BatchInvariant = Annotated[
-    bool, typer.Option("--batch-invariant", help="The same bits for a rollout whatever else is scored; slower.")
+    bool,
+    typer.Option(
+        "--batch-invariant", help="Give each rollout the same bits whatever else is scored with it. This is slower."
+    ),
 ]
 NormalizeRewards = Annotated[
-    bool, typer.Option("--normalize-rewards", help="By the mean and standard deviation that the checkpoint states.")
+    bool,
+    typer.Option(
+        "--normalize-rewards",
+        help="Normalise rewards by the mean and the standard deviation that the checkpoint states.",
+    ),
 ]
 AllowRandomHead = Annotated[
-    bool, typer.Option("--allow-random-head", help="Score with an untrained head where there is no trained one.")
+    bool, typer.Option("--allow-random-head", help="Score with an untrained head if there is no trained one.")
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -133,50 +145,62 @@ TruncateOption = Annotated[
     typer.Option(
         "--truncate",
         metavar="PART",
-        help="error, prompt or completion: a rollout with too many tokens cannot be scored, or loses the prompt's "
-        "first or the completion's last ones, and the output says which were truncated.",
+        help="What to do with a rollout that has too many tokens: error (it cannot be scored), prompt (cut off the "
+        "prompt's first tokens) or completion (cut off the completion's last ones). The output then says which "
+        "rollouts were truncated.",
     ),
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=2, metavar="N", help="Tokens of prompt and completion together; default: what the model takes."),
+    typer.Option(
+        min=2, metavar="N", help="Most tokens of prompt and completion together. Default: what the model takes."
+    ),
 ]
 SeparateTokens = Annotated[
     bool,
     typer.Option(
         "--separate-tokens",
-        help="Tokenise prompt and completion apart; default: as one text, and a token across the border is the "
-        "completion's.",
+        help="Tokenise prompt and completion apart. Default: as one text, in which a token across the border belongs "
+        "to the completion.",
     ),
 ]
 AppendEos = Annotated[
     bool,
-    typer.Option("--append-eos", help="Put the end-of-sequence token behind completions of plain text that lack it."),
+    typer.Option(
+        "--append-eos", help="Add the end-of-sequence token to completions of plain text that do not end in it."
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Score only the first N records.")]
 OnErrorOption = Annotated[
     OnError,
-    typer.Option(metavar="ACTION", help="At a record that cannot be scored: fail stops there, skip leaves it out."),
+    typer.Option(
+        metavar="ACTION",
+        help="What to do with a record that cannot be scored: fail (stop there) or skip (leave it out).",
+    ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where an earlier run with this output stopped, if one did.")
+    bool, typer.Option("--resume", help="Continue where an earlier run with this output stopped, if one did.")
 ]
 Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace an output of this name, whole or in part, when the new one is complete, and columns of the input "
-        "that have the scores' names.",
+        help="Replace an output of this name, finished or not, once the new one is complete. Columns of the input that "
+        "have the scores' names are replaced too.",
     ),
 ]
-Suffix = Annotated[str, typer.Option(help="Stands behind the new columns' names: values_b for _b.")]
-UniqueIds = Annotated[bool, typer.Option("--unique-ids", help="A record whose id another record had cannot be scored.")]
+Suffix = Annotated[
+    str, typer.Option(help="Added to the names of the new columns: with _b they are values_b, reward_b, ...")
+]
+UniqueIds = Annotated[
+    bool, typer.Option("--unique-ids", help="A record with an id that an earlier record had cannot be scored.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One call of `vhead score`, its names and numbers checked.
+    """One call of `vhead score`.
 
     Attributes:
         loading: The arguments of `Scorer.from_pretrained` that say what is loaded, and how.
@@ -199,21 +223,21 @@ class ScoreRequest:
     quiet: bool
 
     def check(self) -> None:
-        """Says what is wrong with the names and numbers themselves, before anything is loaded.
+        """Checks the names and numbers themselves, before anything is loaded.
 
         Raises:
-            typer.BadParameter: One of them is not what it must be.
+            typer.BadParameter: One of them is not allowed.
         """
         _check_paths(self.source, self.output)
         for asked, hint in ((self.resume, "--resume"), (self.overwrite, "--overwrite")):
             if asked and self.output == STANDARD_STREAM:
-                raise typer.BadParameter("expected a file as --output, got a stream", param_hint=hint)
+                raise typer.BadParameter("expected a file as --output, got standard output", param_hint=hint)
         if not 0.0 < self.temperature < float("inf"):
             raise typer.BadParameter(f"expected a positive number, got {self.temperature}", param_hint="--temperature")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the output has beside the input's columns, which these names are therefore kept from."""
+        """The names of the columns that scoring adds, which columns of the input may therefore not have."""
         from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
 
         columns = columns_of(self.returns or DEFAULT_RETURNS)
@@ -222,17 +246,17 @@ class ScoreRequest:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether somebody is there to see it, and does not see the scores themselves in the same place."""
+        """Whether standard error is a terminal, and the scores themselves do not go to one."""
         covered = self.output == STANDARD_STREAM and sys.stdout.isatty()
         return not self.quiet and sys.stderr.isatty() and not covered
 
     def settings(self) -> dict[str, object]:
-        """What a run must have in common with the one that it resumes: on each of these the numbers depend.
+        """What must be the same in a run and in the one that it resumes, because the scores depend on it.
 
-        Reads the model's files.
+        This reads the model's files.
 
         Raises:
-            OSError: One of them cannot be read.
+            OSError: One of the files cannot be read.
         """
         from vhead.checkpoints.identity import identity  # for a fast --help
 
@@ -291,10 +315,10 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
 
 
 def checked_returns(returns: str | None) -> tuple[str, ...] | None:
-    """What a comma-separated list names; None: what the checkpoint can give.
+    """Reads a comma-separated list of what to compute; None stands for whatever the checkpoint can give.
 
     Raises:
-        typer.BadParameter: It names something else, or nothing.
+        typer.BadParameter: The list names something else, or nothing.
     """
     from vhead.scoring.scores import check_returns  # for a fast --help
 

@@ -50,13 +50,13 @@ class Signals:
         os.close(self._coming)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        """In the main thread; once, as what it interrupts the second time would be the orderly end."""
+        """Runs in the main thread, and raises only once: a second time would interrupt the orderly end."""
         if self._code is None:
             self._code = 128 + number
             sys.exit(self._code)
 
     def _insist(self) -> None:
-        """In a thread of its own."""
+        """Waits for a signal in a thread of its own, and ends the process if the main thread does not do so in time."""
         while (number := os.read(self._came, 1)) and ord(number) not in _SIGNALS:
             pass
         if number:

@@ -15,12 +15,12 @@ _LONGEST = 4000
 
 
 def say(message: str) -> None:
-    """One line on standard error; where nobody can read it, there is nobody to tell."""
+    """Writes one line to standard error, or nothing if that cannot be written: then there is nobody to tell."""
     _write_error(f"vhead: {escaped(message)}")
 
 
 def show(line: str) -> None:
-    """One line on standard output.
+    """Writes one line to standard output.
 
     Raises:
         OSError: It cannot be written.

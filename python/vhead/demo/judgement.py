@@ -54,7 +54,7 @@ def judge(rollout: DemoRollout, score: ByteScore) -> Judged:
 
     Raises:
         MissingFieldError: The score lacks values, logprobs or reward.
-        ValueError: It has not one token per byte of the completion.
+        ValueError: It does not have one token per byte of the completion.
     """
     ends = _last_bytes(rollout.completion)
     if len(score.values) != ends[-1] + 1:

@@ -23,7 +23,7 @@ class DemoRollout:
         kind: `natural`, or how the completion was corrupted.
         extent: `natural`, `to the end` or `in the middle`: which part of the completion is corrupted.
         span: First and one-past-last character of the completion that the corruption changed.
-        licence: Of the text.
+        licence: The licence of the text.
     """
 
     id: str

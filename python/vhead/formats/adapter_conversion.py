@@ -43,7 +43,8 @@ def write_adapter(
     source = Path(checkpoint.location)
     if target.name not in _HEAD_FILES:
         raise HeadError(
-            f"{source}: beside an adapter, a head is written as {', '.join(_HEAD_FILES)}, not as {target.name}"
+            f"{source}: format: expected one of {', '.join(_HEAD_FILES)} for a head beside an adapter, "
+            f"got {target.name}"
         )
     config = _of_language_model(read_adapter_config(source / ADAPTER_CONFIG), source)
     _write_weights(checkpoint, folder, sighting)

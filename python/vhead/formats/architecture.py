@@ -202,5 +202,5 @@ def _class(name: str) -> Any:
 
 
 def _head_names(wanted: str) -> tuple[str, ...]:
-    """A sequence classifier called something else than score reads pooled states."""
+    # A sequence classifier's head that is not called score reads pooled states, and not the last ones.
     return ("score", "classifier") if wanted == TOKEN_CLASSIFICATION else ("score",)

@@ -42,9 +42,13 @@ def copy_files(source: Path, names: Iterable[str], folder: Path) -> None:
 
 
 def keep_others(replaced: Path, folder: Path) -> None:
-    """Brings into a new checkpoint's folder what is neither in it nor of the old checkpoint in the folder it replaces.
+    """Keeps what lies in a replaced folder and belongs to no checkpoint, unless the new folder has that name already.
 
     Files are linked, not copied: nothing is read, and whoever has one open writes into the same file.
+
+    Args:
+        replaced: The folder that will be replaced.
+        folder: The new checkpoint's folder.
     """
     if not replaced.is_dir():
         return

@@ -128,21 +128,28 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
         raise HeadError(f"{destination}: expected another folder than the one that is read")
     place = destination.resolve()
     if place.is_mount():
-        raise HeadError(f"{destination}: a file system is mounted here, which cannot be replaced: name a folder in it")
+        raise HeadError(
+            f"{destination}: a file system is mounted here, and a mount point cannot be replaced; name a folder in it"
+        )
     if place in (Path.cwd(), *Path.cwd().parents):
-        raise HeadError(f"{destination}: this is the current folder, or around it: call from outside of it")
+        raise HeadError(
+            f"{destination}: this is the current folder or one around it, which cannot be replaced while you are in "
+            "it; change to another folder first"
+        )
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise FileExistsError(f"{destination}: the folder is not empty; --force (overwrite=True) replaces its files")
 
 
 def _check_head(folder: Path, head: HeadWeights, destination: Path) -> None:
-    """Reads the head back from what was written."""
+    """Reads the head back from what was written, and compares it."""
     try:
         written = load(folder)
     except HeadError as error:
         raise HeadMismatchError(f"{destination}: what would be written does not load: {error}") from error
     if not same_weights(written, head):
-        raise HeadMismatchError(f"{destination}: what would be written holds another head than was read")
+        raise HeadMismatchError(
+            f"{destination}: the head that was read back differs from the one in the source, so nothing was written"
+        )
 
 
 @dataclass(frozen=True)
@@ -159,11 +166,14 @@ class _Rewriting:
         """Writes all files and returns what a user must know."""
         if self.target.body is None:
             raise HeadError(
-                f"{self.target.name} can be written for a head, not for a language model: name a file (.safetensors)"
+                f"{self.target.name} holds a head alone, without its language model; name a file to write, such as "
+                "head.safetensors"
             )
         sources = body_names(self.checkpoint, self.head_format, self.sighting)
         if not sources:
-            raise HeadError(f"{self.checkpoint.location}: holds a head and no language model: name a file to write")
+            raise HeadError(
+                f"{self.checkpoint.location}: holds a head and no language model; name a file to write, not a folder"
+            )
         check_config(self._config(), self.checkpoint.describe("config.json"))
         architecture = Architecture(self._config(), self.checkpoint.location)
         with loading(self.checkpoint.location), bounded_by(self.checkpoint):
@@ -191,7 +201,8 @@ class _Rewriting:
         adapter = next((name for name in sources if ".lora_" in name or ".base_layer." in name), None)
         if adapter is not None:
             raise HeadMismatchError(
-                f"{self.checkpoint.location}: {adapter} is an adapter's: merge it into the model before converting"
+                f"{self.checkpoint.location}: {adapter} belongs to an adapter; merge the adapter into its model before "
+                "you convert"
             )
         prefix = body_prefix(sources)
         names = {name: name.removeprefix(prefix) for name in sources}

@@ -275,7 +275,7 @@ def mismatch(checkpoint: Checkpoint, found: Mapping[str, str], expected: str) ->
     return HeadMismatchError(
         f"{checkpoint.location}: the checkpoint holds something like a value head that does not fit: "
         f"found {listing or 'nothing'}; expected {expected}. "
-        "To start from a new head all the same, load the language model yourself and pass the object."
+        "If you want a new head all the same, load the language model yourself and pass that object."
     )
 
 

@@ -108,7 +108,7 @@ def detection_of(checkpoint: Checkpoint, head_format: Format, sighting: Sighting
 
 
 def format_named(name: str) -> Format:
-    """The format of a name.
+    """The format that has this name.
 
     Raises:
         HeadError: There is none.
@@ -135,10 +135,11 @@ def chosen(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sig
 
 
 def choose(checkpoint: Checkpoint, name: str | None = None) -> tuple[Format, Sighting] | None:
-    """`chosen`, or None where there is nothing like a head."""
+    """Chooses as `chosen` does, and gives None if there is nothing like a head."""
     candidates: dict[str, tuple[Format, Sighting]] = {}
     for head_format in FORMATS if name is None else (format_named(name),):
         for sighting in head_format.find(checkpoint):
+            # The first format in the table's order keeps the tensors that a later one claims too.
             candidates.setdefault(sighting.root, (head_format, sighting))
     if len(candidates) > 1 and not _are_the_same(checkpoint, list(candidates.values())):
         raise _ambiguous(checkpoint, candidates)
@@ -159,8 +160,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     found = sorted(name for name in names if _HEAD_FILE.fullmatch(name))
     if found:
         raise HeadMismatchError(
-            f"{folder}: expected a head among the model's tensors, found none there and {', '.join(found)}, which may "
-            "hold one: name the file itself, head=... (--head), or move it elsewhere"
+            f"{folder}: expected a head among the model's tensors and found none there, but {', '.join(found)} may "
+            "hold one; name that file itself, head=... (--head), or move it out of the folder"
         )
 
 
@@ -204,5 +205,5 @@ def _ambiguous(checkpoint: Checkpoint, candidates: dict[str, tuple[Format, Sight
     listing = "; ".join(f"{root} ({head_format.name}: {s.reason})" for root, (head_format, s) in candidates.items())
     return HeadMismatchError(
         f"{checkpoint.location}: expected one value head, found {len(candidates)}: {listing}. "
-        "Give vhead.formats.load the format of the one that is meant, or remove the other"
+        "Say which format you mean (format=... of vhead.formats.load, --from of vhead convert), or remove the other"
     )

@@ -27,7 +27,7 @@ class Entry:
     Attributes:
         name: Its name in the file.
         info: Its shape and dtype.
-        read: Reads it.
+        read: A function that reads it.
     """
 
     name: str

@@ -68,7 +68,7 @@ def head_tensors(
     layouts = head_format.layouts if layers is None else (layers,)
     layers = next((layers for layers in layouts if len(layers) == len(head.layers)), None)
     if layers is None:
-        raise HeadError(f"{head_format.name} has no names for a head of {len(head.layers)} projections; {_OWN}")
+        raise HeadError(f"{head_format.name} cannot hold a head of {len(head.layers)} projections; {_OWN}")
     if head_format.outputs not in (None, head.num_outputs):
         raise HeadError(f"{head_format.name} holds heads of one output; this head has {head.num_outputs}; {_OWN}")
     multiple = head_format.intermediate
@@ -110,7 +110,8 @@ def _stored_bias(names: LinearNames, layer: LinearWeights, head_format: Format) 
     bias = None if layer.bias is None else layer.bias.detach().cpu().contiguous()
     if names.bias is None and bias is not None and bias.any():
         raise HeadError(
-            f"{head_format.name} has no bias beside {names.weight}; this head's is {bias.tolist()}, not zero"
+            f"{head_format.name} has no place for a bias beside {names.weight}, and this head's is not zero: "
+            f"{bias.tolist()}"
         )
     if names.bias is not None and not names.bias_optional and bias is None:
         return layer.bias_or_zeros

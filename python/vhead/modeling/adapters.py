@@ -160,7 +160,7 @@ def check_peft_config(peft_config: object) -> None:
 
 
 def check_task(body: nn.Module) -> None:
-    """Checks that the adapters of a model leave a language model with a token for each state.
+    """Checks that a model with its adapters is still a language model, with one hidden state for each token.
 
     Raises:
         AdapterError: The model is one for another task, or its prompt is learnt: TRL's PPO takes neither.
@@ -169,13 +169,13 @@ def check_task(body: nn.Module) -> None:
     task = _task_of(config)
     if task not in LANGUAGE_MODEL_TASKS:
         raise AdapterError(
-            f"pretrained_model_name_or_path: expected a language model, got a {type(body).__name__}, "
-            f"whose adapter is for the task {task}"
+            f"pretrained_model_name_or_path: expected a language model, got a {type(body).__name__} "
+            f"with an adapter for the task {task}"
         )
     if getattr(config, "is_prompt_learning", False):
         raise AdapterError(
-            "pretrained_model_name_or_path: prompt learning is not supported, since its virtual tokens have states of "
-            "their own; to use it all the same, construct the class from the model"
+            "pretrained_model_name_or_path: prompt learning is not supported, because its virtual tokens have hidden "
+            "states of their own; if you want it all the same, build the class from the loaded model"
         )
 
 

@@ -75,7 +75,7 @@ class Wanted:
 
 
 class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
-    """Reads off the run of the model that a token is chosen by, before anybody else runs the model; changes no scores.
+    """Reads off each run of the model that a token is chosen by, before the model runs again. It changes no scores.
 
     It is called first among the processors that `generate` is given. Streamers, stopping criteria and processors may
     run the model as well, `values` included: all of them after this one, and before the next step's own run.
@@ -114,15 +114,15 @@ class StepReader(LogitsProcessor):  # type: ignore[misc]  # transformers is unty
         return read_then_allowed
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The state `[B, H]` and the logits `[B, V]` of the step, each where it was wanted; lets them go.
+        """Gives the step's state `[B, H]` and logits `[B, V]`, each if it was wanted, and forgets them.
 
         Raises:
             GenerationError: The model's `generate` chose a token without calling its logits processors.
         """
         if self._step is None:
             raise GenerationError(
-                "output_values, output_logprobs and output_entropy: expected a generate that calls the logits "
-                "processors in each step, got one that does not; score the returned sequences instead"
+                "output_values, output_logprobs and output_entropy: this model's generate did not call its logits "
+                "processors, so nothing can be read off; score the returned sequences instead"
             )
         step, self._step = self._step, None
         return step
@@ -217,14 +217,20 @@ def _named(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, A
     parameters.bind_partial(*args, **kwargs)  # An argument that is given twice is a TypeError, as ever.
     named = {**dict(zip(parameters.parameters, args, strict=False)), **kwargs}
     if named.pop("return_dict_in_generate", None) is False:
-        raise GenerationError("return_dict_in_generate: expected True or nothing with output_values, got False")
+        raise GenerationError(
+            "return_dict_in_generate: expected True or nothing, because values, log-probabilities and entropies are "
+            "attributes of what is returned, got False"
+        )
     return named
 
 
 def _generation_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
     """The configuration as `generate` will fill it from the model's own, checked for what cannot be recorded."""
     if kwargs.get("custom_generate") is not None:
-        raise GenerationError("custom_generate: expected None with output_values, got a decoding method of your own")
+        raise GenerationError(
+            "custom_generate: expected None with output_values, output_logprobs or output_entropy, got a decoding "
+            "method of your own; score the returned sequences instead"
+        )
     options = {name: value for name, value in kwargs.items() if name != "generation_config"} | _RETURNED
     config: GenerationConfig
     config, _ = model._prepare_generation_config(kwargs.get("generation_config"), **options)
@@ -236,8 +242,8 @@ def _generation_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> Genera
         )
     if (guidance := getattr(config, "guidance_scale", None)) not in (None, 1):
         raise GenerationError(
-            f"guidance_scale: expected 1 or nothing with output_values, got {guidance}: guidance chooses each token "
-            "by two runs of the model; score the returned sequences instead"
+            f"guidance_scale: expected 1 or nothing, because with guidance two runs of the model choose each token, "
+            f"got {guidance}; score the returned sequences instead"
         )
     return config
 

@@ -105,24 +105,24 @@ class LoadArguments:
 
     @property
     def location(self) -> LocationArguments:
-        """Those that say where the files are."""
+        """The arguments that say where the files are."""
         return _location(self.model)
 
     @property
     def adapter_location(self) -> LocationArguments:
-        """Those that say where an adapter's files are."""
+        """The arguments that say where an adapter's files are."""
         return self._where(LocationArguments.__annotations__.keys() - _OF_MODEL_FILES)
 
     @property
     def reward_location(self) -> LocationArguments:
-        """Those that hold for the reward adapter, which is somewhere else."""
+        """The arguments that hold for the reward adapter too, although it is somewhere else."""
         return self._where(_SHARED_LOCATION)
 
     def _where(self, names: Iterable[str]) -> LocationArguments:
         return _location({name: self.model[name] for name in names if name in self.model})
 
     def of_base(self, adapter: adapters.Adapter) -> dict[str, Any]:
-        """Those of the language model below an adapter, whose revision and subfolder are not the adapter's."""
+        """The arguments for the language model below an adapter, whose revision and subfolder are not the adapter's."""
         model = {name: value for name, value in self.model.items() if name not in ("revision", "subfolder")}
         return model if adapter.base_revision is None else {**model, "revision": adapter.base_revision}
 
@@ -213,7 +213,7 @@ def _load_with_adapter(
 
 
 def _require_base(base: Checkpoint, adapter: adapters.Adapter, location: str) -> None:
-    """Says of a language model that is not there any more whose it is, and where to name the one that is."""
+    """Checks that an adapter's language model is there; the error names the adapter, and where to write a new place."""
     try:
         base.require()
     except LoadError as error:
@@ -370,7 +370,7 @@ def _with_device_map(arguments: dict[str, Any], device: int | str) -> dict[str, 
     get = settings.get if isinstance(settings, dict) else partial(getattr, settings)
     if "device_map" in arguments or not any(get(flag, False) for flag in ("load_in_8bit", "load_in_4bit")):
         return arguments
-    logger.warning("device_map: none given for a quantised model, so that all of it is put on device %s", device)
+    logger.warning("device_map: none given, so the whole quantised model goes to device %s", device)
     return {**arguments, "device_map": {"": device}}
 
 
@@ -390,7 +390,7 @@ def _untrained(body: PreTrainedModel, report: Mapping[str, Any], location: str) 
         f"{location}: the checkpoint does not hold the weights of a {type(body).__name__}: expected "
         f"{min(missing & trunk)} and {len(missing) - 1} others, found "
         f"{renamed or ', '.join(unexpected[:3]) or 'none of them'}. "
-        "A prefix is taken off the names by: vhead convert SRC DST"
+        "If the names only have a prefix too many, `vhead convert SRC DST` takes it off"
     )
 
 

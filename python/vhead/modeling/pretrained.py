@@ -409,7 +409,8 @@ def _read_config(config_class: Any, location: object, arguments: dict[str, Any])
     if config_class.get_config_dict(location, **arguments)[0].get("text_config") is None:
         raise HeadError(
             f"{location}: expected a configuration of model_type {config_class.model_type!r} with a text_config; "
-            "any other checkpoint becomes one by ValueHeadModel.from_wrapper"
+            "load any other checkpoint with AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, "
+            "and turn it into this form with ValueHeadModel.from_wrapper"
         )
     return config_class.from_pretrained(location, return_unused_kwargs=True, **arguments)
 
@@ -420,7 +421,7 @@ def _choose_attention(config: Any, implementation: Any) -> None:
 
 
 def _check_complete(missing: Iterable[str], location: object) -> None:
-    """Transformers only warns about weights that it draws."""
+    """Refuses a checkpoint that lacks weights; transformers only warns, and draws them at random."""
     names = sorted(missing)
     of_head = [name for name in names if name.startswith("v_head.")]
     if of_head:

@@ -83,7 +83,7 @@ class CheckpointState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _left_to_peft(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[str, ...]:
-        """The beginnings of names that a state dict of a model with adapters does without, as `state_dict`'s does."""
+        """The prefixes of names that a state dict of a model with adapters leaves to peft, as `state_dict` does."""
         children = [f"{prefix}{name}." for name in self._modules if name != "v_head" and self.is_peft_model]
         return tuple(child for child in children if not any(name.startswith(child) for name in state_dict))
 
@@ -106,7 +106,7 @@ class CheckpointState(nn.Module):
             yield self._module_name(name, own).removeprefix(f"{BODY}."), value
 
     def _own_names(self) -> dict[str, str]:
-        """This module's own names, by themselves without what compilers and trainers have wrapped around its parts."""
+        """This module's own names, each found by the name without what compilers and trainers wrap around its parts."""
         tensors = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
         return {PRIVATE_WRAPPER.sub("", name): name for name, _ in tensors}
 

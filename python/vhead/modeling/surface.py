@@ -118,7 +118,7 @@ class TransformersSurface(nn.Module):
         """
         merge = getattr(self.pretrained_model, "merge_and_unload", None)
         if merge is None or "score" in self._modules:
-            found = "none" if merge is None else "a reward adapter, whose scores would be lost"
+            found = "none" if merge is None else "a reward adapter too, whose scores would be lost"
             raise AdapterError(f"merge_and_unload: expected adapters of the language model, found {found}")
         self.pretrained_model = merge(*args, **kwargs)
         self.is_peft_model = False

@@ -184,7 +184,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
             cls._check_is_language_model(given)
             model, head = cls._around(prepare_given(given, arguments), arguments), read_head(arguments)
             if head is None:
-                logger.info("%s was given as an object: starting from a fresh value head", type(given).__name__)
+                logger.info("%s was given as a loaded model, so its value head is a fresh one", type(given).__name__)
             else:
                 model._load_head(head)
             return model
@@ -195,7 +195,7 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         model = cls._around(loaded.body, arguments)
         model.untrained = loaded.untrained
         if loaded.head is None:
-            logger.warning("%s holds no value head: starting from a fresh one", location)
+            logger.warning("%s holds no value head, so a fresh one is used", location)
         else:
             model._load_head(loaded.head)
         return model
@@ -521,7 +521,8 @@ def _no_lm_head(model: nn.Module, namings: tuple[str, ...]) -> HeadError:
 def _check_is_loaded(given: object) -> None:
     if not isinstance(given, nn.Module):
         raise HeadError(
-            f"pretrained_model: expected a language model, got {given!r}: a checkpoint is loaded by from_pretrained"
+            f"pretrained_model: expected a loaded language model, got {given!r}; to load a checkpoint, call "
+            "from_pretrained"
         )
 
 

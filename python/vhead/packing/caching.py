@@ -36,7 +36,7 @@ class PrefixCache(Strategy[Prefixed]):
         self._body = body
 
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Prefixed]]:
-        """Groups with one prefix; what shares none is padded."""
+        """Groups sequences by the prefix that they share; those that share none are padded."""
         del prompts
         single: list[int] = []
         for places, shared in shared_prefixes(sequences):
@@ -69,7 +69,7 @@ class PrefixCache(Strategy[Prefixed]):
         return torch.cat([first, rest])
 
     def spoilt(self, content: Prefixed) -> Prefixed:
-        """The prefix backwards."""
+        """Turns the prefix around, so that what follows it sees the wrong tokens."""
         return replace(content, prefix=content.prefix[::-1].copy()) if isinstance(content, SharedPrefix) else content
 
 
@@ -100,7 +100,7 @@ class PromptThenCompletion(Strategy[PromptAndCompletion]):
     def batches(
         self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int
     ) -> Iterator[Batch[PromptAndCompletion]]:
-        """One rollout each, those with the same prompt one after the other."""
+        """Batches of one rollout each; those with the same prompt follow one another."""
         del budget
         keys = [tokens[:length].tobytes() for tokens, length in zip(sequences, prompts, strict=True)]
         before: bytes | None = None
@@ -125,7 +125,7 @@ class PromptThenCompletion(Strategy[PromptAndCompletion]):
         return torch.cat([first, rest])
 
     def spoilt(self, content: PromptAndCompletion) -> PromptAndCompletion:
-        """The prompt backwards."""
+        """Turns the prompt around, so that the completion sees the wrong tokens."""
         return replace(content, prompt=content.prompt[::-1].copy())
 
     def forget(self) -> None:

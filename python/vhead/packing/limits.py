@@ -32,7 +32,7 @@ _CHANGING_ROTARY = ("dynamic", "longrope")
 
 
 def vocabulary_size(body: Any) -> int:
-    """Ids that can be both read and predicted."""
+    """How many token ids can be both read and predicted."""
     embedding: Tensor = body.get_input_embeddings().weight
     predicted = getattr(body.get_output_embeddings(), "weight", embedding)
     return min(embedding.shape[0], predicted.shape[0])
@@ -42,7 +42,7 @@ def context_length(body: Any) -> int | None:
     """Tokens that the model takes at once, None where it states no limit.
 
     Rotary embeddings that are scaled take the original context times their factor, or what the configuration states
-    where that is more. A table of positions that begins behind the padding's has so many fewer.
+    where that is more. A table of positions that begins behind the padding's id has as many fewer.
     """
     text = text_config(body.config)
     length = _stated_length(text)
@@ -79,7 +79,7 @@ def attention_window(config: Any, *, sliding: bool = True) -> int | None:
     """Tokens that the layer with the shortest sight sees, None where all see everything.
 
     Args:
-        config: Of any class.
+        config: A configuration of any class.
         sliding: Whether `sliding_window` counts, which transformers tells attention functions.
     """
     text = text_config(config)

@@ -23,14 +23,14 @@ class _Packing(Strategy[Pack]):
         self._body = body
 
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
-        """One packed row each."""
+        """Batches of one packed row each."""
         del prompts
         return (
             _packed(pack) for pack in pack_trees(sequences, budget, row_multiple(self._body.device, self._body.dtype))
         )
 
     def spoilt(self, content: Pack) -> Pack:
-        """One sequence instead of a tree: tokens see what is no ancestor of theirs."""
+        """Takes the tree for one sequence, so that tokens see others that are not on their path."""
         return replace(content, segments=(Segment(0, len(content.tokens), ()),))
 
 
@@ -47,7 +47,7 @@ class TreePacking(_Packing):
         self._interface = AttentionInterface(body.model)
 
     def states(self, batch: Batch[Pack]) -> Tensor:
-        """No mask is given, as none is looked at."""
+        """Runs the row without a mask, because the attention goes by the segments."""
         pack = batch.content
         with self._interface.attending(type(self).attend(pack.segments)):
             return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions))
@@ -70,7 +70,7 @@ class FlexTreePacking(TreePacking):
     works_in_blocks = True
 
     def states(self, batch: Batch[Pack]) -> Tensor:
-        """Those of the padding, which begins a sequence of its own, are left out."""
+        """Runs the row with padding up to whole blocks, a sequence of its own, whose states are left out."""
         pack = batch.content
         segments = whole_blocks(pack.segments)
         padding = segments[-1].stop - len(pack.tokens)
@@ -89,7 +89,8 @@ class MaskedTreePacking(_Packing):
 
     Args:
         body: The language model.
-        longest_row: Rows in which a model that looks at places in the row, not at positions, still sees everything.
+        longest_row: The longest row in which a model still sees everything if it looks at places in the row and not at
+            positions.
     """
 
     name = "tree packing with a dense mask"
@@ -100,18 +101,18 @@ class MaskedTreePacking(_Packing):
         self._longest_row = min(longest_row or _LONGEST_MASK, _LONGEST_MASK)
 
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Pack]]:
-        """One packed row each, as long as its mask may be."""
+        """Batches of one packed row each, no longer than its mask may be."""
         return super().batches(sequences, prompts, min(budget, self._longest_row))
 
     def states(self, batch: Batch[Pack]) -> Tensor:
-        """The mask is additive, as every model that takes one expects."""
+        """Runs the row under an additive mask, as every model that takes a mask over pairs expects it."""
         pack = batch.content
         mask = dense_mask(pack.segments, self._body.dtype, self._body.device)
         return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions), attention_mask=mask)
 
 
 def _filled(array: NDArray[np.int64], padding: int) -> NDArray[np.int64]:
-    """With so many zeros more: any token, at the first position."""
+    """Appends `padding` zeros: any token will do, at the first position."""
     return np.concatenate([array, np.zeros(padding, np.int64)])
 
 

@@ -74,14 +74,14 @@ class Ways:
     own_logits: PaddedBatches
 
     def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
-        """Which of these sequences go which way: each place once."""
+        """Groups sequences by the way that they take; each place is in one group."""
         places: dict[Strategy[Any], list[int]] = {}
         for place, length in enumerate(lengths):
             places.setdefault(self._way(length), []).append(place)
         return list(places.items())
 
     def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
-        """The same where the model's own logits are needed."""
+        """Groups as `groups` does, for when the model's own logits are needed."""
         return replace(self, usual=self.own_logits, padded=self.own_logits).groups(lengths)
 
     def _way(self, length: int) -> Strategy[Any]:
@@ -157,11 +157,11 @@ class _Bounds:
 
     Attributes:
         context: Tokens that the model takes.
-        rotary: Up to which rotary embeddings do not depend on the batch.
-        batched: Up to which a batch gives what each sequence gives alone.
+        rotary: The length up to which rotary embeddings do not depend on the batch.
+        batched: The length up to which a batch gives what each sequence gives alone.
         sliding: Whether there is a sliding window of the kind that attention is told of.
-        other_window: What other limits let a token see.
-        window: What all limits let a token see.
+        other_window: How many tokens all other limits let a token see.
+        window: How many tokens all limits together let a token see.
     """
 
     context: int | None
@@ -173,7 +173,7 @@ class _Bounds:
 
     @classmethod
     def of(cls, body: Body) -> "_Bounds":
-        """Of a model's configuration."""
+        """Reads them from a model and its configuration."""
         config = body.model.config
         rotary, window = limits.stable_rotary_length(config), limits.attention_window(config)
         return cls(
@@ -231,7 +231,7 @@ def _why(chosen: str | None, kind: str, *, asked_for: bool) -> str | None:
         return "as asked for"
     first = _ORDER.get(kind, _ORDER["cpu"])[0]
     if chosen != first:
-        return "the next that passed"
+        return "the next one that passed its trial"
     return "the fastest measured on a CPU" if first == "segments" else "expected to be the fastest on CUDA"
 
 

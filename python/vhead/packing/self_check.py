@@ -41,9 +41,9 @@ def probes(model: nn.Module, context: int | None, times: int = 1) -> list[Tokens
     """Short sequences of ordinary tokens: three with a common beginning, two of which share more, and one other.
 
     Args:
-        model: Whose vocabulary they are from.
-        context: They are no longer than this, None where there is no limit.
-        times: How much longer they are than they need be.
+        model: The model, whose vocabulary the tokens are from.
+        context: The most tokens of a sequence; None: there is no limit.
+        times: How many times longer the sequences are than they need be.
     """
     special = limits.special_tokens(model.config)
     vocabulary = limits.vocabulary_size(model)
@@ -87,7 +87,7 @@ class SelfCheck:
         """Why sequences as short as these are too long for sharing, or None."""
         longest = max(map(len, self._sequences))
         if limit is not None and limit < longest:
-            return f"its layers look back {limit} tokens only"
+            return f"its layers look back only {limit} tokens"
         return None
 
     def windows(self, way: Strategy[Any]) -> str | None:
@@ -99,7 +99,7 @@ class SelfCheck:
         with short_windows(self.body.model):
             short = SelfCheck(self.body, self._sequences)
             if not short._difference_of(self._alone) > self._control * self._tolerance:
-                return "its windows cannot be tried"
+                return "its attention windows cannot be tried on short sequences"
             short._tolerance = max(short._tolerance, self._tolerance)
             return short.sharing(way, last=None)
 
@@ -123,6 +123,7 @@ class SelfCheck:
         if not difference <= self._tolerance:
             return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
         if self._half:
+            # How much two right results differ on this model, which no fixed tolerance tells for half precisions.
             noise = max(difference, self._between_kernels())
             self._tolerance = max(_NOISE_FACTOR * noise, 2**-8 * self._scale)
         return None
@@ -149,7 +150,7 @@ class SelfCheck:
         """Why this way of sharing tokens cannot be used, or None.
 
         Args:
-            way: As it would be used.
+            way: The way, made as it would be used.
             last: Among how many of each sequence's last tokens an error on purpose has to be seen, None for all. A
                 window may be shorter than the way from a long sequence's last token to where an error is.
         """
@@ -164,7 +165,7 @@ class SelfCheck:
         except Exception as error:  # Whatever a model raises means that it cannot.
             return self._refused(way, error)
         if not wrong > self._control * self._tolerance:
-            return "a wrong result would not be noticed"
+            return "cannot be tried, because a wrong result would look like a right one"
         return None
 
     def _refused(self, way: Strategy[Any], error: Exception) -> str:
@@ -174,11 +175,11 @@ class SelfCheck:
         # This one is raised on purpose, where it is known that something cannot be.
         if not isinstance(error, NotImplementedError):
             architecture = type(self.body.model).__name__
-            warn_once(f"{architecture} is not scored by {way.name}, which failed on a trial: {reason}")
+            warn_once(f"{architecture} is not scored by {way.name}, which failed when it was tried: {reason}")
         return reason
 
     def _difference_of(self, alone: Sequence[Tensor]) -> float:
-        """The largest difference of other states of the same sequences."""
+        """How much other states of the same sequences differ at most."""
         return max(_largest(other - own) for other, own in zip(alone, self._alone, strict=True))
 
     def _batches(self, way: Strategy[Any]) -> list[Batch[Any]]:

@@ -73,7 +73,7 @@ class Strategy(ABC, Generic[Content]):
         """The last hidden states `[N, H]` of a batch."""
 
     def states_and_logits(self, batch: Batch[Content]) -> tuple[Tensor, Tensor]:
-        """The last hidden states `[N, H]` and the model's own logits `[N, V]`; of ways that share no tokens.
+        """The last hidden states `[N, H]` and the model's own logits `[N, V]`, if this way shares no tokens.
 
         Raises:
             NotImplementedError: This way shares tokens.
@@ -81,7 +81,7 @@ class Strategy(ABC, Generic[Content]):
         raise NotImplementedError(f"{self.name} gives hidden states only")
 
     def spoilt(self, content: Content) -> Content:
-        """What it would run if it mixed sequences up, or lost what they share: a check has to notice the difference."""
+        """What it would run if it mixed sequences up, or lost what they share. A check has to notice the difference."""
         return content
 
     def forget(self) -> None:
@@ -92,7 +92,7 @@ class Body:
     """A language model that runs up to its last hidden state.
 
     Attributes:
-        model: As given.
+        model: The language model.
         plan: How the state is reached.
         in_place: Whether gated layers work in place.
     """
@@ -103,13 +103,13 @@ class Body:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device that token ids go to."""
         device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The hidden states'."""
+        """The dtype of the hidden states, as the input embeddings have it."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         return dtype
 
@@ -146,13 +146,13 @@ class PaddedBatches(Strategy[Padded]):
         self._body = body
 
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Padded]]:
-        """The longest first."""
+        """Batches sequences of similar length, the longest first."""
         del prompts
         for chosen in token_budget_batches([len(sequence) for sequence in sequences], budget):
             yield padded(chosen.tolist(), sequences)
 
     def states(self, batch: Batch[Padded]) -> Tensor:
-        """Of all rows, padding included."""
+        """The states of all tokens, padding included."""
         tokens, mask = batch.content
         return self._body.states(tokens, attention_mask=mask)
 
@@ -182,7 +182,7 @@ class OneByOne(PaddedBatches):
         return (padded([place], sequences) for place in range(len(sequences)))
 
     def states(self, batch: Batch[Padded]) -> Tensor:
-        """Of the sequence's tokens."""
+        """The states of the sequence's tokens."""
         tokens, _mask = batch.content
         self._forget(tokens)
         return self._body.states(tokens)

@@ -1,7 +1,7 @@
 """Rollouts that share their first tokens, packed into rows in which every shared token stands once.
 
-The token sequences of a window, sorted, are a trie read from left to right: what a sequence has in common with the one
-before it is on that one's path already, and only the rest gets rows of its own.
+Sorted token sequences are a trie read from left to right: what a sequence has in common with the one before it is on
+that one's path already, and only the rest gets rows of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Pack:
     Attributes:
         places: Which of the given sequences these are.
         tokens: int64 `[T]`.
-        positions: Of each token in its sequence, int64 `[T]`.
+        positions: The position of each token in its sequence, int64 `[T]`.
         segments: Cover all rows, in order; rows that no path has are there for their number only.
         paths: For each sequence, the row ranges of its tokens, in order.
     """
@@ -84,6 +84,7 @@ def pack_trees(sequences: Sequence[Tokens], budget: int, multiple: int = 1) -> I
         for place, shared in tree:
             if builder.size and builder.size + len(sequences[place]) - builder.shared(shared) > budget:
                 yield builder.finish()
+            # Asked again: if a new pack has just begun, what the sequence shares has no rows there yet.
             builder.add(place, builder.shared(shared))
         builder.leave_tree()
     if builder.size:
@@ -149,7 +150,7 @@ class _Builder:
         return tokens if self._path else 0
 
     def leave_tree(self) -> None:
-        """What comes next shares nothing with what was added."""
+        """Ends a tree: the sequence that comes next shares nothing with those before."""
         self._path = ()
 
     def add(self, place: int, shared: int) -> None:
@@ -174,7 +175,7 @@ class _Builder:
             self._positions.append(np.zeros(rows, np.int64))
 
     def finish(self) -> Pack:
-        """The pack; the next one starts empty."""
+        """Gives the pack, and begins an empty one."""
         self._fill(-self.size % self._multiple)
         pack = Pack(
             places=tuple(self._places),
@@ -188,7 +189,7 @@ class _Builder:
 
 
 def _first(path: Sequence[Range], length: int) -> tuple[Range, ...]:
-    """The first rows of a path."""
+    """The first `length` rows of a path."""
     kept: list[Range] = []
     for start, stop in path:
         if length <= 0:

@@ -72,7 +72,9 @@ class ChatTemplate:
             raise self._error(expected, "one that changes it; score text or token ids instead")
         for key in _SHOWN_BESIDE:
             if answer.get(key):
-                expected = "all that the model wrote in the content, as the chat template would change it"
+                expected = (
+                    "everything that the model wrote to be in `content`, because the chat template would change it"
+                )
                 raise self._error(expected, f"`{key}` beside it; score text or token ids instead")
         content = answer["content"]
         written = content if opened is None else self._after_opening(opened, content)

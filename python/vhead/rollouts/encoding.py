@@ -19,7 +19,7 @@ class LengthLimit:
     """How many tokens a rollout may have, and which are cut off where it has more.
 
     Attributes:
-        tokens: Of prompt and completion together; None: any number.
+        tokens: The most tokens of prompt and completion together; None: any number.
         truncation: `"prompt"` cuts the prompt's first tokens off, `"completion"` the completion's last ones, None none.
         is_context: Whether the limit is the model's own.
     """
@@ -47,7 +47,7 @@ class LengthLimit:
         return cls(max_length, truncation, is_context=False)
 
     def kept(self, prompt: int, completion: int, name: str) -> tuple[int, int]:
-        """The first token and the one past the last of so many that stay, at least one of each part among them.
+        """Which tokens stay, as the first one and the one past the last; at least one of each part is among them.
 
         Raises:
             FieldError: Both are too long together and nothing may be cut off, or the part that has to stay whole is too
@@ -74,7 +74,7 @@ class LengthLimit:
             kept, cut, length = cut, kept, prompt
         # Only a limit that there is can be exceeded.
         room = (self.tokens or 0) - 1
-        expected = f"at most {room} tokens, as the {cut} alone is truncated and keeps at least one"
+        expected = f"at most {room} tokens, because only the {cut} is truncated and at least one of its tokens stays"
         return FieldError(name, kept, expected=expected, got=str(length))
 
 
@@ -90,7 +90,7 @@ class Encoded:
         id: Its id.
         name: What errors call it.
         tokens: Prompt and completion, int64 `[P + C]`.
-        prompt_length: P.
+        prompt_length: P, the tokens of the prompt.
         truncated: Whether it has fewer tokens than it came with.
         spans: First and one-past-last character of the completion that each token stands for, int64 `[P + C, 2]`; -1
             where there is no text. None: they were not asked for.
@@ -109,7 +109,7 @@ class Encoded:
 
     @property
     def completion_length(self) -> int:
-        """C."""
+        """C, the tokens of the completion."""
         return len(self.tokens) - self.prompt_length
 
 
@@ -166,7 +166,8 @@ class Encoder:
             ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
             return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None)
         if self._tokenizer is None:
-            raise FieldError(name, "prompt", expected="token ids, as the scorer has no tokenizer", got=rollout.kind)
+            expected = "token ids, because the scorer has no tokenizer"
+            raise FieldError(name, "prompt", expected=expected, got=rollout.kind)
         if isinstance(prompt, str) and isinstance(completion, str):
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
             tokens = self._text.plain(passage, with_spans=with_spans)
@@ -182,7 +183,7 @@ class Encoder:
         count = tokens.prompt_length
         for field, ids in (("prompt", tokens.ids[:count]), ("completion", tokens.ids[count:])):
             if not len(ids):
-                got = "a text without any" if field == "completion" else "a text with none that ends where it does"
+                got = "a text without any" if field == "completion" else "a text in which no token ends"
                 return FieldError(name, field, expected="at least one token", got=got)
             if ids.max() >= self._vocabulary_size:
                 break
@@ -207,4 +208,4 @@ class IdRegistry:
             return
         # By its text, since True and 1 are one key, and nan is none.
         if (first := self._names.setdefault(repr(id), name)) != name:
-            raise FieldError(name, "id", expected="an id of its own", got=f"the id of {first}")
+            raise FieldError(name, "id", expected="an id that no other record has", got=f"the id of {first}")

@@ -17,7 +17,7 @@ class Reader(Protocol):
     """The records of a file, in order.
 
     Attributes:
-        size: In the units of `Row.position`, None when unknown.
+        size: How much there is to read, in the units of `Row.position`; None when unknown.
         schema: A `pyarrow.Schema` where the columns are known before the records are.
     """
 
@@ -27,7 +27,7 @@ class Reader(Protocol):
     def __iter__(self) -> Iterator[Row]: ...
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
 
 
 def format_of(name: str) -> str:

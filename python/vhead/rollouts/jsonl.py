@@ -1,4 +1,4 @@
-"""Rollouts in JSON Lines."""
+"""Reads rollouts from JSON Lines."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class JsonRow:
         line: Its bytes, or its beginning where it is longer than a line may be.
         number: Its place among all lines.
         count: Its place among those that are not blank.
-        position: Bytes of the file up to its end.
+        position: Bytes of the file up to the line's end.
         chain: The digest of all records up to this one.
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.
@@ -84,7 +84,7 @@ class JsonRow:
                 self.where, "text", expected="UTF-8", got=f"{error.reason} at byte {error.start}"
             ) from None
         except _OutOfRangeError as error:
-            expected = "numbers within the range of 64-bit floats, as Parquet has no others"
+            expected = "numbers within the range of 64-bit floats, because Parquet has no others"
             raise FieldError(self.where, "text", expected=expected, got=shown(error.args[0])) from None
         except ValueError as error:
             raise FieldError(self.where, "text", expected="a JSON object", got=self._broken(error)) from None
@@ -99,7 +99,7 @@ class JsonRow:
 
     def _broken(self, error: ValueError) -> str:
         if not self.line.endswith(b"\n"):
-            return "half of one: the file ends in the middle of the line"
+            return "only half of one, because the file ends in the middle of this line"
         if not isinstance(error, json.JSONDecodeError):
             return f"broken JSON ({error})"
         # The line's end is white space to JSON, so that a line that stops short is faulted on the next one.

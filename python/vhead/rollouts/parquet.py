@@ -1,4 +1,4 @@
-"""Parquet in."""
+"""Reads rollouts from Parquet files."""
 
 import base64
 import hashlib
@@ -49,7 +49,7 @@ class ParquetRow:
 
     @property
     def digest(self) -> str:
-        """Of the whole file, which nobody mends in its middle as lines are mended."""
+        """The digest of the whole file: nobody mends a Parquet file in its middle, as lines of text are mended."""
         return self.reader.digest
 
     def rollout(self) -> Rollout:
@@ -141,7 +141,7 @@ class ParquetReader:
         while True:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # So can the pages.
+            except Exception as error:  # Pages, too, can be broken in more ways than pyarrow has names for.
                 raise FileFormatError(f"{self._path}: the file is broken after row {count}: {error}") from None
             if batch is None:
                 return

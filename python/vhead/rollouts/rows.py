@@ -82,8 +82,8 @@ def check_reserved(names: Iterable[str], reserved: Iterable[str], where: str | N
         raise FieldError(
             where,
             name,
-            expected="no such column in the input, as the scores go there",
-            got="one; --suffix names the new columns otherwise, --overwrite replaces those of the input",
+            expected="no such column in the input, because the scores go there",
+            got="one; give the new columns other names with --suffix, or replace the input's with --overwrite",
         )
 
 

@@ -59,11 +59,9 @@ class StandardStream(io.RawIOBase):
         weakref.finalize(self, os.close, self._closed)
 
     def readable(self) -> bool:
-        """Always."""
         return True
 
     def writable(self) -> bool:
-        """Always."""
         return True
 
     def fileno(self) -> int:
@@ -84,7 +82,7 @@ class StandardStream(io.RawIOBase):
         return self.perform(os.write, data)
 
     def perform(self, operation: Callable[[int, Argument], Result], argument: Argument) -> Result:
-        """An operation on the file, whose errors name it."""
+        """Performs an operation on the file, so that its errors name the file."""
         try:
             return operation(self._descriptor, argument)
         except OSError as error:

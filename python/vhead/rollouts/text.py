@@ -27,10 +27,10 @@ class Passage:
     """A prompt and its completion as one text.
 
     Attributes:
-        text: Both.
+        text: The prompt, and the completion behind it.
         border: The first character after the prompt.
         start: Where the first character of what the user calls the completion stands.
-        length: Its characters.
+        length: How many characters the completion has.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Tokens:
 
     Attributes:
         ids: int64 `[P + C]`.
-        prompt_length: P.
+        prompt_length: P, the tokens of the prompt.
         spans: First and one-past-last character of each token in the passage, int64 `[P + C, 2]`, -1 where unknown;
             None where they were not asked for and not needed.
     """

@@ -39,7 +39,7 @@ def chunks(
 ) -> Iterator[tuple[list[tuple[Sourced, Encoded]], Exception | None]]:
     """Groups consecutive rollouts of about `tokens` tokens, with the exception that ended the input early, if any.
 
-    What was read before the exception is so still scored.
+    So what was read before the exception is still scored.
     """
     chunk: list[tuple[Sourced, Encoded]] = []
     total = 0
@@ -67,8 +67,8 @@ class Results:
         truncates: Whether the scores say which rollouts were truncated.
 
     Attributes:
-        scores: Of all rollouts.
-        errors: Of those whose numbers are not finite, by their places.
+        scores: The scores of all rollouts.
+        errors: What is wrong with the rollouts whose numbers are not finite, by their places.
     """
 
     def __init__(

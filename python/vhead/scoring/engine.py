@@ -46,8 +46,8 @@ class Engine:
         options: The scorer's; of them the threads, the conventions, the attention and batch invariance.
 
     Attributes:
-        device: Where token ids go.
-        vocabulary_size: Token ids are below it.
+        device: The device that token ids go to.
+        vocabulary_size: How many token ids there are; each is below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
         plan: How rollouts are batched and logits reached.
         untrained_output: The parameters of the language-model head that were drawn and not loaded, by name.
@@ -73,8 +73,8 @@ class Engine:
         adapter = getattr(body, "active_peft_config", None)
         if adapter is not None and adapter.is_prompt_learning:
             raise VheadError(
-                f"model: expected a language model that sees a rollout's tokens alone, got one with a learnt prompt "
-                f"({adapter.peft_type.value}), whose virtual tokens stand before them"
+                f"model: expected a language model that sees only the tokens of a rollout, got one with a learnt "
+                f"prompt ({adapter.peft_type.value}), which puts virtual tokens before them"
             )
         self._body = Body(body, plan)
         self.device: torch.device = self._body.device
@@ -99,16 +99,16 @@ class Engine:
         return self._rule is not None
 
     def check(self, fields: Sequence[str]) -> None:
-        """Says whether this model can give these fields.
+        """Checks that this model can give these fields.
 
         Raises:
             VheadError: Log-probabilities or entropies are asked for, and the checkpoint had no language-model head.
         """
         if self.untrained_output and needs_logits(fields):
             raise VheadError(
-                "returns: expected only values and reward, as the checkpoint holds no "
-                f"{', '.join(self.untrained_output)} and log-probabilities would be those of a random language-model "
-                f"head, got {', '.join(fields)}"
+                "returns: expected only values and reward, because the checkpoint holds no "
+                f"{', '.join(self.untrained_output)} and log-probabilities would come from random weights, "
+                f"got {', '.join(fields)}"
             )
 
     def work(self, chunk: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
@@ -145,7 +145,7 @@ class Engine:
             ) from error
 
     def _one_by_one(self, rollouts: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Fields:
-        """The same of a batch with numbers that are not finite: a masked NaN is still NaN, and spreads in a row."""
+        """Scores each rollout of a batch alone, if a number is not finite: a masked NaN is still NaN, and spreads."""
         alone, parts = self._ways.alone, []
         for rollout in rollouts:
             (batch,) = alone.batches([rollout.tokens], [rollout.prompt_length], 1)
@@ -224,7 +224,7 @@ class Read:
     def of(
         cls, rollouts: Sequence[Encoded], batch: Batch[Any], conventions: Conventions, pad_token: int | None
     ) -> "Read":
-        """By these conventions."""
+        """Finds what to read off a batch by these conventions."""
         first = [conventions.first_scored(rollout) for rollout in rollouts]
         predicting = [rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)]
         targets = [rollout.tokens[start:] for rollout, start in zip(rollouts, first, strict=True)]
@@ -239,7 +239,7 @@ class Read:
         )
 
     def aligned(self, computed: Fields, conventions: Conventions) -> Fields:
-        """The fields as the conventions have them."""
+        """Brings computed fields into the form that the conventions ask for."""
         if "reward" in computed:
             computed["reward"] = conventions.normalised(computed["reward"])
         if conventions.leading_zeros:
@@ -258,5 +258,5 @@ def _untrained_output(model: Any, body: Any) -> list[str]:
 
 
 def needs_logits(fields: Sequence[str]) -> bool:
-    """Whether the language-model head is needed."""
+    """Whether these fields need the language-model head."""
     return "logprobs" in fields or "entropy" in fields

@@ -1,4 +1,4 @@
-"""What a run noted about its output, so that another run can go on from there, or see that all is done."""
+"""What a run noted about its output, so that another run can continue from there, or see that all is done."""
 
 import json
 import os
@@ -12,6 +12,9 @@ from typing import Any, Self
 from vhead.errors import ResumeError
 from vhead.rollouts.rows import Row
 from vhead.scoring.part import new_file, open_regular
+
+# It names both options, because together they would continue the earlier run or be refused.
+START_ANEW = "start anew with --overwrite and without --resume"
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Journal:
             return None
         except (ValueError, RecursionError) as error:
             raise ResumeError(
-                f"{path}: expected what an earlier run noted about its progress, got: "
-                f"{error or type(error).__name__}; --overwrite alone starts anew"
+                f"{path}: this file should say how far an earlier run came, but cannot be read: "
+                f"{error or type(error).__name__}; {START_ANEW}"
             ) from None
 
     @classmethod
@@ -118,14 +121,14 @@ class Journal:
         return journal
 
     def save(self, path: Path) -> None:
-        """Writes the journal beside its place and moves it there, so that it is never half a one."""
+        """Writes the journal to a new file and gives that its name, so that readers never see half of it."""
         with new_file(path.with_name(f"{path.name}.new")) as unfinished:
             unfinished.write(json.dumps(asdict(self)).encode())
             unfinished.sync()
             unfinished.path.replace(path)
 
     def check(self, settings: Mapping[str, object], output: Path) -> None:
-        """Checks that a run with these settings may go on where the earlier one stopped.
+        """Checks that a run with these settings may continue where the earlier one stopped.
 
         Raises:
             ResumeError: A setting differs.
@@ -135,26 +138,29 @@ class Journal:
             if before != now:
                 raise ResumeError(
                     f"{output}: {name}: expected {before!r}, as in the run that is resumed, got {now!r}; "
-                    "--overwrite alone starts anew"
+                    f"give the same again, or {START_ANEW}"
                 )
 
     def pass_over(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Passes over the records that are done, and gives them.
+        """Yields the records that are done, and checks after the last one that they are the right ones.
 
         Raises:
             ResumeError: They are not those that the earlier run finished.
         """
         last = None
-        # The range first: the other way round a row would be taken that nobody gets.
+        # The range comes first: the other way round, zip would take one row too many and drop it.
         for _, last in zip(range(self.records), rows, strict=False):
             yield last
         found = 0 if last is None else last.count
         if found < self.records:
-            raise ResumeError(f"input: expected the {self.records:,} records that are done, got {found:,}")
+            raise ResumeError(
+                f"input: expected the {self.records:,} records that the earlier run finished, got {found:,}; "
+                f"give the same input again, or {START_ANEW}"
+            )
         if last is not None and last.digest != self.input:
             raise ResumeError(
-                f"input: expected the {self.records:,} records that are done, got others up to {last.where}; "
-                "--overwrite alone starts anew"
+                f"input: expected the {self.records:,} records that the earlier run finished, got others up to "
+                f"{last.where}; give the same input again, or {START_ANEW}"
             )
 
     def check_whole(self, rows: Iterator[Row], output: str) -> None:
@@ -167,8 +173,8 @@ class Journal:
             pass
         if (more := next(rows, None)) is not None:
             raise ResumeError(
-                f"{output}: expected an input of the {self.records:,} records that are done, got more: {more.where}; "
-                "--overwrite alone starts anew"
+                f"{output}: expected an input of the {self.records:,} records that are finished, got more: "
+                f"{more.where}; to score them too, {START_ANEW}"
             )
 
     def at(self, row: Row | None, written: int, part: str, published: Published | None = None) -> Self:

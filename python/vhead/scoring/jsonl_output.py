@@ -17,7 +17,7 @@ class JsonlWriter:
 
     Args:
         stream: What is appended to.
-        suffix: Stands behind the names of the scores' columns.
+        suffix: Added to the names of the scores' columns.
     """
 
     def __init__(self, stream: Sink, suffix: str = "") -> None:
@@ -29,7 +29,7 @@ class JsonlWriter:
 
         Args:
             rows: The records.
-            skips: Whether to go on behind the first that it cannot hold.
+            skips: Whether to continue after the first record that it cannot hold.
         """
         objects: list[str] = []
         errors: dict[int, RecordError] = {}

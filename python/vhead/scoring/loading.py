@@ -48,9 +48,12 @@ def load_critic(
         Checkpoint(path).require()
         weights = find_head(path if head is None else head)
     if weights is None and (head is not None or not allow_random_head):
+        # A random head never takes the place of one that was named.
+        if head is not None:
+            raise HeadNotFoundError(f"{head}: expected a trained value head, found none")
         raise HeadNotFoundError(
-            f"{path if head is None else head}: expected a trained value head, found none; "
-            "allow_random_head=True (--allow-random-head) scores with a new, untrained one"
+            f"{path}: expected a trained value head, found none; "
+            "to score with a new, untrained one, pass allow_random_head=True (--allow-random-head)"
         )
     model = _load(path, dtype, head, trust_remote_code=trust_remote_code)
     _move(model, device)
@@ -73,7 +76,10 @@ def _load(
 
 
 def _check_complete(model: Any, path: str | Path) -> None:
-    """Layers that the checkpoint lacks are drawn at random; a language-model head is only missed where it is used."""
+    """Refuses a model some of whose layers were drawn at random, because the checkpoint lacks them.
+
+    A language-model head that is missing is reported only where it is used.
+    """
     from vhead.modeling.loading import trunk_names  # imports transformers
 
     missing = sorted(trunk_names(model.pretrained_model, set(model.untrained)))
@@ -103,7 +109,8 @@ def _move(model: nn.Module, device: torch.device | str | None) -> None:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         # Torch explains itself over many lines; the first one says what is wrong.
-        raise VheadError(f"device: the model cannot go to {str(device)!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise VheadError(f"device: the model cannot be moved to {str(device)!r}: {reason}") from error
 
 
 def _home_of_tokenizer(path: str | Path, model: Any) -> str | Path:
@@ -121,5 +128,5 @@ def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
         with loading(path):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code is True)
     except LoadError as error:
-        logger.warning("%s: no tokenizer, so that only token ids can be scored: %s", path, error)
+        logger.warning("%s: no tokenizer could be loaded, so only token ids can be scored: %s", path, error)
         return None

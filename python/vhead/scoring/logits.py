@@ -35,7 +35,7 @@ class LogitsRule:
 
     @property
     def vocabulary(self) -> int:
-        """Logits of a row."""
+        """How many logits a row has."""
         weight: Tensor = self.lm_head.get_parameter("weight")
         return getattr(self.lm_head, "out_features", None) or weight.shape[0]
 

@@ -30,7 +30,7 @@ class ScorerOptions(TypedDict, total=False):
 
 
 def checked_options(options: ScorerOptions) -> ScorerOptions:
-    """The options, once it is sure that each is one, and that the numbers are in range.
+    """Checks that there are such options and that their numbers are in range, and gives them by their new names.
 
     Raises:
         TypeError: There is no such option.

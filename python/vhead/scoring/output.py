@@ -5,7 +5,7 @@ What a run finds under its output's name, and does about it:
 | | neither option | `--resume` | `--overwrite` | both |
 |---|---|---|---|---|
 | nothing | starts | starts | starts | starts |
-| a part of the same run | refuses | goes on | starts anew | goes on |
+| a part of the same run | refuses | continues | starts anew | continues |
 | the finished output of the same run | refuses | says so | starts anew | says so |
 | a part of another run | refuses | refuses | starts anew | refuses |
 | another output | refuses | refuses | starts anew | starts anew |
@@ -26,13 +26,14 @@ from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
 from vhead.rollouts.rows import Row
-from vhead.scoring.journal import Journal, Published, Run
+from vhead.scoring.journal import START_ANEW, Journal, Published, Run
 from vhead.scoring.jsonl_output import JsonlWriter
 from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
 from vhead.scoring.scores import Scores
 
-# What a run that is killed has to compute again.
+# A run that is killed has to compute this much again.
 _SECONDS_BETWEEN_NOTES = 1.0
+_REPLACE = "replace it with --overwrite, or choose another name"
 
 ErrorHandler = Callable[[RecordError], None]
 
@@ -48,11 +49,11 @@ class Writer(Protocol):
 
 
 class Output:
-    """Scores as JSON Lines to a stream, of which nothing is noted.
+    """Writes scores as JSON Lines to a stream, and notes nothing about it.
 
     Args:
         stream: What is appended to.
-        suffix: Stands behind the names of the scores' columns.
+        suffix: Added to the names of the scores' columns.
 
     Attributes:
         journal: What is done, and with which settings; None where nothing is noted, and before `begin`.
@@ -68,11 +69,11 @@ class Output:
 
     @property
     def kept(self) -> Path | None:
-        """Where the part is that was finished, when writing stopped early."""
+        """Where the finished part is if writing stopped early, or None."""
         return None
 
     def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
-        """Goes on where an earlier run stopped, or starts.
+        """Continues where an earlier run stopped, or starts.
 
         Args:
             settings: What the scores depend on, as JSON has it.
@@ -101,7 +102,7 @@ class Output:
             OSError: Writing failed.
         """
         if self._writer is None:
-            raise ValueError("write: expected an output that has begun")
+            raise ValueError("write: expected an output that has begun; call begin() first")
         held, errors = self._writer.held(rows, skips=on_error is not None)
         if on_error is None and errors:
             ((place, error),) = errors.items()
@@ -123,7 +124,7 @@ class Output:
         """
 
     def _done(self, last: Row | None) -> None:
-        """Everything up to a record is written."""
+        """Takes note that everything up to a record is written."""
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +139,12 @@ class OutputFile(Output):
     """A file of scores that appears under its own name only when it is complete.
 
     Until then it grows as `NAME.partial` beside it, and `.NAME.journal` notes how far it has come, so that another run
-    can go on. The journal stays beside the finished output and says what that was made with.
+    can continue it. The journal stays beside the finished output and says what that was made with.
 
     Args:
         path: The output's name.
-        suffix: Stands behind the names of the scores' columns.
-        resume: Whether to go on with what an earlier run of the same settings and input left.
+        suffix: Added to the names of the scores' columns.
+        resume: Whether to continue what an earlier run of the same settings and input left.
         overwrite: Whether to replace what earlier runs left.
 
     Raises:
@@ -171,11 +172,11 @@ class OutputFile(Output):
 
     @property
     def kept(self) -> Path | None:
-        """Where the part is that was finished, when writing stopped early."""
+        """Where the finished part is if writing stopped early, or None."""
         return self.partial if self.journal is not None and self.journal.records and self.partial.exists() else None
 
     def begin(self, settings: Mapping[str, object], schema: Any = None) -> None:
-        """Goes on where an earlier run stopped, or starts; as `Output.begin` says."""
+        """Continues where an earlier run stopped, or starts; as `Output.begin` says."""
         journal = self._earlier(settings) if self._resume else None
         if self.finished:
             self.journal = journal
@@ -200,7 +201,7 @@ class OutputFile(Output):
         return JsonlWriter(self._part, self._suffix)
 
     def _complete(self, nothing: Scores) -> None:
-        """The lines are complete as they are."""
+        """Gives the part the output's name: lines are complete as they are."""
         self._note_published(self._part)
         self.partial.replace(self.path)
 
@@ -225,14 +226,15 @@ class OutputFile(Output):
         check_name(self.path)
         if not self._resume and not self._overwrite:
             if self.path.exists():
-                raise OutputError(f"{self.path}: expected no such file yet; --overwrite replaces it")
+                raise OutputError(f"{self.path}: expected no such file yet; {_REPLACE}")
             if not self._part.is_empty:
                 raise OutputError(
-                    f"{self.partial}: an earlier run stopped here; --resume goes on with it, --overwrite starts anew"
+                    f"{self.partial}: an earlier run stopped before it was finished; continue it with --resume, or "
+                    "start anew with --overwrite"
                 )
 
     def _announce(self) -> None:
-        """Notes who is at it, for a run that comes while the model is read."""
+        """Notes which run is writing, for another one that comes while this one still reads the model."""
         with suppress(ResumeError, OSError):
             journal = Journal.load(self._notes)
             if journal is not None:
@@ -242,7 +244,7 @@ class OutputFile(Output):
                 self._announced = True
 
     def _earlier(self, settings: Mapping[str, object]) -> Journal | None:
-        """What an earlier run noted, when this one can go on with it; None where there was none."""
+        """What an earlier run noted, if this one can continue it; None where there was none."""
         journal = Journal.load(self._notes)
         if journal is not None and self._is_published(journal):
             try:
@@ -254,18 +256,19 @@ class OutputFile(Output):
             self.finished = True
             return journal
         if self.path.exists() and not self._overwrite:
-            raise OutputError(f"{self.path}: expected no such file, or that of the same run; --overwrite replaces it")
+            raise OutputError(f"{self.path}: expected no such file, or that of the same run; {_REPLACE}")
         if self._part.is_empty and (journal is None or journal.published or not journal.written):
             return None
         if journal is None:
             raise ResumeError(
-                f"{self.partial}: expected {self._notes.name}, which says what is in it; --overwrite alone starts anew"
+                f"{self.partial}: expected {self._notes.name}, which says what is in it, found no such file; "
+                f"{START_ANEW}"
             )
         journal.check(settings, self.partial)
         if not self._part.cut(journal.written) or self._part.digest != journal.part:
             raise ResumeError(
                 f"{self.partial}: expected the {journal.written:,} bytes that the earlier run wrote, got others; "
-                "--overwrite alone starts anew"
+                f"{START_ANEW}"
             )
         return journal
 
@@ -284,7 +287,7 @@ class OutputFile(Output):
             self._note()
 
     def _note(self) -> None:
-        """Notes how far the output has come, after it has come there: on the disk, not just in its cache."""
+        """Notes how far the output has come, once all of that is on the disk and not only in its cache."""
         if self.journal is not None and self.journal != self._noted:
             self._part.sync()
             self._save()
@@ -304,13 +307,13 @@ class OutputFile(Output):
             self._release()
 
     def _release(self) -> None:
-        """Lets go of the part, which stays when records are done in it."""
+        """Closes the part, and deletes it unless records in it are done."""
         if self.journal is None:
             nothing = self._part.is_empty
             unannounced = self._announced
         else:
             nothing = unannounced = not self.journal.records and self.journal.published is None
-        # The part of an output that this run published has that name no more; what has its old name is another run's.
+        # Once this run has published its output, the part's old name may already be that of another run's part.
         if nothing or self.finished:
             self.partial.unlink(missing_ok=True)
         if unannounced:

@@ -12,9 +12,9 @@ def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suf
 
     Args:
         name: A file name or `-`.
-        resume: Whether to go on with what an earlier run of the same settings and input left.
+        resume: Whether to continue what an earlier run of the same settings and input left.
         overwrite: Whether to replace what earlier runs left.
-        suffix: Stands behind the names of the scores' columns.
+        suffix: Added to the names of the scores' columns.
 
     Raises:
         FileFormatError: The suffix names no format.

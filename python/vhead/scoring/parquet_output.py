@@ -1,4 +1,4 @@
-"""Parquet out: records and scores grow as Arrow streams, and become one Parquet file when the last one is there."""
+"""Writes scores to Parquet: records and scores are collected as Arrow streams, which become one file at the end."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,7 +124,7 @@ class TableColumns:
         return table, errors
 
     def last(self, stored: Mapping[bytes, bytes]) -> None:
-        """Nothing is noted."""
+        """Does nothing: about these columns, a part has no notes."""
 
     def _errors(self, rows: Sequence[Row], *, skips: bool) -> dict[int, RecordError]:
         errors: dict[int, RecordError] = {}
@@ -179,13 +179,13 @@ class ParquetOutput(OutputFile):
 class ParquetWriter:
     """Writes the input's columns with the scores behind them; per-token scores are `list<float32>` columns.
 
-    The columns' types are those of the whole file, which are known at its end, and so is what Parquet needs to be
-    readable: until then the file grows as Arrow streams, one for each call of `append`. Each record is checked against
-    all before it when it is appended, so that the end finds nothing that does not fit.
+    The columns' types are those of the whole file. They are known only at its end, as is what makes a Parquet file
+    readable, so until then the file grows as Arrow streams, one for each call of `append`. Each record is checked
+    against all before it when it is appended, so that nothing is found at the end that does not fit.
 
     Args:
         stream: What is appended to.
-        suffix: Stands behind the names of the scores' columns.
+        suffix: Added to the names of the scores' columns.
         schema: The input's columns, where they are known beforehand, as those of a Parquet file are.
 
     Raises:
@@ -214,7 +214,7 @@ class ParquetWriter:
 
         Args:
             rows: The records.
-            skips: Whether to go on behind the first that it cannot hold.
+            skips: Whether to continue after the first record that it cannot hold.
         """
         return self._columns.held(rows, skips=skips)
 

@@ -23,10 +23,10 @@ class Sink(Protocol):
     """What bytes are appended to."""
 
     def write(self, data: bytes, /) -> object:
-        """Appends them."""
+        """Appends bytes."""
 
     def flush(self) -> None:
-        """Hands them to the operating system."""
+        """Hands what was appended to the operating system."""
 
 
 class GrowingFile(io.RawIOBase):
@@ -56,11 +56,11 @@ class GrowingFile(io.RawIOBase):
 
     @property
     def digest(self) -> str:
-        """Of what it holds."""
+        """The digest of the bytes that it holds."""
         return self._digest.hexdigest()
 
     def cut(self, length: int) -> bool:
-        """Reads the first bytes, drops what is behind them, and goes on from there; False: there are not so many."""
+        """Keeps the first `length` bytes, which it reads for the digest, and drops the rest; False: there are fewer."""
         self._digest, self._length = hashlib.sha256(), 0
         os.lseek(self._file, 0, os.SEEK_SET)
         while self._length < length and (block := os.read(self._file, min(_BLOCK, length - self._length))):
@@ -72,7 +72,7 @@ class GrowingFile(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Appends all of it."""
+        """Appends all of the bytes, and gives their number."""
         view = memoryview(data).cast("B")
         self._digest.update(view)
         self._length += len(view)
@@ -82,7 +82,6 @@ class GrowingFile(io.RawIOBase):
         return len(view)
 
     def writable(self) -> bool:
-        """It is."""
         return True
 
     def tell(self) -> int:
@@ -98,14 +97,14 @@ class GrowingFile(io.RawIOBase):
         return open_regular(self.path)
 
     def close(self) -> None:
-        """Lets go of it, and of the lock."""
+        """Closes the file, and with that releases the lock."""
         if not self.closed:
             super().close()
             os.close(self._file)
 
 
 def new_file(path: Path) -> GrowingFile:
-    """A file of one's own, in place of one that a run which was killed left under this name."""
+    """Makes a new file, in place of one that a killed run may have left under this name."""
     path.unlink(missing_ok=True)
     return GrowingFile(path, new=True)
 
@@ -137,7 +136,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def check_name(path: Path) -> None:
-    """Says whether an output can be put under this name, where something may be already.
+    """Checks that an output can be put under this name: nothing is there, or a regular file.
 
     Raises:
         OutputError: There is a link, a folder, a pipe or a device.
@@ -174,11 +173,11 @@ def _lock(file: int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputBusyError(f"{path}: another run writes this output") from None
+        raise OutputBusyError(f"{path}: another run is writing this output") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: files cannot be locked here, so that two runs with one output go unnoticed", path)
+        logger.warning("%s: files cannot be locked here, so a second run with this output would go unnoticed", path)
 
 
 def _check_regular(file: int, path: Path) -> None:
@@ -186,7 +185,10 @@ def _check_regular(file: int, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise OutputError(f"{path}: expected a file, found {_kind(status.st_mode)}; delete it")
     if status.st_nlink > 1:
-        raise OutputError(f"{path}: expected a file with one name, found one that has another name too; delete it")
+        raise OutputError(
+            f"{path}: expected a file with one name, found one that has a second name (a hard link), whose content "
+            "would change as well; delete this one"
+        )
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -104,7 +104,7 @@ class RemainingRows:
             yield row
 
     def _remember(self, row: Row) -> None:
-        """The id of a record that is done, as far as it has one."""
+        """Remembers the id of a record that is done, if it has one that can be read."""
         if self._ids is not None:
             with suppress(RecordError):
                 rollout = row.rollout()

@@ -41,7 +41,7 @@ class ScoringProgress:
 
     @property
     def seconds(self) -> float:
-        """Since it was entered, until it was left."""
+        """Seconds since it was entered, or from then until it was left."""
         return (time.monotonic() if self._ended is None else self._ended) - self._started
 
     @property
@@ -61,7 +61,7 @@ class ScoringProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None while nothing is scored, and where nobody knows how many rollouts there are."""
+        """Seconds that are left at the rate so far; None while nothing is scored, or if the total is not known."""
         if self._total is None or not self.rollouts:
             return None
         return max(0.0, self._total - self.rollouts) / max(self.rollout_rate, 1e-9)
@@ -74,7 +74,7 @@ class ScoringProgress:
         return ", ".join([*parts, *([] if left is None else [f"{_clock(left)} left"])])
 
     def expect(self, total: float) -> None:
-        """A better estimate of how many rollouts there are."""
+        """Takes a better estimate of how many rollouts there are."""
         self._total = total
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=total)

@@ -21,7 +21,7 @@ _LARGEST_SIGNED = 2**63 - 1
 _LARGEST_UNSIGNED = 2**64 - 1
 # What Parquet's readers take: pyarrow's refuse lists that are nested 49 deep.
 _DEEPEST = 32
-_OTHERWISE = "JSON Lines (.jsonl) hold any"
+_OTHERWISE = "JSON Lines (.jsonl) can hold any"
 
 
 class Kind(StrEnum):
@@ -52,7 +52,7 @@ class Shape:
     """What records hold in one place.
 
     Attributes:
-        kind: Of which kind it is.
+        kind: What kind of values there are.
         where: The first record that holds something of this kind there.
         least: The smallest whole number; None for other kinds.
         most: The largest whole number; None for other kinds.
@@ -73,7 +73,7 @@ class Shape:
         return self.most is not None and self.most.number > _LARGEST_SIGNED
 
     def to_json(self) -> list[Any]:
-        """As lists, for JSON."""
+        """The shape as lists, for JSON."""
         bounds = [None if bound is None else [bound.number, bound.where] for bound in (self.least, self.most)]
         items = None if self.items is None else self.items.to_json()
         members = {name: member.to_json() for name, member in self.members.items()}
@@ -81,7 +81,7 @@ class Shape:
 
     @classmethod
     def from_json(cls, content: Sequence[Any]) -> "Shape":
-        """The reverse of `to_json`."""
+        """The shape that `to_json` made lists of."""
         kind, where, least, most, items, members = content
         return cls(
             kind=Kind[kind],
@@ -191,7 +191,7 @@ def _ranged(before: Shape, after: Shape | None, path: str) -> Shape:
             raise _misfit(bound.where, path, "whole numbers of 64 bits in a Parquet file", shown(bound.number))
     if most.number > _LARGEST_SIGNED and least.number < 0:
         first, second = (most, least) if before.most is most else (least, most)
-        expected = f"what fits in 64 bits with {first.number}, which {first.where} has"
+        expected = f"a number that fits in 64 bits together with {first.number}, which {first.where} has"
         raise _misfit(second.where, path, expected, str(second.number))
     same = least is before.least and most is before.most
     return before if same else replace(before, least=least, most=most)
@@ -203,9 +203,9 @@ def _widened(before: Shape, after: Shape, path: str) -> Shape:
     for bound in (whole.least, whole.most):
         if bound is not None and abs(bound.number) > _EXACT_IN_FLOATS:
             if whole is before:
-                expected = f"a whole number, as 64-bit floats do not hold {bound.number}, which {bound.where} has"
+                expected = f"a whole number, because {bound.where} has {bound.number}, which 64-bit floats do not hold"
                 raise _misfit(fractions.where, path, expected, str(fractions.kind))
-            expected = f"a number that 64-bit floats hold, as {fractions.where} has a fraction"
+            expected = f"a number that 64-bit floats hold, because {fractions.where} has a fraction"
             raise _misfit(bound.where, path, expected, str(bound.number))
     return fractions
 

@@ -67,8 +67,8 @@ class Scorer:
             followed by it; the reward is then read there.
 
     Attributes:
-        model: As given.
-        token_budget: As given or chosen.
+        model: The model.
+        token_budget: The tokens of a batch, as given or chosen.
 
     Raises:
         HeadError: The model has no value head, or one with several outputs.
@@ -126,7 +126,9 @@ class Scorer:
         return tuple(name for name in DEFAULT_RETURNS if name != "logprobs" or not self._engine.untrained_output)
 
     def checked_returns(self, returns: Sequence[str] | None) -> tuple[str, ...]:
-        """What is given for these `returns`, in the order of the columns; None: `default_returns`, said once.
+        """What is given for these `returns`, in the order of the columns.
+
+        None stands for `default_returns`; if log-probabilities are not among these, the log says so once.
 
         Raises:
             VheadError: The model's checkpoint lacked what a field of `returns` needs.
@@ -288,7 +290,7 @@ class Scorer:
         on_batch: BatchHandler | None = None,
         ids: IdRegistry | None = None,
     ) -> Iterator["ScoredChunk[Sourced]"]:
-        """Scores what comes from somewhere, a chunk at a time, and says what each of the scores is of.
+        """Scores what `sources` give, a chunk at a time, and gives each chunk's scores with the sources they are of.
 
         The arguments are those of `chunks`, with two more.
 
@@ -336,7 +338,7 @@ class Scorer:
         *,
         with_spans: bool,
     ) -> Iterator[tuple[Sourced, Encoded]]:
-        """The rollouts that can be scored; the others' errors are told, or the first one is raised."""
+        """The rollouts that can be scored. Errors about the others go to `on_error`, or the first one is raised."""
         for index, source in enumerate(sources):
             try:
                 rollout = source.rollout()
@@ -384,7 +386,7 @@ def _normalising(conventions: Conventions | None, critic: Critic, source: str | 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Given:
-    """A rollout that is there already."""
+    """A rollout that was given as an object, and its position."""
 
     index: int
     given: Rollout
@@ -430,7 +432,7 @@ class ScoredChunk(Generic[Sourced]):
 
 
 def _report(chunk: _Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
-    """The good scores; the errors between them go to `on_error`, or the first one ends it."""
+    """Yields the good scores. Errors between them go to `on_error`, or the first one is raised."""
     errors, scores, sources = results.errors, results.scores, chunk.sources
     for place in sorted(errors):
         if on_error is None:

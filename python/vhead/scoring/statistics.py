@@ -55,7 +55,7 @@ def token_statistics(
 def statistics_of_logits(
     logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float, entropy: bool
 ) -> dict[str, Tensor]:
-    """The same of some rows `[N]` of logits `[M, V]` that are there already; they stay as they are."""
+    """The same for some rows `[N]` of logits `[M, V]` that are there already; these stay as they are."""
     return _in_chunks(
         lambda chunk: logits[rows[chunk]].float(), targets, logits.shape[-1], temperature, entropy=entropy
     )

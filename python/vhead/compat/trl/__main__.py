@@ -23,7 +23,7 @@ def interpreter_options(words: list[str]) -> list[str]:
     """The options of Python's own command line.
 
     Args:
-        words: It, without the interpreter and without the program's arguments; its end is this module's name.
+        words: The command line without the interpreter and without the program's arguments; this module's name is last.
     """
     *options, program = words
     if not program.endswith(_MODULE):  # Run by the path of its folder.

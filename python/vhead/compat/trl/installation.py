@@ -128,7 +128,7 @@ def install(*, reach_workers: bool = True) -> Installation:
 
 
 def uninstall() -> None:
-    """Puts back what was there: import hooks, modules, names in modules, the environment. Twice is as good as once.
+    """Puts back what was there: import hooks, modules, names in modules, the environment. Calling it twice is harmless.
 
     What other code has imported meanwhile stays bound in it; only trl's own modules are given trl's own objects again.
     """

@@ -71,7 +71,7 @@ def give_back() -> None:
 
 
 def subclasses(known: Mapping[int, tuple[str, object]]) -> list[str]:
-    """Classes outside trl that were derived from trl's own, and go on being so."""
+    """Classes outside trl that were derived from trl's own, and stay derived from them."""
     derived: list[type] = []
     for _, original in known.values():
         derived += original.__subclasses__() if isinstance(original, type) else []

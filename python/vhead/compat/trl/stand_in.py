@@ -37,7 +37,7 @@ def spec_of(name: str) -> ModuleSpec:
 
 
 def is_stand_in(module: ModuleType | None) -> bool:
-    """Whether a module is one of these."""
+    """Whether a module is such a stand-in."""
     return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), StandInLoader)
 
 

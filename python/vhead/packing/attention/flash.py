@@ -48,7 +48,7 @@ class FlashAttention:
         softcap: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Attends: see `Attend`.
+        """Attends over the row, as `Attend` says.
 
         Raises:
             RuntimeError: This version of flash_attn gives the logarithms in another layout.
@@ -111,8 +111,8 @@ class _Sequences:
         keys: Rows of the keys, likewise.
         query_bounds: Where each sequence begins and the last one ends, int32.
         key_bounds: The same of the keys.
-        most_queries: Of the longest sequence.
-        most_keys: Of the longest sequence.
+        most_queries: How many queries the longest sequence has.
+        most_keys: How many keys the longest sequence has.
     """
 
     queries: Tensor | slice
@@ -124,7 +124,7 @@ class _Sequences:
 
     @classmethod
     def of(cls, queries: Sequence[Range], keys: Sequence[Sequence[Range]], device: torch.device) -> Self:
-        """Of row ranges: one of queries, and one or several of keys, for each sequence."""
+        """Makes them from row ranges: for each sequence one of queries, and one or several of keys."""
         query_counts = [stop - start for start, stop in queries]
         key_counts = [sum(stop - start for start, stop in ranges) for ranges in keys]
         bounds = np.array([[0, *itertools.accumulate(counts)] for counts in (query_counts, key_counts)], np.int32)
@@ -151,13 +151,13 @@ class _States:
     softcap: float | None
 
     def attend(self, sequences: _Sequences, window: int | None = None) -> Tensor:
-        """Of all rows in order, the last query of a sequence with its last key: `[T, heads, E]`."""
+        """The results `[T, heads, E]` of all rows in order; the last query of a sequence sees up to its last key."""
         limits = {} if window is None else {"window_size": (window - 1, 0)}
         output: Tensor = self._run(self.query, sequences, causal=True, **limits)
         return output
 
     def attend_in_part(self, sequences: _Sequences, *, causal: bool) -> tuple[Tensor, Tensor]:
-        """Of the queries of these sequences: `[N, heads, E]`, and logarithms of sums `[N, heads]`."""
+        """The results `[N, heads, E]` of these sequences' queries, and the logarithms of their sums `[N, heads]`."""
         query = self.query[sequences.queries]
         output, log_sums, *_ = self._run(query, sequences, causal=causal, return_attn_probs=True)
         if log_sums.shape != query.shape[1::-1]:
@@ -191,7 +191,7 @@ def _merge(output: Tensor, log_sums: Tensor, rows: Tensor | slice, more: Tensor,
 
 
 def _rows(ranges: Sequence[Range], device: torch.device) -> Tensor | slice:
-    """Of ranges; a slice where they are the first rows in order, which is a view and no copy."""
+    """The rows of these ranges; a slice if they are the first rows in order, because that is a view and no copy."""
     chosen = np.concatenate([np.arange(start, stop) for start, stop in ranges])
     if np.array_equal(chosen, np.arange(len(chosen))):
         return slice(0, len(chosen))

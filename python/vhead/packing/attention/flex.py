@@ -55,7 +55,7 @@ class FlexAttention:
         softcap: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Attends: see `Attend`."""
+        """Attends over the row, as `Attend` says."""
         device = query.device
         if (device, window) not in self._masks:
             self._masks[device, window] = block_mask(self._visibility, window, device)
@@ -77,7 +77,7 @@ class FlexAttention:
 def _kernel(device: str) -> Callable[..., Tensor]:
     """FlexAttention for a kind of device.
 
-    Sizes are symbols from the first call on: the kernel that the self-check tries is so the one that runs later.
+    Sizes are symbols from the first call on, so the kernel that the self-check tries is the one that runs later.
     """
     from torch.nn.attention.flex_attention import flex_attention  # absent before torch 2.5
 

@@ -28,13 +28,13 @@ class Attend(Protocol):
         softcap: float | None,
         window: int | None,
     ) -> Tensor:
-        """Attends.
+        """Attends over the row in one layer.
 
         Args:
             query: `[1, heads, T, D]`.
             key: `[1, key heads, T, D]`, whose heads each serve the same number of query heads.
             value: `[1, key heads, T, E]`.
-            scale: Of the products, None for `D ** -0.5`.
+            scale: What the products are multiplied by; None: `D ** -0.5`.
             softcap: Gemma 2's bound of the scaled products, or None.
             window: Tokens that each token sees on its path, itself among them; None: all.
 
@@ -63,12 +63,14 @@ def _forward(
     sliding_window: int | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """What the attention interface calls; whether the arguments that it passes over matter, the self-check finds."""
+    """What the attention interface calls. Some arguments are ignored; whether they matter, the self-check finds out."""
     del module, attention_mask
     if needed := [name for name in _TERMS if others.get(name) is not None]:
-        raise NotImplementedError(f"its attention has further terms: {', '.join(needed)}")
+        raise NotImplementedError(f"the model adds terms of its own to attention scores: {', '.join(needed)}")
     if _active.attend is None:
-        raise RuntimeError(f"the attention {NAME!r} works only while a scorer runs the model")
+        raise RuntimeError(
+            f"the attention {NAME!r} works only while a scorer runs the model, and only in the scorer's thread"
+        )
     return _active.attend(query, key, value, scale=scaling, softcap=softcap, window=sliding_window), None
 
 
@@ -88,10 +90,10 @@ def register() -> None:
 
 
 class AttentionInterface:
-    """The place of a model's own attention.
+    """Puts another attention in the place of a model's own.
 
     Args:
-        model: Any that goes through transformers' attention interface.
+        model: Any model that goes through transformers' attention interface.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Piece:
 
 
 def pieces(segments: Sequence[Segment], window: int | None) -> Iterator[Piece]:
-    """The segments, long ones divided."""
+    """The segments as pieces; long segments are divided."""
     for segment in segments:
         for start in range(segment.start, segment.stop, _QUERY_BLOCK):
             stop = min(start + _QUERY_BLOCK, segment.stop)
@@ -86,7 +86,7 @@ def pieces(segments: Sequence[Segment], window: int | None) -> Iterator[Piece]:
 
 
 def branches(found: Iterable[Piece], window: int | None) -> list[Piece]:
-    """The same with neighbours put together where what a mask then hides costs less than copies of their common path.
+    """The same pieces, with neighbours put together if what a mask hides costs less than copying their common path.
 
     A branch's own rows may fork again: what they see of each other is the tree's matter.
     """
@@ -166,7 +166,7 @@ class SegmentAttention:
         softcap: float | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Attends: see `Attend`."""
+        """Attends over the row, as `Attend` says."""
         states = _States(query, key, value, scale, softcap)
         output = query.new_empty(query.shape[2] + 1, query.shape[1], value.shape[3])
         for call in self._planned(query, value, window):
@@ -193,7 +193,9 @@ class _States:
         self._scale, self._softcap = scale, softcap
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Of `[B, queries, heads, D]` and `[B, keys, key heads, D or E]`; without a mask, causal.
+        """Attends with queries `[B, queries, heads, D]` and keys and values `[B, keys, key heads, D or E]`.
+
+        Without a mask, each query sees the keys up to its own place.
 
         Returns:
             `[B, queries, heads, E]`.
@@ -226,7 +228,6 @@ class _Alone:
     mask: Tensor | None
 
     def attend(self, states: _States, output: Tensor) -> None:
-        """Writes the piece's results."""
         start, stop = self.piece.start, self.piece.stop
         keys, values = (_rows(tensor, self.piece.keys)[None] for tensor in (states.key, states.value))
         output[start:stop] = states.attend(states.query[None, start:stop], keys, values, self.mask)[0]
@@ -249,7 +250,6 @@ class _Together:
     mask: Tensor
 
     def attend(self, states: _States, output: Tensor) -> None:
-        """Writes the pieces' results."""
         batch = self.mask.shape[0]
         query, key, value = (
             tensor.index_select(0, rows).view(batch, -1, *tensor.shape[1:])
@@ -340,7 +340,7 @@ def _repeated(states: Tensor, count: int) -> Tensor:
 
 
 def _last(ranges: tuple[Range, ...], count: int) -> tuple[Range, ...]:
-    """The last rows of a path."""
+    """The last `count` rows of a path."""
     kept: list[Range] = []
     for start, stop in reversed(ranges):
         if count <= 0:

@@ -29,7 +29,7 @@ class Visibility:
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> Self:
-        """Of the rows of a pack."""
+        """Finds what the rows of a pack see, from its segments."""
         rows = segments[-1].stop
         ends, positions = np.empty(rows, np.int64), np.empty(rows, np.int64)
         for segment in segments:
