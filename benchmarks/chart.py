@@ -18,9 +18,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from report import AXES, DTYPES, RESULTS, SHAPE, Data
 from results import HeadFigures, cost, machine, median, scored_by, speed
 
-from report import AXES, DTYPES, RESULTS, SHAPE, Data
 from vhead.benchmark.document import Row
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"

@@ -4,12 +4,12 @@ import argparse
 from functools import partial
 from statistics import median
 
+import report
 import torch
 from measure import Figures, add_options
 from torch import Tensor
 from workloads import qwen2
 
-import report
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.benchmark.timing import Work, interleaved, quantiles
 

@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Iterator
 
+import report
 import torch
 from measure import Figures, add_options, in_fresh_process
 from torch import Tensor
 from torch.nn import functional
 
-import report
 from vhead import ops
 from vhead.benchmark.cases import Case, kept_bytes, time_call, time_inference, time_training
 from vhead.benchmark.document import Row

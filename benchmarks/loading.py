@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import report
 import torch
 import transformers
 from measure import Figures, add_options, extra_bytes, in_fresh_process, memory
 
 import vhead
-import report
 from vhead.benchmark.document import Row
 from vhead.benchmark.timing import load_average, turns
 from vhead.benchmark.trl_head import trl_model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import report
+
 from vhead.benchmark import machine
 from vhead.benchmark.document import Row, write_figures
 from vhead.benchmark.timing import load_average

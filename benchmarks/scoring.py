@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import report
 import torch
 from contestants import ALL_FIELDS, VALUES, ModelOnly, Score, contestants
 from measure import Figures, add_options, extra_bytes, in_fresh_process, memory
 from transformers import PreTrainedModel
 from workloads import AXES, BASE, as_ids, log_normal, qwen2, short, sizes, small_llama, texts
 
-import report
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.benchmark.document import Row
 from vhead.benchmark.timing import Work, clocked, load_average, turns

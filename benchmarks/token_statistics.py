@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import report
 import torch
 from measure import Figures, add_options, extra_bytes, in_fresh_process
 from torch import Tensor
 
-import report
 from vhead import ops
 from vhead.benchmark.document import Row, dtype_name
 from vhead.benchmark.timing import Work, clocked, load_average, turns
