@@ -123,10 +123,8 @@ cuda-images: $(VENV)/.test
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/chart.py
+	$(BIN)/python benchmarks/chart.py head
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python benchmarks/head.py --output $(REUSED)
-	$(BIN)/python benchmarks/report.py $(REUSED)
 
 # What docs/model-types.md says, found by running every model type of the installed transformers: about three minutes.
 model-types: $(VENV)/.test $(VENV)/.built
