@@ -356,3 +356,71 @@ def test_the_wheel_s_files_exist_and_are_tracked(name: str) -> None:
     assert (PACKAGE / name).is_file()
     ignored = subprocess.run(["git", "check-ignore", "--no-index", "-q", PACKAGE / name], cwd=ROOT, check=False)
     assert ignored.returncode == 1, "maturin leaves out what git ignores"
+
+
+def rust_imports(source: str) -> Iterator[tuple[bool, list[str]]]:
+    """The paths of each `use`, by their new names, and whether it is a re-export; unit tests are left out."""
+    code = re.sub(r"//.*", "", source.partition("#[cfg(test)]\nmod tests {")[0])
+    for public, tree in re.findall(r"^\s*(pub(?:\([^)]*\))?\s+)?use\s+([^;]+);", code, re.MULTILINE):
+        renamed = re.sub(r"\w+\s+as\s+(\w+)", r"\1", tree)
+        yield from ((bool(public), path.split("::")) for path in branches("".join(renamed.split())))
+
+
+def branches(tree: str) -> Iterator[str]:
+    """`a::{b, c::{d}}` as `a::b` and `a::c::d`."""
+    head, brace, rest = tree.partition("{")
+    if not brace:
+        yield head
+        return
+    start, depth, inner = 0, 0, rest.removesuffix("}")
+    for end, letter in enumerate(f"{inner},"):
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0:
+            yield from (head + branch for branch in branches(inner[start:end]) if branch)
+            start = end + 1
+
+
+def rust_import_circles(crate: Path) -> set[str]:
+    """The files of a crate that import each other, in one step or several. A re-export counts as its home."""
+    source = crate / "src"
+    files = {module_path(path.relative_to(source)): path.read_text() for path in source.rglob("*.rs")}
+
+    def home(place: tuple[str, ...], path: list[str]) -> tuple[str, ...] | None:
+        steps = {"crate": (), "self": place, "super": place[:-1]}
+        found = steps.get(path[0], place if (*place, path[0]) in files else None)
+        names = path[1:] if path[0] in steps else path
+        while found is not None and names and (*found, names[0]) in files:
+            found, names = (*found, names[0]), names[1:]
+        exports = [p for public, p in rust_imports(files.get(found, "")) if public and names and p[-1] == names[0]]
+        return home(found, exports[0]) if exports else found
+
+    graph = {of: {home(of, path) for _, path in rust_imports(text)} - {of, None} for of, text in files.items()}
+    while ends := [of for of in graph if not graph[of] or not any(of in others for others in graph.values())]:
+        graph = {of: others - set(ends) for of, others in graph.items() if of not in ends}
+    return {"::".join(of) for of in graph}
+
+
+def module_path(file: Path) -> tuple[str, ...]:
+    """`("simd", "keep")` for `simd/keep.rs`, and `()` for `lib.rs`."""
+    parts = file.with_suffix("").parts
+    return parts[:-1] if parts[-1] in {"lib", "mod"} else parts
+
+
+@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "python"])
+def test_no_rust_files_import_each_other(crate: str) -> None:
+    assert rust_import_circles(ROOT / "rust" / crate) == set()
+
+
+def test_rust_circle_rule_can_fail(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    (source / "simd").mkdir(parents=True)
+    (source / "lib.rs").write_text("mod a;\nmod b;\nmod simd;\npub use b::{B, C as D};\n")
+    (source / "a.rs").write_text("use crate::{\n    B,\n    simd::{Level, run},\n};\n")
+    (source / "b.rs").write_text("// use crate::a::A;\nuse std::fmt;\n")
+    (source / "simd" / "mod.rs").write_text("use crate::b::B;\n")
+    assert rust_import_circles(tmp_path) == set()
+    (source / "b.rs").write_text("use super::simd::Level;\n")
+    assert rust_import_circles(tmp_path) == {"b", "simd"}
+    (source / "b.rs").write_text("use crate::a::A;\n")
+    (source / "simd" / "mod.rs").write_text("#[cfg(test)]\nmod tests {\n    use crate::b::B;\n}\n")
+    assert rust_import_circles(tmp_path) == {"a", "b"}

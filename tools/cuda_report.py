@@ -59,7 +59,7 @@ BUDGET, MOONSHOT = 97, 76
 _NO_ALLOCATE = r"LDG\.E\.NA\.128"
 HIDDEN_SIZES = (1024, 2048, 3072, 4096, 5120, 8192)
 ISSUED = ("vhead_forward_rows", "vhead_forward_rows_dropout", "vhead_backward_vector_dropout")
-# Hidden states that each thread has asked for and not yet used, in bytes (forward.cu, backward.cu).
+# Hidden states that each thread has asked for and not yet used, in bytes (value_head.cu, value_head_backward.cu).
 UNDER_WAY = 64
 
 

@@ -1,4 +1,8 @@
-"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle` and `vhead.env` import it."""
+"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle` and `vhead.env` import it.
+
+A function looks at the device of its first tensor (the hidden states or targets) and runs there; on a CUDA device the
+work goes to torch's current stream.
+"""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -10,21 +14,17 @@ from torch import Tensor
 
 __all__ = [
     "CandleValueHead",
-    "CudaLogitGradients",
-    "CudaLogitStatistics",
     "LogitGradients",
     "LogitStatistics",
+    "apply_dropout",
     "available_cores",
     "backends",
     "build_info",
     "configure",
-    "cuda_absence",
-    "cuda_value_head",
-    "cuda_value_head_backward",
-    "dropout_mask",
+    "dispatch_keys",
     "init_linear",
     "init_normal",
-    "keep_kept",
+    "kernel_absence",
     "linear",
     "panic_on_purpose",
     "try_value_head",
@@ -35,14 +35,17 @@ __all__ = [
 ]
 
 def value_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | int | None = None
 ) -> Tensor:
     """The kernel of `vhead::value_head`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32.
 
+    A seed that is on the CUDA device of the hidden states is read there, by the kernel.
+
     Raises:
         TypeError: An argument is no tensor with data of its own, or its dtype is not float32, bfloat16 or float16.
-        ValueError: Shapes do not fit, a tensor is not a dense one on the CPU, or `dropout_p` lies outside [0, 1).
+        ValueError: Shapes do not fit, tensors are not dense ones on one device, or `dropout_p` lies outside [0, 1).
         KernelPanicError: A kernel failed inside.
+        CudaError: The driver or the device refuses, or there are no kernels for it.
     """
 
 def try_value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_enabled: bool) -> Tensor | None:
@@ -52,33 +55,20 @@ def try_value_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, grad_ena
     """
 
 def value_head_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, needed: Sequence[bool]
+    grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | int | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for (hidden, weight, bias), each where needed: hidden's in its dtype, the others float32."""
 
-def cuda_absence(ordinal: int) -> str | None:
-    """Why a CUDA device has no kernels of this package; None where it has, and they are loaded then.
+def dispatch_keys() -> dict[str, str]:
+    """The key of torch's dispatcher for each type of device that has kernels here. This asks no driver."""
+
+def kernel_absence(device: str, ordinal: int) -> str | None:
+    """Why a device of the type `device` has no kernels of this package; None where it has, and they are loaded then.
 
     Raises:
         ValueError: There is no such device.
         CudaError: Loading failed and may succeed later, or the process was forked after CUDA had started.
     """
-
-def cuda_value_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | int | None = None
-) -> Tensor:
-    """`value_head` on a CUDA device, on torch's current stream. A seed on that device is read there, by the kernel.
-
-    Raises:
-        TypeError: As `value_head`.
-        ValueError: As `value_head`, and for tensors that are not on one CUDA device.
-        CudaError: The driver or the device refuses, or there are no kernels for it.
-    """
-
-def cuda_value_head_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | int | None, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`value_head_backward` on a CUDA device."""
 
 def value_head_two_layer(
     hidden: Tensor,
@@ -87,14 +77,14 @@ def value_head_two_layer(
     weight2: Tensor,
     bias2: Tensor | None,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
 ) -> Tensor:
-    """The kernel of `vhead::value_head_two_layer`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32."""
+    """The CPU's kernel of `vhead::value_head_two_layer`: `[..., H]` -> `[...]`, or `[..., K]` for `K` > 1, float32."""
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, relu: bool, out: Tensor) -> None:
     """Writes `scale * (x @ weight.T) + bias` or its ReLU to `out`, contiguous float32, in the value head's order."""
 
-def keep_kept(x: Tensor, dropout_p: float, seed: Tensor | None, first: int) -> Tensor:
+def apply_dropout(x: Tensor, dropout_p: float, seed: Tensor | int | None, first: int) -> Tensor:
     """`x` as float32, the elements that dropout drops times zero; its rows are number `first` on of the mask."""
 
 def init_linear(sizes: Sequence[int], columns: int, parameter: str, seed: int) -> Tensor:
@@ -102,9 +92,6 @@ def init_linear(sizes: Sequence[int], columns: int, parameter: str, seed: int) -
 
 def init_normal(sizes: Sequence[int], std: float, parameter: str, seed: int) -> Tensor:
     """New float32 numbers from N(0, `std`); `parameter` is "weight" or "bias"."""
-
-def dropout_mask(rows: int, columns: int, dropout_p: float, seed: int) -> bytes:
-    """The mask of `[rows, columns]` elements, row-major, one byte each: 1 is kept."""
 
 def configure(
     *, libtorch_cpu: str | None = None, num_threads: int | None = None, read_attributes: bool = False
@@ -128,7 +115,15 @@ def panic_on_purpose(tasks: int) -> None:
 
 @final
 class LogitStatistics:
-    """Statistics of `[N]` targets, a tile of products at a time."""
+    """Statistics of `[N]` targets, a tile of products at a time.
+
+    On a CUDA device targets are not checked, since that would wait; one that is no token gives NaN.
+
+    Raises:
+        TypeError: As `value_head`.
+        ValueError: Sizes do not fit, tensors are not on one device, or, on the CPU, a target is no token.
+        CudaError: The driver or the device refuses, or there are no kernels for it.
+    """
 
     def __new__(
         cls,
@@ -144,7 +139,10 @@ class LogitStatistics:
 
 @final
 class LogitGradients:
-    """Gradients of log-probabilities and entropies by the products, a tile at a time."""
+    """Gradients of log-probabilities and entropies by the products, a tile at a time.
+
+    They go to `out`, contiguous and in any of the three dtypes; over the products where that is None, as on the CPU.
+    """
 
     def __new__(
         cls,
@@ -157,46 +155,7 @@ class LogitGradients:
         statistics: Sequence[Tensor],
         gradients: Sequence[Tensor],
     ) -> LogitGradients: ...
-    def differentiate(self, products: Tensor, row: int, column: int) -> None: ...
-
-@final
-class CudaLogitStatistics:
-    """`LogitStatistics` on a CUDA device, on torch's current stream. Targets are not checked, since that would wait.
-
-    Raises:
-        TypeError: As `LogitStatistics`.
-        ValueError: Sizes do not fit, or tensors are not on one CUDA device.
-        CudaError: The driver or the device refuses, or there are no kernels for it.
-    """
-
-    def __new__(
-        cls,
-        targets: Tensor,
-        vocabulary: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
-    ) -> CudaLogitStatistics: ...
-    def fold(self, products: Tensor, row: int, column: int) -> None: ...
-    def finish(self) -> list[Tensor]: ...
-
-@final
-class CudaLogitGradients:
-    """`LogitGradients` on a CUDA device; the gradients go to `out`, which may be the products."""
-
-    def __new__(
-        cls,
-        targets: Tensor,
-        vocabulary: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
-        statistics: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-    ) -> CudaLogitGradients: ...
-    def differentiate(self, products: Tensor, row: int, column: int, out: Tensor) -> None: ...
+    def differentiate(self, products: Tensor, row: int, column: int, out: Tensor | None = None) -> None: ...
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> object: ...

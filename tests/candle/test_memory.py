@@ -57,7 +57,6 @@ def test_torch_tensors_that_are_broadcast_to_terabytes(dtype):
         lambda: _native.linear(nothing, weight, None, 1.0, False, torch.empty(0, MANY)),
         lambda: _native.LogitStatistics(torch.zeros(1, dtype=torch.int64).expand(MANY), 5, None, 1.0, None, 1.0),
         lambda: _native.LogitStatistics(torch.zeros(1, dtype=torch.int64), MANY, row[0], 1.0, None, 1.0),
-        lambda: _native.dropout_mask(2**40, 2**40, 0.5, 0),
         lambda: _native.worker_threads(MANY),
     ]
     for call in calls:

@@ -34,12 +34,12 @@ class Mutant:
     instead: str
 
 
-def of_forward(name: str, broken: str, instead: str = "", file: str = "forward.cu") -> Mutant:
-    return Mutant(name, "forward.cu", file, broken, instead)
+def of_forward(name: str, broken: str, instead: str = "", file: str = "value_head.cu") -> Mutant:
+    return Mutant(name, "value_head.cu", file, broken, instead)
 
 
-def of_backward(name: str, broken: str, instead: str = "", file: str = "backward.cu") -> Mutant:
-    return Mutant(name, "backward.cu", file, broken, instead)
+def of_backward(name: str, broken: str, instead: str = "", file: str = "value_head_backward.cu") -> Mutant:
+    return Mutant(name, "value_head_backward.cu", file, broken, instead)
 
 
 FORWARD = [
@@ -172,13 +172,13 @@ BACKWARD = [
 
 # The kernels that the checks below run.
 UNITS = {
-    "forward.cu": """
+    "value_head.cu": """
 FORWARD(vhead_forward_bfloat16_vector_dropout, BFloat16, true, true)
 FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)
 FORWARD_ROWS(vhead_forward_rows_bfloat16, BFloat16, false)
 FORWARD_ROWS(vhead_forward_rows_bfloat16_dropout, BFloat16, true)
 """,
-    "backward.cu": """
+    "value_head_backward.cu": """
 BACKWARD(vhead_backward_bfloat16_vector_dropout, BFloat16, true, true, true)
 BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)
 """,
@@ -261,15 +261,15 @@ def names(mutants: list[Mutant]) -> list[str]:
 
 
 def test_whole_kernels_survive() -> None:
-    assert survives(forward_is_right, library("forward.cu"))
-    assert survives(backward_is_right, library("backward.cu"))
+    assert survives(forward_is_right, library("value_head.cu"))
+    assert survives(backward_is_right, library("value_head_backward.cu"))
 
 
 @pytest.mark.parametrize("mutant", FORWARD, ids=names(FORWARD))
 def test_mutants_of_the_forward_kernels_are_caught(mutant) -> None:
-    assert not survives(forward_is_right, library("forward.cu", mutant))
+    assert not survives(forward_is_right, library("value_head.cu", mutant))
 
 
 @pytest.mark.parametrize("mutant", BACKWARD, ids=names(BACKWARD))
 def test_mutants_of_the_backward_kernels_are_caught(mutant) -> None:
-    assert not survives(backward_is_right, library("backward.cu", mutant))
+    assert not survives(backward_is_right, library("value_head_backward.cu", mutant))

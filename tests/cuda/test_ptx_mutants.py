@@ -189,9 +189,9 @@ SOURCES = {
     "a bounds test of hidden states": ("elements.cuh", "if (j < rest) octet.words", "octet.words", forward, TIGHT),
     "a bounds test of weights": ("elements.cuh", "j < rest ? load(from + j) : 0.0f", "load(from + j)", forward, TIGHT),
     "a bounds test of a gradient": ("elements.cuh", "if (j < rest) store(elements", "store(elements", backward, TIGHT),
-    "a bounds test of values": ("forward.cu", " && first + i < hidden.count", "", several_rows, case(1032)),
+    "a bounds test of values": ("value_head.cu", " && first + i < hidden.count", "", several_rows, case(1032)),
     "a bounds test of sums": (
-        "backward.cu",
+        "value_head_backward.cu",
         "threadIdx.y == 0 && column < length",
         "threadIdx.y == 0",
         add_chunks,
@@ -199,7 +199,7 @@ SOURCES = {
     ),
     "the bias": ("reduce.cuh", "bias + 0.0f", "0.0f", forward, TIGHT),
     "the scale": ("reduce.cuh", "fmaf(sum, scale,", "fmaf(sum, 1.0f,", forward, TIGHT),
-    "the scale of gradients": ("backward.cu", "first + k) * mask.scale", "first + k)", backward, TIGHT),
+    "the scale of gradients": ("value_head_backward.cu", "first + k) * mask.scale", "first + k)", backward, TIGHT),
     "the mask": ("dropout.cuh", ">= threshold ? value : 0.0f", ">= 0 ? value : 0.0f", forward, TIGHT),
     "half of the mask": ("dropout.cuh", "(j % 2 ? word : word << 16)", "(word << 16)", forward, TIGHT),
     "an inner dimension": ("rows.cuh", "outer % size", "outer", forward, TIGHT),
@@ -211,16 +211,21 @@ SOURCES = {
         forward,
         TIGHT,
     ),
-    "a fused multiply-add": ("forward.cu", "sums[j] = fmaf(", "sums[j] = unfused(", forward, TIGHT),
+    "a fused multiply-add": ("value_head.cu", "sums[j] = fmaf(", "sums[j] = unfused(", forward, TIGHT),
 }
 UNFUSED = b"__device__ __forceinline__ float unfused(float a, float b, float c) { return a * b + c; }\n"
 # One kernel of each kind is enough, and seconds faster to compile.
 KINDS = {
-    "forward.cu": b"FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)\n"
+    "value_head.cu": b"FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)\n"
     b"FORWARD_ROWS(vhead_forward_rows_bfloat16_dropout, BFloat16, true)\n",
-    "backward.cu": b"BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)\n",
+    "value_head_backward.cu": b"BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)\n",
 }
-UNITS = {forward: "forward.cu", several_rows: "forward.cu", backward: "backward.cu", add_chunks: "backward.cu"}
+UNITS = {
+    forward: "value_head.cu",
+    several_rows: "value_head.cu",
+    backward: "value_head_backward.cu",
+    add_chunks: "value_head_backward.cu",
+}
 
 
 def fewer_kernels(sources: dict[str, bytes], unit: str) -> dict[str, bytes]:

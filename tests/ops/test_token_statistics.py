@@ -20,7 +20,8 @@ from vhead.ops import (
     token_statistics,
     token_statistics_plain,
 )
-from vhead.ops.statistics import operator
+from vhead.ops.token_statistics import operator
+from vhead.ops.token_statistics.cpu import CpuTiling
 
 OPERATOR = torch.ops.vhead.token_statistics.default
 BACKWARD_OPERATOR = torch.ops.vhead.token_statistics_backward.default
@@ -124,8 +125,8 @@ def test_the_same_call_gives_the_same_bits() -> None:
 def test_chunks_of_rows_change_nothing(dtype, monkeypatch) -> None:
     case = tokens(50, 40, 1500, dtype)
     whole, exact = case.run(batch_invariant=True), case.double().run()
-    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.ROWS", 16)
-    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.UPCAST_BYTES", 4 * 40 * 21)
+    monkeypatch.setattr(CpuTiling, "ROWS", 16)
+    monkeypatch.setattr(CpuTiling, "UPCAST_BYTES", 4 * 40 * 21)
     assert all(same_bits(a, b) for a, b in zip(case.run(batch_invariant=True)[:3], whole[:3], strict=True))
     torch.testing.assert_close(case.run().logprobs, exact.logprobs.float(), rtol=1e-5, atol=1e-5)
 
@@ -211,7 +212,7 @@ def gradients(case: Tokens, function=token_statistics, **rule) -> list[Tensor]:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_as_exact_as_the_twin_s(dtype, rule, monkeypatch) -> None:
-    monkeypatch.setattr("vhead.ops.statistics.cpu.CpuKernels.ROWS", 16)
+    monkeypatch.setattr(CpuTiling, "ROWS", 16)
     case = tokens(50, 40, 1500, dtype)
     ours, plain = gradients(case, **rule), gradients(case, token_statistics_plain, **rule)
     exact = gradients(case.double(), token_statistics_plain, **rule)

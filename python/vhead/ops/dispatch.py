@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -20,21 +19,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from vhead import _native
-from vhead.env import read_settings
-from vhead.ops.cuda import has_cuda_kernels
+from vhead.ops.arguments import seed_tensor
+from vhead.ops.devices import DISPATCH_KEYS, SETTINGS, has_kernels
 from vhead.upstream import available
 
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 
-SETTINGS = read_settings()
-_native.configure(
-    libtorch_cpu=str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"),
-    num_threads=SETTINGS.num_threads,
-    read_attributes=SETTINGS.tensor_view == "attributes",
-)
-
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def _private(name: str) -> Callable[[], Any]:
@@ -59,12 +51,24 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _has_kernels(tensor: Tensor) -> bool:
-    """Whether the kernels' dtypes and kinds include this tensor.
+def _is_of_kernels(tensor: Tensor) -> bool:
+    """Whether the kernels' dtypes and kinds include this tensor, wherever it is.
 
     Subclasses such as DTensor know torch's own operations, not this one; the tracers' own kinds know every operation.
     """
     return tensor.dtype != torch.float64 and (is_plain(tensor) or is_traced(tensor))
+
+
+def _go_straight_to_kernels(tensors: list[Any]) -> bool:
+    """Whether these are plain tensors on one device, of dtypes and a device that have kernels, and nothing watches."""
+    if is_dynamo_compiling() or SETTINGS.plain_torch or not all(_suits_kernels(tensor) for tensor in tensors):
+        return False
+    device = tensors[0].device
+    return all(x.device == device for x in tensors) and not intercepted() and has_kernels(tensors[0])
+
+
+def _suits_kernels(tensor: object) -> bool:
+    return is_plain(tensor) and tensor.dtype in _KERNEL_DTYPES and tensor.layout == torch.strided
 
 
 def in_functorch() -> bool:
@@ -77,8 +81,8 @@ def is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass."""
+def is_plain(tensor: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor, and no subclass."""
     return type(tensor) in _PLAIN_TYPES
 
 
@@ -104,20 +108,20 @@ class Implementation:
 
     Every function takes the operator's arguments in order: tensors, then `dropout_p` and `seed`; those of the backward
     pass the gradient, the saved tensors, `dropout_p`, `seed`, and which gradients are needed. `forward` and `backward`
-    run on the CPU, `cuda_forward` and `cuda_backward` on devices with this package's kernels, the plain ones anywhere.
+    run on every device that has this package's kernels, the plain ones anywhere. `check` takes the tensors alone, and
+    raises where they do not fit.
     """
 
     name: str
     tensors: str
     saved: str
+    check: Callable[..., None]
     forward: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     backward: Callable[..., Gradients]
     plain_backward: Callable[..., Gradients]
     fake: Callable[..., Tensor]
     fake_gradients: Callable[..., tuple[Tensor, ...]]
-    cuda_forward: Callable[..., Tensor]
-    cuda_backward: Callable[..., Gradients]
 
 
 class Operation:
@@ -136,8 +140,17 @@ class Operation:
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The way that fits."""
-        tensors = [x for x in inputs[: len(self._tensors)] if x is not None]
-        if SETTINGS.plain_torch or forward_mode() or not all(_has_kernels(tensor) for tensor in tensors):
+        *arguments, dropout_p, seed = inputs
+        tensors = [x for x in arguments if x is not None]
+        straight = _go_straight_to_kernels(tensors)
+        if not straight:
+            # The extension looks at every argument itself; nobody else does.
+            self._of.check(*arguments)
+        inputs = (*arguments, dropout_p, seed_tensor(dropout_p, seed, arguments[0].device))
+        return self._recorded(tensors, inputs) if straight else self._long_way(tensors, inputs)
+
+    def _long_way(self, tensors: list[Tensor], inputs: tuple[Any, ...]) -> Tensor:
+        if SETTINGS.plain_torch or forward_mode() or not all(_is_of_kernels(tensor) for tensor in tensors):
             return self._of.plain(*inputs)
         if is_dynamo_compiling():
             return cast("Tensor", self.operator(*inputs))
@@ -145,23 +158,21 @@ class Operation:
             return cast("Tensor", self._transformed.apply(*inputs))
         if intercepted() or not all(is_plain(tensor) for tensor in tensors):
             return cast("Tensor", self.operator(*inputs))
+        return self._recorded(tensors, inputs)
+
+    def _recorded(self, tensors: list[Tensor], inputs: tuple[Any, ...]) -> Tensor:
+        """Forward on plain tensors, with a graph where one is needed."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return cast("Tensor", self._function.apply(*inputs))
         return self.eager(*inputs)
 
     def eager(self, *inputs: Any) -> Tensor:
-        """Forward on plain tensors, without a graph."""
-        if inputs[0].is_cpu:
-            return self._of.forward(*_resolved(inputs))
-        return self._cuda_forward(*inputs)
+        """Forward on plain tensors, without a graph: by the device's kernels where it has some, else plain."""
+        return self._of.forward(*_resolved(inputs)) if has_kernels(inputs[0]) else self._of.plain(*inputs)
 
-    def _cuda_forward(self, *inputs: Any) -> Tensor:
-        """On a device with kernels, by them; on any other, plain."""
-        return self._of.cuda_forward(*_resolved(inputs)) if has_cuda_kernels(inputs[0]) else self._of.plain(*inputs)
-
-    def _cuda_backward(self, *inputs: Any) -> Gradients:
-        native = has_cuda_kernels(inputs[1])
-        return self._of.cuda_backward(*_resolved(inputs)) if native else self._of.plain_backward(*inputs)
+    def eager_backward(self, *inputs: Any) -> Gradients:
+        """Gradients in the same way."""
+        return self._of.backward(*_resolved(inputs)) if has_kernels(inputs[1]) else self._of.plain_backward(*inputs)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keeps for backward what it needs."""
@@ -185,7 +196,7 @@ class Operation:
         if is_dynamo_compiling() or intercepted() or not all(is_plain(tensor) for tensor in tensors):
             gradients = self.backward_operator(*inputs)
             return tuple(g if n else None for g, n in zip(gradients, inputs[-1], strict=True))
-        return self._of.backward(*_resolved(inputs)) if tensors[1].is_cpu else self._cuda_backward(*inputs)
+        return self.eager_backward(*inputs)
 
     def vmap(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         """The loop over samples that vmap means, as one call where that numbers the mask's rows the same way."""
@@ -207,11 +218,9 @@ class Operation:
         library.define(f"{of.name}({of.tensors}, {rest}) -> Tensor", tags=tags)
         inputs = f"Tensor grad, {of.saved}, {rest}, bool[{count}] needed"
         library.define(f"{of.name}_backward({inputs}) -> ({results})", tags=tags)
-        if not SETTINGS.plain_torch:
-            library.impl(of.name, of.forward, "CPU")
-            library.impl(f"{of.name}_backward", partial(_all_gradients, of.backward), "CPU")
-            library.impl(of.name, self._cuda_forward, "CUDA")
-            library.impl(f"{of.name}_backward", partial(_all_gradients, self._cuda_backward), "CUDA")
+        for key in DISPATCH_KEYS.values() if not SETTINGS.plain_torch else ():
+            library.impl(of.name, self.eager, key)
+            library.impl(f"{of.name}_backward", partial(_all_gradients, self.eager_backward), key)
         library.impl(of.name, of.plain, "CompositeExplicitAutograd")
         library.impl(f"{of.name}_backward", partial(_all_gradients, of.plain_backward), "CompositeExplicitAutograd")
         name = f"vhead::{of.name}"

@@ -1,5 +1,7 @@
 """The value head of two layers, Linear-ReLU-Linear, as a torch operation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,7 @@ def value_head_two_layer(
         TypeError: An argument is no tensor or has a dtype that is not listed.
         ValueError: Shapes do not fit, devices differ, a tensor is not dense, `dropout_p` or `seed` is out of range.
     """
-    _check_tensors(hidden, weight1, bias1, weight2, bias2)
-    return _TWO_LAYER(hidden, weight1, bias1, weight2, bias2, dropout_p, seed_tensor(dropout_p, seed, hidden.device))
+    return _TWO_LAYER(hidden, weight1, bias1, weight2, bias2, dropout_p, seed)
 
 
 def value_head_two_layer_plain(
@@ -146,14 +147,14 @@ def _plain_backward(
         kept = _kept(hidden, dtype, dropout_p, seed)
         activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu()
         before = torch.matmul(grad, weight2.to(dtype)) * (activations > 0)
-        of_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
-        of_weight2 = of_bias2 = None
+        grad_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
+        grad_weight2 = grad_bias2 = None
         if needed[3]:
             rows = activations.reshape(-1, activations.shape[-1])
-            of_weight2 = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), rows)
+            grad_weight2 = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), rows)
         if needed[4]:
-            of_bias2 = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return *of_first, of_weight2, of_bias2
+            grad_bias2 = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return *grad_first, grad_weight2, grad_bias2
 
 
 def _first_layer_gradients(
@@ -167,21 +168,23 @@ def _first_layer_gradients(
 ) -> Gradients:
     """Gradients of hidden, weight1 and bias1 by that of what the ReLU takes."""
     scaled = before if seed is None else before * scale(dropout_p)
-    of_hidden = of_weight1 = of_bias1 = None
+    grad_hidden = grad_weight1 = grad_bias1 = None
     if needed[0]:
-        of_hidden = torch.matmul(scaled, weight1.to(before.dtype))
-        of_hidden = (of_hidden if seed is None else of_hidden * keep_mask(hidden, dropout_p, seed)).to(hidden.dtype)
+        grad_hidden = torch.matmul(scaled, weight1.to(before.dtype))
+        grad_hidden = (grad_hidden if seed is None else grad_hidden * keep_mask(hidden, dropout_p, seed)).to(
+            hidden.dtype
+        )
     if needed[1]:
-        of_weight1 = torch.matmul(scaled.reshape(-1, scaled.shape[-1]).t(), kept.reshape(-1, kept.shape[-1]))
+        grad_weight1 = torch.matmul(scaled.reshape(-1, scaled.shape[-1]).t(), kept.reshape(-1, kept.shape[-1]))
     if needed[2]:
-        of_bias1 = before.reshape(-1, before.shape[-1]).sum(0)
-    return of_hidden, of_weight1, of_bias1
+        grad_bias1 = before.reshape(-1, before.shape[-1]).sum(0)
+    return grad_hidden, grad_weight1, grad_bias1
 
 
-# --- CUDA: torch's product for the first layer, whose order of additions is torch's, and the kernel for the second ----
+# --- Where the extension has no kernel for both layers: torch's product for the first, the kernel for the second ------
 
 
-def _cuda_forward(
+def _composed_forward(
     hidden: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -193,10 +196,10 @@ def _cuda_forward(
     with torch.no_grad(), own_precision(hidden):
         kept = _kept(hidden, torch.float32, dropout_p, seed)
         activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu_()
-        return _native.cuda_value_head(activations, weight2, bias2)
+        return _native.value_head(activations, weight2, bias2)
 
 
-def _cuda_backward(
+def _composed_backward(
     grad: Tensor,
     hidden: Tensor,
     weight1: Tensor,
@@ -210,18 +213,18 @@ def _cuda_backward(
         kept = _kept(hidden, torch.float32, dropout_p, seed)
         activations = _before_relu(kept, weight1, bias1, dropout_p, seed).relu_()
         needed2 = (any(needed[:3]), needed[3], needed[4])
-        before, of_weight2, of_bias2 = _native.cuda_value_head_backward(grad, activations, weight2, 0.0, None, needed2)
+        before, grad_weight2, grad_bias2 = _native.value_head_backward(grad, activations, weight2, 0.0, None, needed2)
         if before is None:
-            return None, None, None, of_weight2, of_bias2
+            return None, None, None, grad_weight2, grad_bias2
         before.mul_(activations > 0)
-        of_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
-        return *of_first, of_weight2, of_bias2
+        grad_first = _first_layer_gradients(before, kept, hidden, weight1, dropout_p, seed, needed[:3])
+        return *grad_first, grad_weight2, grad_bias2
 
 
-# --- Native ----------------------------------------------------------------------------------------------------------
+# --- The CPU ---------------------------------------------------------------------------------------------------------
 
 
-def _backward(
+def _chunked_backward(
     grad: Tensor,
     hidden: Tensor,
     weight1: Tensor,
@@ -238,13 +241,13 @@ def _backward(
         rows, grads = hidden.reshape(-1, columns), grad.reshape(-1, weight2.shape[0])
         chunk = max(1, _CHUNK_BYTES // (4 * width))
         for first in range(0, len(rows), chunk):
-            kept = _native.keep_kept(rows[first : first + chunk], dropout_p, seed, first)
+            kept = _native.apply_dropout(rows[first : first + chunk], dropout_p, seed, first)
             factor = 1.0 if seed is None else scale(dropout_p)
             activations = kept.new_empty((len(kept), width))
             _native.linear(kept, weight1, bias1, factor, relu=True, out=activations)
-            of_kept = sums.add(grads[first : first + chunk], kept, activations, factor)
-            if of_kept is not None:
-                masked = _native.keep_kept(of_kept, dropout_p, seed, first)
+            grad_kept = sums.add(grads[first : first + chunk], kept, activations, factor)
+            if grad_kept is not None:
+                masked = _native.apply_dropout(grad_kept, dropout_p, seed, first)
                 sums.hidden[first : first + chunk] = masked
         return sums.gradients()
 
@@ -260,17 +263,17 @@ class _Sums:
 
     def add(self, grad: Tensor, kept: Tensor, activations: Tensor, factor: float) -> Tensor | None:
         """Adds a chunk's share; the gradient of its kept hidden states, where needed."""
-        of_weight1, of_bias1, of_weight2, of_bias2 = self._sums
-        if of_weight2 is not None:
-            of_weight2.addmm_(grad.t(), activations)
-        if of_bias2 is not None:
-            of_bias2 += grad.sum(0)
+        grad_weight1, grad_bias1, grad_weight2, grad_bias2 = self._sums
+        if grad_weight2 is not None:
+            grad_weight2.addmm_(grad.t(), activations)
+        if grad_bias2 is not None:
+            grad_bias2 += grad.sum(0)
         before = torch.mm(grad, self._weight2).mul_(activations > 0)
-        if of_bias1 is not None:
-            of_bias1 += before.sum(0)
+        if grad_bias1 is not None:
+            grad_bias1 += before.sum(0)
         scaled = before.mul_(factor)
-        if of_weight1 is not None:
-            of_weight1.addmm_(scaled.t(), kept)
+        if grad_weight1 is not None:
+            grad_weight1.addmm_(scaled.t(), kept)
         return torch.mm(scaled, self._weight1) if self._needed[0] else None
 
     def gradients(self) -> Gradients:
@@ -279,6 +282,17 @@ class _Sums:
 
 
 # --- The dispatcher --------------------------------------------------------------------------------------------------
+
+
+def _forward(hidden: Tensor, *rest: Any) -> Tensor:
+    if hidden.is_cpu:
+        return _native.value_head_two_layer(hidden, *rest)
+    _check_tensors(hidden, *rest[:4])
+    return _composed_forward(hidden, *rest)
+
+
+def _backward(grad: Tensor, hidden: Tensor, *rest: Any) -> Gradients:
+    return (_chunked_backward if hidden.is_cpu else _composed_backward)(grad, hidden, *rest)
 
 
 def _fake(
@@ -305,13 +319,12 @@ _TWO_LAYER = Operation(
         name="value_head_two_layer",
         tensors="Tensor hidden, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2",
         saved="Tensor hidden, Tensor weight1, Tensor? bias1, Tensor weight2",
-        forward=_native.value_head_two_layer,
+        check=_check_tensors,
+        forward=_forward,
         plain=_plain,
         backward=_backward,
         plain_backward=_plain_backward,
         fake=_fake,
         fake_gradients=_fake_gradients,
-        cuda_forward=_cuda_forward,
-        cuda_backward=_cuda_backward,
     )
 )

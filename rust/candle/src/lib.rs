@@ -39,10 +39,11 @@
 //! never on rayon's global pool, which candle's own operations use and which does not survive `fork`.
 mod error;
 mod file;
-mod head;
-mod op;
+mod value_head;
+mod value_head_op;
 
 pub use candle_core;
 pub use error::{Error, Result};
-pub use head::{SharedExecutor, ValueHead};
+pub use value_head::ValueHead;
+pub use value_head_op::SharedExecutor;
 pub use vhead_core;

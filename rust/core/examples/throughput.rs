@@ -9,7 +9,9 @@
 use half::{bf16, f16};
 use std::hint::black_box;
 use std::time::Instant;
-use vhead_core::{Dropout, Element, Executor, Gradients, Head, Level, Pool, Result, Rows, backward, forward};
+use vhead_core::{
+    Dropout, Element, Executor, Gradients, Head, Level, Pool, Result, Rows, value_head, value_head_backward,
+};
 
 struct Setting {
     rows: usize,
@@ -52,7 +54,7 @@ fn measure<T: Element>(setting: &Setting, threads: usize) -> Result<()> {
             times.push(contestant()?);
         }
     }
-    println!("\n{}, {threads} thread(s)", T::NAME);
+    println!("\n{}, {threads} thread(s)", T::DTYPE.name());
     for ((name, _), mine) in contestants.iter().zip(&times) {
         let ratios = mine.iter().zip(&times[0]).map(|(mine, read)| mine / read).collect();
         let (middle, best) = (median(mine.clone()) * 1e3, mine.iter().copied().fold(f64::MAX, f64::min) * 1e3);
@@ -69,7 +71,7 @@ fn run_forward<T: Element>(
 ) -> Result<f64> {
     let mut values = vec![0.0; hidden.count()];
     let start = Instant::now();
-    forward(hidden, head, dropout, &mut values, pool)?;
+    value_head(hidden, head, dropout, &mut values, pool)?;
     Ok(start.elapsed().as_secs_f64())
 }
 
@@ -87,7 +89,7 @@ fn run_backward<T: Element>(
     let grad_hidden = unsafe { fresh.align_to_mut::<T>().1 };
     let (mut grad_weight, mut grad_bias) = (vec![0.0; hidden.columns()], [0.0]);
     let gradients = Gradients { hidden: Some(grad_hidden), weight: Some(&mut grad_weight), bias: Some(&mut grad_bias) };
-    backward(hidden, head, dropout, grad_values, gradients, pool)?;
+    value_head_backward(hidden, head, dropout, grad_values, gradients, pool)?;
     black_box(&fresh);
     Ok(start.elapsed().as_secs_f64())
 }
@@ -102,7 +104,7 @@ fn run_weight_only<T: Element>(
     let mut grad_weight = vec![0.0; hidden.columns()];
     let gradients = Gradients { hidden: None, weight: Some(&mut grad_weight), bias: None };
     let start = Instant::now();
-    backward(hidden, head, dropout, grad_values, gradients, pool)?;
+    value_head_backward(hidden, head, dropout, grad_values, gradients, pool)?;
     Ok(start.elapsed().as_secs_f64())
 }
 

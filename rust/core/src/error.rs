@@ -1,8 +1,7 @@
 //! Everything that can be wrong with a call, as one enum.
 
-/// Why a kernel refused its arguments. Nothing is written when one of these is returned, but for [`Error::Allocation`].
+/// Why a kernel refused its arguments. The list is whole, so that whoever maps it meets a new kind. Nothing is written when one of these is returned, but for [`Error::Allocation`].
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[non_exhaustive]
 pub enum Error {
     /// A buffer or dimension has the wrong size.
     #[error("{what}: expected {expected} elements, got {actual}")]

@@ -10,12 +10,12 @@
 //! * hidden states are read in their own dtype and accumulated in float32 ([`element`]).
 //!
 //! ```
-//! use vhead_core::{Head, Pool, Rows, forward};
+//! use vhead_core::{Head, Pool, Rows, value_head};
 //!
 //! let hidden = [0.5_f32, -1.0, 2.0, 1.5, 0.25, -0.75]; // [2, 3]
 //! let mut values = [0.0; 2];
 //! let head = Head::new(&[0.1, 0.2, 0.3], Some(&[1.0]), 3)?;
-//! forward(&Rows::contiguous(&hidden, 2, 3)?, &head, None, &mut values, &Pool::new(2))?;
+//! value_head(&Rows::contiguous(&hidden, 2, 3)?, &head, None, &mut values, &Pool::new(2))?;
 //! assert!((values[0] - 1.45).abs() < 1e-6 && (values[1] - 0.975).abs() < 1e-6);
 //! # Ok::<(), vhead_core::Error>(())
 //! ```
@@ -23,30 +23,36 @@
 //! Kernels are written once, over vectors ([`simd`]), and run on threads of the caller's choice ([`threads`]); neither
 //! changes a bit of a result.
 pub mod allocation;
-mod backward;
 mod buffer;
 pub mod dropout;
 pub mod element;
 mod error;
-mod forward;
+mod head;
 pub mod init;
-mod linear;
+mod logits_rule;
 mod math;
 pub mod philox;
 pub mod reduce;
 pub mod reference;
+mod row_state;
 pub mod rows;
 pub mod simd;
-pub mod statistics;
 pub mod threads;
+pub mod token_statistics;
+mod two_layer;
+mod value_head;
+mod value_head_backward;
 
-pub use backward::{CHUNK, Gradients, SLOTS, backward, backward_with};
 pub use dropout::Dropout;
-pub use element::Element;
+pub use element::{Dtype, Element};
 pub use error::{Error, Result};
-pub use forward::{Head, forward, forward_with};
-pub use linear::{Linear, TwoLayerHead, keep_kept, linear, linear_with, two_layer, two_layer_with};
+pub use head::Head;
+pub use logits_rule::LogitsRule;
+pub use row_state::BLOCK as LOGITS_BLOCK;
 pub use rows::Rows;
 pub use simd::Level;
-pub use statistics::{BLOCK as LOGITS_BLOCK, LogitGradients, LogitStatistics, LogitsRule, Statistics};
 pub use threads::{Executor, Pool, Serial};
+pub use token_statistics::{LogitGradients, LogitStatistics, Statistics};
+pub use two_layer::{Linear, TwoLayerHead, apply_dropout, linear, linear_with, two_layer, two_layer_with};
+pub use value_head::{value_head, value_head_with};
+pub use value_head_backward::{CHUNK, Gradients, SLOTS, value_head_backward, value_head_backward_with};

@@ -2,9 +2,9 @@
 use crate::reduce::OCTET;
 use crate::{Dropout, Element, Head, Rows, TwoLayerHead};
 
-/// [`crate::forward`] in float64: `[N, K]`.
+/// [`crate::value_head`] in float64: `[N, K]`.
 #[must_use]
-pub fn forward<T: Element>(hidden: &Rows<'_, T>, head: &Head<'_>, dropout: Option<&Dropout>) -> Vec<f64> {
+pub fn value_head<T: Element>(hidden: &Rows<'_, T>, head: &Head<'_>, dropout: Option<&Dropout>) -> Vec<f64> {
     let mut values = Vec::with_capacity(hidden.count() * head.outputs());
     for n in 0..hidden.count() {
         let row = row(hidden, n, dropout);
@@ -52,9 +52,9 @@ pub struct Gradients {
     pub bias: Vec<f64>,
 }
 
-/// [`crate::backward`] in float64; `grad_values` is `[N, K]`.
+/// [`crate::value_head_backward`] in float64; `grad_values` is `[N, K]`.
 #[must_use]
-pub fn backward<T: Element>(
+pub fn value_head_backward<T: Element>(
     hidden: &Rows<'_, T>,
     head: &Head<'_>,
     dropout: Option<&Dropout>,

@@ -1,10 +1,10 @@
 //! Where the allocator refuses, whichever allocation it is, the kernels return an error and the process lives.
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use vhead_core::statistics::Statistics;
+use vhead_core::token_statistics::Statistics;
 use vhead_core::{
     Dropout, Error, Gradients, Head, Linear, LogitGradients, LogitStatistics, LogitsRule, Result, Rows, Serial,
-    TwoLayerHead, allocation, backward, forward, keep_kept, linear, two_layer,
+    TwoLayerHead, allocation, apply_dropout, linear, two_layer, value_head, value_head_backward,
 };
 
 thread_local! {
@@ -74,13 +74,13 @@ fn the_head() {
     let head = Head::new(&weight, None, COLUMNS).expect("whole rows");
     let dropout = Dropout::new(0.3, 7).expect("a probability");
     let mut values = [0.0; 2 * ROWS];
-    assert!(refusals(|| forward(&hidden, &head, None, &mut values, &Serial)) >= 1);
-    assert!(refusals(|| forward(&hidden, &head, dropout.as_ref(), &mut values, &Serial)) >= 3);
+    assert!(refusals(|| value_head(&hidden, &head, None, &mut values, &Serial)) >= 1);
+    assert!(refusals(|| value_head(&hidden, &head, dropout.as_ref(), &mut values, &Serial)) >= 3);
     let (mut grad_hidden, mut grad_weight, mut grad_bias) = (data.clone(), weight.clone(), [0.0; 2]);
     let count = refusals(|| {
         let gradients =
             Gradients { hidden: Some(&mut grad_hidden), weight: Some(&mut grad_weight), bias: Some(&mut grad_bias) };
-        backward(&hidden, &head, dropout.as_ref(), &values, gradients, &Serial)
+        value_head_backward(&hidden, &head, dropout.as_ref(), &values, gradients, &Serial)
     });
     assert!(count >= 5, "{count}");
 }
@@ -100,7 +100,7 @@ fn layers_of_many_outputs() {
     let head = TwoLayerHead::new(first.clone(), second).expect("layers that fit");
     assert!(refusals(|| two_layer(&hidden, &head, dropout.as_ref(), &mut values, &Serial)) >= 9);
     assert!(refusals(|| linear(&hidden, &first, 1.0, true, &mut outputs, &Serial)) >= 7);
-    assert!(refusals(|| keep_kept(&hidden, dropout.as_ref(), 0, &mut kept, &Serial)) >= 3);
+    assert!(refusals(|| apply_dropout(&hidden, dropout.as_ref(), 0, &mut kept, &Serial)) >= 3);
 }
 
 #[test]

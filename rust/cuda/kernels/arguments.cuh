@@ -35,7 +35,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-// The order of additions (rust/core/src/reduce.rs, backward.rs).
+// The order of additions (rust/core/src/reduce.rs, value_head_backward.rs).
 constexpr u32 LANES = 256;
 constexpr u32 OCTET = 8;
 constexpr u32 CHUNK = 128;

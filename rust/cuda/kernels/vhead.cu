@@ -1,4 +1,4 @@
 // All kernels, as one translation unit.
-#include "forward.cu"
-#include "backward.cu"
-#include "statistics.cu"
+#include "value_head.cu"
+#include "value_head_backward.cu"
+#include "token_statistics.cu"

@@ -23,35 +23,6 @@ pub(crate) const MOST_DIMENSIONS: usize = 4;
 /// Blocks that a grid may have in its first dimension.
 pub(crate) const MOST_BLOCKS: u64 = i32::MAX as u64;
 
-/// Dtype of hidden states.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dtype {
-    /// 4 bytes.
-    Float32,
-    /// 2 bytes.
-    BFloat16,
-    /// 2 bytes.
-    Float16,
-}
-
-impl Dtype {
-    pub(crate) const ALL: [Self; 3] = [Self::Float32, Self::BFloat16, Self::Float16];
-
-    /// Its name in a kernel's.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Float32 => "float32",
-            Self::BFloat16 => "bfloat16",
-            Self::Float16 => "float16",
-        }
-    }
-
-    /// Bytes of an element.
-    pub(crate) fn size(self) -> u64 {
-        if self == Self::Float32 { 4 } else { 2 }
-    }
-}
-
 /// A head's parameters in device memory.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceHead {
@@ -61,6 +32,16 @@ pub struct DeviceHead {
     pub bias: u64,
     /// Numbers per row: `K`.
     pub outputs: u32,
+}
+
+impl DeviceHead {
+    /// A head has at least one output, and no more than a grid has blocks.
+    pub(crate) fn check(&self) -> Result<()> {
+        if (1..=MOST_BLOCKS).contains(&self.outputs.into()) {
+            return Ok(());
+        }
+        Err(Error::Size { what: "outputs", expected: "1 to 2^31 - 1", actual: self.outputs.into() })
+    }
 }
 
 /// Where a mask's seed is.
@@ -155,6 +136,14 @@ mod tests {
         );
         assert_eq!(fields("Dropout"), ["const u64* seed_address;", "u64 seed;", "u32 threshold;", "float scale;"]);
         assert_eq!((size_of::<Rows>(), size_of::<DeviceDropout>()), (88, 24));
+    }
+
+    #[test]
+    fn outputs_must_be_countable() {
+        let check = |outputs| DeviceHead { weight: 0, bias: 0, outputs }.check();
+        assert!(check(0).is_err());
+        assert!(check(1 << 31).is_err());
+        assert_eq!(check(1), Ok(()));
     }
 
     #[test]

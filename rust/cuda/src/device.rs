@@ -4,7 +4,7 @@ use crate::images::{self, Capability, Image};
 use crate::kernels::{Function, Functions};
 use crate::{Error, Result, driver_version};
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUmodule, CUresult, CUstream};
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
@@ -322,16 +322,4 @@ fn load(image: &Image) -> Result<CUmodule> {
 unsafe fn unload(module: CUmodule) {
     // SAFETY: as the caller promises.
     let _ = unsafe { sys::cuModuleUnload(module) };
-}
-
-/// A kernel of a loaded module.
-pub(crate) fn find_function(module: CUmodule, name: String) -> Result<Function> {
-    let mut handle = std::ptr::null_mut();
-    let symbol = CString::new(name.as_bytes()).unwrap_or_default();
-    // SAFETY: the module is loaded, its context is current, and the name is a C string.
-    let result = unsafe { sys::cuModuleGetFunction(&raw mut handle, module, symbol.as_ptr()) };
-    match check("cuModuleGetFunction", result) {
-        Ok(()) => Ok(Function { handle, name }),
-        Err(failure) => Err(Error::Launch { kernel: name, failure }),
-    }
 }

@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The library that the driver installs; it comes with no toolkit.
 const LIBRARY: (&CStr, &str) = (c"libcuda.so.1", "libcuda.so.1");
-/// What the emulated driver of the tests exports, whose device memory is the process's own.
-const MOCK: &CStr = c"vhead_mock_driver";
+/// What the emulated driver of the tests exports, whose device memory is the process's own: whether the calling thread means
+/// the device's memory, where it speaks of the process's.
+const MOCK: &CStr = c"vhead_mock_takes_memory";
 
 /// The process that started the driver; zero before that.
 static STARTED_IN: AtomicU32 = AtomicU32::new(0);
@@ -79,21 +80,46 @@ fn explain_start(failure: Failure) -> Error {
     }
 }
 
-/// A handle to the driver library, which is then never closed; `None` where there is none.
-fn library() -> Option<*mut c_void> {
-    static HANDLE: OnceLock<usize> = OnceLock::new();
-    // SAFETY: opening the driver library runs its initialisers, which is what every CUDA program does.
-    let handle =
-        *HANDLE.get_or_init(|| unsafe { libc::dlopen(LIBRARY.0.as_ptr(), libc::RTLD_LAZY) }.expose_provenance());
-    (handle != 0).then(|| std::ptr::with_exposed_provenance_mut(handle))
+/// The driver library, once it has been looked for.
+static LIBRARY_HANDLE: OnceLock<Option<Library>> = OnceLock::new();
+
+/// A handle to the driver library, which is never closed.
+struct Library {
+    /// The emulated driver's function, where this is the emulated driver.
+    mock: Option<MockTakesMemory>,
+}
+
+type MockTakesMemory = unsafe extern "C" fn() -> i32;
+
+/// The driver library, which is opened at the first call; `None` where there is none.
+fn library() -> Option<&'static Library> {
+    let open = || {
+        // SAFETY: opening the driver library runs its initialisers, which is what every CUDA program does.
+        let handle = unsafe { libc::dlopen(LIBRARY.0.as_ptr(), libc::RTLD_LAZY) };
+        if handle.is_null() {
+            return None;
+        }
+        // SAFETY: the handle is open for good, and the name is a C string.
+        let mock = unsafe { libc::dlsym(handle, MOCK.as_ptr()) };
+        // SAFETY: a library that exports this name is the tests' own, whose function has this type; null is `None`.
+        Some(Library { mock: unsafe { std::mem::transmute::<*mut c_void, Option<MockTakesMemory>>(mock) } })
+    };
+    LIBRARY_HANDLE.get_or_init(open).as_ref()
 }
 
 /// Whether the driver is the tests' emulation: then, and only then, an address of this process is one of device 0.
 #[must_use]
 pub fn is_emulated() -> bool {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    // SAFETY: the handle is open for good, and the name is a C string.
-    *ANSWER.get_or_init(|| library().is_some_and(|library| !unsafe { libc::dlsym(library, MOCK.as_ptr()) }.is_null()))
+    library().is_some_and(|library| library.mock.is_some())
+}
+
+/// Whether a tensor in this process's memory is to be taken for one of the emulated device, as the calling thread has told
+/// the emulated driver. Where no driver has been looked for yet this does not look for one.
+#[must_use]
+pub fn takes_host_memory() -> bool {
+    let mock = LIBRARY_HANDLE.get().and_then(|library| library.as_ref()?.mock);
+    // SAFETY: the function takes nothing and reads a flag of the calling thread.
+    mock.is_some_and(|takes_memory| unsafe { takes_memory() } != 0)
 }
 
 /// The newest CUDA version that the driver knows: 12040 is 12.4.

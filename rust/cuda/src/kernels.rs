@@ -1,8 +1,9 @@
 //! The kernels of an image, by what they compute.
-use crate::Result;
-use crate::arguments::Dtype;
-use crate::device::find_function;
-use cudarc::driver::sys::{CUfunction, CUmodule};
+use crate::driver::check;
+use crate::{Error, Result};
+use cudarc::driver::sys::{self, CUfunction, CUmodule};
+use std::ffi::CString;
+use vhead_core::Dtype;
 
 /// A kernel of a loaded module.
 #[derive(Debug)]
@@ -89,5 +90,17 @@ impl Functions {
     /// The kernel that writes gradients of `dtype`.
     pub(crate) fn differentiate_logits(&self, dtype: Dtype) -> &Function {
         &self.differentiate_logits[dtype as usize]
+    }
+}
+
+/// Looks a kernel of a loaded module up; its context must be current.
+fn find_function(module: CUmodule, name: String) -> Result<Function> {
+    let mut handle = std::ptr::null_mut();
+    let symbol = CString::new(name.as_bytes()).unwrap_or_default();
+    // SAFETY: the module is loaded, its context is current, and the name is a C string.
+    let result = unsafe { sys::cuModuleGetFunction(&raw mut handle, module, symbol.as_ptr()) };
+    match check("cuModuleGetFunction", result) {
+        Ok(()) => Ok(Function { handle, name }),
+        Err(failure) => Err(Error::Launch { kernel: name, failure }),
     }
 }

@@ -15,21 +15,21 @@
 //! the calling thread's current context as it was. They allocate nothing and wait for nothing, so that a CUDA graph can
 //! capture them; [`Device::get`] loads the kernels and must have been called before a capture begins.
 mod arguments;
-mod backward;
 mod device;
 mod driver;
 mod error;
-mod forward;
 mod images;
 mod kernels;
 mod rows;
-mod statistics;
+mod token_statistics;
+mod value_head;
+mod value_head_backward;
 
-pub use arguments::{DeviceDropout, DeviceHead, Dtype, Seed};
-pub use backward::{DeviceGradients, WeightGradient, partials};
+pub use arguments::{DeviceDropout, DeviceHead, Seed};
 pub use device::{Description, Device, Stream, describe, device_count};
-pub use driver::{driver_version, is_emulated};
+pub use driver::{driver_version, is_emulated, takes_host_memory};
 pub use error::{Error, Failure, Result};
 pub use images::{Capability, images};
 pub use rows::DeviceRows;
-pub use statistics::{DeviceLogits, DeviceRowGradients, DeviceStatistics, ROW_STATE_BYTES};
+pub use token_statistics::{DeviceLogits, DeviceRowGradients, DeviceStatistics, ROW_STATE_BYTES};
+pub use value_head_backward::{DeviceGradients, WeightGradient, partials};

@@ -1,6 +1,7 @@
 //! A description of hidden states in device memory: rows of `H` contiguous elements, anywhere.
-use crate::arguments::{Dtype, MOST_DIMENSIONS, OCTET};
+use crate::arguments::{MOST_DIMENSIONS, OCTET};
 use crate::{Error, Result};
+use vhead_core::Dtype;
 
 /// Bytes that one load of the vector kernels takes, and that its addresses are multiples of.
 const VECTOR: u64 = 16;
@@ -65,7 +66,8 @@ impl DeviceRows {
     /// Whether the vector kernels can read these rows, and whatever else lies at `others`, 16 bytes at a time.
     pub(crate) fn are_vectors(&self, others: &[u64]) -> bool {
         let Rows { data, columns, dimensions, strides, .. } = &self.argument;
-        let aligned = |stride: &i64| stride.unsigned_abs().wrapping_mul(self.dtype.size()).is_multiple_of(VECTOR);
+        let aligned =
+            |stride: &i64| stride.unsigned_abs().wrapping_mul(self.dtype.size() as u64).is_multiple_of(VECTOR);
         columns.is_multiple_of(OCTET)
             && strides.iter().take(*dimensions as usize).all(aligned)
             && others.iter().chain([data]).all(|address| address.is_multiple_of(VECTOR))

@@ -1,28 +1,65 @@
-//! What runs where, and what this binary is: for `vhead env` and for the registration of torch ops.
-use crate::torch::{self, Dtype, Torch};
-use crate::{cuda, gate, threads};
+//! The table of backends, and what this binary is: for `vhead env` and for the registration of torch's operations.
+use crate::backend::Backend;
+use crate::cpu::Cpu;
+use crate::cuda::Cuda;
+use crate::{gate, threads, torch};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use vhead_core::{Error, Level};
+use vhead_core::Error;
 
-/// A dictionary for each device type that has native kernels: a new one is a new row.
-#[pyfunction]
-pub(crate) fn backends(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
-    Ok(vec![describe_cpu(py)?, cuda::describe(py)?])
+/// Every kind of device that has kernels of this package: a new one is a new row.
+static BACKENDS: [&dyn Backend; 2] = [&Cpu, &Cuda];
+
+/// The backend of a call whose first tensor is `tensor`. What is on no device with kernels goes to the CPU's, whose checks say
+/// what is wrong with it.
+pub(crate) fn backend_of(tensor: &Bound<'_, PyAny>) -> PyResult<&'static dyn Backend> {
+    for backend in BACKENDS {
+        if backend.holds(tensor)? {
+            return Ok(backend);
+        }
+    }
+    Ok(BACKENDS[0])
 }
 
-fn describe_cpu(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let threads = threads::Threads::now(py)?;
-    let row = PyDict::new(py);
-    row.set_item("device", "cpu")?;
-    row.set_item("dispatch_key", "CPU")?;
-    row.set_item("dtypes", Dtype::FLOATS.map(Dtype::name).to_vec())?;
-    row.set_item("simd", Level::best().name())?;
-    row.set_item("simd_available", Level::available().into_iter().map(Level::name).collect::<Vec<_>>())?;
-    row.set_item("threads", threads.executor().threads())?;
-    row.set_item("thread_source", threads.source())?;
-    row.set_item("tensor_view", if Torch::get(py)?.exchange().is_some() { "exchange" } else { "attributes" })?;
-    Ok(row)
+/// A dictionary for each kind of device that has native kernels.
+#[pyfunction]
+pub(crate) fn backends(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    let describe = |backend: &dyn Backend| {
+        let row = PyDict::new(py);
+        row.set_item("device", backend.device())?;
+        row.set_item("dispatch_key", backend.dispatch_key())?;
+        row.set_item("dtypes", vhead_core::Dtype::ALL.map(vhead_core::Dtype::name).to_vec())?;
+        backend.describe(&row)?;
+        Ok(row)
+    };
+    BACKENDS.into_iter().map(describe).collect()
+}
+
+/// The key of torch's dispatcher for each kind of device that has native kernels. It asks no driver.
+#[pyfunction]
+pub(crate) fn dispatch_keys(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let keys = PyDict::new(py);
+    for backend in BACKENDS {
+        keys.set_item(backend.device(), backend.dispatch_key())?;
+    }
+    Ok(keys)
+}
+
+/// Why device `ordinal` of the kind `device` has no kernels of this package; `None` where it has, and they are loaded then.
+///
+/// # Errors
+/// `ValueError` where there is no such device; `vhead.errors.CudaError` where loading failed and may succeed later, and in a
+/// process that was forked after CUDA had started.
+#[pyfunction]
+pub(crate) fn kernel_absence(py: Python<'_>, device: &str, ordinal: i32) -> PyResult<Option<String>> {
+    match BACKENDS.into_iter().find(|backend| backend.device() == device) {
+        Some(backend) => backend.absence(py, ordinal),
+        None => {
+            let names: Vec<&str> = BACKENDS.into_iter().map(Backend::device).collect();
+            Err(PyValueError::new_err(format!("device: expected {}, got {device}", names.join(" or "))))
+        }
+    }
 }
 
 /// The cores that this process may use: what affinity and the quota of its control group leave, at least 1.

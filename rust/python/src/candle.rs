@@ -3,8 +3,7 @@
 //! The candle head loads, holds and saves the weights. Hidden states never become a candle tensor, whose storage owns its
 //! memory, so that this would copy them: the head's kernels read them where the array's library keeps them.
 use crate::gate;
-use array::{ArrayView, Dtype, Output};
-use half::{bf16, f16};
+use array::{ArrayView, Output};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -12,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use vhead_candle::candle_core::{CpuStorage, Device, Storage, Tensor};
 use vhead_candle::{Error, ValueHead};
-use vhead_core::{Element, threads::Pool};
+use vhead_core::{Element, threads::Pool, with_element};
 
 mod array;
 
@@ -113,11 +112,7 @@ impl CandleValueHead {
         if hidden.sizes().last() != Some(&self.head.in_features()) {
             return Err(wrong_shape("hidden", &format!("[..., {}]", self.head.in_features()), hidden.sizes()));
         }
-        match hidden.dtype() {
-            Dtype::Float32 => self.values::<f32>(&hidden),
-            Dtype::BFloat16 => self.values::<bf16>(&hidden),
-            Dtype::Float16 => self.values::<f16>(&hidden),
-        }
+        with_element!(hidden.dtype(), T => self.values::<T>(&hidden))
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyType>, Parts<'py>)> {

@@ -1,66 +1,113 @@
-//! CUDA tensors: views of them, the value head on them, and whether a device has kernels at all.
+//! CUDA devices: `vhead_cuda`'s kernels on torch's memory and torch's current stream.
+use crate::backend::{
+    Backend, DropoutArguments, HeadArguments, HeadGradients, TokenArguments, TokenGradients, TokenStatistics, is_true,
+};
 use crate::gate;
-use crate::torch::Dtype;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use vhead_cuda::{Description, Device, Error};
 
-pub(crate) mod head;
-pub(crate) mod statistics;
+mod token_statistics;
+mod value_head;
 mod view;
 
-pub(crate) use view::CudaView;
+/// torch's CUDA tensors.
+pub(crate) struct Cuda;
 
-/// Why device `ordinal` has no kernels of this package; `None` where it has, and they are loaded then.
-///
-/// # Errors
-/// `ValueError` where there is no such device; `vhead.errors.CudaError` where loading failed and may succeed later, and in a
-/// process that was forked after CUDA had started.
-#[pyfunction]
-pub(crate) fn cuda_absence(py: Python<'_>, ordinal: i32) -> PyResult<Option<String>> {
-    if Device::is_loaded(ordinal) {
-        return Ok(None);
+impl Backend for Cuda {
+    fn device(&self) -> &'static str {
+        "cuda"
     }
-    gate::launch(py, || match Device::get(ordinal) {
-        Ok(_) => Ok(None),
-        Err(error) if error.is_absence() => Ok(Some(error.to_string())),
-        Err(error) => Err(error),
-    })
+
+    fn dispatch_key(&self) -> &'static str {
+        "CUDA"
+    }
+
+    fn holds(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = tensor.py();
+        Ok(is_true(tensor, intern!(py, "is_cuda"))?
+            || (vhead_cuda::takes_host_memory() && is_true(tensor, intern!(py, "is_cpu"))?))
+    }
+
+    /// It starts the driver, but makes no context and loads nothing.
+    fn describe(&self, row: &Bound<'_, PyDict>) -> PyResult<()> {
+        let py = row.py();
+        row.set_item("images", vhead_cuda::images().collect::<Vec<_>>())?;
+        let found = gate::launch(py, || {
+            let version = vhead_cuda::driver_version();
+            let count = version.clone().and_then(|_| vhead_cuda::device_count());
+            let devices = count.map(|count| (0..count).map(vhead_cuda::describe).collect::<Vec<_>>());
+            Ok((version, devices))
+        })?;
+        if let Ok(version) = found.0 {
+            let name = if vhead_cuda::is_emulated() { " (emulated)" } else { "" };
+            row.set_item("driver", format!("{}.{}{name}", version / 1000, version % 1000 / 10))?;
+        }
+        match found.1 {
+            Ok(devices) => describe_devices(row, &devices),
+            Err(error) => {
+                row.set_item("available", false)?;
+                row.set_item("reason", error.to_string())
+            }
+        }
+    }
+
+    fn absence(&self, py: Python<'_>, ordinal: i32) -> PyResult<Option<String>> {
+        if Device::is_loaded(ordinal) {
+            return Ok(None);
+        }
+        gate::launch(py, || match Device::get(ordinal) {
+            Ok(_) => Ok(None),
+            Err(error) if error.is_absence() => Ok(Some(error.to_string())),
+            Err(error) => Err(error),
+        })
+    }
+
+    fn value_head<'py>(
+        &self,
+        head: HeadArguments<'_, 'py>,
+        dropout: DropoutArguments<'_, 'py>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        value_head::value_head(head, dropout)
+    }
+
+    fn try_value_head<'py>(&self, head: HeadArguments<'_, 'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        value_head::try_value_head(head)
+    }
+
+    fn value_head_backward<'py>(
+        &self,
+        grad: &Bound<'py, PyAny>,
+        head: HeadArguments<'_, 'py>,
+        dropout: DropoutArguments<'_, 'py>,
+        needed: [bool; 3],
+    ) -> PyResult<HeadGradients<'py>> {
+        value_head::value_head_backward(grad, head, dropout, needed)
+    }
+
+    fn token_statistics(&self, tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>> {
+        token_statistics::statistics(tokens)
+    }
+
+    fn token_gradients<'py>(
+        &self,
+        tokens: TokenArguments<'_, 'py>,
+        statistics: &[Bound<'py, PyAny>; 3],
+        gradients: &[Bound<'py, PyAny>; 2],
+    ) -> PyResult<Box<dyn TokenGradients>> {
+        token_statistics::gradients(tokens, statistics, gradients)
+    }
 }
 
-/// What `vhead.backends()` says about CUDA. It starts the driver, but makes no context and loads nothing.
-pub(crate) fn describe(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let row = PyDict::new(py);
-    row.set_item("device", "cuda")?;
-    row.set_item("dispatch_key", "CUDA")?;
-    row.set_item("dtypes", Dtype::FLOATS.map(Dtype::name).to_vec())?;
-    row.set_item("images", vhead_cuda::images().collect::<Vec<_>>())?;
-    let found = gate::launch(py, || {
-        let version = vhead_cuda::driver_version();
-        let count = version.clone().and_then(|_| vhead_cuda::device_count());
-        let devices = count.map(|count| (0..count).map(vhead_cuda::describe).collect::<Vec<_>>());
-        Ok((version, devices))
-    })?;
-    if let Ok(version) = found.0 {
-        let name = if vhead_cuda::is_emulated() { " (emulated)" } else { "" };
-        row.set_item("driver", format!("{}.{}{name}", version / 1000, version % 1000 / 10))?;
+fn describe_devices(row: &Bound<'_, PyDict>, devices: &[Result<Description, Error>]) -> PyResult<()> {
+    let absences: Vec<_> = devices.iter().map(absence).collect();
+    row.set_item("available", absences.iter().any(Option::is_none))?;
+    let described = PyDict::new(row.py());
+    for (ordinal, (device, absence)) in devices.iter().zip(absences).enumerate() {
+        described.set_item(ordinal, describe_device(device, absence))?;
     }
-    match found.1 {
-        Ok(devices) => {
-            let absences: Vec<_> = devices.iter().map(absence).collect();
-            row.set_item("available", absences.iter().any(Option::is_none))?;
-            let described = PyDict::new(py);
-            for (ordinal, (device, absence)) in devices.iter().zip(absences).enumerate() {
-                described.set_item(ordinal, describe_device(device, absence))?;
-            }
-            row.set_item("devices", described)?;
-        }
-        Err(error) => {
-            row.set_item("available", false)?;
-            row.set_item("reason", error.to_string())?;
-        }
-    }
-    Ok(row)
+    row.set_item("devices", described)
 }
 
 /// Why a device has no kernels.

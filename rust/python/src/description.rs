@@ -1,6 +1,7 @@
 //! What torch says about a tensor: dtype, sizes, strides, address and device, checked once.
 use crate::dlpack::{self, Device};
-use crate::torch::{Dtype, Torch};
+use crate::dtype::{Kind, Scalar};
+use crate::torch::Torch;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -29,38 +30,33 @@ impl Place {
     }
 }
 
-/// A description of a tensor, which it keeps alive.
+/// A description of a tensor of one kind, which it keeps alive.
 #[derive(Debug)]
-pub(crate) struct Description<'py> {
+pub(crate) struct Description<'py, K> {
     pub(crate) name: &'static str,
     pub(crate) owner: Bound<'py, PyAny>,
     pub(crate) data: *const u8,
-    pub(crate) dtype: Dtype,
+    pub(crate) kind: K,
     pub(crate) device: Device,
     /// Sizes, then strides in elements.
     layout: Vec<i64>,
 }
 
-impl<'py> Description<'py> {
-    /// Describes `tensor`, which errors call `name`; its dtype must be among `expected`.
+impl<'py, K: Kind> Description<'py, K> {
+    /// Describes `tensor`, which errors call `name`.
     ///
     /// # Errors
     /// `TypeError` for what is no tensor, a tensor subclass with data of its own kind, or another dtype; `ValueError` for
     /// another device, another layout, or a negative view (whose memory holds the values negated).
-    pub(crate) fn new(
-        name: &'static str,
-        tensor: &Bound<'py, PyAny>,
-        expected: &[Dtype],
-        place: Place,
-    ) -> PyResult<Self> {
+    pub(crate) fn new(name: &'static str, tensor: &Bound<'py, PyAny>, place: Place) -> PyResult<Self> {
         let torch = Torch::get(tensor.py())?;
         check_kind(name, tensor, torch)?;
         let described = match torch.exchange() {
             Some(exchange) => match exchange.view(tensor) {
-                Ok(view) => Self::from_dlpack(name, tensor, &view, expected, place)?,
+                Ok(view) => Self::from_dlpack(name, tensor, &view, place)?,
                 Err(error) => return Err(no_storage(name, tensor, place, error)),
             },
-            None => Self::from_attributes(name, tensor, torch, expected, place)?,
+            None => Self::from_attributes(name, tensor, torch, place)?,
         };
         if described.data.is_null() && described.count() > 0 {
             return Err(PyValueError::new_err(format!("{name}: expected a tensor with storage, got one without")));
@@ -72,15 +68,13 @@ impl<'py> Description<'py> {
         name: &'static str,
         tensor: &Bound<'py, PyAny>,
         view: &dlpack::Tensor,
-        expected: &[Dtype],
         place: Place,
     ) -> PyResult<Self> {
         if !place.holds(view.device) {
             return Err(wrong_device(name, tensor, place)?);
         }
-        let dtype = match Dtype::from_dlpack(view.dtype) {
-            Some(dtype) if expected.contains(&dtype) => dtype,
-            _ => return Err(wrong_dtype(name, tensor, expected)?),
+        let Some(kind) = Scalar::from_dlpack(view.dtype).and_then(K::of) else {
+            return Err(wrong_dtype(name, tensor, K::EXPECTED)?);
         };
         let dimensions = usize::try_from(view.dimensions)?;
         let mut layout = Vec::with_capacity(2 * dimensions);
@@ -89,24 +83,17 @@ impl<'py> Description<'py> {
             layout.extend_from_slice(unsafe { std::slice::from_raw_parts(pointer, dimensions) });
         }
         let data = view.data.cast_const().cast::<u8>().wrapping_add(usize::try_from(view.byte_offset)?);
-        Ok(Self { name, owner: tensor.clone(), data, dtype, device: view.device, layout })
+        Ok(Self { name, owner: tensor.clone(), data, kind, device: view.device, layout })
     }
 
-    fn from_attributes(
-        name: &'static str,
-        tensor: &Bound<'py, PyAny>,
-        torch: &Torch,
-        expected: &[Dtype],
-        place: Place,
-    ) -> PyResult<Self> {
+    fn from_attributes(name: &'static str, tensor: &Bound<'py, PyAny>, torch: &Torch, place: Place) -> PyResult<Self> {
         let py = tensor.py();
         let device = match device(tensor)? {
             Some(device) if place.holds(device) => device,
             _ => return Err(wrong_device(name, tensor, place)?),
         };
-        let dtype = match torch.dtype(&tensor.getattr(intern!(py, "dtype"))?) {
-            Some(dtype) if expected.contains(&dtype) => dtype,
-            _ => return Err(wrong_dtype(name, tensor, expected)?),
+        let Some(kind) = torch.dtype(&tensor.getattr(intern!(py, "dtype"))?).and_then(K::of) else {
+            return Err(wrong_dtype(name, tensor, K::EXPECTED)?);
         };
         if !torch.is_strided(&tensor.getattr(intern!(py, "layout"))?) {
             return Err(wrong_layout(name, tensor)?);
@@ -115,7 +102,13 @@ impl<'py> Description<'py> {
         layout.extend(tensor.call_method0(intern!(py, "stride"))?.extract::<Vec<i64>>()?);
         let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let data = std::ptr::with_exposed_provenance(address);
-        Ok(Self { name, owner: tensor.clone(), data, dtype, device, layout })
+        Ok(Self { name, owner: tensor.clone(), data, kind, device, layout })
+    }
+
+    /// The same tensor as one of another kind, which the caller knows it to be.
+    pub(crate) fn with_kind<L>(self, kind: L) -> Description<'py, L> {
+        let Self { name, owner, data, kind: _, device, layout } = self;
+        Description { name, owner, data, kind, device, layout }
     }
 
     /// Size of each dimension.
@@ -195,8 +188,8 @@ fn wrong_device(name: &str, tensor: &Bound<'_, PyAny>, place: Place) -> PyResult
     Ok(PyValueError::new_err(format!("{name}: expected a tensor on {}, got one on {device}", place.name())))
 }
 
-fn wrong_dtype(name: &str, tensor: &Bound<'_, PyAny>, expected: &[Dtype]) -> PyResult<PyErr> {
-    let names: Vec<&str> = expected.iter().map(|dtype| dtype.name()).collect();
+fn wrong_dtype(name: &str, tensor: &Bound<'_, PyAny>, expected: &[Scalar]) -> PyResult<PyErr> {
+    let names: Vec<&str> = expected.iter().map(|scalar| scalar.name()).collect();
     let actual = tensor.getattr("dtype")?.str()?.to_string();
     let actual = actual.trim_start_matches("torch.");
     Ok(PyTypeError::new_err(format!("{name}: expected {}, got {actual}", names.join(" or "))))

@@ -70,7 +70,7 @@ pub(crate) fn saying(error: &vhead_core::Error, text: String) -> PyErr {
         | Error::Probability(_)
         | Error::StandardDeviation(_) => PyValueError::new_err(text),
         Error::Allocation { .. } => AllocationError::new_err(text),
-        _ => PyRuntimeError::new_err(text),
+        Error::Level(_) => PyRuntimeError::new_err(text),
     }
 }
 

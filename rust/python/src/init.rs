@@ -1,12 +1,8 @@
-//! Numbers that are a function of a seed: fresh weights, dropout masks.
+//! Fresh weights: numbers that are a function of a seed.
 use crate::gate;
 use crate::tensor::Output;
-use crate::torch::Dtype;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
-use vhead_core::allocation::filled;
-use vhead_core::dropout::Dropout;
 use vhead_core::init;
 use vhead_core::philox::Stream;
 
@@ -27,7 +23,7 @@ pub(crate) fn init_linear<'py>(
     parameter: &str,
     seed: i64,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let (stream, mut out) = (stream(parameter)?, Output::new(py, &sizes, Dtype::Float32)?);
+    let (stream, mut out) = (stream(parameter)?, Output::<f32>::new(py, &sizes)?);
     let numbers = out.elements();
     gate::run(py, numbers.len(), || {
         init::linear_default(numbers, columns, stream, seed.cast_unsigned());
@@ -45,30 +41,8 @@ pub(crate) fn init_normal<'py>(
     parameter: &str,
     seed: i64,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let (stream, mut out) = (stream(parameter)?, Output::new(py, &sizes, Dtype::Float32)?);
+    let (stream, mut out) = (stream(parameter)?, Output::<f32>::new(py, &sizes)?);
     let numbers = out.elements();
     gate::run(py, numbers.len(), || init::normal(numbers, std, stream, seed.cast_unsigned()))?;
     Ok(out.into_tensor())
-}
-
-/// The mask of `[rows, columns]` elements, row-major, one byte each: 1 is kept.
-#[pyfunction]
-pub(crate) fn dropout_mask(
-    py: Python<'_>,
-    rows: usize,
-    columns: usize,
-    dropout_p: f64,
-    seed: i64,
-) -> PyResult<Bound<'_, PyBytes>> {
-    let mask = gate::run(py, usize::MAX, || {
-        let mut mask = filled(true, rows.saturating_mul(columns))?;
-        if let Some(dropout) = Dropout::new(dropout_p, seed.cast_unsigned())? {
-            dropout.mask(columns, &mut mask)?;
-        }
-        Ok(mask)
-    })?;
-    PyBytes::new_with(py, mask.len(), |bytes| {
-        bytes.iter_mut().zip(mask).for_each(|(byte, kept)| *byte = u8::from(kept));
-        Ok(())
-    })
 }

@@ -1,30 +1,29 @@
 //! A checked view of a CPU tensor: the only place where a pointer of torch's becomes a slice.
+use crate::backend::DropoutArguments;
 use crate::description::{Description, Place, unsigned};
+use crate::dtype::{Float32, Int64, Kind};
 use crate::gate;
-use crate::torch::{Dtype, Torch};
+use crate::torch::Torch;
+use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::borrow::Cow;
+use std::marker::PhantomData;
 use vhead_core::allocation::collected;
-use vhead_core::{Element, Rows};
+use vhead_core::{Dropout, Dtype, Element, Rows};
 
-/// A CPU tensor, which this view keeps alive.
+/// A CPU tensor of one kind, which this view keeps alive.
 #[derive(Debug)]
-pub(crate) struct TensorView<'py>(Description<'py>);
+pub(crate) struct TensorView<'py, K = Dtype>(Description<'py, K>);
 
-impl<'py> TensorView<'py> {
-    /// A view of `tensor`, which errors call `name`; its dtype must be among `expected`.
+impl<'py, K: Kind> TensorView<'py, K> {
+    /// A view of `tensor`, which errors call `name`.
     ///
     /// # Errors
     /// As [`Description::new`].
-    pub(crate) fn new(name: &'static str, tensor: &Bound<'py, PyAny>, expected: &[Dtype]) -> PyResult<Self> {
-        Description::new(name, tensor, expected, Place::Cpu).map(Self)
-    }
-
-    /// Dtype of the elements.
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.0.dtype
+    pub(crate) fn new(name: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Description::new(name, tensor, Place::Cpu).map(Self)
     }
 
     /// Size of each dimension.
@@ -48,12 +47,11 @@ impl<'py> TensorView<'py> {
             return Ok(self);
         }
         let copy = self.0.owner.call_method0(intern!(self.0.owner.py(), "contiguous"))?;
-        Self::new(self.0.name, &copy, &[self.0.dtype])
+        Self::new(self.0.name, &copy)
     }
 
-    /// The rows of a tensor whose last dimension is contiguous ([`Self::with_contiguous_rows`]) and whose dtype is `T`.
-    pub(crate) fn rows<T: Element>(&self) -> Rows<'_, T> {
-        debug_assert_eq!(self.dtype().name(), T::NAME);
+    /// Rows of `T`, which is the dtype that the kind stands for.
+    fn rows_of<T: Element>(&self) -> Rows<'_, T> {
         let outer = self.sizes().len().saturating_sub(1);
         let sizes: Vec<usize> = self.sizes().iter().take(outer).map(|&size| unsigned(size)).collect();
         let strides: Vec<isize> = self.0.strides().iter().take(outer).map(|&stride| stride as isize).collect();
@@ -63,73 +61,13 @@ impl<'py> TensorView<'py> {
         unsafe { Rows::from_raw(self.0.data.cast(), &sizes, &strides, self.columns()) }
     }
 
-    /// All elements in row-major order as float32, which is exact from every dtype that hidden states may have; borrowed
-    /// where they lie so in memory.
-    ///
-    /// # Errors
-    /// `AllocationError`: a broadcast tensor has more elements than memory.
-    pub(crate) fn floats(&self) -> PyResult<Cow<'_, [f32]>> {
-        Ok(match self.dtype() {
-            Dtype::Float32 if self.is_slice_of::<f32>() => {
-                // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner.
-                Cow::Borrowed(unsafe { std::slice::from_raw_parts(self.0.data.cast(), self.count()) })
-            }
-            Dtype::Float32 => Cow::Owned(self.collect::<f32, f32>(|x| x)?),
-            Dtype::BFloat16 => Cow::Owned(self.collect(half::bf16::to_f32)?),
-            Dtype::Float16 => Cow::Owned(self.collect(half::f16::to_f32)?),
-            Dtype::Int64 => Cow::Owned(self.collect(|x: i64| x as f32)?),
-        })
-    }
-
-    /// A copy of [`Self::floats`].
-    ///
-    /// # Errors
-    /// As there.
-    pub(crate) fn owned_floats(&self) -> PyResult<Vec<f32>> {
-        match self.floats()? {
-            Cow::Owned(floats) => Ok(floats),
-            Cow::Borrowed(floats) => collected(floats.len(), floats.iter().copied()).map_err(gate::to_python),
+    /// All elements in row-major order, of a kind that stands for float32; borrowed where they lie so in memory.
+    fn float32(&self) -> PyResult<Cow<'_, [f32]>> {
+        if self.is_slice_of::<f32>() {
+            // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner.
+            return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(self.0.data.cast(), self.count()) }));
         }
-    }
-
-    /// The one element of an int64 tensor, as torch draws seeds.
-    ///
-    /// # Errors
-    /// `ValueError` where there is not exactly one.
-    pub(crate) fn seed(&self) -> PyResult<u64> {
-        match self.count() {
-            1 if self.dtype() == Dtype::Int64 => Ok(self.collect::<i64, i64>(|x| x)?[0].cast_unsigned()),
-            _ => Err(PyValueError::new_err(format!(
-                "{}: expected one int64 number, got sizes {:?}",
-                self.0.name,
-                self.sizes()
-            ))),
-        }
-    }
-
-    /// All elements of an int64 tensor in row-major order.
-    ///
-    /// # Errors
-    /// As [`Self::floats`].
-    pub(crate) fn integers(&self) -> PyResult<Vec<i64>> {
-        debug_assert_eq!(self.dtype(), Dtype::Int64);
-        self.collect::<i64, i64>(|x| x)
-    }
-
-    /// The elements of a contiguous float32 tensor, to be changed in place.
-    ///
-    /// # Errors
-    /// `ValueError` where they do not lie in one row-major piece.
-    pub(crate) fn overwritten(&mut self) -> PyResult<&mut [f32]> {
-        if self.count() == 0 {
-            return Ok(&mut []);
-        }
-        if self.dtype() != Dtype::Float32 || !self.is_slice_of::<f32>() {
-            return Err(PyValueError::new_err(format!("{}: expected a contiguous float32 tensor", self.0.name)));
-        }
-        // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner. The caller asks for an operation in
-        // place; as with torch's own, another thread that uses the tensor meanwhile sees unspecified values.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.0.data.cast_mut().cast(), self.count()) })
+        self.collect::<f32, f32>(|x| x).map(Cow::Owned)
     }
 
     fn is_slice_of<T>(&self) -> bool {
@@ -147,28 +85,123 @@ impl<'py> TensorView<'py> {
     }
 }
 
+impl TensorView<'_> {
+    /// Dtype of the elements.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.0.kind
+    }
+
+    /// The rows of a tensor whose last dimension is contiguous ([`Self::with_contiguous_rows`]) and whose dtype is `T`.
+    pub(crate) fn rows<T: Element>(&self) -> Rows<'_, T> {
+        debug_assert_eq!(self.dtype(), T::DTYPE);
+        self.rows_of()
+    }
+
+    /// All elements in row-major order as float32, which is exact from every dtype that hidden states may have; borrowed
+    /// where they lie so in memory.
+    ///
+    /// # Errors
+    /// `AllocationError`: a broadcast tensor has more elements than memory.
+    pub(crate) fn floats(&self) -> PyResult<Cow<'_, [f32]>> {
+        match self.dtype() {
+            Dtype::Float32 => self.float32(),
+            Dtype::BFloat16 => self.collect(bf16::to_f32).map(Cow::Owned),
+            Dtype::Float16 => self.collect(f16::to_f32).map(Cow::Owned),
+        }
+    }
+
+    /// A copy of [`Self::floats`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn owned_floats(&self) -> PyResult<Vec<f32>> {
+        match self.floats()? {
+            Cow::Owned(floats) => Ok(floats),
+            Cow::Borrowed(floats) => collected(floats.len(), floats.iter().copied()).map_err(gate::to_python),
+        }
+    }
+}
+
+impl TensorView<'_, Float32> {
+    /// The rows of a tensor whose last dimension is contiguous ([`Self::with_contiguous_rows`]).
+    pub(crate) fn rows(&self) -> Rows<'_, f32> {
+        self.rows_of()
+    }
+
+    /// All elements in row-major order; borrowed where they lie so in memory.
+    ///
+    /// # Errors
+    /// `AllocationError`: a broadcast tensor has more elements than memory.
+    pub(crate) fn elements(&self) -> PyResult<Cow<'_, [f32]>> {
+        self.float32()
+    }
+
+    /// The elements of a contiguous tensor, to be changed in place.
+    ///
+    /// # Errors
+    /// `ValueError` where they do not lie in one row-major piece.
+    pub(crate) fn overwritten(&mut self) -> PyResult<&mut [f32]> {
+        if self.count() == 0 {
+            return Ok(&mut []);
+        }
+        if !self.is_slice_of::<f32>() {
+            return Err(PyValueError::new_err(format!("{}: expected a contiguous float32 tensor", self.0.name)));
+        }
+        // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner. The caller asks for an operation in
+        // place; as with torch's own, another thread that uses the tensor meanwhile sees unspecified values.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.0.data.cast_mut().cast(), self.count()) })
+    }
+}
+
+impl TensorView<'_, Int64> {
+    /// The one element, as torch draws seeds.
+    ///
+    /// # Errors
+    /// `ValueError` where there is not exactly one.
+    pub(crate) fn seed(&self) -> PyResult<u64> {
+        match self.count() {
+            1 => Ok(self.integers()?[0].cast_unsigned()),
+            _ => Err(PyValueError::new_err(format!(
+                "{}: expected one int64 number, got sizes {:?}",
+                self.0.name,
+                self.sizes()
+            ))),
+        }
+    }
+
+    /// All elements in row-major order.
+    ///
+    /// # Errors
+    /// `AllocationError`: a broadcast tensor has more elements than memory.
+    pub(crate) fn integers(&self) -> PyResult<Vec<i64>> {
+        self.collect::<i64, i64>(|x| x)
+    }
+}
+
 /// A tensor that torch has just allocated for a result, so that nobody else can see it yet.
 #[derive(Debug)]
-pub(crate) struct Output<'py> {
+pub(crate) struct Output<'py, T> {
     object: Bound<'py, PyAny>,
     data: *mut u8,
     count: usize,
+    elements: PhantomData<T>,
 }
 
-impl<'py> Output<'py> {
+impl<'py, T: Element> Output<'py, T> {
     /// A contiguous CPU tensor with elements of type `T`, not initialised.
     ///
     /// # Errors
     /// What torch raises when it cannot allocate.
-    pub(crate) fn new(py: Python<'py>, sizes: &[i64], dtype: Dtype) -> PyResult<Self> {
-        let object = Torch::get(py)?.empty(py, sizes, dtype)?;
+    pub(crate) fn new(py: Python<'py>, sizes: &[i64]) -> PyResult<Self> {
+        let object = Torch::get(py)?.empty(py, sizes, T::DTYPE.scalar())?;
         let address: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let count = sizes.iter().map(|&size| unsigned(size)).product();
-        Ok(Self { object, data: std::ptr::with_exposed_provenance_mut(address), count })
+        let data = std::ptr::with_exposed_provenance_mut(address);
+        Ok(Self { object, data, count, elements: PhantomData })
     }
 
-    /// The elements, to be written. `T` must be the dtype that the tensor was made with.
-    pub(crate) fn elements<T: Element>(&mut self) -> &mut [T] {
+    /// The elements, to be written.
+    pub(crate) fn elements(&mut self) -> &mut [T] {
         if self.count == 0 {
             return &mut [];
         }
@@ -181,4 +214,17 @@ impl<'py> Output<'py> {
     pub(crate) fn into_tensor(self) -> Bound<'py, PyAny> {
         self.object
     }
+}
+
+/// The mask's rule, with a seed that is in this process's memory.
+///
+/// # Errors
+/// `ValueError` for a probability that is none, and where something is dropped without a seed.
+pub(crate) fn dropout(arguments: DropoutArguments<'_, '_>) -> PyResult<Option<Dropout>> {
+    let seed = match (arguments.number()?, arguments.seed) {
+        (Some(number), _) => number,
+        (None, Some(tensor)) => TensorView::<Int64>::new("seed", tensor)?.seed()?,
+        (None, None) => 0,
+    };
+    arguments.checked(Dropout::new(arguments.p, seed).map_err(gate::to_python)?)
 }

@@ -5,6 +5,7 @@
 //!
 //! OpenMP's threads do not survive `fork`, and a child that asks for them waits for ever where the parent has used them.
 //! A forked child therefore uses the pool, which starts anew in each process.
+use crate::gate;
 use crate::torch::Torch;
 use pyo3::prelude::*;
 use std::any::Any;
@@ -95,6 +96,11 @@ impl Threads {
             }
             _ => Self::Own(Pool::new(threads)),
         })
+    }
+
+    /// The threads for work that streams through about `elements` elements: the caller alone where others would not pay.
+    pub(crate) fn worth(py: Python<'_>, elements: usize) -> PyResult<Self> {
+        if elements > gate::SMALL { Self::now(py) } else { Ok(Self::Caller(Serial)) }
     }
 
     /// As an executor.

@@ -1,55 +1,16 @@
 //! What is asked of the running torch once: its types, its dtypes, how it lends tensors.
 use crate::dlpack::{self, Exchange};
+use crate::dtype::Scalar;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The dtypes that cross this boundary.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Dtype {
-    Float32,
-    BFloat16,
-    Float16,
-    Int64,
-}
-
-impl Dtype {
-    pub(crate) const FLOATS: [Self; 3] = [Self::Float32, Self::BFloat16, Self::Float16];
-    const ALL: [Self; 4] = [Self::Float32, Self::BFloat16, Self::Float16, Self::Int64];
-
-    /// torch's name for it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Float32 => "float32",
-            Self::BFloat16 => "bfloat16",
-            Self::Float16 => "float16",
-            Self::Int64 => "int64",
-        }
-    }
-
-    /// DLPack's description of it.
-    pub(crate) fn dlpack(self) -> dlpack::DataType {
-        let (code, bits) = match self {
-            Self::Float32 => (2, 32),
-            Self::BFloat16 => (4, 16),
-            Self::Float16 => (2, 16),
-            Self::Int64 => (0, 64),
-        };
-        dlpack::DataType { code, bits, lanes: 1 }
-    }
-
-    /// The dtype that DLPack describes so, if it is one of ours.
-    pub(crate) fn from_dlpack(dtype: dlpack::DataType) -> Option<Self> {
-        Self::ALL.into_iter().find(|candidate| candidate.dlpack() == dtype)
-    }
-}
-
 /// One of torch's dtype objects.
 #[derive(Debug)]
 struct TorchDtype {
-    dtype: Dtype,
+    scalar: Scalar,
     object: Py<PyAny>,
     /// `dtype` and `device` for `torch.empty`. The device is said, since a default device (`with torch.device("meta")`)
     /// must not reach a kernel's output.
@@ -59,12 +20,12 @@ struct TorchDtype {
 }
 
 impl TorchDtype {
-    fn read(torch: &Bound<'_, PyModule>, dtype: Dtype) -> PyResult<Self> {
-        let (object, keywords) = (torch.getattr(dtype.name())?, PyDict::new(torch.py()));
+    fn read(torch: &Bound<'_, PyModule>, scalar: Scalar) -> PyResult<Self> {
+        let (object, keywords) = (torch.getattr(scalar.name())?, PyDict::new(torch.py()));
         keywords.set_item("dtype", &object)?;
         let only_dtype = keywords.copy()?;
         keywords.set_item("device", torch.getattr("device")?.call1(("cpu",))?)?;
-        Ok(Self { dtype, object: object.unbind(), keywords: keywords.unbind(), only_dtype: only_dtype.unbind() })
+        Ok(Self { scalar, object: object.unbind(), keywords: keywords.unbind(), only_dtype: only_dtype.unbind() })
     }
 }
 
@@ -106,7 +67,7 @@ impl Torch {
             default_dispatch: tensor.getattr("__torch_dispatch__")?.unbind(),
             tensor: tensor.unbind(),
             parameter: parameter.unbind(),
-            dtypes: Dtype::ALL.into_iter().map(|dtype| TorchDtype::read(&torch, dtype)).collect::<PyResult<_>>()?,
+            dtypes: Scalar::ALL.into_iter().map(|scalar| TorchDtype::read(&torch, scalar)).collect::<PyResult<_>>()?,
             strided: torch.getattr("strided")?.unbind(),
             empty: torch.getattr("empty")?.unbind(),
             get_num_threads: torch.getattr("get_num_threads")?.unbind(),
@@ -146,14 +107,14 @@ impl Torch {
     }
 
     /// Which of our dtypes the torch dtype `object` is.
-    pub(crate) fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Dtype> {
+    pub(crate) fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<Scalar> {
         let known = self.dtypes.iter().find(|known| object.is(known.object.bind(object.py())))?;
-        Some(known.dtype)
+        Some(known.scalar)
     }
 
     /// A new contiguous CPU tensor, not initialised, from torch's own allocator.
-    pub(crate) fn empty<'py>(&self, py: Python<'py>, sizes: &[i64], dtype: Dtype) -> PyResult<Bound<'py, PyAny>> {
-        let known = self.dtypes.iter().find(|known| known.dtype == dtype);
+    pub(crate) fn empty<'py>(&self, py: Python<'py>, sizes: &[i64], scalar: Scalar) -> PyResult<Bound<'py, PyAny>> {
+        let known = self.dtypes.iter().find(|known| known.scalar == scalar);
         let keywords = known.map(|known| known.keywords.bind(py));
         self.empty.bind(py).call((PyTuple::new(py, sizes)?,), keywords)
     }
@@ -163,10 +124,10 @@ impl Torch {
         &self,
         tensor: &Bound<'py, PyAny>,
         sizes: &[i64],
-        dtype: Dtype,
+        scalar: Scalar,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = tensor.py();
-        let known = self.dtypes.iter().find(|known| known.dtype == dtype);
+        let known = self.dtypes.iter().find(|known| known.scalar == scalar);
         let keywords = known.map(|known| known.only_dtype.bind(py));
         tensor.call_method(intern!(py, "new_empty"), (PyTuple::new(py, sizes)?,), keywords)
     }

@@ -1,33 +1,12 @@
 //! `value_head_two_layer` on CPU tensors, and what its backward pass is made of.
+use crate::backend::DropoutArguments;
+use crate::dtype::Float32;
 use crate::gate;
-use crate::head::dropout;
-use crate::tensor::{Output, TensorView};
+use crate::tensor::{Output, TensorView, dropout};
 use crate::threads::Threads;
-use crate::torch::Dtype;
-use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use vhead_core::{Dropout, Element, Head, Linear, Serial, TwoLayerHead};
-
-/// Evaluates a body for the element type of a dtype.
-macro_rules! with_element {
-    ($dtype:expr, $element:ident => $body:expr) => {
-        match $dtype {
-            Dtype::BFloat16 => {
-                type $element = bf16;
-                $body
-            }
-            Dtype::Float16 => {
-                type $element = f16;
-                $body
-            }
-            Dtype::Float32 | Dtype::Int64 => {
-                type $element = f32;
-                $body
-            }
-        }
-    };
-}
+use vhead_core::{Dropout, Element, Head, Linear, TwoLayerHead, with_element};
 
 /// Hidden states and a layer over them.
 struct Layer<'py> {
@@ -43,9 +22,9 @@ impl<'py> Layer<'py> {
         weight: &Bound<'py, PyAny>,
         bias: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
-        let hidden = TensorView::new(names[0], hidden, &Dtype::FLOATS)?.with_contiguous_rows()?;
-        let weight = TensorView::new(names[1], weight, &Dtype::FLOATS)?.with_contiguous_rows()?;
-        let bias = bias.map(|bias| TensorView::new(names[2], bias, &Dtype::FLOATS)).transpose()?;
+        let hidden = TensorView::new(names[0], hidden)?.with_contiguous_rows()?;
+        let weight = TensorView::new(names[1], weight)?.with_contiguous_rows()?;
+        let bias = bias.map(|bias| TensorView::new(names[2], bias)).transpose()?;
         if hidden.sizes().last().is_none_or(|&columns| columns == 0) {
             let got = hidden.sizes();
             return Err(PyValueError::new_err(format!("{}: expected [..., H] with H >= 1, got {got:?}", names[0])));
@@ -65,7 +44,7 @@ impl<'py> Layer<'py> {
     }
 
     fn threads(&self, py: Python<'_>) -> PyResult<Threads> {
-        threads(py, self.cost())
+        Threads::worth(py, self.cost())
     }
 
     /// `[..., last]`
@@ -75,10 +54,6 @@ impl<'py> Layer<'py> {
         sizes.extend(last.map(|last| last as i64));
         sizes
     }
-}
-
-fn threads(py: Python<'_>, cost: usize) -> PyResult<Threads> {
-    if cost > gate::SMALL { Threads::now(py) } else { Ok(Threads::Caller(Serial)) }
 }
 
 fn check_weight(name: &str, weight: &TensorView<'_>, rows: &str, columns: usize) -> PyResult<()> {
@@ -111,13 +86,13 @@ pub(crate) fn value_head_two_layer<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = hidden.py();
     let first = Layer::new(["hidden", "weight1", "bias1"], hidden, weight1, bias1)?;
-    let weight2 = TensorView::new("weight2", weight2, &Dtype::FLOATS)?;
-    let bias2 = bias2.map(|bias| TensorView::new("bias2", bias, &Dtype::FLOATS)).transpose()?;
+    let weight2 = TensorView::new("weight2", weight2)?;
+    let bias2 = bias2.map(|bias| TensorView::new("bias2", bias)).transpose()?;
     check_weight("weight2", &weight2, "K", first.outputs())?;
     check_bias("bias2", bias2.as_ref(), weight2.sizes()[0])?;
-    let dropout = dropout(dropout_p, seed)?;
+    let dropout = dropout(DropoutArguments { p: dropout_p, seed })?;
     let outputs = weight2.count() / first.outputs();
-    let mut values = Output::new(py, &first.sizes((outputs != 1).then_some(outputs)), Dtype::Float32)?;
+    let mut values = Output::<f32>::new(py, &first.sizes((outputs != 1).then_some(outputs)))?;
     with_element!(first.hidden.dtype(), T => with_element!(first.weight.dtype(), W => {
         run_two_layer::<T, W>(py, &first, &weight2, bias2.as_ref(), dropout.as_ref(), values.elements())
     }))?;
@@ -155,7 +130,7 @@ pub(crate) fn linear(
 ) -> PyResult<()> {
     let py = x.py();
     let layer = Layer::new(["x", "weight", "bias"], x, weight, bias)?;
-    let mut out = TensorView::new("out", out, &[Dtype::Float32])?;
+    let mut out = TensorView::<Float32>::new("out", out)?;
     let expected = layer.sizes(Some(layer.outputs()));
     if out.sizes() != expected {
         return Err(PyValueError::new_err(format!("out: expected {expected:?}, got {:?}", out.sizes())));
@@ -172,19 +147,20 @@ pub(crate) fn linear(
 
 /// `x` as float32, the elements that dropout drops times zero; its rows are number `first` on of the mask.
 #[pyfunction]
-pub(crate) fn keep_kept<'py>(
+pub(crate) fn apply_dropout<'py>(
     x: &Bound<'py, PyAny>,
     dropout_p: f64,
     seed: Option<&Bound<'py, PyAny>>,
     first: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = x.py();
-    let x = TensorView::new("x", x, &Dtype::FLOATS)?.with_contiguous_rows()?;
-    let (mut result, cost) = (Output::new(py, x.sizes(), Dtype::Float32)?, x.count() * gate::DROPOUT_COST);
-    let (to, threads, dropout) = (result.elements(), threads(py, cost)?, dropout(dropout_p, seed)?);
+    let x = TensorView::new("x", x)?.with_contiguous_rows()?;
+    let (mut result, cost) = (Output::<f32>::new(py, x.sizes())?, x.count() * gate::DROPOUT_COST);
+    let (to, threads) = (result.elements(), Threads::worth(py, cost)?);
+    let dropout = dropout(DropoutArguments { p: dropout_p, seed })?;
     with_element!(x.dtype(), T => {
         let rows = x.rows::<T>();
-        gate::run(py, cost, || vhead_core::keep_kept(&rows, dropout.as_ref(), first, to, threads.executor()))
+        gate::run(py, cost, || vhead_core::apply_dropout(&rows, dropout.as_ref(), first, to, threads.executor()))
     })?;
     Ok(result.into_tensor())
 }

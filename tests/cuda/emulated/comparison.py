@@ -4,7 +4,7 @@ is wrong is found."""
 import torch
 from torch import Tensor
 
-from vhead import _native
+from tests.cuda.emulated import device
 from vhead.benchmark.comparison import Plan, compare_with_cpu
 
 PLAN = Plan(rows=130, columns=(7, 64), outputs=(1,), dropouts=(0.0, 0.3), special=(False,))
@@ -17,12 +17,12 @@ class Head(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: tuple[float, int | None]) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.mask = mask
-        return _native.cuda_value_head(hidden, weight, bias, *mask)
+        return device.value_head(hidden, weight, bias, *mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[:3])
-        return (*_native.cuda_value_head_backward(grad, *ctx.saved_tensors, *ctx.mask, needed), None)
+        return (*device.value_head_backward(grad, *ctx.saved_tensors, *ctx.mask, needed), None)
 
 
 def on_device(

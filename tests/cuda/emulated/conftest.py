@@ -1,4 +1,4 @@
-"""The emulated driver of this process, and random heads. `tests/cuda/test_operation.py` starts these tests."""
+"""The emulated driver of this process, and random heads. `tests/cuda/test_*_operation.py` start these tests."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ class Driver:
 @pytest.fixture(scope="session")
 def loaded_driver() -> Driver:
     assert ops.backends()["cuda"]["kernel"] == "native", "the emulated driver is not there"
-    assert _native.cuda_absence(0) is None  # loads the kernels
+    assert _native.kernel_absence("cuda", 0) is None  # loads the kernels
     return Driver()
 
 

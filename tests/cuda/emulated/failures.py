@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from tests.cuda.emulated import device
 from vhead import _native
 from vhead.errors import CudaError
 from vhead.ops import backends
@@ -28,7 +29,7 @@ def ordinal() -> int:
 
 
 def forward() -> torch.Tensor:
-    return _native.cuda_value_head(torch.randn(3, 64), torch.randn(1, 64))
+    return device.value_head(torch.randn(3, 64), torch.randn(1, 64))
 
 
 def test_a_failed_launch_names_the_kernel(monkeypatch, driver) -> None:
@@ -63,13 +64,13 @@ def test_a_context_that_cannot_be_made_current(monkeypatch) -> None:
 def test_clearing_gradients_can_fail(monkeypatch) -> None:
     monkeypatch.setenv("VHEAD_MOCK_FAIL", "cuMemsetD8Async=700")
     with pytest.raises(CudaError, match="cuMemsetD8Async"):
-        _native.cuda_value_head_backward(torch.ones(0), torch.ones(0, 4), torch.ones(1, 4), 0.0, None, [True] * 3)
+        device.value_head_backward(torch.ones(0), torch.ones(0, 4), torch.ones(1, 4), 0.0, None, [True] * 3)
 
 
 def test_a_device_that_is_not_there() -> None:
     for ordinal in (DEVICES, 99, 4000, -1):
         with pytest.raises(ValueError, match=f"expected an ordinal below {DEVICES}, got {ordinal}"):
-            _native.cuda_absence(ordinal)
+            _native.kernel_absence("cuda", ordinal)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_device_that_is_not_there() -> None:
 )
 def test_each_architecture_gets_an_image_that_runs_there(monkeypatch, ordinal, capability, image) -> None:
     monkeypatch.setenv("VHEAD_MOCK_ARCH", capability)
-    assert _native.cuda_absence(ordinal) is None
+    assert _native.kernel_absence("cuda", ordinal) is None
     row = backends()["cuda"]["devices"][ordinal]
     assert row == f"emulated device, compute capability {capability}: native, image {image}, loaded"
 
@@ -88,22 +89,22 @@ def test_a_device_without_an_image_is_said_to_run_plain_torch(monkeypatch, ordin
     row = backends()["cuda"]
     assert row["kernel"] == "plain torch"
     assert row["devices"][ordinal].endswith("compute capability 7.5: plain torch, no kernel image for it")
-    reason = _native.cuda_absence(ordinal)
+    reason = _native.kernel_absence("cuda", ordinal)
     assert reason.startswith("no kernel image for emulated device of compute capability 7.5: there are sm_80,")
     monkeypatch.delenv("VHEAD_MOCK_ARCH")
-    assert _native.cuda_absence(ordinal) == reason, "found once"
+    assert _native.kernel_absence("cuda", ordinal) == reason, "found once"
 
 
 @pytest.mark.parametrize("code", [200, 209, 218, 222])
 def test_an_image_that_the_driver_does_not_load_is_an_absence(monkeypatch, driver, ordinal, code) -> None:
     monkeypatch.setenv("VHEAD_MOCK_FAIL", f"cuModuleLoadData={code}")
     monkeypatch.setenv("VHEAD_MOCK_DRIVER", "11080")
-    reason = _native.cuda_absence(ordinal)
+    reason = _native.kernel_absence("cuda", ordinal)
     assert reason.startswith("the CUDA driver 11.8 does not load image sm_90: cuModuleLoadData: ")
     assert f"({code})" in reason
     assert driver.library.vhead_mock_held_contexts(ordinal) == 0
     monkeypatch.delenv("VHEAD_MOCK_FAIL")
-    assert _native.cuda_absence(ordinal) == reason
+    assert _native.kernel_absence("cuda", ordinal) == reason
     assert "plain torch, the CUDA driver 11.8" in backends()["cuda"]["devices"][ordinal]
 
 
@@ -119,11 +120,11 @@ def test_what_may_pass_is_an_error_and_tried_again(monkeypatch, driver, ordinal,
     modules = driver.library.vhead_mock_loaded_modules()
     monkeypatch.setenv("VHEAD_MOCK_FAIL", failure)
     with pytest.raises(CudaError, match=message):
-        _native.cuda_absence(ordinal)
+        _native.kernel_absence("cuda", ordinal)
     assert driver.library.vhead_mock_held_contexts(ordinal) == 0
     assert driver.library.vhead_mock_loaded_modules() == modules
     monkeypatch.delenv("VHEAD_MOCK_FAIL")
-    assert _native.cuda_absence(ordinal) is None
+    assert _native.kernel_absence("cuda", ordinal) is None
     assert driver.library.vhead_mock_held_contexts(ordinal) == 1
     assert driver.library.vhead_mock_loaded_modules() == modules + 1
 
@@ -161,7 +162,7 @@ def test_a_forked_child_is_told(tmp_path) -> None:
 BAD = {
     "no tensor": (lambda h, w: (h.numpy(), w), TypeError, "hidden: expected a torch.Tensor, got ndarray"),
     "dtype": (lambda h, w: (h.double(), w), TypeError, "hidden: expected float32 or bfloat16 or float16, got float64"),
-    "meta": (lambda h, w: (h.to("meta"), w), ValueError, "hidden: expected a tensor on cuda, got one on meta"),
+    "meta": (lambda h, w: (h.to("meta"), w), ValueError, "hidden: expected a tensor on cpu, got one on meta"),
     "sparse": (lambda h, w: (h.to_sparse(), w), ValueError, "hidden: expected a dense tensor, got layout torch.sparse"),
     "no columns": (lambda h, w: (h[:, :0], w), ValueError, r"hidden: expected \[..., H\] with H >= 1"),
     "width": (lambda h, w: (h, w[:, 1:]), ValueError, r"weight: expected \[K, 64\] or \[64\]"),
@@ -178,5 +179,5 @@ BAD = {
 def test_bad_input_is_named(driver, mistake) -> None:
     arguments, kind, message = BAD[mistake]
     with pytest.raises(kind, match=message):
-        _native.cuda_value_head(*arguments(torch.randn(3, 64), torch.randn(1, 64)))
+        device.value_head(*arguments(torch.randn(3, 64), torch.randn(1, 64)))
     assert driver.launches() == []

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from vhead import _native
+from tests.cuda.emulated import device
 
 HANDLE = 0x77
 asked: list[tuple[int, ...]] = []
@@ -42,10 +42,10 @@ else:
 def test_every_launch_is_on_torch_s_stream(driver, head) -> None:
     hidden, weight, bias = head(5, 64)
     asked.clear()
-    _native.cuda_value_head(hidden, weight, bias)
+    device.value_head(hidden, weight, bias)
     assert asked == EXPECTED
-    _native.cuda_value_head_backward(torch.randn(5), hidden, weight, 0.5, 3, [True] * 3)
-    _native.cuda_value_head_backward(torch.ones(0), hidden[:0], weight, 0.0, None, [True] * 3)
+    device.value_head_backward(torch.randn(5), hidden, weight, 0.5, 3, [True] * 3)
+    device.value_head_backward(torch.ones(0), hidden[:0], weight, 0.0, None, [True] * 3)
     lines = driver.launches()
     assert len(lines) == 6
     assert all(f"stream={HANDLE}" in line for line in lines)

@@ -7,19 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cuda.emulated import device
 from tests.cuda.emulated.conftest import same_bits
-from vhead import _native
-from vhead.ops import dispatch, projection, two_layer, value_head
+from tests.cuda.emulated.device import on_device
+from vhead.ops import dispatch, two_layer, value_head
 from vhead.ops.dispatch import Operation
+from vhead.ops.value_head import _VALUE_HEAD
 
-ORIGINAL, TWO_LAYER = projection._VALUE_HEAD, two_layer._TWO_LAYER
+ORIGINAL, TWO_LAYER = _VALUE_HEAD, two_layer._TWO_LAYER
+composed_forward = on_device(two_layer._composed_forward)
+composed_backward = on_device(two_layer._composed_backward)
 
 
 @pytest.fixture(scope="session")
 def operation() -> Operation:
-    """The value head, registered once more with its CUDA functions for CPU tensors."""
+    """The value head, registered once more with CPU tensors on the device."""
     of = ORIGINAL._of
-    return Operation(replace(of, name="value_head_emulated", forward=of.cuda_forward, backward=of.cuda_backward))
+    forward, backward = on_device(of.forward), on_device(of.backward)
+    return Operation(replace(of, name="value_head_emulated", forward=forward, backward=backward))
 
 
 def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -74,12 +79,13 @@ def test_a_cuda_tensor_takes_the_kernels_where_they_are(driver, head, monkeypatc
         (True, ["forward_float32_vector", "backward_float32_vector", "add_chunks", "add_rows"]),
         (False, []),
     ):
-        monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda _, has=has: has)
-        values = ORIGINAL._cuda_forward(*case, 0.0, None)
-        of = ORIGINAL._cuda_backward(grad, *case[:2], 0.0, None, (True, True, True))
+        monkeypatch.setattr(dispatch, "has_kernels", lambda _, has=has: has)
+        with device.memory():
+            values = ORIGINAL.eager(*case, 0.0, None)
+            found = ORIGINAL.eager_backward(grad, *case[:2], 0.0, None, (True, True, True))
         assert driver.kernels() == kernels
         torch.testing.assert_close(values, value_head(*case))
-        assert [tuple(gradient.shape) for gradient in of] == [(5, 40), (1, 40), (1,)]
+        assert [tuple(gradient.shape) for gradient in found] == [(5, 40), (1, 40), (1,)]
 
 
 @pytest.mark.parametrize("name", ["value_head", "value_head_backward", "value_head_two_layer"])
@@ -87,11 +93,11 @@ def test_the_dispatcher_has_an_entry_for_cuda(name) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vhead::{name}", "CUDA")
 
 
-def test_negative_views_are_resolved(driver, monkeypatch, head) -> None:
-    monkeypatch.setattr(dispatch, "has_cuda_kernels", lambda _: True)
+def test_negative_views_are_resolved(driver, head) -> None:
     hidden, weight, bias = head(5, 40)
     negative = torch._neg_view(hidden)
-    assert same_bits(ORIGINAL._cuda_forward(negative, weight, bias, 0.0, None), value_head(-hidden, weight, bias))
+    found = on_device(ORIGINAL.eager)(negative, weight, bias, 0.0, None)
+    assert same_bits(found, value_head(-hidden, weight, bias))
     assert driver.kernels() == ["forward_float32_vector"]
 
 
@@ -103,12 +109,12 @@ def layers() -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_two_layers_are_torch_s_product_and_the_kernel(driver, layers, p) -> None:
     of, seed = TWO_LAYER._of, torch.tensor(3) if p else None
-    ours, plain = of.cuda_forward(*layers, p, seed), of.plain(*layers, p, seed)
+    ours, plain = composed_forward(*layers, p, seed), of.plain(*layers, p, seed)
     assert driver.kernels() == ["forward_float32_vector"]
     torch.testing.assert_close(ours, plain)
     for needed in [(True,) * 5, (False, True, False, False, True), (False, False, False, True, False), (False,) * 5]:
         arguments = (torch.randn(ours.shape), *layers[:4], p, seed, needed)
-        for a, b in zip(of.cuda_backward(*arguments), of.plain_backward(*arguments), strict=True):
+        for a, b in zip(composed_backward(*arguments), of.plain_backward(*arguments), strict=True):
             torch.testing.assert_close(a, b)
             assert a is None or a.dtype == b.dtype
     assert driver.kernels()
@@ -118,9 +124,10 @@ def test_the_second_layer_has_the_kernel_s_bits(layers) -> None:
     hidden, weight1, bias1, weight2, bias2 = layers
     activations = (torch.matmul(hidden, weight1.t()) + bias1).relu()
     expected = value_head(activations, weight2, bias2)
-    assert same_bits(TWO_LAYER._of.cuda_forward(*layers, 0.0, None), expected)
+    assert same_bits(composed_forward(*layers, 0.0, None), expected)
 
 
 def test_the_short_way_is_open_once_the_kernels_are_loaded(head) -> None:
     hidden, weight, bias = head(5, 40)
-    assert same_bits(_native.try_value_head(hidden, weight, bias, grad_enabled=True), value_head(hidden, weight, bias))
+    found = device.try_value_head(hidden, weight, bias, grad_enabled=True)
+    assert same_bits(found, value_head(hidden, weight, bias))

@@ -88,6 +88,8 @@ int architecture(const char* image) {
     return target ? std::atoi(target + 11) : 0;
 }
 
+thread_local int takes_memory = 0;
+
 int capability() {
     const std::string text = setting("VHEAD_MOCK_ARCH", "9.0");
     return std::atoi(text.c_str()) * 10 + std::atoi(text.c_str() + text.find('.') + 1);
@@ -104,8 +106,10 @@ bool runs_here(const char* image) {
 
 // --- What tests ask ---------------------------------------------------------------------------------------------------
 
-// Marks this library: addresses of the process are addresses of device 0.
-EXPORT void vhead_mock_driver() {}
+// Marks this library: addresses of the process are addresses of device 0. Whether this thread's CPU tensors are to be taken
+// for tensors of that device; otherwise they are the CPU's.
+EXPORT int vhead_mock_takes_memory() { return takes_memory; }
+EXPORT void vhead_mock_take_memory(int yes) { takes_memory = yes; }
 // A line for each launch: kernel, grid, block, stream, and what is known of the arguments.
 EXPORT const char* vhead_mock_log() { return state().log.c_str(); }
 EXPORT void vhead_mock_clear_log() { state().log.clear(); }

@@ -7,13 +7,13 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod elementary;
-pub(crate) mod gradient;
 pub(crate) mod keep;
-pub(crate) mod logits;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-pub(crate) mod panel;
-pub(crate) mod project;
+pub(crate) mod token_statistics;
+pub(crate) mod two_layer;
+pub(crate) mod value_head;
+pub(crate) mod value_head_backward;
 mod vector;
 
 pub(crate) use vector::{Lanes, Simd, WIDTH};

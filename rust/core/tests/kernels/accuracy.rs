@@ -19,7 +19,7 @@ fn bound<T: Element>(case: &Case<T>, row: usize, output: usize) -> f64 {
 
 /// The largest error of `values`, as a share of its bound.
 fn worst<T: Element>(case: &Case<T>, values: &[f32]) -> Result<f64> {
-    let twin = reference::forward(&case.hidden()?, &case.head()?, case.dropout.as_ref());
+    let twin = reference::value_head(&case.hidden()?, &case.head()?, case.dropout.as_ref());
     let share = |(i, (value, twin)): (usize, (&f32, &f64))| {
         (f64::from(*value) - twin).abs() / bound(case, i / case.outputs, i % case.outputs)
     };
@@ -39,7 +39,7 @@ fn values_are_those_of_the_twin() -> Result<()> {
 fn values_are_close<T: Element>(columns: usize, p: f64) -> Result<()> {
     let case = Case::<T>::new(4, columns, 2, p)?;
     let worst = worst(&case, &case.run(Level::best())?.values)?;
-    assert!(worst <= 1.0, "{worst} of the bound, {} {columns} {p}", T::NAME);
+    assert!(worst <= 1.0, "{worst} of the bound, {} {columns} {p}", T::DTYPE.name());
     Ok(())
 }
 
@@ -63,14 +63,14 @@ fn gradients_are_those_of_the_twin() -> Result<()> {
 fn gradients_are_close<T: Element>(p: f64) -> Result<()> {
     let case = Case::<T>::new(300, 70, 2, p)?;
     let outcome = case.run(Level::best())?;
-    let twin = reference::backward(&case.hidden()?, &case.head()?, case.dropout.as_ref(), &case.grad_values);
+    let twin = reference::value_head_backward(&case.hidden()?, &case.head()?, case.dropout.as_ref(), &case.grad_values);
     let scale = case.dropout.map_or(1.0, |dropout| f64::from(dropout.scale()));
-    let epsilon = match T::NAME {
+    let epsilon = match T::DTYPE.name() {
         "float32" => U,
         "bfloat16" => 1.0 / 256.0,
         _ => 1.0 / 2048.0,
     };
-    let overflows = T::NAME == "float16" && 8.0 * scale > 65504.0;
+    let overflows = T::DTYPE.name() == "float16" && 8.0 * scale > 65504.0;
     // All numbers are below 2 (4 as products), and a sum over rows passes at most 128 + 3 + 8 additions.
     let close = |actual: &[f32], expected: &[f64], bound: f64| {
         actual.iter().zip(expected).all(|(a, b)| (f64::from(*a) - b).abs() <= bound)

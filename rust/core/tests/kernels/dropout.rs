@@ -1,7 +1,7 @@
 //! The mask: its rate, what it is a function of, and that the kernels use the one that [`Dropout::mask`] shows.
 use crate::for_each_dtype;
 use crate::support::{Case, noises};
-use vhead_core::{Dropout, Element, Head, Level, Pool, Result, Rows, forward};
+use vhead_core::{Dropout, Element, Head, Level, Pool, Result, Rows, value_head};
 
 fn mask(seed: u64, p: f64, rows: usize, columns: usize) -> Result<Vec<bool>> {
     let mut mask = vec![true; rows * columns];
@@ -89,7 +89,7 @@ fn dropping_before_or_inside_is_the_same() -> Result<()> {
     case.data.iter_mut().zip(&keep).for_each(|(x, keep)| *x *= f32::from(u8::from(*keep)));
     let head = Head::new(&case.weight, None, 1000)?;
     let mut sums = vec![0.0; 50];
-    forward(&case.hidden()?, &head, None, &mut sums, &Pool::new(2))?;
+    value_head(&case.hidden()?, &head, None, &mut sums, &Pool::new(2))?;
     let scale = case.dropout.map_or(0.0, |dropout| dropout.scale());
     for (inside, sum) in inside.iter().zip(&sums) {
         assert_eq!(inside.to_bits(), sum.mul_add(scale, case.bias[0]).to_bits());
@@ -103,9 +103,9 @@ fn the_scale_keeps_the_mean() -> Result<()> {
     let repeated: Vec<f32> = std::iter::repeat_n(&data, 4000).flatten().copied().collect();
     let head = Head::new(&weight, None, 2048)?;
     let (mut exact, mut dropped) = ([0.0], vec![0.0; 4000]);
-    forward(&Rows::contiguous(&data, 1, 2048)?, &head, None, &mut exact, &Pool::new(1))?;
+    value_head(&Rows::contiguous(&data, 1, 2048)?, &head, None, &mut exact, &Pool::new(1))?;
     let dropout = Dropout::new(0.3, 11)?;
-    forward(&Rows::contiguous(&repeated, 4000, 2048)?, &head, dropout.as_ref(), &mut dropped, &Pool::new(2))?;
+    value_head(&Rows::contiguous(&repeated, 4000, 2048)?, &head, dropout.as_ref(), &mut dropped, &Pool::new(2))?;
     let mean = dropped.iter().fold(0.0, |sum, x| sum + f64::from(*x)) / 4000.0;
     let square = data.iter().zip(&weight).fold(0.0, |sum, (x, w)| sum + f64::from(x * w).powi(2));
     let deviation = (square * 0.3 / 0.7 / 4000.0).sqrt();

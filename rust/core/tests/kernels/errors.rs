@@ -2,7 +2,8 @@
 use crate::support::Case;
 use vhead_core::philox::Stream;
 use vhead_core::{
-    Dropout, Error, Gradients, Head, Level, Result, Rows, Serial, backward, backward_with, forward, forward_with, init,
+    Dropout, Error, Gradients, Head, Level, Result, Rows, Serial, init, value_head, value_head_backward,
+    value_head_backward_with, value_head_with,
 };
 
 fn text<T>(result: Result<T>) -> String {
@@ -40,10 +41,10 @@ fn heads_that_do_not_fit() {
 fn outputs_of_the_wrong_length() -> Result<()> {
     let case = Case::<f32>::new(3, 20, 2, 0.0)?;
     let (hidden, head, mut values) = (case.hidden()?, case.head()?, [7.0; 5]);
-    let result = forward(&hidden, &head, None, &mut values, &Serial);
+    let result = value_head(&hidden, &head, None, &mut values, &Serial);
     assert_eq!(text(result), "values: expected 6 elements, got 5");
     let narrow = Head::new(&case.weight[..38], None, 19)?;
-    assert_eq!(text(forward(&hidden, &narrow, None, &mut values, &Serial)), "weight: expected 20 elements, got 19");
+    assert_eq!(text(value_head(&hidden, &narrow, None, &mut values, &Serial)), "weight: expected 20 elements, got 19");
     assert!(values == [7.0; 5]);
     Ok(())
 }
@@ -60,7 +61,7 @@ fn gradients_of_the_wrong_length() -> Result<()> {
         let [mut grad, mut hidden, mut weight, mut bias] = wrong.map(|length| vec![7.0; length]);
         grad.fill(1.0);
         let gradients = Gradients { hidden: Some(&mut hidden), weight: Some(&mut weight), bias: Some(&mut bias) };
-        let result = backward(&case.hidden()?, &case.head()?, None, &grad, gradients, &Serial);
+        let result = value_head_backward(&case.hidden()?, &case.head()?, None, &grad, gradients, &Serial);
         assert_eq!(text(result), expected);
         assert!([hidden, weight, bias].concat().iter().all(|x| *x == 7.0));
     }
@@ -95,11 +96,11 @@ fn instruction_sets_of_other_processors() -> Result<()> {
     for level in [Level::Scalar, Level::Avx2, Level::Avx512, Level::Neon] {
         let available = Level::available().contains(&level);
         let mut values = [7.0];
-        let result = forward_with(level, &case.hidden()?, &case.head()?, None, &mut values, &Serial);
+        let result = value_head_with(level, &case.hidden()?, &case.head()?, None, &mut values, &Serial);
         assert_eq!(result.is_ok(), available);
         assert_eq!(values == [7.0], !available);
         let none = Gradients { hidden: None, weight: None, bias: None };
-        let result = backward_with(level, &case.hidden()?, &case.head()?, None, &[1.0], none, &Serial);
+        let result = value_head_backward_with(level, &case.hidden()?, &case.head()?, None, &[1.0], none, &Serial);
         assert_eq!(result.err(), (!available).then(|| Error::Level(level.name())));
     }
     assert!(Level::available().contains(&Level::Scalar) && Level::available().contains(&Level::best()));

@@ -1,7 +1,7 @@
 //! A row's value depends on the row alone; nothing depends on threads.
 use crate::for_each_dtype;
 use crate::support::Case;
-use vhead_core::{Element, Executor, Level, Pool, Result, Rows, Serial, forward};
+use vhead_core::{Element, Executor, Level, Pool, Result, Rows, Serial, value_head};
 
 /// Runs tasks from the last to the first.
 struct Backwards;
@@ -43,10 +43,10 @@ fn a_row_alone_has_the_value_it_has_in_a_batch() -> Result<()> {
 fn same_alone<T: Element>(outputs: usize) -> Result<()> {
     let case = Case::<T>::new(400, 777, outputs, 0.0)?;
     let mut values = vec![0.0; 400 * outputs];
-    forward(&case.hidden()?, &case.head()?, None, &mut values, &Pool::new(2))?;
+    value_head(&case.hidden()?, &case.head()?, None, &mut values, &Pool::new(2))?;
     for (row, expected) in case.data.chunks(777).zip(values.chunks(outputs)) {
         let mut alone = vec![0.0; outputs];
-        forward(&Rows::contiguous(row, 1, 777)?, &case.head()?, None, &mut alone, &Serial)?;
+        value_head(&Rows::contiguous(row, 1, 777)?, &case.head()?, None, &mut alone, &Serial)?;
         assert!(alone.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
     Ok(())
@@ -59,7 +59,7 @@ fn a_row_alone_with_dropout_differs() -> Result<()> {
     let values = case.run(Level::best())?.values;
     let mut alone = [0.0];
     let third = Rows::contiguous(&case.data[2 * 777..], 1, 777)?;
-    forward(&third, &case.head()?, case.dropout.as_ref(), &mut alone, &Serial)?;
+    value_head(&third, &case.head()?, case.dropout.as_ref(), &mut alone, &Serial)?;
     assert!(alone[0].to_bits() != values[2].to_bits());
     Ok(())
 }

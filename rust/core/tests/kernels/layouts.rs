@@ -11,7 +11,7 @@ fn same_as_a_copy<T: Element>(hidden: &Rows<'_, T>, p: f64) -> Result<()> {
     case.data = (0..hidden.count() * hidden.columns()).map(element).collect();
     for level in Level::available() {
         let expected = case.run(level)?;
-        assert!(case.run_on(level, hidden, &Serial)? == expected, "{} {}", level.name(), T::NAME);
+        assert!(case.run_on(level, hidden, &Serial)? == expected, "{} {}", level.name(), T::DTYPE.name());
         assert!(case.run_on(level, hidden, &Pool::new(2))? == expected);
     }
     Ok(())
@@ -119,7 +119,15 @@ fn stays_inside<T: Element>() -> Result<()> {
                 vhead_core::Gradients { hidden: Some(&mut buffer[columns..4 * columns]), weight: None, bias: None };
             let (hidden, head) = (case.hidden()?, case.head()?);
             let dropout = case.dropout.as_ref();
-            vhead_core::backward_with(level, &hidden, &head, dropout, &case.grad_values, gradients, &Serial)?;
+            vhead_core::value_head_backward_with(
+                level,
+                &hidden,
+                &head,
+                dropout,
+                &case.grad_values,
+                gradients,
+                &Serial,
+            )?;
             let outside = buffer[..columns].iter().chain(&buffer[4 * columns..]);
             assert!(outside.map(|x| x.to_f32()).all(|x| x == 7.0));
         }

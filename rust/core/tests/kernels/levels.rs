@@ -3,13 +3,18 @@ use crate::for_each_dtype;
 use crate::model;
 use crate::support::{Case, PROBABILITIES, WIDTHS, same};
 use vhead_core::reduce::{LANES, OCTET, OCTETS};
-use vhead_core::{CHUNK, Dropout, Element, Gradients, Level, Pool, Result, SLOTS, backward_with};
+use vhead_core::{CHUNK, Dropout, Element, Gradients, Level, Pool, Result, SLOTS, value_head_backward_with};
 
 fn follows_the_model<T: Element>(rows: usize, columns: usize, outputs: usize, p: f64) -> Result<()> {
     let case = Case::<T>::new(rows, columns, outputs, p)?;
     let expected = model::outcome(&case)?;
     for level in Level::available() {
-        assert!(case.run(level)? == expected, "{} {} [{rows}, {columns}] K={outputs} p={p}", level.name(), T::NAME);
+        assert!(
+            case.run(level)? == expected,
+            "{} {} [{rows}, {columns}] K={outputs} p={p}",
+            level.name(),
+            T::DTYPE.name()
+        );
     }
     Ok(())
 }
@@ -58,9 +63,9 @@ fn rounds_the_same<T: Element>() -> Result<()> {
         *weight = f32::from_bits(exponent | [0x8000, 0x1000, 0x18000, 0x3000, 0x7fff, 0x8001, 0x7f_ffff][i % 7]);
     }
     let expected = model::outcome(&case)?;
-    assert!(expected.hidden.iter().any(|x| x.is_subnormal()) || T::NAME == "float16");
+    assert!(expected.hidden.iter().any(|x| x.is_subnormal()) || T::DTYPE.name() == "float16");
     for level in Level::available() {
-        assert!(case.run(level)? == expected, "{} {}", level.name(), T::NAME);
+        assert!(case.run(level)? == expected, "{} {}", level.name(), T::DTYPE.name());
     }
     Ok(())
 }
@@ -87,7 +92,7 @@ fn choice_is_the_same<T: Element>(outputs: usize, p: f64) -> Result<()> {
                 bias: (choice & 4 > 0).then_some(&mut bias[..]),
             };
             let (rows, head, dropout) = (case.hidden()?, case.head()?, case.dropout.as_ref());
-            backward_with(level, &rows, &head, dropout, &case.grad_values, gradients, &Pool::new(2))?;
+            value_head_backward_with(level, &rows, &head, dropout, &case.grad_values, gradients, &Pool::new(2))?;
             let hidden: Vec<f32> = hidden.into_iter().map(T::to_f32).collect();
             for (bit, actual, expected) in [(1, hidden, &all.hidden), (2, weight, &all.weight), (4, bias, &all.bias)] {
                 let untouched = actual.iter().all(|x| *x == 7.0);

@@ -71,7 +71,7 @@ fn spoil_the_gradient<T: Element>(bad: f32, p: f64) -> Result<()> {
     case.grad_values[3] = bad;
     for level in Level::available() {
         let outcome = case.run(level)?;
-        assert!(outcome.hidden[300..400].iter().all(|x| !x.is_finite()), "{} {}", level.name(), T::NAME);
+        assert!(outcome.hidden[300..400].iter().all(|x| !x.is_finite()), "{} {}", level.name(), T::DTYPE.name());
         assert!(outcome.hidden[..300].iter().all(|x| x.is_finite()) && !outcome.bias[0].is_finite());
         assert!(outcome == model::outcome(&case)?);
     }

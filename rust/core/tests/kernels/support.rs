@@ -1,7 +1,7 @@
 //! Random cases and what the kernels make of them.
 use vhead_core::philox::philox4x32_10;
 use vhead_core::{
-    Dropout, Element, Executor, Gradients, Head, Level, Result, Rows, Serial, backward_with, forward_with,
+    Dropout, Element, Executor, Gradients, Head, Level, Result, Rows, Serial, value_head_backward_with, value_head_with,
 };
 
 /// Widths around every boundary: octet, vector, draw, tile, block.
@@ -61,11 +61,11 @@ impl<T: Element> Case<T> {
     pub(crate) fn run_on(&self, level: Level, hidden: &Rows<'_, T>, executor: &dyn Executor) -> Result<Outcome> {
         let head = self.head()?;
         let mut values = vec![7.0; self.rows * self.outputs];
-        forward_with(level, hidden, &head, self.dropout.as_ref(), &mut values, executor)?;
+        value_head_with(level, hidden, &head, self.dropout.as_ref(), &mut values, executor)?;
         let mut grad_hidden = vec![T::from_f32(7.0); self.rows * self.columns];
         let (mut weight, mut bias) = (vec![7.0; self.outputs * self.columns], vec![7.0; self.outputs]);
         let gradients = Gradients { hidden: Some(&mut grad_hidden), weight: Some(&mut weight), bias: Some(&mut bias) };
-        backward_with(level, hidden, &head, self.dropout.as_ref(), &self.grad_values, gradients, executor)?;
+        value_head_backward_with(level, hidden, &head, self.dropout.as_ref(), &self.grad_values, gradients, executor)?;
         let hidden = grad_hidden.into_iter().map(T::to_f32).collect();
         Ok(Outcome { values, hidden, weight, bias })
     }

@@ -1,13 +1,12 @@
 //! Arrays of numpy and of whoever speaks DLPack, as rows of hidden states where they lie; and new numpy arrays.
 use crate::{dlpack, gate};
-use half::{bf16, f16};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyDict, PyType};
-use vhead_core::{Element, Rows, allocation};
+use vhead_core::{Dtype, Element, Rows, allocation, with_element};
 
 /// Nothing is below this: systems keep the first page free, so that null pointers and what is near them fault.
 const START_OF_MEMORY: i128 = 4096;
@@ -17,31 +16,6 @@ const END_OF_MEMORY: i128 = 1 << 56;
 
 /// What numpy and torch allow.
 const MOST_DIMENSIONS: usize = 64;
-
-/// What hidden states and weights may consist of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Dtype {
-    Float32,
-    BFloat16,
-    Float16,
-}
-
-impl Dtype {
-    const EXPECTED: &str = "float32 or bfloat16 or float16";
-
-    fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "float32" => Some(Self::Float32),
-            "bfloat16" => Some(Self::BFloat16),
-            "float16" => Some(Self::Float16),
-            _ => None,
-        }
-    }
-
-    fn size(self) -> isize {
-        if self == Self::Float32 { 4 } else { 2 }
-    }
-}
 
 /// A CPU array of at least one dimension, kept alive by this view.
 #[derive(Debug)]
@@ -86,13 +60,14 @@ impl<'py> ArrayView<'py> {
         let (address, _read_only): (usize, bool) = item("data")?.extract()?;
         let sizes: Vec<usize> = item("shape")?.extract()?;
         let bytes: Option<Vec<isize>> = item("strides")?.extract()?;
+        let size = dtype.size().cast_signed();
         let strides = match bytes {
             // A field of packed records: its elements are not whole elements apart.
-            Some(bytes) if bytes.iter().any(|stride| stride % dtype.size() != 0) => {
+            Some(bytes) if bytes.iter().any(|stride| stride % size != 0) => {
                 let copy = py.import("numpy")?.call_method1("ascontiguousarray", (array,))?;
                 return Self::from_numpy(name, &copy);
             }
-            Some(bytes) => bytes.iter().map(|stride| stride / dtype.size()).collect(),
+            Some(bytes) => bytes.iter().map(|stride| stride / size).collect(),
             None => contiguous(&sizes),
         };
         check_memory(name, address as i128, dtype, &sizes, &strides)?;
@@ -160,11 +135,7 @@ impl<'py> ArrayView<'py> {
     /// # Errors
     /// `AllocationError`: a broadcast array has more elements than memory.
     pub(super) fn floats(&self) -> PyResult<Vec<f32>> {
-        match self.dtype {
-            Dtype::Float32 => self.widened::<f32>(),
-            Dtype::BFloat16 => self.widened::<bf16>(),
-            Dtype::Float16 => self.widened::<f16>(),
-        }
+        with_element!(self.dtype, T => self.widened::<T>())
     }
 
     fn widened<T: Element>(&self) -> PyResult<Vec<f32>> {
@@ -247,7 +218,7 @@ fn dlpack_dtype(name: &str, dtype: dlpack::DataType) -> PyResult<Dtype> {
 }
 
 fn wrong_dtype(name: &str, actual: &str) -> PyErr {
-    PyTypeError::new_err(format!("{name}: expected {}, got {actual}", Dtype::EXPECTED))
+    PyTypeError::new_err(format!("{name}: expected {}, got {actual}", Dtype::ALL.map(Dtype::name).join(" or ")))
 }
 
 fn elsewhere(name: &str, device: i32, index: i64) -> PyErr {

@@ -1,35 +1,37 @@
 //! A checked view of a CUDA tensor: an address that is handed to a kernel and never read here.
 use crate::description::{Description, Place, unsigned};
 use crate::dlpack;
+use crate::dtype::{Float32, Kind};
 use crate::gate;
-use crate::torch::{Dtype, Torch};
+use crate::torch::Torch;
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
+use vhead_core::Dtype;
 use vhead_cuda::{DeviceRows, Stream};
 
-/// A tensor in the memory of a CUDA device, which this view keeps alive.
+/// A tensor of one kind in the memory of a CUDA device, which this view keeps alive.
 ///
 /// The memory of a tensor that torch makes for a launch may be given back before the launch has run: torch's allocator
 /// orders its reuse on the same stream.
 #[derive(Debug)]
-pub(crate) struct CudaView<'py>(Description<'py>);
+pub(crate) struct CudaView<'py, K = Dtype>(Description<'py, K>);
 
-impl<'py> CudaView<'py> {
-    /// A view of `tensor`, which errors call `name`; its dtype must be among `expected`.
+impl<'py, K: Kind> CudaView<'py, K> {
+    /// A view of `tensor`, which errors call `name`.
     ///
     /// # Errors
     /// As [`Description::new`].
-    pub(crate) fn new(name: &'static str, tensor: &Bound<'py, PyAny>, expected: &[Dtype]) -> PyResult<Self> {
-        Description::new(name, tensor, expected, Place::Cuda).map(Self)
+    pub(crate) fn new(name: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Description::new(name, tensor, Place::Cuda).map(Self)
     }
 
     /// A view of another tensor of a call: it must be on this one's device.
     ///
     /// # Errors
     /// As [`CudaView::new`], and `ValueError` for another CUDA device.
-    pub(crate) fn beside(&self, name: &'static str, tensor: &Bound<'py, PyAny>, expected: &[Dtype]) -> PyResult<Self> {
-        let view = Self::new(name, tensor, expected)?;
+    pub(crate) fn beside<L: Kind>(&self, name: &'static str, tensor: &Bound<'py, PyAny>) -> PyResult<CudaView<'py, L>> {
+        let view = CudaView::<L>::new(name, tensor)?;
         if view.0.device != self.0.device {
             return Err(PyValueError::new_err(format!(
                 "{name}: expected a tensor on cuda:{} like {}, got one on cuda:{}",
@@ -45,9 +47,9 @@ impl<'py> CudaView<'py> {
     ///
     /// # Errors
     /// What torch raises when it cannot allocate.
-    pub(crate) fn new_empty(&self, name: &'static str, sizes: &[i64], dtype: Dtype) -> PyResult<Self> {
-        let tensor = Torch::get(self.0.owner.py())?.new_empty(&self.0.owner, sizes, dtype)?;
-        self.beside(name, &tensor, &[dtype])
+    pub(crate) fn new_empty<L: Kind>(&self, name: &'static str, sizes: &[i64], kind: L) -> PyResult<CudaView<'py, L>> {
+        let tensor = Torch::get(self.0.owner.py())?.new_empty(&self.0.owner, sizes, kind.scalar())?;
+        self.beside(name, &tensor)
     }
 
     /// The device's number.
@@ -60,11 +62,6 @@ impl<'py> CudaView<'py> {
     pub(crate) fn stream(&self) -> PyResult<Stream> {
         let py = self.0.owner.py();
         Torch::get(py)?.current_stream(py, self.0.device).map(Stream)
-    }
-
-    /// Dtype of the elements.
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.0.dtype
     }
 
     /// Size of each dimension.
@@ -92,15 +89,6 @@ impl<'py> CudaView<'py> {
         self.0.is_contiguous()
     }
 
-    /// Dtype of hidden states or gradients, as the kernels name it.
-    pub(crate) fn device_dtype(&self) -> vhead_cuda::Dtype {
-        match self.dtype() {
-            Dtype::BFloat16 => vhead_cuda::Dtype::BFloat16,
-            Dtype::Float16 => vhead_cuda::Dtype::Float16,
-            Dtype::Float32 | Dtype::Int64 => vhead_cuda::Dtype::Float32,
-        }
-    }
-
     /// Where the first element is.
     pub(crate) fn address(&self) -> u64 {
         self.0.data.expose_provenance() as u64
@@ -117,21 +105,30 @@ impl<'py> CudaView<'py> {
             return Ok(self);
         }
         let copy = self.0.owner.call_method0(intern!(self.0.owner.py(), "contiguous"))?;
-        Self::new(self.0.name, &copy, &[self.0.dtype])
-    }
-
-    /// The same numbers in float32, which is exact, in one row-major piece.
-    pub(crate) fn floats(self) -> PyResult<Self> {
-        if self.0.dtype == Dtype::Float32 {
-            return self.contiguous();
-        }
-        let floats = self.0.owner.call_method0(intern!(self.0.owner.py(), "float"))?;
-        Self::new(self.0.name, &floats, &[Dtype::Float32])?.contiguous()
+        Self::new(self.0.name, &copy)
     }
 
     /// The same tensor with a contiguous last dimension: itself where it has one, else a copy that torch makes.
     pub(crate) fn with_contiguous_rows(self) -> PyResult<Self> {
         if self.0.has_contiguous_rows() { Ok(self) } else { self.contiguous() }
+    }
+}
+
+impl<'py> CudaView<'py> {
+    /// Dtype of the elements.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.0.kind
+    }
+
+    /// The same numbers in float32, which is exact, in one row-major piece.
+    pub(crate) fn floats(self) -> PyResult<CudaView<'py, Float32>> {
+        match self.dtype() {
+            Dtype::Float32 => CudaView(self.0.with_kind(Float32)).contiguous(),
+            Dtype::BFloat16 | Dtype::Float16 => {
+                let floats = self.0.owner.call_method0(intern!(self.0.owner.py(), "float"))?;
+                CudaView::new(self.0.name, &floats)?.contiguous()
+            }
+        }
     }
 
     /// Its rows as a kernel takes them; of a copy that torch makes where the last dimension is not contiguous, or where the
@@ -153,6 +150,6 @@ impl<'py> CudaView<'py> {
         let outer = self.sizes().len().saturating_sub(1);
         let sizes: Vec<u64> = self.sizes().iter().take(outer).map(|&size| unsigned(size) as u64).collect();
         let strides = self.0.strides().get(..outer).unwrap_or_default();
-        DeviceRows::new(self.address(), self.device_dtype(), &sizes, strides, self.columns() as u64)
+        DeviceRows::new(self.address(), self.dtype(), &sizes, strides, self.columns() as u64)
     }
 }

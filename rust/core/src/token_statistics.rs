@@ -1,0 +1,249 @@
+//! Token statistics from tiles of logits: the target's log-probability, the distribution's entropy, and more.
+//!
+//! Products of hidden states and an lm_head's weights come a tile at a time; a tile is read once, while it is in the cache.
+//! With `z` a row's logits over temperature ([`LogitsRule`]), `m` their largest and `d = z - m`,
+//!
+//! * `logprob = d[target] - ln sum exp(d)`;
+//! * `entropy = ln sum exp(d) - sum exp(d) d / sum exp(d)`;
+//! * `log_sum_p_squared = ln sum exp(d)^2 - 2 ln sum exp(d)`;
+//! * `is_top1`: the target is the first of the largest.
+//!
+//! The order of additions: columns are cut into blocks of [`BLOCK`] = 1024. In a block, column `v` belongs to lane `v % 16`;
+//! a lane takes its columns in rising order, in float32, relative to the largest logit so far. The 16 lanes are then added
+//! in float64, one after the other, and the blocks in rising order, rescaled where a larger logit comes. A logit more than
+//! 86 below the largest counts as probability zero. A row's statistics depend on that row's logits alone, bit for bit, on
+//! any instruction set.
+use crate::row_state::RowState;
+use crate::simd::token_statistics::{Differentiate, Fold, RowGradient, Tile};
+use crate::threads::{Shared, for_each_chunk};
+use crate::{Error, Executor, Level, LogitsRule, Result, Rows, allocation};
+
+pub use crate::row_state::BLOCK;
+
+/// Rows of a tile in a task.
+const TASK_ROWS: usize = 16;
+
+/// Where statistics go, `[N]` each.
+#[derive(Debug)]
+pub struct Statistics<'a> {
+    /// The target's log-probability.
+    pub logprobs: &'a mut [f32],
+    /// Entropy in nats.
+    pub entropy: &'a mut [f32],
+    /// Logarithm of the sum of squared probabilities.
+    pub log_sum_p_squared: &'a mut [f32],
+    /// 1 where the target is the first of the most probable tokens, else 0.
+    pub is_top1: &'a mut [f32],
+    /// The largest logit over temperature.
+    pub peak: &'a mut [f32],
+    /// Logarithm of the sum of exponentials relative to the peak.
+    pub log_sum: &'a mut [f32],
+}
+
+/// Statistics of `N` rows, a tile of logits at a time.
+#[derive(Debug, Clone)]
+pub struct LogitStatistics {
+    rule: LogitsRule,
+    targets: Vec<usize>,
+    bias: Option<Vec<f32>>,
+    vocabulary: usize,
+    states: Vec<RowState>,
+}
+
+impl LogitStatistics {
+    /// Nothing known yet; `bias` has a number for each token of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Target`] for the first target outside the vocabulary, [`Error::Length`] where `bias` does not fit.
+    pub fn new(rule: LogitsRule, targets: &[i64], bias: Option<Vec<f32>>, vocabulary: usize) -> Result<Self> {
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
+            return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
+        }
+        let states = allocation::filled(RowState::NEW, targets.len())?;
+        Ok(Self { rule, targets: checked(targets, vocabulary)?, bias, vocabulary, states })
+    }
+
+    /// `N`.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Adds the products of the rows from `row` on with the tokens from `column` on. Each row's columns come in rising
+    /// order, each once, and `column` is a multiple of [`BLOCK`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the tile reaches outside rows or vocabulary, or does not start at a block.
+    pub fn fold(&mut self, products: &Rows<'_, f32>, row: usize, column: usize, executor: &dyn Executor) -> Result<()> {
+        self.fold_with(Level::best(), products, row, column, executor)
+    }
+
+    /// [`LogitStatistics::fold`] on a chosen instruction set.
+    ///
+    /// # Errors
+    /// As [`LogitStatistics::fold`].
+    pub fn fold_with(
+        &mut self,
+        level: Level,
+        products: &Rows<'_, f32>,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        if !level.is_available() {
+            return Err(Error::Level(level.name()));
+        }
+        check_tile(products, [row, column], [self.targets.len(), self.vocabulary])?;
+        let bias = self.bias.as_ref().map(|bias| &bias[column..][..products.columns()]);
+        let tile = Tile { products, rule: &self.rule, bias, first: column };
+        let (states, targets) = (&mut self.states[row..][..products.count()], &self.targets[row..]);
+        for_each_chunk(executor, states, TASK_ROWS, |task, states| {
+            let first = task * TASK_ROWS;
+            let (rows, targets) = (first..first + states.len(), &targets[first..]);
+            level.run(Fold { tile: &tile, rows, states, targets });
+        });
+        Ok(())
+    }
+
+    /// Writes what the tiles so far amount to.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where an output does not have a number for each row.
+    pub fn finish(&self, to: Statistics<'_>) -> Result<()> {
+        let expected = self.states.len();
+        for (what, output) in [
+            ("logprobs", &*to.logprobs),
+            ("entropy", &*to.entropy),
+            ("log_sum_p_squared", &*to.log_sum_p_squared),
+            ("is_top1", &*to.is_top1),
+            ("peak", &*to.peak),
+            ("log_sum", &*to.log_sum),
+        ] {
+            if output.len() != expected {
+                return Err(Error::Length { what, expected, actual: output.len() });
+            }
+        }
+        for (n, state) in self.states.iter().enumerate() {
+            let row = state.finish();
+            (to.logprobs[n], to.entropy[n]) = (row.logprob, row.entropy);
+            (to.log_sum_p_squared[n], to.is_top1[n]) = (row.log_sum_p_squared, f32::from(u8::from(row.is_top1)));
+            (to.peak[n], to.log_sum[n]) = (row.peak, row.log_sum);
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of log-probabilities and entropies by the products, a tile at a time.
+#[derive(Debug, Clone)]
+pub struct LogitGradients {
+    rule: LogitsRule,
+    bias: Option<Vec<f32>>,
+    vocabulary: usize,
+    states: Vec<RowGradient>,
+}
+
+impl LogitGradients {
+    /// Of `N` rows: their `statistics` are peak, `log_sum` and entropy as [`LogitStatistics::finish`] wrote them,
+    /// `gradients` those of log-probability and entropy.
+    ///
+    /// # Errors
+    /// As [`LogitStatistics::new`], and [`Error::Length`] where there is not a number for each row.
+    pub fn new(
+        rule: LogitsRule,
+        targets: &[i64],
+        bias: Option<Vec<f32>>,
+        vocabulary: usize,
+        statistics: [&[f32]; 3],
+        gradients: [&[f32]; 2],
+    ) -> Result<Self> {
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
+            return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
+        }
+        let names = ["peak", "log_sum", "entropy", "grad_logprobs", "grad_entropy"];
+        for (what, numbers) in names.into_iter().zip(statistics.into_iter().chain(gradients)) {
+            if numbers.len() != targets.len() {
+                return Err(Error::Length { what, expected: targets.len(), actual: numbers.len() });
+            }
+        }
+        let row = |(n, target)| RowGradient {
+            target,
+            peak: statistics[0][n],
+            log_sum: statistics[1][n],
+            entropy: statistics[2][n],
+            grad_logprob: gradients[0][n],
+            grad_entropy: gradients[1][n],
+        };
+        let targets = checked(targets, vocabulary)?;
+        let states = allocation::collected(targets.len(), targets.into_iter().enumerate().map(row))?;
+        Ok(Self { rule, bias, vocabulary, states })
+    }
+
+    /// Overwrites products, `[rows, columns]` contiguous, with their gradients; places as in [`LogitStatistics::fold`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the tile reaches outside rows or vocabulary.
+    pub fn differentiate(
+        &self,
+        products: &mut [f32],
+        columns: usize,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        self.differentiate_with(Level::best(), products, columns, row, column, executor)
+    }
+
+    /// [`LogitGradients::differentiate`] on a chosen instruction set.
+    ///
+    /// # Errors
+    /// As [`LogitGradients::differentiate`].
+    pub fn differentiate_with(
+        &self,
+        level: Level,
+        products: &mut [f32],
+        columns: usize,
+        row: usize,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        if !level.is_available() {
+            return Err(Error::Level(level.name()));
+        }
+        let rows = products.len().checked_div(columns).unwrap_or(0);
+        let to = Shared::new(products);
+        // SAFETY: the view is of `products`, which is borrowed for as long; a task reads each number before it writes it.
+        let view = unsafe { Rows::from_raw(to.as_mut_ptr().cast_const(), &[rows], &[columns.cast_signed()], columns) };
+        check_tile(&view, [row, column], [self.states.len(), self.vocabulary])?;
+        let bias = self.bias.as_ref().map(|bias| &bias[column..][..columns]);
+        let tile = Tile { products: &view, rule: &self.rule, bias, first: column };
+        let states = &self.states[row..][..rows];
+        executor.run(rows.div_ceil(TASK_ROWS), &|task| {
+            let range = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
+            level.run(Differentiate { tile: &tile, rows: range.clone(), states: &states[range], to: &to });
+        });
+        Ok(())
+    }
+}
+
+fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
+    let mut places = allocation::reserved(targets.len())?;
+    for (row, &target) in targets.iter().enumerate() {
+        let place = usize::try_from(target).ok().filter(|place| *place < vocabulary);
+        places.push(place.ok_or(Error::Target { row, target, vocabulary })?);
+    }
+    Ok(places)
+}
+
+fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {
+    let size = [products.count(), products.columns()];
+    if !start[1].is_multiple_of(BLOCK) {
+        return Err(Error::Length { what: "column", expected: start[1] / BLOCK * BLOCK, actual: start[1] });
+    }
+    for (axis, what) in ["rows", "columns"].into_iter().enumerate() {
+        let room = most[axis].saturating_sub(start[axis]);
+        if size[axis] > room {
+            return Err(Error::Length { what, expected: room, actual: size[axis] });
+        }
+    }
+    Ok(())
+}
