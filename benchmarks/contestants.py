@@ -17,7 +17,7 @@ from vhead.packing.caching import PrefixCache
 from vhead.packing.packing import MaskedTreePacking
 from vhead.packing.strategies import OneByOne, PaddedBatches
 from vhead.scoring.engine import Read, Work, needs_logits
-from vhead.scoring.statistics import token_statistics
+from vhead.scoring.logits import token_statistics
 
 TRL_BATCH = 8
 VALUES = ("values",)

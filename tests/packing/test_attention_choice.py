@@ -17,9 +17,8 @@ from vhead.packing.attention import flash as flash_attention
 from vhead.packing.attention import interface, visibility
 from vhead.packing.attention import segments as segment_attention
 from vhead.scoring import engine
-from vhead.scoring.logits import LogitsRule
+from vhead.scoring.logits import LogitsRule, token_statistics
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.statistics import token_statistics
 
 TOLERANCE = 1e-5
 # Grouped heads, a sliding window of 12, soft-capped scores with a window in every other layer.

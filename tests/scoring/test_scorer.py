@@ -10,10 +10,11 @@ from tests.scoring.scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError
+from vhead.ops.token_statistics import twin
 from vhead.packing import strategies
-from vhead.scoring import engine, logits, statistics
+from vhead.scoring import engine, logits
+from vhead.scoring.logits import statistics_of_logits
 from vhead.scoring.scores import FIELDS
-from vhead.scoring.statistics import row_chunks, statistics_of_logits
 
 TOLERANCE = 1e-4
 
@@ -87,7 +88,7 @@ def test_values_and_rewards_never_touch_the_lm_head(model, scorer):
 
 
 def test_logits_exist_for_completion_tokens_only_and_a_few_rows_at_a_time(model, scorer, monkeypatch):
-    monkeypatch.setattr(statistics, "_LOGITS_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr(twin, "_LOGITS_BYTES", 4 * VOCABULARY * 7)
     seen = []
     handle = model.pretrained_model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[0]))
     try:
@@ -100,10 +101,10 @@ def test_logits_exist_for_completion_tokens_only_and_a_few_rows_at_a_time(model,
 
 
 def test_row_chunks_cover_all_rows_once():
-    chunks = list(row_chunks(1000, 151_936))
+    chunks = list(twin.row_chunks(1000, 151_936))
     assert [row for chunk in chunks for row in range(1000)[chunk]] == list(range(1000))
     assert max(chunk.stop - chunk.start for chunk in chunks) * 151_936 * 4 <= 32 * 2**20
-    assert list(row_chunks(2, 2**40)) == [slice(0, 1), slice(1, 2)]
+    assert list(twin.row_chunks(2, 2**40)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_token_statistics_of_impossible_tokens():

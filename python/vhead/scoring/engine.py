@@ -18,10 +18,9 @@ from vhead.packing.plan import find_ways
 from vhead.packing.strategies import Batch, Body, Strategy
 from vhead.rollouts.encoding import Encoded
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.logits import find_logits_rule
+from vhead.scoring.logits import find_logits_rule, statistics_of_logits, token_statistics
 from vhead.scoring.options import ScorerOptions
 from vhead.scoring.scores import PER_TOKEN
-from vhead.scoring.statistics import statistics_of_logits, token_statistics
 
 Fields = dict[str, NDArray[np.float32]]
 

@@ -1,4 +1,7 @@
-"""How a language model turns its last hidden state into logits, found once and checked against the model itself."""
+"""How a language model turns its last hidden state into logits, found once and checked against the model itself.
+
+And what those logits say about tokens, which is computed without holding the logits of all rows.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vhead import ops
 from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state
+from vhead.backbone.placement import to_device
+from vhead.heads import is_plain_linear
 
 # Weights of other dtypes are quantised, and their module converts what it reads by itself.
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,3 +107,52 @@ def _agrees(rule: LogitsRule, lm_head: nn.Module, model: nn.Module, plan: Backbo
         return False
     tolerance = _FLOAT32_TOLERANCE if hidden.dtype == torch.float32 else _HALF_TOLERANCE
     return bool((own[0] - ours).abs().max() <= tolerance * own.abs().max())
+
+
+def token_statistics(
+    states: Tensor, rule: LogitsRule, targets: Tensor, *, temperature: float, entropy: bool
+) -> dict[str, Tensor]:
+    """Log-probability of each target, and the entropy of each distribution, in nats, without the logits of all rows.
+
+    Args:
+        states: Hidden states `[N, H]`.
+        rule: How the model makes logits of them.
+        targets: Token ids `[N]`.
+        temperature: The logits are divided by it.
+        entropy: Whether the entropies are wanted too.
+
+    Returns:
+        `logprobs` `[N]`, and `entropy` `[N]` where it is wanted, float32.
+    """
+    output = rule.lm_head
+    if is_plain_linear(output) and output.weight.device == states.device:
+        found = ops.token_logprobs(
+            rule.readable(states),
+            output.weight,
+            to_device(targets, states.device),
+            bias=output.bias,
+            temperature=temperature,
+            softcap=rule.softcap,
+            scale=rule.scale,
+        )
+    else:
+        # An adapter, a quantised layer, or one on another device: its module alone knows what its weights mean.
+        found = ops.statistics_in_chunks(
+            lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature=temperature
+        )[:2]
+    return _fields(found, entropy=entropy)
+
+
+def statistics_of_logits(
+    logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float, entropy: bool
+) -> dict[str, Tensor]:
+    """The same of some rows `[N]` of logits `[M, V]` that are there already; they stay as they are."""
+    of_rows = ops.statistics_in_chunks(
+        lambda chunk: logits[rows[chunk]], targets, logits.shape[-1], temperature=temperature
+    )
+    return _fields(of_rows[:2], entropy=entropy)
+
+
+def _fields(found: tuple[Tensor, Tensor], *, entropy: bool) -> dict[str, Tensor]:
+    logprobs, entropies = found
+    return {"logprobs": logprobs.float()} | ({"entropy": entropies.float()} if entropy else {})
