@@ -141,3 +141,20 @@ def test_a_link_to_a_heading_that_is_gone_is_seen(tmp_path: Path, monkeypatch: p
 def test_two_commands_are_on_the_first_screen() -> None:
     first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
     assert {"demo", "test"} <= {words[1] for words in commands("\n".join(first_screen), "make")}
+
+
+def unknown_paths(text: str) -> list[str]:
+    """Paths in backticks that no tracked file has, or ends in; a folder counts by its files."""
+    named = re.findall(r"`([\w./-]+(?:\.(?:py|pyi|rs|cu|md|toml|yml)|/))`", text)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {f"{folder}/" for path in tracked for folder in Path(path).parents}
+    known = [f"/{path}" for path in {*tracked, *folders}]
+    return [path for path in named if not any(each.endswith(f"/{path}") for each in known)]
+
+
+def test_paths_that_contributing_names_exist() -> None:
+    assert unknown_paths((ROOT / "CONTRIBUTING.md").read_text()) == []
+
+
+def test_a_path_that_is_gone_is_seen() -> None:
+    assert unknown_paths("`rust/core/` `heads.py` `gone/nowhere.py`") == ["gone/nowhere.py"]
