@@ -26,7 +26,7 @@ unexport PYTHONPATH
 
 .PHONY: demo test test-newest attack lock build lint rust-format rust-lint python-format python-lint python-types stubs \
 	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
-	compatibility format clean
+	model-types format clean
 
 # Two jobs: the packages arrive while the extension compiles.
 demo: toolchain
@@ -123,14 +123,12 @@ cuda-images: $(VENV)/.test
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/chart.py
+	$(BIN)/python benchmarks/chart.py head
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python benchmarks/head.py --output $(REUSED)
-	$(BIN)/python benchmarks/report.py $(REUSED)
 
-# What docs/compatibility.md says, found by running every model type of the installed transformers: about three minutes.
-compatibility: $(VENV)/.test $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m tools.compatibility_table --fresh
+# What docs/model-types.md says, found by running every model type of the installed transformers: about three minutes.
+model-types: $(VENV)/.test $(VENV)/.built
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.model_types_table --fresh
 
 format: $(VENV)/.test
 	cargo fmt --all

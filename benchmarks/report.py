@@ -1,143 +1,395 @@
-"""Writes results/head.md from results/head.json: the figures that this project set out to reach, and all times.
+"""Writes a page of tables beside figures: the goals that this project set itself, and what was measured.
 
-Other data than head.json can be named; its report is written beside it.
+    python benchmarks/report.py [DATA ...]
+
+Without DATA, the pages of everything in results/. A file's name begins with what it is about, as the names there do;
+any other file is taken for one of `vhead bench`. The measuring scripts write their pages themselves.
 """
 
 import argparse
-from collections.abc import Iterator
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from results import FILE, Results
+from results import HeadFigures, cost, median, ratio, scored_by, select, speed
+
+from vhead.benchmark.document import Row
+
+Data: TypeAlias = dict[str, Any]
+Page: TypeAlias = Callable[[Data], Iterator[str]]
+
+RESULTS = Path(__file__).parent / "results"
+GOALS = ("| figure | goal | measured | reached |", "|---" * 4 + "|")
+
+
+def write(path: Path, page: Page) -> Path:
+    """Writes the page about the figures in a file, beside it."""
+    lines = [f"<!-- Written by benchmarks/report.py from {path.name}. -->", *page(json.loads(path.read_text()))]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return path.with_suffix(".md")
+
+
+def source(p: Row) -> str:
+    """Where the figures come from."""
+    where = f"{p['device_name']}, " if p.get("device_name") else ""
+    versions = ", ".join(f"{name} {p[name] or 'not installed'}" for name in ("torch", "transformers", "trl"))
+    commit = f"commit {p['commit'][:12]}" if "commit" in p else f"vhead {p['vhead']}"
+    uncommitted = " with uncommitted sources" if p.get("uncommitted_sources") else ""
+    load = f"; load average {p['load_before']:.1f} before, {p['load_after']:.1f} after" if "load_before" in p else ""
+    settings = "".join(f"; {name}={value}" for name, value in p["environment"].items())
+    return (
+        f"{where}{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; {versions}, "
+        f"Python {p['python']}; {commit}{uncommitted}, {p['date']}; rounds: {p['rounds']}{load}{settings}."
+    )
+
+
+def table(headings: str) -> tuple[str, str]:
+    """The first two lines of a table."""
+    return headings, "|---" * (headings.count("|") - 1) + "|"
+
+
+def judged(name: str, goal: str, measured: str, *, reached: bool) -> str:
+    """A row of the table of goals."""
+    return f"| {name} | {goal} | {measured} | {'yes' if reached else '**no**'} |"
+
+
+def at_least(name: str, goal: float, measured: float) -> str:
+    """A row for a figure that should be high."""
+    return judged(name, f"≥ {goal:g}×", f"{measured:.3g}×", reached=measured >= goal)
+
+
+def at_most(name: str, goal: float, measured: float, unit: str = "×") -> str:
+    """A row for a figure that should be low."""
+    return judged(name, f"≤ {goal:g}{unit}", f"{measured:.3g}{unit}", reached=measured <= goal)
+
+
+# --- The head --------------------------------------------------------------------------------------------------------
 
 SHAPE = (8192, 2048)
 DTYPES = ("float32", "bfloat16", "float16")
 INFERENCE_GOALS = {"float32": 1.0, "bfloat16": 20.0, "float16": 20.0}
 TRAINING_GOALS = {"float32": 12.0, "bfloat16": 20.0}
-READ_GOAL = 1.3
-CALL_GOAL_US = 3.0
 COLUMNS = ("trl", "torch", "vhead", "vhead.ops", "linear", "read")
+DROPOUTS = (0.0, 0.1)
 QUANTITIES = ("values", "grad_hidden", "grad_weight", "grad_bias")
 
 
-def main() -> None:
-    """Writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, nargs="?", default=FILE)
-    data = parser.parse_args().data
-    data.with_suffix(".md").write_text(report(Results.load(data), data.name))
+def head(data: Data) -> Iterator[str]:
+    """One run of `head.py` or `vhead bench`: a section for all that it has."""
+    figures = HeadFigures(**data)
+    yield source(figures.provenance)
+    for section in (_bits, _head_goals, _head_times, _head_errors):
+        lines = list(section(figures))
+        yield from ("", *lines) if lines else ()
 
 
-def report(results: Results, name: str) -> str:
-    """The page about one run: a section for all that it has."""
-    sections = [list(part(results)) for part in (source, bits, goals, times, errors)]
-    text = "\n\n".join("\n".join(lines) for lines in sections if lines)
-    return f"<!-- Written by benchmarks/report.py from {name}. -->\n{text}\n"
-
-
-def source(results: Results) -> Iterator[str]:
-    """Where the figures come from."""
-    p = results.provenance
-    where = f"{p['device_name']}, " if p.get("device_name") else ""
-    commit = f"commit {p['commit'][:12]}" if "commit" in p else f"vhead {p['vhead']}"
-    yield (
-        f"{where}{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; "
-        f"torch {p['torch']}, trl {p['trl'] or 'not installed'}, Python {p['python']}; {commit}"
-        f"{' with uncommitted sources' if p.get('uncommitted_sources') else ''}, {p['date']}; {p['rounds']} rounds; "
-        f"load average {p['load_before']:.1f} before, {p['load_after']:.1f} after"
-        f"{''.join(f'; {name}={value}' for name, value in p['environment'].items())}."
-    )
-
-
-def bits(results: Results) -> Iterator[str]:
-    """What was compared with the CPU, and what else was checked."""
-    if results.comparisons:
-        yield from ("| compared with the CPU | dtype | cases | numbers | that differ |", "|---" * 5 + "|")
-    for row in results.comparisons:
+def _bits(figures: HeadFigures) -> Iterator[str]:
+    if figures.comparisons:
+        yield from table("| compared with the CPU | dtype | cases | numbers | that differ |")
+    for row in figures.comparisons:
         yield f"| {row['what']} | {row['dtype']} | {row['cases']:,} | {row['elements']:,} | {row['differing']:,} |"
-    for row in results.checks:
+    for row in figures.checks:
         yield f"\n{row['check']}: {'holds' if row['passed'] else '**does not hold**: ' + row['detail']}."
 
 
-def goals(results: Results) -> Iterator[str]:
-    """Each goal and what was measured, where TRL's head and the goal's shape are among what was."""
-    rows = [*inference_goals(results), *training_goals(results), *accuracy_goals(results)]
+def _head_goals(figures: HeadFigures) -> Iterator[str]:
+    # Only where TRL's head and the goals' shape are among what was measured.
+    rows = [*_speed_goals(figures), *_training_goals(figures), *_accuracy_goals(figures)]
     if rows:
-        yield from ("| figure | goal | measured | reached |", "|---|---|---|---|", *rows)
+        yield from (*GOALS, *rows)
 
 
-def inference_goals(results: Results) -> Iterator[str]:
-    """Speed over TRL's head and over a pass that only reads."""
+def _speed_goals(figures: HeadFigures) -> Iterator[str]:
     for dtype in DTYPES:
-        t = results.milliseconds("inference", SHAPE, dtype)
+        t = figures.milliseconds("inference", SHAPE, dtype)
         if {"trl", "vhead", "read"} <= set(t):
-            yield goal(f"inference {dtype}: speed over TRL", INFERENCE_GOALS[dtype], t["trl"] / t["vhead"])
-            yield ceiling(f"inference {dtype}: time over a reading pass", READ_GOAL, t["vhead"] / t["read"], "×")
-
-
-def training_goals(results: Results) -> Iterator[str]:
-    """Speed over TRL's head, bytes kept for backward, and what a call costs."""
-    for dtype, least in TRAINING_GOALS.items():
-        t = results.milliseconds("training", SHAPE, dtype)
+            yield at_least(f"inference {dtype}: speed over TRL", INFERENCE_GOALS[dtype], t["trl"] / t["vhead"])
+            yield at_most(f"inference {dtype}: time over a reading pass", 1.3, t["vhead"] / t["read"])
+    for dtype, goal in TRAINING_GOALS.items():
+        t = figures.milliseconds("training", SHAPE, dtype)
         if {"trl", "vhead"} <= set(t):
-            yield goal(f"training {dtype}, dropout 0.1: speed over TRL", least, t["trl"] / t["vhead"])
+            yield at_least(f"training {dtype}, dropout 0.1: speed over TRL", goal, t["trl"] / t["vhead"])
+
+
+def _training_goals(figures: HeadFigures) -> Iterator[str]:
     for dtype in DTYPES:
-        kept = results.kept(SHAPE, dtype)
+        kept = figures.kept(SHAPE, dtype)
         if {"trl", "vhead"} <= set(kept):
             name = f"training {dtype}: bytes kept beyond the hidden states (TRL: {kept['trl']:,})"
-            yield ceiling(name, 8, kept["vhead"], " bytes, a seed")
-    call = results.milliseconds("call", (4, 16), "float32")
+            yield at_most(name, 8, kept["vhead"], " bytes, a seed")
+    call = figures.milliseconds("call", (4, 16), "float32")
     if call:
         added = (call["vhead.ops"] - call["linear"]) * 1e3
-        yield ceiling("`ops.value_head` on [4, 16]: added to a call of `F.linear`", CALL_GOAL_US, added, " µs")
+        yield at_most("`ops.value_head` on [4, 16]: added to a call of `F.linear`", 3.0, added, " µs")
 
 
-def accuracy_goals(results: Results) -> Iterator[str]:
-    """Our error over TRL's, the worst of every dtype, dropout and seed."""
-    for what in QUANTITIES if results.errors else ():
-        for measure, name in (("max_error", "largest"), ("rms_error", "root mean square")):
-            ratios = []
-            for dtype in DTYPES:
-                for dropout in (0.0, 0.1):
-                    e = results.worst(SHAPE, dtype, dropout, what, measure)
-                    ratios.append(e["vhead"] / e["trl"])
-            yield ceiling(f"{what}: {name} error over TRL's, worst case", 1.0, max(ratios), "×")
+def _accuracy_goals(figures: HeadFigures) -> Iterator[str]:
+    measures = {"max_error": "largest", "rms_error": "root mean square"}
+    for what, (measure, name) in product(QUANTITIES, measures.items()) if figures.errors else ():
+        errors = [figures.worst(dtype, dropout, what, measure) for dtype, dropout in product(DTYPES, DROPOUTS)]
+        worst = max(each["vhead"] / each["trl"] for each in errors)
+        yield at_most(f"{what}: {name} error over TRL's, worst case", 1.0, worst)
 
 
-def goal(name: str, least: float, measured: float) -> str:
-    """A row for a figure that should be high."""
-    return f"| {name} | ≥ {least:g}× | {measured:.3g}× | {'yes' if measured >= least else '**no**'} |"
-
-
-def ceiling(name: str, most: float, measured: float, unit: str) -> str:
-    """A row for a figure that should be low."""
-    return f"| {name} | ≤ {most:g}{unit} | {measured:.3g}{unit} | {'yes' if measured <= most else '**no**'} |"
-
-
-def times(results: Results) -> Iterator[str]:
-    """Every median."""
-    cases = sorted(results.cases(), key=lambda case: case[:2])
-    medians = {case: results.milliseconds(*case) for case in cases}
-    found = dict.fromkeys(name for t in medians.values() for name in t)
+def _head_times(figures: HeadFigures) -> Iterator[str]:
+    cases = sorted(figures.cases(), key=lambda case: case[:2])
+    medians = {case: figures.milliseconds(*case) for case in cases}
+    found = dict.fromkeys(name for times in medians.values() for name in times)
     names = sorted(found, key=lambda name: COLUMNS.index(name) if name in COLUMNS else len(COLUMNS))
-    yield from (f"| median, ms | hidden | dtype | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|")
-    for (mode, shape, dtype), t in medians.items():
-        cells = " | ".join(f"{t[name]:.3g}" if name in t else "" for name in names)
+    yield from table(f"| median, ms | hidden | dtype | {' | '.join(names)} |")
+    for (mode, shape, dtype), times in medians.items():
+        cells = " | ".join(f"{times[name]:.3g}" if name in times else "" for name in names)
         yield f"| {mode} | {list(shape)} | {dtype} | {cells} |"
 
 
-def errors(results: Results) -> Iterator[str]:
-    """Largest and root-mean-square errors against float64."""
-    if not results.errors:
+def _head_errors(figures: HeadFigures) -> Iterator[str]:
+    if not figures.errors:
         return
     names = ("trl", "torch", "vhead")
-    yield from (f"| error against float64, max (rms) | dtype | dropout | {' | '.join(names)} |", "|---" * 6 + "|")
-    for what in QUANTITIES:
-        for dtype in DTYPES:
-            for dropout in (0.0, 0.1):
-                worst, rms = (results.worst(SHAPE, dtype, dropout, what, m) for m in ("max_error", "rms_error"))
-                cells = " | ".join(f"{worst[name]:.2g} ({rms[name]:.2g})" for name in names)
-                yield f"| {what} | {dtype} | {dropout:g} | {cells} |"
+    yield from table(f"| error against float64, max (rms) | dtype | dropout | {' | '.join(names)} |")
+    for what, dtype, dropout in product(QUANTITIES, DTYPES, DROPOUTS):
+        worst, rms = (figures.worst(dtype, dropout, what, measure) for measure in ("max_error", "rms_error"))
+        cells = " | ".join(f"{worst[name]:.2g} ({rms[name]:.2g})" for name in names)
+        yield f"| {what} | {dtype} | {dropout:g} | {cells} |"
+
+
+# --- The scorer ------------------------------------------------------------------------------------------------------
+
+SPEED_GOALS = {"values": 11.0, "all fields": 7.0}
+PEERS = {
+    "trl": "TRL 1.12: right-padded batches of 8 in input order; values and log-probabilities, no entropies",
+    "trl, forward only": "the same, forward only: values, and logits that nobody reads",
+    "one at a time": "vhead, each rollout alone",
+    "sorted batches": "vhead, length-sorted batches: no tree packing",
+    "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
+    "dense mask": "vhead, packed trees under one dense mask: no attention by segments",
+    "logits of all rows": "vhead, logits of every packed row: no choice of rows, no fused statistics",
+    "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
+    "batch-invariant": "vhead, `batch_invariant=True`",
+    "bare GEMM": "only the matrix products over unique tokens and completion rows",
+}
+
+
+def scoring_peers(data: Data) -> Iterator[str]:
+    """`scoring.py peers`."""
+    p, work = data["provenance"], data["provenance"]["workload"]
+    yield source(p | {"rounds": len({row["round"] for row in data["times"]})})
+    yield (
+        f"Qwen2-0.5B's shape with {p['layers']} layers, float32, random weights; {work['rollouts']} rollouts: "
+        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of "
+        "completions."
+    )
+    yield from ("", *GOALS, *_scoring_goals(data["times"], data["memory"]))
+    yield from ("", *table("| seconds (× TRL's speed; processor seconds) | values | all fields |"))
+    for name, what in PEERS.items():
+        cells = [_peer_cell(data["times"], name, fields) for fields in SPEED_GOALS]
+        if any(cells):
+            yield f"| {what} | {' | '.join(cells)} |"
+    yield from ("", *table("| peak above the model, MiB | values | all fields |"))
+    for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
+        extra = (median(data["memory"], "extra_bytes", contestant=name, fields=fields) for fields in SPEED_GOALS)
+        yield f"| {name} | {' | '.join('' if peak is None else f'{peak / 2**20:,.0f}' for peak in extra)} |"
+
+
+def _scoring_goals(times: list[Row], memory: list[Row]) -> Iterator[str]:
+    for fields, goal in SPEED_GOALS.items():
+        yield at_least(f"{fields}: speed over TRL's loop", goal, speed(times, fields))
+        yield at_least(f"{fields}: the same in processor time", goal, speed(times, fields, "processor_s"))
+    forward = speed(times, "values", peer="trl, forward only")
+    if forward is not None:
+        yield f"| values: speed over TRL's forward alone, which leaves log-probabilities out | | {forward:.1f}× | |"
+    for fields in SPEED_GOALS:
+        yield at_least(f"{fields}: speed over the bare matrix products", 0.85, speed(times, fields, peer="bare GEMM"))
+    for fields in SPEED_GOALS:
+        extra = median(memory, "extra_bytes", **scored_by("vhead", fields))
+        if extra is not None:
+            yield at_most(f"{fields}: peak memory above the model", 250, extra / 2**20, " MiB")
+
+
+def _peer_cell(times: list[Row], name: str, fields: str) -> str:
+    wall, processor = (median(times, m, contestant=name, fields=fields) for m in ("wall_s", "processor_s"))
+    return "" if wall is None else f"{wall:.1f} ({speed(times, fields, own=name):.1f}×; {processor:.1f})"
+
+
+MEASURES = {"wall_s": "by the clock", "processor_s": "in processor time"}
+CONTESTANTS = {
+    "model": "the model's part of the scorer: batches made and rows chosen before the clock starts",
+    "model, own attention": "the same rows through the model's own attention, each packed row for one sequence",
+    "stream of ids": "`Scorer.stream` of token ids",
+    "stream of text": "`Scorer.stream` of text",
+    "text to Arrow": "text to Arrow tables",
+    "command, text in JSON Lines": "`vhead score`, text, JSON Lines to JSON Lines",
+    "command, ids in Parquet": "`vhead score`, token ids, Parquet to Parquet",
+}
+COMMANDS = {"command, text in JSON Lines": "stream of text", "command, ids in Parquet": "stream of ids"}
+
+
+def scoring_overhead(data: Data) -> Iterator[str]:
+    """`scoring.py overhead`."""
+    times, p, work = data["times"], data["provenance"], data["provenance"]["workload"]
+    yield source(p)
+    yield (
+        f"The demo model, its checkpoint's dtype; {work['rollouts']:,} rollouts of {work['tokens']:,} bytes, of which "
+        f"{work['computed_tokens']:,} go through the model; {', '.join(p['fields'])}; {p['rounds']} rounds."
+    )
+    yield from ("", *GOALS)
+    for measure, how in MEASURES.items():
+        added = 100 * (ratio(times, measure, {"contestant": "text to Arrow"}, {"contestant": "model"}) - 1)
+        name = f"tokenising, packing and Arrow, over the model's part, {how}"
+        yield at_most(name, 15.0, added, " %")
+    for (command, stream), (measure, how) in product(COMMANDS.items(), MEASURES.items()):
+        name = f"{CONTESTANTS[command]}, speed over {CONTESTANTS[stream]}, {how}"
+        yield at_least(name, 0.9, ratio(times, measure, {"contestant": stream}, {"contestant": command}))
+    yield from ("", *table("| seconds (processor seconds) | |"))
+    for name, what in CONTESTANTS.items():
+        wall, processor = (median(times, measure, contestant=name) for measure in MEASURES)
+        yield f"| {what} | {wall:.2f} ({processor:.2f}) |"
+
+
+# What grows in `scoring.py growth`, with what a reader calls it.
+AXES = {
+    "rollouts": "rollouts",
+    "vocabulary": "vocabulary",
+    "completions per prompt": "completions of each prompt",
+    "completion length": "tokens of a completion",
+}
+
+
+def scoring_growth(data: Data) -> Iterator[str]:
+    """`scoring.py growth`."""
+    yield source(data["provenance"])
+    yield "Processor microseconds per token of prompts and completions, shared or not."
+    for axis, label in AXES.items():
+        costs = {fields: dict(cost(data["times"], axis, fields)) for fields in ("values", "all fields")}
+        places = list(costs["values"])
+        yield from ("", *table(f"| {label} | {' | '.join(f'{at:,}' for at in places)} |"))
+        for fields, at in costs.items():
+            yield f"| {fields} | {' | '.join(f'{at[place]:.1f}' for place in places)} |"
+
+
+def scoring_scale(data: Data) -> Iterator[str]:
+    """`scoring.py scale`."""
+    yield source(data["provenance"])
+    yield from ("Resident memory, from a tenth of the run to its last record; at most: in the whole run.", "")
+    yield from table("| | rollouts | a second | MiB at first | at last | at most | MiB per million rollouts |")
+    for name, what in {"stream": "`Scorer.stream`", "command": "`vhead score`, Parquet to Parquet"}.items():
+        if name in data:
+            r = data[name]
+            memory = f"{r['mib_at_first']:,.0f} | {r['mib_at_last']:,.0f} | {r['mib_at_most']:,.0f}"
+            rate = f"{r['rollouts_per_s']:,.0f}"
+            yield f"| {what} | {r['asked']:,} | {rate} | {memory} | {r['mib_per_million_rollouts']:+.1f} |"
+
+
+# --- Everything else -------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("single file", "shards of 500 MB")
+LOADED_DTYPES = ("bfloat16, as stored", "float32, converted")
+LOADERS = ("transformers", "vhead", "trl")
+
+
+def loading(data: Data) -> Iterator[str]:
+    """`loading.py`."""
+    yield from (source(data["provenance"]), "", *GOALS)
+    measures = {"time": "seconds", "peak extra memory": "peak_bytes"}
+    for layout, dtype, (what, measure) in product(LAYOUTS, LOADED_DTYPES, measures.items()):
+        rows = select(data["loads"], layout=layout, dtype=dtype)
+        over = median(rows, measure, peer="vhead") / median(rows, measure, peer="transformers")
+        name = f"{layout}, {dtype}: {what} over transformers"
+        yield judged(name, "≤ 1.05×", f"{over:.3f}×", reached=over <= 1.05)
+    yield from ("", *table("| median | dtype | peer | seconds | peak, GB | of it not backed by a file, GB |"))
+    for layout, dtype, peer in product(LAYOUTS, LOADED_DTYPES, LOADERS):
+        cells = _load_cells(select(data["loads"], layout=layout, dtype=dtype, peer=peer))
+        yield f"| {layout} | {dtype} | {peer} | {cells} |"
+
+
+def _load_cells(rows: list[Row]) -> str:
+    errors = {row["error"] for row in rows if "error" in row}
+    if errors:
+        return f"{', '.join(sorted(errors))} | | "
+    peak, anonymous = (median(rows, measure) / 1e9 for measure in ("peak_bytes", "anonymous_peak_bytes"))
+    return f"{median(rows, 'seconds'):.2f} | {peak:.2f} | {anonymous:.2f}"
+
+
+def generation(data: Data) -> Iterator[str]:
+    """`generation.py`."""
+    yield from (source(data["provenance"]), "")
+    yield (
+        "8 prompts of 64 tokens, 16 new tokens each, greedy; the shape of Qwen2-0.5B with 12 layers, float32, random "
+        "weights."
+    )
+    yield from ("", *table("| | median, s | beyond plain generation |"))
+    for row in data["times"]:
+        yield f"| {row['implementation']} | {row['p50_us'] / 1e6:.3f} | {row['added']:+.1%} |"
+
+
+def token_statistics(data: Data) -> Iterator[str]:
+    """`token_statistics.py`."""
+    times, p = data["times"], data["provenance"]
+    loads = [row[key] for row in times for key in ("load_before", "load_after")]
+    load = f"load average {min(loads):.1f} to {max(loads):.1f}"
+    yield f"{source(p)} While measuring: {load}. [N, H] x V = {p['shape']}."
+    yield from ("", *table("| figure, float32 | goal | measured | reached |"), *_statistics_goals(data))
+    yield from ("", *table("| | dtype | median s | over the products | of processor time | memory MiB |"))
+    mib = {(row["implementation"], "float32"): f"{row['mib']:.0f}" for row in data["memory"]}
+    for row in times:
+        name, dtype = row["implementation"], row["dtype"]
+        over = " | ".join(f"{_over_products(times, row, clock):.2f}x" for clock in ("seconds", "processor_seconds"))
+        yield f"| {name} | {dtype} | {statistics.median(row['seconds']):.2f} | {over} | {mib.get((name, dtype), '')} |"
+    yield from ("", *table("| rms error against float64 | dtype | log-probability | entropy |"))
+    for row in data["errors"]:
+        yield f"| {row['implementation']} | {row['dtype']} | {row['logprobs']:.1e} | {row['entropy']:.1e} |"
+
+
+def _statistics_goals(data: Data) -> Iterator[str]:
+    rows = {row["implementation"]: row for row in select(data["times"], dtype="float32")}
+    for clock, of in (("seconds", "time"), ("processor_seconds", "processor time")):
+        over = _over_products(data["times"], rows["vhead"], clock)
+        yield judged(f"{of} over the fastest bare products", "<= 1.2x", f"{over:.2f}x", reached=over <= 1.2)
+        if "trl" in rows:
+            faster = _ratio(rows["trl"][clock], rows["vhead"][clock])
+            name = f"speed over TRL 1.16's function, by {of}"
+            yield judged(name, ">= 1.7x", f"{faster:.2f}x", reached=faster >= 1.7)
+    mib = median(data["memory"], "mib", implementation="vhead")
+    yield judged("memory", "<= 64 MiB", f"{mib:.0f} MiB", reached=mib <= 64)
+
+
+def _over_products(times: list[Row], row: Row, clock: str) -> float:
+    # The limit is the tile in which the bare products were fastest.
+    products = (r[clock] for r in select(times, dtype=row["dtype"]) if r["implementation"].startswith("products"))
+    return _ratio(row[clock], min(products, key=statistics.median))
+
+
+def _ratio(over: list[float], under: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+PAGES: dict[str, Page] = {
+    "generation": generation,
+    "head": head,
+    "loading": loading,
+    "scoring": scoring_peers,
+    "scoring-growth": scoring_growth,
+    "scoring-overhead": scoring_overhead,
+    "scoring-scale": scoring_scale,
+    "token-statistics": token_statistics,
+}
+
+
+def page_for(path: Path) -> Page:
+    """By the longest name that the file's begins with: `head-reused-memory` is about the head."""
+    names = [name for name in PAGES if path.stem.startswith(name)]
+    return PAGES[max(names, key=len, default="head")]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="*", default=sorted(RESULTS.glob("*.json")))
+    for path in parser.parse_args().data:
+        write(path, page_for(path))
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -1,124 +1,303 @@
-"""Measures the scorer against TRL's loop, against its own mechanisms one by one, and against the machine: README.md."""
+"""Measures the scorer, and writes figures and their page.
+
+    python benchmarks/scoring.py peers      # against TRL's loop, its own mechanisms one by one, and the machine
+    python benchmarks/scoring.py overhead   # what it adds to the language model, on a model small enough to show it
+    python benchmarks/scoring.py growth     # what a token costs as rollouts, vocabulary, sharing and lengths grow
+    python benchmarks/scoring.py scale      # the memory of a process that scores a million rollouts
+
+README.md here says what each does.
+"""
 
 import argparse
 import json
-import multiprocessing
-import random
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from measure import load_average, provenance
-from scoring_peers import ALL_FIELDS, VALUES, Score, contestants, language_model, sizes, workload
+from contestants import ALL_FIELDS, VALUES, ModelOnly, Score, contestants
+from measure import Figures, add_options, extra_bytes, in_fresh_process, memory
 from transformers import PreTrainedModel
+from workloads import AXES, BASE, as_ids, log_normal, qwen2, short, sizes, small_llama, texts
 
-from vhead import Rollout
+import report
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
+from vhead.benchmark.document import Row
+from vhead.benchmark.timing import Work, clocked, load_average, turns
+from vhead.cli.app import app
+from vhead.demo import demo_model_path
 
-RESULTS = Path(__file__).parent / "results" / "scoring.json"
 LABELS = {VALUES: "values", ALL_FIELDS: "all fields"}
-# Each is measured in a process of its own, as the allocator keeps what an earlier one has freed.
+# What is asked for in the measurements on the demo model.
+DEMO_FIELDS = ("values", "logprobs", "reward")
+
+
+# --- Against others --------------------------------------------------------------------------------------------------
+
 MEASURED_MEMORY = ("vhead", "sorted batches", "batch-invariant", "trl")
 
-Row = dict[str, object]
+
+def peers(options: argparse.Namespace) -> None:
+    """Time of every contestant, and peak memory of some, each in a process of its own."""
+    workload = sizes(log_normal(options.prompts, options.completions))
+    figures = Figures(options, layers=options.layers, workload=workload)
+    figures.add("times", peer_times(options))
+    figures.add("memory", _peer_memory(options))
+    figures.close(report.scoring_peers)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The model's layers, the workload's size, and torch's threads."""
-
-    layers: int
-    prompts: int
-    completions: int
-    threads: int
-
-    def build(self) -> tuple[PreTrainedModel, list[Rollout]]:
-        """The language model and the rollouts."""
-        torch.set_num_threads(self.threads)
-        return language_model(self.layers), workload(self.prompts, self.completions)
+def _qwen2_workload(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Rollout]]:
+    torch.set_num_threads(options.threads)
+    return qwen2(options.layers), log_normal(options.prompts, options.completions)
 
 
-def times(setting: Setting, rounds: int) -> Iterator[Row]:
-    """Wall and processor seconds of every contestant on every set of fields, which take turns.
-
-    The first round goes in the order of the list, later ones in random order.
-    """
-    body, rollouts = setting.build()
-    turns = [(each.name, each.make(body, rollouts), fields) for each in contestants() for fields in each.fields]
-    shuffle = random.Random(0)  # noqa: S311, not a secret
-    for number in range(rounds):
-        if number:
-            shuffle.shuffle(turns)
-        for name, score, fields in turns:
-            row = {"round": number, "contestant": name, "fields": LABELS[fields], **_timed(score, fields)}
-            print(f"round {number}, {name}, {LABELS[fields]}: {row['wall_s']:.2f} s", flush=True)
-            yield row
+def peer_times(options: argparse.Namespace) -> Iterator[Row]:
+    """Wall and processor seconds of every contestant on every set of fields, which take turns."""
+    body, rollouts = _qwen2_workload(options)
+    asked = [(each.name, each.make(body, rollouts), fields) for each in contestants() for fields in each.fields]
+    for number, (name, score, fields) in turns(asked, options.rounds):
+        before = load_average()
+        row = {"round": number, "contestant": name, "fields": LABELS[fields], **clocked(partial(score, fields))}
+        print(f"round {number}, {name}, {LABELS[fields]}: {row['wall_s']:.2f} s", flush=True)
+        yield row | {"load_before": before, "load_after": load_average()}
 
 
-def _timed(score: Score, fields: tuple[str, ...]) -> Row:
-    load = load_average()
-    wall, processor = time.perf_counter(), time.process_time()
-    score(fields)
-    seconds = {"wall_s": time.perf_counter() - wall, "processor_s": time.process_time() - processor}
-    return seconds | {"load_before": load, "load_after": load_average()}
-
-
-def memory(setting: Setting) -> Iterator[Row]:
-    """The peak of resident memory above the loaded model, of each contestant in a fresh process."""
-    spawn = multiprocessing.get_context("spawn")
+def _peer_memory(options: argparse.Namespace) -> Iterator[Row]:
     for name, fields in [(each.name, fields) for each in contestants() for fields in each.fields]:
         if name in MEASURED_MEMORY:
-            label = LABELS[fields]
-            with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-                extra = process.submit(extra_bytes, name, fields, setting).result()
-            print(f"{name}, {label}: {extra / 2**20:.0f} MiB", flush=True)
-            yield {"contestant": name, "fields": label, "extra_bytes": extra}
+            extra = in_fresh_process(_memory_of, name, fields, options)
+            print(f"{name}, {LABELS[fields]}: {extra / 2**20:.0f} MiB", flush=True)
+            yield {"contestant": name, "fields": LABELS[fields], "extra_bytes": extra}
 
 
-def extra_bytes(name: str, fields: tuple[str, ...], setting: Setting) -> int:
-    """Runs one contestant, and says by how much resident memory rose at most."""
-    body, rollouts = setting.build()
-    score = next(each for each in contestants() if each.name == name).make(body, rollouts)
+def _memory_of(name: str, fields: tuple[str, ...], options: argparse.Namespace) -> int:
+    body, rollouts = _qwen2_workload(options)
+    score: Score = next(each for each in contestants() if each.name == name).make(body, rollouts)
     # Every weight is touched, as pages of a model that was never run would count for its first user.
     for parameter in body.parameters():
         parameter.detach().sum()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    score(fields)
-    return _status("VmHWM") - before
+    return extra_bytes(partial(score, fields))
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+# --- What is added to the model --------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--completions", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+def overhead(options: argparse.Namespace) -> None:
+    """Times of the demo model alone, of the scorer around it, and of the command around that."""
+    torch.set_num_threads(options.threads)
+    scorer = _demo_scorer(options)
+    rollouts = texts(options.prompts, options.completions)
+    model = ModelOnly(scorer, [as_ids(rollout) for rollout in rollouts], DEMO_FIELDS)
+    workload = {
+        "rollouts": len(rollouts),
+        "tokens": sum(len(r.prompt.encode()) + len(r.completion.encode()) for r in rollouts),
+        "computed_tokens": model.tokens,
+        "completion_tokens": sum(len(r.completion.encode()) for r in rollouts),
+        "batches": model.batches,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        works = _overhead_works(scorer, model, rollouts, Path(folder), options)
+        if options.only:  # For profiling: nothing is written.
+            list(_overhead_times({name: work for name, work in works.items() if options.only in name}, options))
+            return
+        figures = Figures(options, fields=DEMO_FIELDS, workload=workload)
+        figures.add("times", _overhead_times(works, options))
+    figures.close(report.scoring_overhead)
+
+
+def _demo_scorer(options: argparse.Namespace) -> Scorer:
+    return Scorer.from_pretrained(demo_model_path(), device="cpu", num_threads=options.threads)
+
+
+def _overhead_times(works: dict[str, Work], options: argparse.Namespace) -> Iterator[Row]:
+    for number, name in turns(works, options.rounds):
+        row = {"round": number, "contestant": name, **clocked(works[name])}
+        print(f"round {number}, {name}: {row['wall_s']:.2f} s, {row['processor_s']:.2f} s", flush=True)
+        yield row
+
+
+def _overhead_works(
+    scorer: Scorer, model: ModelOnly, rollouts: list[Rollout], folder: Path, options: argparse.Namespace
+) -> dict[str, Work]:
+    ids = [as_ids(rollout) for rollout in rollouts]
+    jsonl, parquet = folder / "text.jsonl", folder / "ids.parquet"
+    jsonl.write_text("".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) + "\n" for r in rollouts))
+    write_parquet(parquet, ids)
+    return {
+        "model": model.as_scored,
+        "model, own attention": model.own_forward,
+        "stream of ids": lambda: sum(1 for _ in scorer.stream(ids, DEMO_FIELDS)),
+        "stream of text": lambda: sum(1 for _ in scorer.stream(rollouts, DEMO_FIELDS)),
+        "text to Arrow": lambda: [chunk.to_arrow() for chunk in scorer.chunks(rollouts, DEMO_FIELDS)],
+        # As a whole: the model's loading and self-check are in it, the start of Python is not.
+        "command, text in JSON Lines": partial(app, command(jsonl, options.threads), standalone_mode=False),
+        "command, ids in Parquet": partial(app, command(parquet, options.threads), standalone_mode=False),
+    }
+
+
+def command(source: Path, threads: int) -> list[str]:
+    """`vhead score`, to a file of the same kind: what follows `vhead` on the command line."""
+    options = ["--model", demo_model_path(), "--output", _scores_of(source), "--overwrite", "--quiet"]
+    options += ["--returns", ",".join(DEMO_FIELDS), "--device", "cpu", "--num-threads", threads]
+    return ["score", *map(str, [source, *options])]
+
+
+def _scores_of(source: Path) -> Path:
+    return source.with_stem("scores")
+
+
+def write_parquet(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """The rollouts as a file, a group of rows at a time."""
+    schema = pa.schema({"id": pa.int64(), "prompt_ids": pa.list_(pa.int32()), "completion_ids": pa.list_(pa.int32())})
+    source = enumerate(rollouts)
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(source, 20_000)):
+            columns = [[at for at, _ in group], [r.prompt for _, r in group], [r.completion for _, r in group]]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+# --- As something grows ----------------------------------------------------------------------------------------------
+
+
+def growth(options: argparse.Namespace) -> None:
+    """The cost of a token at every place of every axis."""
+    figures = Figures(options, base=asdict(BASE))
+    figures.add("times", _growth_times(options))
+    figures.close(report.scoring_growth)
+
+
+def _growth_times(options: argparse.Namespace) -> Iterator[Row]:
+    torch.set_num_threads(options.threads)
+    cases = [
+        (axis, at, grid, fields) for axis, grids in AXES.items() for at, grid in grids.items() for fields in LABELS
+    ]
+    scorers = {
+        size: Scorer(AutoModelForCausalLMWithValueHead(small_llama(size)).eval(), num_threads=options.threads)
+        for size in sorted({grid.vocabulary for _, _, grid, _ in cases})
+    }
+    for number, (axis, at, grid, fields) in turns(cases, options.rounds):
+        seconds = clocked(partial(scorers[grid.vocabulary].score, grid.rollouts(), fields))
+        yield {"round": number, "axis": axis, "at": at, "fields": LABELS[fields], "tokens": grid.tokens, **seconds}
+
+
+# --- Long runs -------------------------------------------------------------------------------------------------------
+
+GROUP, PROMPT, COMPLETION = 8, 12, 8
+# What is made once, such as torch's buffers, is there after this part of the run.
+WARM_UP = 0.1
+
+Sample = dict[str, float]
+
+
+def scale(options: argparse.Namespace) -> None:
+    """Resident memory along a long stream in a process, and of `vhead score` on a long file."""
+    workload = {"prompt": PROMPT, "completions": GROUP, "completion": [2, COMPLETION]}
+    figures = Figures(options, fields=DEMO_FIELDS, workload=workload)
+    runs = {"stream": (streamed, options.rollouts), "command": (commanded, options.parquet_rows)}
+    for name, (run, asked) in runs.items():
+        for samples in run(asked, options) if asked else ():
+            figures.put(name, {"asked": asked, **slope(samples), "samples": samples})
+        if asked:
+            print(f"{name}: " + ", ".join(f"{key} {value:,.1f}" for key, value in slope(samples).items()), flush=True)
+    figures.close(report.scoring_scale)
+
+
+class Samples:
+    """How far a run has come, and how much memory its process holds, once a second."""
+
+    def __init__(self, process: int) -> None:
+        self.rows: list[Sample] = []
+        self._process = process
+        self._started = time.perf_counter()
+
+    def take(self, rollouts: Callable[[], int], *, now: bool = False) -> bool:
+        """One more, where it is time for it and the process is still there."""
+        elapsed = time.perf_counter() - self._started
+        if (elapsed < len(self.rows) and not now) or not (resident := memory("VmRSS", self._process)):
+            return False
+        # After the command's name, which is in brackets, come fields 3 and later; 14 and 15 are clock ticks.
+        fields = Path(f"/proc/{self._process}/stat").read_text().rpartition(")")[2].split()
+        processor = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        sample = {"rollouts": rollouts(), "wall_s": elapsed, "processor_s": processor, "rss_bytes": resident}
+        self.rows.append(sample)
+        return True
+
+
+def slope(samples: list[Sample]) -> dict[str, float]:
+    """The line through resident memory after the warm-up, and the rate of the whole run."""
+    last = samples[-1]
+    # At the end a file is put together, which is not what grows with its length.
+    settled = [row for row in samples if WARM_UP * last["rollouts"] <= row["rollouts"] < last["rollouts"]] or samples
+    progress = np.array([row["rollouts"] for row in settled])
+    resident = np.array([row["rss_bytes"] for row in settled]) / 2**20
+    rise = float(np.polyfit(progress, resident, 1)[0]) if np.ptp(progress) else 0.0
+    return {
+        "mib_per_million_rollouts": rise * 1e6,
+        "mib_at_first": float(resident[0]),
+        "mib_at_last": float(resident[-1]),
+        "mib_at_most": max(row["rss_bytes"] for row in samples) / 2**20,
+        "rollouts_per_s": last["rollouts"] / last["wall_s"],
+        "wall_s": last["wall_s"],
+    }
+
+
+def streamed(asked: int, options: argparse.Namespace) -> Iterator[list[Sample]]:
+    """`Scorer.stream` over rollouts that are made as they are read; the samples so far, again and again."""
+    torch.set_num_threads(options.threads)
+    scorer = _demo_scorer(options)
+    samples = Samples(os.getpid())
+    for score in scorer.stream(short(asked, GROUP, PROMPT, COMPLETION), DEMO_FIELDS):
+        done = score.index + 1
+        if samples.take(lambda done=done: done, now=done == asked):
+            yield samples.rows
+
+
+def commanded(asked: int, options: argparse.Namespace) -> Iterator[list[Sample]]:
+    """`vhead score` from Parquet to Parquet in a process of its own; how far it is, it notes beside its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "rollouts.parquet"
+        journal = source.with_name(f".{_scores_of(source).name}.journal")
+        write_parquet(source, short(asked, GROUP, PROMPT, COMPLETION))
+        with subprocess.Popen([sys.executable, "-m", "vhead", *command(source, options.threads)]) as process:
+            samples = Samples(process.pid)
+            while process.poll() is None:
+                if samples.take(lambda: json.loads(journal.read_text())["records"] if journal.exists() else 0):
+                    yield samples.rows
+                time.sleep(0.05)
+        if process.returncode or pq.read_metadata(_scores_of(source)).num_rows != asked:
+            raise RuntimeError(f"vhead score ended with {process.returncode}")
+        samples.rows[-1]["rollouts"] = asked
+        yield samples.rows
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    # With the counts that each has, and what they usually are.
+    for measurement, name, counts in (
+        (peers, "scoring", {"rounds": 3, "layers": 12, "prompts": 4, "completions": 8}),
+        (overhead, "scoring-overhead", {"rounds": 5, "prompts": 512, "completions": 8}),
+        (growth, "scoring-growth", {"rounds": 3}),
+        (scale, "scoring-scale", {"rollouts": 1_000_000, "parquet_rows": 200_000}),
+    ):
+        subcommand = commands.add_parser(measurement.__name__, help=measurement.__doc__)
+        add_options(subcommand, name, **counts)
+        subcommand.set_defaults(measure=measurement)
+        if measurement is overhead:
+            subcommand.add_argument("--only", default="", help="contestants of such names, and nothing is written")
     options = parser.parse_args()
-    setting = Setting(options.layers, options.prompts, options.completions, options.threads)
-    source = provenance(options.threads, options.rounds) | {"layers": options.layers, "load_before": load_average()}
-    source |= {"workload": sizes(workload(options.prompts, options.completions))}
-    document: dict[str, Any] = {"provenance": source, "times": [], "memory": []}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("times", times(setting, options.rounds)), ("memory", memory(setting))):
-        for row in rows:
-            document[name] += [row]
-            source["load_after"] = load_average()
-            # After each row, as a run takes long.
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {options.output}")
+    options.measure(options)
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -1,7 +1,7 @@
-"""A critic warmed up on rollouts that were collected before, in a plain accelerate loop.
+"""Warms up a critic on rollouts that were collected before, in a plain accelerate loop.
 
-The demo model writes rollouts, its trained head says their rewards, and a fresh head on the same language model learns
-to predict the reward from every position. Run it as it is, or with `accelerate launch` on several processes.
+The demo model writes rollouts, and its trained head gives their rewards. A fresh head on the same language model then
+learns to predict the reward from every position. Run it as it is, or with `accelerate launch` on several processes.
 
     pip install vhead accelerate
     python examples/accelerate_loop.py
@@ -24,7 +24,7 @@ PROMPT_LENGTH, RESPONSE_LENGTH, ROLLOUTS, BATCH = 32, 24, 128, 16
 
 @torch.no_grad()
 def collect() -> tuple[Tensor, Tensor]:
-    """Rollouts `[N, P + C]` of the demo model, and the reward `[N]` of each."""
+    """Collects rollouts `[N, P + C]` of the demo model, and the reward `[N]` of each."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     model = AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path()).float()
     prompts = sorted({rollout.prompt for rollout in read_demo_rollouts()})
@@ -43,13 +43,13 @@ def collect() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def explained_variance(critic: AutoModelForCausalLMWithValueHead, rollouts: Tensor, rewards: Tensor) -> float:
-    """How much of the rewards' variance the values at the last token explain; 1 is all of it."""
+    """Says how much of the rewards' variance the values at the last token explain; 1 is all of it."""
     critic.eval()
     return 1.0 - float((rewards - critic.values(rollouts)[:, -1]).var() / rewards.var())
 
 
 def main() -> None:
-    """Trains the head, saves the run's state and the critic."""
+    """Trains the head, and saves the run's state and the critic."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("critic"))

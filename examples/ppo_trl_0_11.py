@@ -1,4 +1,4 @@
-"""PPO with trl 0.11: the old `PPOTrainer`, this package's class, a reward model behind a scorer.
+"""Trains with PPO in trl 0.11: the old `PPOTrainer`, vhead's class as the policy, and a scorer as the reward model.
 
 The policy learns to write text that the demo model's value head takes for natural.
 
@@ -17,7 +17,7 @@ from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, create_ref
 from vhead.demo import demo_model_path
 from vhead.demo.rollouts import read_demo_rollouts
 
-# The trainer asks for an instance of TRL's class; after this, TRL's name is this package's class.
+# The trainer takes nothing but instances of TRL's class. After this call, TRL's name leads to vhead's class.
 vhead.compat.trl.install()
 
 from trl import PPOConfig, PPOTrainer  # noqa: E402
@@ -26,7 +26,7 @@ PROMPT_LENGTH, RESPONSE_LENGTH, BATCH = 32, 24, 32
 
 
 def main() -> None:
-    """Trains, and saves the policy with its value head."""
+    """Trains the policy, and saves it with its value head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("ppo-policy"))

@@ -1,4 +1,4 @@
-"""PPO with trl 1.12: one model is policy and value model, another one is the reward model.
+"""Trains with PPO in trl 1.12: one model is both policy and value model, and another one is the reward model.
 
 The policy learns to write text that the demo model's value head takes for natural.
 
@@ -25,19 +25,19 @@ PROMPT_LENGTH, RESPONSE_LENGTH, BATCH = 32, 24, 32
 
 
 class Trainer(PPOTrainer):
-    """Saves checkpoints by `save_pretrained`: transformers saves anything but its own classes without a config."""
+    """Saves checkpoints by `save_pretrained`, since transformers saves a class that is not its own without a config."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
 
 def load() -> AutoModelForCausalLMWithValueHead:
-    """The demo model with its trained head, in float32."""
+    """Loads the demo model with its trained head, in float32."""
     return AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path()).float()
 
 
 def main() -> None:
-    """Trains, and saves the policy with its value head."""
+    """Trains the policy, and saves it with its value head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("ppo-policy"))

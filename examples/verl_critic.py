@@ -1,8 +1,8 @@
-"""A critic as verl drives it: packed rows, values at index 2 of the output, GAE, the clipped value loss.
+"""Trains a critic as verl does: packed rows, values at index 2 of the output, GAE, and the clipped value loss.
 
-verl builds its critic from a loaded language model and calls it with one row of all tokens: no padding, no mask, and
-positions that start again with each rollout. Here a fresh head on the demo model learns from the demo's rollouts.
-transformers keeps packed rollouts apart by their positions: with flash attention, and on recent releases with any.
+verl builds its critic from a loaded language model and calls it with one row of all tokens. There is no padding and no
+mask, and positions start again with each rollout. Here a fresh head on the demo model learns from the demo's rollouts.
+transformers keeps packed rollouts apart by their positions, with flash attention and, on recent releases, with any.
 
     pip install vhead 'transformers>=4.53' 'torch>=2.6'
     python examples/verl_critic.py
@@ -24,20 +24,20 @@ TOKEN_BUDGET, EPOCHS = 512, 5
 
 
 class Critic(AutoModelForCausalLMWithValueHead):
-    """The class under torch's own state-dict names, which verl's sharded checkpoints are written with."""
+    """The class with torch's own names in its state dict, which verl's sharded checkpoints use."""
 
     state_dict = nn.Module.state_dict
 
 
 def packed_values(critic: Critic, rows: list[Tensor]) -> list[Tensor]:
-    """The values `[T]` of each row of tokens, from one packed row `[1, nnz]`."""
+    """Computes the values `[T]` of each row of tokens from one packed row `[1, nnz]`."""
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
     output = critic(input_ids=torch.cat(rows)[None], attention_mask=None, position_ids=positions, use_cache=False)
     return list(output[2].squeeze(0).split([len(row) for row in rows]))
 
 
 def micro_batches(rows: list[Tensor]) -> list[list[Tensor]]:
-    """The rows in order, in groups of at most `TOKEN_BUDGET` tokens where a row allows it."""
+    """Groups the rows in order, at most `TOKEN_BUDGET` tokens to a group unless a single row has more."""
     groups: list[list[Tensor]] = [[]]
     for row in rows:
         if groups[-1] and sum(map(len, groups[-1])) + len(row) > TOKEN_BUDGET:
@@ -47,7 +47,7 @@ def micro_batches(rows: list[Tensor]) -> list[list[Tensor]]:
 
 
 def advantages(values: Tensor, reward: float) -> Tensor:
-    """Generalised advantages `[C]` of values `[C]` and a reward for the last token."""
+    """Computes generalised advantages `[C]` from values `[C]` and a reward for the last token."""
     result, following = torch.zeros_like(values), 0.0
     for t in reversed(range(len(values))):
         is_last = t == len(values) - 1
@@ -58,7 +58,7 @@ def advantages(values: Tensor, reward: float) -> Tensor:
 
 
 def main() -> None:
-    """Trains the critic, and saves it under checkpoint names."""
+    """Trains the critic, and saves it with the names of a checkpoint."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("critic"))
@@ -78,16 +78,16 @@ def main() -> None:
     body.config.summary_dropout_prob = 0.0
     critic = Critic.from_pretrained(body)
     with torch.no_grad():
-        # Packing keeps the rollouts apart: the second one has the values that it has alone.
+        # Packing keeps the rollouts apart, so the second one has the values that it has alone.
         alone = critic.values(rows[1][None])[0]
         torch.testing.assert_close(packed_values(critic, rows[:2])[1], alone, rtol=1e-3, atol=1e-3)
 
     optimizer = torch.optim.AdamW(critic.v_head.parameters(), lr=3e-2)
-    # The value of the state before token t is at the position that predicts it: one to the left.
+    # The value of the state before token t is at the position that predicts t, which is one to the left.
     states = [slice(len(prompt) - 1, len(prompt) + len(completion) - 1) for prompt, completion in rollouts]
 
     def predicted() -> Tensor:
-        """The values of all states that completions start from or pass through, one after the other."""
+        """Computes the values of all states that completions start from or pass through, one after the other."""
         values = [values for group in micro_batches(rows) for values in packed_values(critic, group)]
         return torch.cat([row[state] for row, state in zip(values, states, strict=True)])
 
@@ -108,7 +108,7 @@ def main() -> None:
             losses.append(loss.item())
     print(f"value loss: {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
 
-    # What a sharded run gathers has the module's own names; a checkpoint has transformers' names.
+    # A sharded run gathers weights under the module's own names, and a checkpoint has transformers' names.
     critic.save_pretrained(arguments.output, state_dict=critic.state_dict())
     loaded = AutoModelForCausalLMWithValueHead.from_pretrained(arguments.output)
     print("saved; head read from", loaded.head_source)

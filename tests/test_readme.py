@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+INDEX = ROOT / "docs" / "README.md"
+SCORING = ROOT / "docs" / "scoring-reference.md"
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -27,6 +29,19 @@ def broken_links(page: Path) -> list[str]:
     """Relative links and images of a page that lead nowhere."""
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     return [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_anchors(page: Path) -> list[str]:
+    """Links of a page to headings that are not there."""
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    targets = [(page.parent / path if path else page, anchor) for path, anchor in links if "://" not in path]
+    return [f"{name(target)}#{anchor}" for target, anchor in targets if anchor not in anchors(target)]
 
 
 def name(page: Path) -> str:
@@ -92,10 +107,35 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    assert broken_anchors(page) == []
+
+
+def test_the_index_of_the_documentation_names_each_page_once() -> None:
+    pages = {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name}
+    assert sorted(re.findall(r"^\| \[(.*?\.md)\]", INDEX.read_text(), re.MULTILINE)) == sorted(pages)
+
+
+def test_the_reference_lists_every_option_of_scoring() -> None:
+    options = set(re.findall(r"--[a-z-]+", vhead_help("score"))) - {"--help"}
+    assert options >= {"--model", "--resume"}
+    assert {option for option in options if f"`{option}`" not in SCORING.read_text()} == set()
+
+
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("![chart](docs/none.png) [self](page.md#top) [far](https://example.org/x)")
     assert broken_links(page) == ["docs/none.png"]
+
+
+def test_a_link_to_a_heading_that_is_gone_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# The `only` one, here\n[self](#the-only-one-here) [gone](page.md#another) [far](https://x.org/#y)"
+    )
+    assert broken_anchors(page) == ["page.md#another"]
 
 
 def test_two_commands_are_on_the_first_screen() -> None:

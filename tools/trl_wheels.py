@@ -1,4 +1,4 @@
-"""Tries vhead.compat.trl on the wheels of trl's releases and writes the table of docs/compat.md.
+"""Tries vhead.compat.trl on the wheels of trl's releases and writes the table of docs/trl-import-paths.md.
 
     python tools/trl_wheels.py FOLDER
 
@@ -33,7 +33,7 @@ VERSIONS = (
     "1.13.0",
     "1.16.0",
 )
-PAGE = Path(__file__).parent.parent / "docs" / "compat.md"
+PAGE = Path(__file__).parent.parent / "docs" / "trl-import-paths.md"
 BEGIN, END = "<!-- tools/trl_wheels.py writes this table -->\n", "<!-- end of the table -->\n"
 TRAINERS = (("trl", "PPOTrainer"), ("trl.experimental.ppo", "PPOTrainer"))
 

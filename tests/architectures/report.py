@@ -1,4 +1,4 @@
-"""One row of the compatibility table: what holds for one model type, found by running it."""
+"""One row of the table of model types: what holds for one model type, found by running it."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The compatibility table: rows as Markdown, and back."""
+"""The table of model types: rows as Markdown, and back."""
 
 import re
 from collections import Counter
@@ -11,42 +11,46 @@ _HEADER = ["model type", "auto class", "route", *COLUMNS, "notes"]
 _INTRODUCTION = """\
 # Which models work
 
-`make compatibility` wrote this page: it builds a tiny model of every type that transformers' auto classes for language
-models know, with random weights, and runs it.
+`make model-types` writes this page. It takes every model type that transformers' auto classes for language models know,
+builds a tiny model of it with random weights, and runs the checks below.
 
-Examined with transformers {transformers} and torch {torch}: {total} model types, counted once for each auto class
-whose models differ. {examined} of them are examined, and hold everything but what is said in their notes; {left_out}
-cannot be built, or are no language models.
+Examined with transformers {transformers} and torch {torch}: {total} model types, counted once for each auto class whose
+models differ. {examined} of them are examined, and hold everything except what their notes say. The other {left_out}
+cannot be built, or are not language models.
 
 {counts}
 
-- **forward**: `forward(...).value` is the head's output for transformers' own last hidden state, which is the last of
-  its `output_hidden_states`, as TRL's class read it; bit for bit.
-- **logits**: the model's own logits come from this state: its head reads it as it is, or scaled, or through a transform
-  of each position by itself.
-- **values**: `values(...)` is the same bit for bit, without building logits; on a batch with padding on the right it is
-  the same on every token, up to rounding; an encoder-decoder takes `labels` in place of the decoder's tokens.
+- **forward**: `forward(...).value` is the head's output for transformers' own last hidden state, bit for bit. That
+  state is the last of its `output_hidden_states`, which is the one that TRL's class read.
+- **logits**: the model's own logits are computed from this same state. Its language-model head reads the state as it
+  is, or scaled, or through a transform of each position by itself.
+- **values**: `values(...)` gives the same values bit for bit, without building logits. On a batch with padding on the
+  right it gives the same values on every token, up to rounding. An encoder-decoder takes `labels` in place of the
+  decoder's tokens.
 - **gradients**: a loss on the values reaches the head, and the model down to its embeddings.
 - **generate**: the model continues the text.
-- **save, load**: `save_pretrained` and `from_pretrained` give the same bits in body and head.
-- **right padding**, **left padding**: `values(...)` of padded rows are those of the same tokens without padding, up to
-  rounding.
-- **generated values**: those that `generate(..., output_values=True)` reads off while it continues a left-padded batch
-  are what `values(...)` gives for the finished sequences. Where they are not, transformers' own `generate` runs the
-  model otherwise than its `forward`; what is read off is that of the run that chose the token.
-- **longest**: a sequence as long as the scorer lets through goes through the model.
+- **save, load**: `save_pretrained` and `from_pretrained` bring back the same bits, in the language model and in the
+  head.
+- **right padding**, **left padding**: `values(...)` gives a padded row the values of the same tokens without padding,
+  up to rounding.
+- **generated values**: `generate(..., output_values=True)` reads values off while it continues a left-padded batch, and
+  they are what `values(...)` gives for the finished sequences. Where they are not, transformers' own `generate` runs
+  the model differently from `forward`; what is read off belongs to the run that chose the token.
+- **longest**: a sequence of the greatest length that the scorer accepts goes through the model.
 
-How padding is made harmless: where a token comes after padding, `values` moves each row's tokens before its padding,
-runs the model, and moves the states back, so that no model can count, read or group what is no token. CPM-Ant,
-PaliGemma and Reformer see padding behind tokens too: each of their padded rows runs alone (`model.plan.padding`).
-`forward` passes inputs as they are, as TRL's class does: padded rows are what the model itself makes of them.
+This is how padding is made harmless. Where a token comes after padding, `values` moves each row's tokens in front of
+its padding, runs the model, and moves the states back, so that no model counts, reads or groups anything that is not a
+token. CPM-Ant, PaliGemma and Reformer notice padding behind the tokens as well, so each of their padded rows runs alone
+(`model.plan.padding` says so). `forward` passes its inputs on as they are, as TRL's class does, and a padded row is
+whatever the model itself makes of it.
 
 The **route** is how the last hidden state is reached without logits. *Base model*: the model's trunk is called.
-*Encoder, then decoder*: the T5 family has no trunk of its own. *Full forward*: the whole model runs, logits included,
-and one hidden state is kept; *all layers kept*: transformers returns that state only with all the others.
+*Encoder, then decoder*: the T5 family has no trunk of its own, so the two are called one after the other. *Full
+forward*: the whole model runs, logits included, and one hidden state is kept. *All layers kept*: transformers returns
+that state only together with all the others.
 
-Models are given text, and images, boxes or sound where they refuse text alone. BERT and its kind are built with
-`is_decoder=True`, without which they attend in both directions.
+Models are given text, and also images, boxes or sound where they refuse text alone. BERT and its relatives are built
+with `is_decoder=True`, because without it they attend in both directions.
 """
 
 

@@ -1,4 +1,4 @@
-"""Every model type of the installed transformers holds what `docs/compatibility.md` says of it."""
+"""Every model type of the installed transformers holds what `docs/model-types.md` says of it."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ from vhead.backbone import hidden_states
 from vhead.backbone.padding import Padding
 from vhead.modeling import generation, wrapper
 
-PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "model-types.md").read_text(encoding="utf-8")
 IS_DOCUMENTED_VERSION = documented_versions(PAGE)[0] == transformers.__version__
 # What transformers itself warns about when it builds, runs or saves its own models.
 pytestmark = [

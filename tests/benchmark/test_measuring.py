@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,9 @@ from vhead.benchmark import cases, machine, trl_head
 from vhead.benchmark.document import Document
 from vhead.benchmark.peers import Weights, saved_bytes, trl_path, vhead_module, vhead_op
 from vhead.benchmark.run import Request, check_compiler, make_peers, run
-from vhead.benchmark.timing import interleaved, quantiles
+from vhead.benchmark.timing import interleaved, quantiles, turns
 from vhead.errors import BenchmarkError, FileFormatError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LABEL = ["mode", "shape", "dtype", "implementation"]
 FIGURES = ["p20_us", "p50_us", "p80_us", "rounds", "bytes", "gb_per_s", "load_before", "load_after"]
 
@@ -74,25 +71,6 @@ def test_other_files_are_refused(tmp_path, text):
         Document.load(path)
 
 
-def test_the_report_of_the_benchmarks_reads_it(document, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    for name in ("report", "results"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import results
-
-    from tests.architectures import report
-
-    document.save(tmp_path / "bench.json")
-    page = report.report(results.Results.load(tmp_path / "bench.json"), "bench.json")
-    assert "| inference | [16, 24] | bfloat16 | " in page
-    assert "| grad_weight, frozen trunk | bfloat16 | " in page
-    assert "masks follow torch.manual_seed: holds." in page
-    assert "goal" not in page, "the goals are about other shapes"
-    committed = BENCHMARKS / "results" / "head.json"
-    page = report.report(results.Results.load(committed), committed.name)
-    assert page == committed.with_suffix(".md").read_text()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_peers_compute_the_same(dtype):
     weights = Weights.draw(96)
@@ -129,6 +107,14 @@ def test_turns_are_taken_by_all():
     assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0])["p50_us"] == 3e6
 
 
+def test_a_round_has_each_once_in_an_order_of_its_own():
+    taken = list(turns("abcdefgh", 3))
+    rounds = [[name for number, name in taken if number == at] for at in range(3)]
+    assert [sorted(names) for names in rounds] == [list("abcdefgh")] * 3
+    assert len({tuple(names) for names in [list("abcdefgh"), *rounds]}) == 4
+    assert taken == list(turns("abcdefgh", 3)), "the same in every run"
+
+
 def trl_version(monkeypatch, version):
     def found(name):
         if version is None:
@@ -149,7 +135,7 @@ def trl_version(monkeypatch, version):
 )
 def test_trl_is_not_imported_where_it_has_no_head(monkeypatch, version, reason):
     trl_version(monkeypatch, version)
-    monkeypatch.setattr(trl_head, "_trl_class", lambda: pytest.fail("imported"))
+    monkeypatch.setattr(trl_head, "_trl_module", lambda: pytest.fail("imported"))
     assert trl_head.trl_absence() == reason
     request = Request.usual("cpu")
     assert "trl" not in {peer.name for peer in make_peers(request)(Weights.draw(4))}
@@ -160,7 +146,7 @@ def test_a_trl_that_does_not_work_here_is_named(monkeypatch):
         raise ImportError("cannot import name 'ReferenceModel'\nand so on")
 
     trl_version(monkeypatch, "0.7.1")
-    monkeypatch.setattr(trl_head, "_trl_class", broken)
+    monkeypatch.setattr(trl_head, "_trl_module", broken)
     assert trl_head.trl_absence() == "trl 0.7.1 cannot be imported: cannot import name 'ReferenceModel'"
 
 

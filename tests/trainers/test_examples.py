@@ -55,8 +55,8 @@ def test_accelerate_loop(run):
     assert (Path("critic") / "state").is_dir()
 
 
-def test_reward_model_llama_factory_style(run):
-    printed = run("reward_model_llama_factory_style.py")
+def test_pairwise_reward_model(run):
+    printed = run("pairwise_reward_model.py")
     first, last = numbers(line_with("pairwise loss", printed))
     assert last < 0.1 * first
     pairs = [numbers(line) for line in printed.splitlines() if "rejected" in line]
@@ -76,9 +76,9 @@ def test_verl_critic(run):
     assert_saved(printed, "critic")
 
 
-def test_llama_factory_reward_model(run):
+def test_llama_factory_training(run):
     pytest.importorskip("llamafactory")
-    printed = run("llama_factory_reward_model.py")
+    printed = run("llama_factory_training.py")
     first, last = numbers(line_with("pairwise loss", printed))
     assert last < first
     assert "value_head.safetensors" in line_with("saved:", printed)

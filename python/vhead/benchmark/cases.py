@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vhead.benchmark.document import Row
+from vhead.benchmark.document import Row, dtype_name
 from vhead.benchmark.peers import DROPOUT, Forward, Peer, Weights, saved_bytes
 from vhead.benchmark.timing import Timer, Work, interleaved, load_average, quantiles, timer_of
 
@@ -47,7 +47,7 @@ class Case:
     @property
     def label(self) -> Row:
         """The columns that name this case."""
-        return {"shape": list(self.hidden.shape), "dtype": str(self.hidden.dtype).removeprefix("torch.")}
+        return {"shape": list(self.hidden.shape), "dtype": dtype_name(self.hidden.dtype)}
 
     def without(self, ending: str) -> "Case":
         """The same without the peers whose names end so."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from vhead.benchmark.document import Row
+from vhead.benchmark.document import Row, dtype_name
 from vhead.ops import value_head
 
 Head = Callable[..., Tensor]
@@ -63,7 +63,7 @@ class Setting:
 
     def described(self) -> Row:
         """As it stands in a row."""
-        return asdict(self) | {"dtype": _name(self.dtype)}
+        return asdict(self) | {"dtype": dtype_name(self.dtype)}
 
 
 @dataclass
@@ -130,7 +130,7 @@ def compare_with_cpu(device: torch.device, plans: Sequence[Plan], head: Head = v
     for plan in plans:
         for setting, expected, actual in _pairs(device, plan, head):
             for what, tensor in expected.items():
-                tally = tallies.setdefault((_name(setting.dtype), what), Tally())
+                tally = tallies.setdefault((dtype_name(setting.dtype), what), Tally())
                 tally.add(setting, tensor, actual[what].cpu())
     return [{"dtype": dtype, "what": what, **asdict(tally)} for (dtype, what), tally in tallies.items()]
 
@@ -156,14 +156,14 @@ def outcomes(head: Head, hidden: Tensor, inputs: Inputs, setting: Setting) -> di
     leaf = hidden.detach().requires_grad_()
     values = head(leaf, weight, bias, **mask)
     grad = inputs.grad_values[:, : setting.outputs].reshape(values.shape)
-    of_hidden, of_weight, of_bias = torch.autograd.grad(values, (leaf, weight, bias), grad)
+    grad_hidden, grad_weight, grad_bias = torch.autograd.grad(values, (leaf, weight, bias), grad)
     (frozen,) = torch.autograd.grad(head(hidden, weight, None, **mask), weight, grad)
-    found = {"values": values.detach(), "grad_hidden": of_hidden, "grad_weight": of_weight, "grad_bias": of_bias}
+    found = {"values": values.detach(), "grad_hidden": grad_hidden, "grad_weight": grad_weight, "grad_bias": grad_bias}
     found["grad_weight, frozen trunk"] = frozen
-    return found | ({"mask": kept(head, hidden, **mask)} if setting.dropout_p else {})
+    return found | ({"mask": dropout_mask(head, hidden, **mask)} if setting.dropout_p else {})
 
 
-def kept(head: Head, hidden: Tensor, **mask: object) -> Tensor:
+def dropout_mask(head: Head, hidden: Tensor, **mask: object) -> Tensor:
     """Which elements are kept: where the values' sum depends on them, for weights of one."""
     leaf = torch.ones_like(hidden, memory_format=torch.contiguous_format).requires_grad_()
     ones = torch.ones(hidden.shape[-1], device=hidden.device)
@@ -188,8 +188,4 @@ def _hidden(inputs: Inputs, setting: Setting) -> Tensor:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

@@ -1,7 +1,7 @@
 """The one format of figures about the head: a JSON object of lists of rows, and where they come from."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -45,10 +45,9 @@ class Document:
             raise FileFormatError(f"{path}: expected the figures that vhead bench writes: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Writes the figures, complete or not at all: a broken run leaves the old ones."""
+        """Writes everything that there is, as `write_figures` does."""
         filled = {name: rows for name, rows in asdict(self).items() if rows or name in ("provenance", "times")}
-        with replacing_file(path) as file:
-            file.write(f"{json.dumps(filled, indent=1)}\n".encode())
+        write_figures(path, filled)
 
     @property
     def equal(self) -> bool:
@@ -64,8 +63,23 @@ class Document:
         """Mode, shape and dtype of every case that was timed, in order."""
         return list(dict.fromkeys((row["mode"], tuple(row["shape"]), row["dtype"]) for row in self.times))
 
+    def timed(self, mode: str, shape: Iterable[int], dtype: str) -> dict[str, Row]:
+        """The row of each implementation in one case."""
+        key = (mode, list(shape), dtype)
+        rows = (row for row in self.times if (row["mode"], row["shape"], row["dtype"]) == key)
+        return {row["implementation"]: row for row in rows}
+
     def medians(self, mode: str, shape: Iterable[int], dtype: str) -> dict[str, float]:
         """Median microseconds of each implementation."""
-        key = (mode, list(shape), dtype)
-        rows = [row for row in self.times if (row["mode"], row["shape"], row["dtype"]) == key]
-        return {row["implementation"]: row["p50_us"] for row in rows}
+        return {name: row["p50_us"] for name, row in self.timed(mode, shape, dtype).items()}
+
+
+def write_figures(path: Path, figures: Mapping[str, object]) -> None:
+    """Writes figures as JSON, complete or not at all: a broken run leaves the old ones."""
+    with replacing_file(path) as file:
+        file.write(f"{json.dumps(figures, indent=1)}\n".encode())
+
+
+def dtype_name(dtype: object) -> str:
+    """What rows call a dtype of torch."""
+    return str(dtype).removeprefix("torch.")

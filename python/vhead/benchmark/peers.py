@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vhead.ops import value_head
 DROPOUT = 0.1
 
 Forward: TypeAlias = Callable[[Tensor], Tensor]
+Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def module_peer(name: str, kind: type[torch.nn.Module], weights: Weights) -> Pee
 
     def at(dropout: float) -> Forward:
         head.train(dropout > 0)
-        setattr(head.get_submodule("dropout"), "p", dropout or DROPOUT)  # noqa: B010, modules have no such field for mypy
+        cast("torch.nn.Dropout", head.get_submodule("dropout")).p = dropout or DROPOUT
         return head
 
     return Peer(name, at, (summary.get_parameter("weight"), summary.get_parameter("bias")))
@@ -69,24 +70,28 @@ def vhead_module(weights: Weights) -> Peer:
     return module_peer("vhead", ValueHead, weights)
 
 
-def vhead_op(weights: Weights) -> Peer:
-    """`vhead.ops.value_head`, the function below the module."""
+def function_peer(name: str, compute: Compute, weights: Weights) -> Peer:
+    """A function of hidden states, weight, bias and dropout."""
     weight, bias = weights.leaves()
 
     def at(dropout: float) -> Forward:
-        return lambda hidden: value_head(hidden, weight, bias, dropout_p=dropout)
+        return lambda hidden: compute(hidden, weight, bias, dropout)
 
-    return Peer("vhead.ops", at, (weight, bias))
+    return Peer(name, at, (weight, bias))
+
+
+def vhead_op(weights: Weights) -> Peer:
+    """`vhead.ops.value_head`, the function below the module."""
+    return function_peer("vhead.ops", lambda x, weight, bias, p: value_head(x, weight, bias, dropout_p=p), weights)
 
 
 def trl_path(weights: Weights) -> Peer:
     """The steps of TRL's head in plain torch: dropout in the hidden dtype, upcast, `F.linear`."""
-    weight, bias = weights.leaves()
 
-    def at(dropout: float) -> Forward:
-        return lambda hidden: linear(torch_dropout(hidden, dropout, training=dropout > 0).float(), weight, bias)
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor, dropout: float) -> Tensor:
+        return linear(torch_dropout(hidden, dropout, training=dropout > 0).float(), weight, bias)
 
-    return Peer("trl path", at, (weight, bias))
+    return function_peer("trl path", compute, weights)
 
 
 def compiled(peer: Peer) -> Peer:

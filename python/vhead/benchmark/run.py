@@ -17,7 +17,7 @@ from vhead.benchmark.cases import (
     time_training,
 )
 from vhead.benchmark.checks import run_checks
-from vhead.benchmark.document import Document, Row
+from vhead.benchmark.document import Document, Row, dtype_name
 from vhead.benchmark.machine import device_facts, find_device, provenance
 from vhead.benchmark.peers import Peer, Weights, compiled, trl_path, vhead_module, vhead_op
 from vhead.benchmark.timing import load_average
@@ -103,7 +103,7 @@ def run(request: Request, notify: Notify = lambda _: None) -> Document:
         check_compiler(request.device)
     for shape in request.shapes:
         for dtype in request.dtypes:
-            notify(f"measuring {list(shape)} {str(dtype).removeprefix('torch.')}")
+            notify(f"measuring {list(shape)} {dtype_name(dtype)}")
             _measure(request, shape, dtype, document)
     document.provenance["load_after"] = load_average()
     return document

@@ -70,13 +70,6 @@ def _cells(document: Document, case: tuple[str, tuple[int, ...], str], peers: li
     ours = medians[OURS]
     copy = document.medians("inference", shape, dtype)[COPY]
     yield f"{ours / 1e3:.3f}"
-    yield f"{_gb_per_s(document, case):.1f}"
+    yield f"{document.timed(*case)[OURS]['gb_per_s']:.1f}"
     yield f"{PASSES[mode] / PASSES[COPY] * copy / ours:.0%}"
     yield from (f"{medians[name] / ours:.2f}" if name in medians else "" for name in peers)
-
-
-def _gb_per_s(document: Document, case: tuple[str, tuple[int, ...], str]) -> float:
-    mode, shape, dtype = case
-    key = (mode, list(shape), dtype, OURS)
-    rows = (r for r in document.times if (r["mode"], r["shape"], r["dtype"], r["implementation"]) == key)
-    return float(next(rows)["gb_per_s"])

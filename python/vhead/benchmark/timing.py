@@ -5,15 +5,17 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
 Work: TypeAlias = Callable[[], object]
 # Seconds per call of a work that is called so many times in a row.
 Timer: TypeAlias = Callable[[Work, int], float]
+
+Contestant = TypeVar("Contestant")
 
 
 def host_seconds(work: Work, calls: int) -> float:
@@ -39,9 +41,27 @@ def cuda_seconds(work: Work, calls: int, device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3 / calls
 
 
+def clocked(work: Work) -> dict[str, float]:
+    """Seconds of one call by the clock, and of the processors in all threads.
+
+    Processor time is what a loaded machine leaves of a comparison: other programs' turns are not in it.
+    """
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return {"wall_s": time.perf_counter() - wall, "processor_s": time.process_time() - processor}
+
+
 def timer_of(device: torch.device) -> Timer:
     """How time is taken on a device."""
     return partial(cuda_seconds, device=device) if device.type == "cuda" else host_seconds
+
+
+def turns(contestants: Iterable[Contestant], rounds: int) -> Iterator[tuple[int, Contestant]]:
+    """Each contestant once in every round, in random order, with the round's number."""
+    order, shuffle = list(contestants), random.Random(0)  # noqa: S311, not a secret
+    for number in range(rounds):
+        shuffle.shuffle(order)
+        yield from ((number, contestant) for contestant in order)
 
 
 def interleaved(
@@ -56,15 +76,12 @@ def interleaved(
         work()
     calls = {name: max(1, int(block_s / max(timer(work, 1), 1e-9))) for name, work in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    order, shuffle = list(contestants), random.Random(0)  # noqa: S311, not a secret
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            shuffle.shuffle(order)
-            for name in order:
-                contestants[name]()
-                times[name].append(timer(contestants[name], calls[name]))
+        for _, name in turns(contestants, rounds):
+            contestants[name]()
+            times[name].append(timer(contestants[name], calls[name]))
     finally:
         gc.enable()
     return times

@@ -94,42 +94,9 @@ def score(
     - `vhead score rollouts.parquet --model ./critic --output scores.parquet --returns values,reward`
     - `cat rollouts.jsonl | vhead score - --model ./critic --output - --on-error skip | jq .reward`
     """
+    given = locals()
     with reported():
-        if window_tokens is not None:
-            say("--window-tokens is now called --chunk-tokens")
-        request = option.ScoreRequest(
-            source=source,
-            model=model,
-            output=output,
-            returns=option.checked_returns(returns),
-            temperature=temperature,
-            loading={
-                "head": head,
-                "dtype": None if dtype is None else dtype.value,
-                "device": device,
-                "normalize_rewards": normalize_rewards,
-                "allow_random_head": allow_random_head,
-                "trust_remote_code": trust_remote_code,
-            },
-            options={
-                "token_budget": token_budget,
-                "chunk_tokens": chunk_tokens or window_tokens,
-                "num_threads": num_threads,
-                "attention": None if attention is None else attention.value,
-                "batch_invariant": batch_invariant,
-                "truncation": option.truncation_of(truncate),
-                "max_length": max_length,
-                "separate_tokens": separate_tokens,
-                "append_eos": append_eos,
-            },
-            limit=limit,
-            skips=on_error is option.OnError.SKIP,
-            resume=resume,
-            overwrite=overwrite,
-            suffix=suffix,
-            unique_ids=unique_ids,
-            quiet=quiet,
-        )
+        request = option.request_of(given)
         request.check()
         _run(request)
 

@@ -1,14 +1,16 @@
 """The arguments and options of `vhead score`: what each is called, takes, and means."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vhead.cli.terminal import say
 from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
 
@@ -272,11 +274,42 @@ class ScoreRequest:
         }
 
 
-def truncation_of(truncate: Truncate) -> Literal["prompt", "completion"] | None:
-    """What the scorer's argument `truncation` is for a choice of `--truncate`."""
-    if truncate is Truncate.ERROR:
-        return None
-    return "prompt" if truncate is Truncate.PROMPT else "completion"
+# What the command line and `Scorer.from_pretrained` call alike.
+_LOADING = ("head", "dtype", "device", "normalize_rewards", "allow_random_head", "trust_remote_code")
+_OPTIONS = (
+    "token_budget",
+    "chunk_tokens",
+    "num_threads",
+    "attention",
+    "batch_invariant",
+    "max_length",
+    "separate_tokens",
+    "append_eos",
+)
+_OWN = ("source", "model", "output", "temperature", "limit", "resume", "overwrite", "suffix", "unique_ids", "quiet")
+
+
+def request_of(given: Mapping[str, Any]) -> ScoreRequest:
+    """The request that the arguments of `vhead score` make, by their names.
+
+    Raises:
+        typer.BadParameter: `--returns` names something else than a field, or nothing.
+    """
+    if given["window_tokens"] is not None:
+        say("--window-tokens is now called --chunk-tokens")
+        given = {**given, "chunk_tokens": given["chunk_tokens"] or given["window_tokens"]}
+    plain: dict[str, Any] = {
+        name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
+    }
+    truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
+    options: Any = {name: plain[name] for name in _OPTIONS} | {"truncation": truncation}
+    return ScoreRequest(
+        **{name: plain[name] for name in _OWN},
+        returns=checked_returns(plain["returns"]),
+        loading={name: plain[name] for name in _LOADING},
+        options=options,
+        skips=plain["on_error"] == OnError.SKIP,
+    )
 
 
 def checked_returns(returns: str | None) -> tuple[str, ...] | None:

@@ -1,10 +1,11 @@
-"""A reward model trained on pairs as LLaMA-Factory trains it, saved as it saves, and scored from that file.
+"""Trains a reward model on pairs in a short loop of its own, saves it in LLaMA-Factory's layout, and scores with it.
 
-The chosen text is natural, the rejected one its corrupted twin. What is trained is a fresh head on the demo model; it
-lies in `value_head.safetensors` beside the language model, where LLaMA-Factory and the scorer look for it.
+The loss is LLaMA-Factory's, but LLaMA-Factory is not needed; `llama_factory_training.py` lets it do the training. The
+chosen text is natural, and the rejected one is its corrupted twin. A fresh head on the demo model is trained, and saved
+as `value_head.safetensors` beside the language model, where LLaMA-Factory and the scorer look for it.
 
     pip install vhead
-    python examples/reward_model_llama_factory_style.py
+    python examples/pairwise_reward_model.py
 """
 
 import argparse
@@ -23,20 +24,21 @@ TEST_PAIRS = 3
 
 
 def pairs() -> list[tuple[DemoRollout, DemoRollout]]:
-    """Each natural passage with its twin that is corrupted to the end."""
+    """Pairs each natural passage with its twin that is corrupted to the end."""
     rollouts = read_demo_rollouts()
     chosen = {rollout.topic: rollout for rollout in rollouts if rollout.kind == NATURAL}
     return [(chosen[rollout.topic], rollout) for rollout in rollouts if rollout.extent == TO_THE_END]
 
 
 def batch(tokenizer: PreTrainedTokenizerBase, data: list[tuple[DemoRollout, DemoRollout]]) -> dict[str, Tensor]:
-    """All chosen rows, then all rejected ones, padded on the right."""
+    """Puts all chosen rows first and all rejected ones after them, padded on the right."""
     texts = [rollout.prompt + rollout.completion for side in zip(*data, strict=True) for rollout in side]
     return dict(tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt"))
 
 
 def pairwise_loss(model: AutoModelForCausalLMWithValueHead, inputs: dict[str, Tensor]) -> Tensor:
-    """The loss of LLaMA-Factory 0.9.5: the rewards are the values at the last tokens, the last of three outputs."""
+    """Computes the loss of LLaMA-Factory 0.9.5, whose rewards are the values at the last tokens."""
+    # LLaMA-Factory unpacks three outputs; the values are the last one.
     _, _, values = model(**inputs, output_hidden_states=True, return_dict=True, use_cache=False)
     last = inputs["attention_mask"].sum(dim=-1, keepdim=True) - 1
     chosen, rejected = values.gather(dim=-1, index=last).squeeze(-1).chunk(2)
@@ -67,7 +69,7 @@ def main() -> None:
         losses.append(loss.item())
     print(f"pairwise loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
-    # One file for both as TRL has it, then the head apart as LLaMA-Factory has it.
+    # TRL's layout has both in one file. LLaMA-Factory's has the head in a file of its own.
     with tempfile.TemporaryDirectory() as merged:
         model.save_pretrained(merged)
         tokenizer.save_pretrained(merged)

@@ -1,10 +1,10 @@
-"""Writes `docs/compatibility.md`: what holds for each model type of the installed transformers, found by running it.
+"""Writes `docs/model-types.md`: what holds for each model type of the installed transformers, found by running it.
 
 Each batch of model types runs in a process of its own, so that one that crashes costs only itself; rows are kept in
-`target/compatibility`, and a second run goes on where the first one stopped.
+`target/model-types`, and a second run goes on where the first one stopped.
 
-    python -m tools.compatibility_table            # examine what is missing, then write the table
-    python -m tools.compatibility_table --fresh    # examine everything again
+    python -m tools.model_types_table            # examine what is missing, then write the table
+    python -m tools.model_types_table --fresh    # examine everything again
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.architectures.table import render
 from tests.architectures.tiny import model_types
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "compatibility.md"
+TABLE = ROOT / "docs" / "model-types.md"
 BATCH = 25
 SECONDS_PER_BATCH = 600
 
@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parsed()
     if arguments.batch:
         return examine_batch(arguments.batch)
-    kept = arguments.rows or ROOT / "target" / "compatibility" / f"{transformers.__version__}.jsonl"
+    kept = arguments.rows or ROOT / "target" / "model-types" / f"{transformers.__version__}.jsonl"
     kept.parent.mkdir(parents=True, exist_ok=True)
     if arguments.fresh:
         kept.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def run(batch: list[tuple[str, str]], kept: Path) -> None:
     """Examines a batch in another process, whose rows are appended to the file as they come."""
     names = [f"{model_type}:{auto_class}" for model_type, auto_class in batch]
     with kept.open("a") as rows:
-        command = [sys.executable, "-m", "tools.compatibility_table", "--batch", *names]
+        command = [sys.executable, "-m", "tools.model_types_table", "--batch", *names]
         try:
             subprocess.run(
                 command, cwd=ROOT, stdout=rows, stderr=subprocess.DEVNULL, timeout=SECONDS_PER_BATCH, check=False

@@ -1,9 +1,10 @@
-"""A reward model trained by LLaMA-Factory itself, with this package's class where it imports TRL's.
+"""Lets LLaMA-Factory itself train a reward model, with vhead's class in the place of TRL's.
 
-It trains LoRA and head on pairs of the demo's texts: the chosen one is natural, the rejected one its corrupted twin.
+It trains a LoRA adapter and the head on pairs of the demo's texts: the chosen text is natural, and the rejected one is
+its corrupted twin. `pairwise_reward_model.py` trains on such pairs in a loop of its own, without LLaMA-Factory.
 
     pip install vhead llamafactory==0.9.4
-    DISABLE_VERSION_CHECK=1 python examples/llama_factory_reward_model.py
+    DISABLE_VERSION_CHECK=1 python examples/llama_factory_training.py
 """
 
 import argparse
@@ -15,14 +16,14 @@ from vhead import formats
 from vhead.demo import demo_model_path
 from vhead.demo.rollouts import NATURAL, read_demo_rollouts
 
-# Before LLaMA-Factory is imported, which imports the class when it is.
+# LLaMA-Factory imports the class while it is imported itself, so this has to come first.
 vhead.compat.trl.install()
 
 from llamafactory.train.tuner import run_exp  # noqa: E402
 
 
 def write_pairs(folder: Path) -> None:
-    """A data set as LLaMA-Factory reads it: the pairs, and the file that says which column is what."""
+    """Writes a data set as LLaMA-Factory reads it: the pairs, and a file that says what each column is."""
     rollouts = read_demo_rollouts()
     natural = {rollout.topic: rollout.completion for rollout in rollouts if rollout.kind == NATURAL}
     pairs = [
@@ -38,7 +39,7 @@ def write_pairs(folder: Path) -> None:
 
 
 def main() -> None:
-    """Trains, and says what was saved."""
+    """Trains the reward model, and prints what was saved."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("reward-model"))

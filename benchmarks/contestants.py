@@ -1,0 +1,172 @@
+"""The ways of scoring that are compared: TRL's loop, the scorer with one mechanism off at a time, and the limit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from workloads import sizes
+
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, ops
+from vhead.benchmark.trl_head import trl_model
+from vhead.packing.caching import PrefixCache
+from vhead.packing.packing import MaskedTreePacking
+from vhead.packing.strategies import OneByOne, PaddedBatches
+from vhead.scoring.engine import Read, Work, needs_logits
+from vhead.scoring.statistics import token_statistics
+
+TRL_BATCH = 8
+VALUES = ("values",)
+ALL_FIELDS = ("values", "logprobs", "entropy", "reward")
+
+Score = Callable[[tuple[str, ...]], object]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to score: `make` gives what does so, for a model and its rollouts; `fields` are what it is asked for."""
+
+    name: str
+    make: Callable[[PreTrainedModel, list[Rollout]], Score]
+    fields: tuple[tuple[str, ...], ...] = (VALUES, ALL_FIELDS)
+
+
+def contestants() -> Iterator[Contestant]:
+    """Everything that is measured: the peer, ourselves, what each mechanism gives, and the limit."""
+    yield Contestant("vhead", scorer)
+    yield Contestant("bare GEMM", bare_gemm)
+    yield Contestant("trl", trl_loop, (ALL_FIELDS,))
+    yield Contestant("trl, forward only", partial(trl_loop, logprobs=False), (VALUES,))
+    yield Contestant("sorted batches", partial(scorer, way=PaddedBatches))
+    yield Contestant("batch-invariant", partial(scorer, batch_invariant=True))
+    yield Contestant("dense mask", partial(scorer, way=lambda body: MaskedTreePacking(body, None)))
+    yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
+    yield Contestant("prefix cache", partial(scorer, way=PrefixCache))
+    yield Contestant("one at a time", partial(scorer, way=OneByOne))
+
+
+def trl_loop(body: PreTrainedModel, rollouts: list[Rollout], *, logprobs: bool = True) -> Score:
+    """TRL 1.12's class on right-padded batches of 8 in input order; its forward makes the logits in any case.
+
+    Its trainers take log-probabilities of them, and never entropies.
+    """
+    model = trl_model().from_pretrained(body).eval()
+    rows = [torch.cat([torch.tensor(r.prompt), torch.tensor(r.completion)]) for r in rollouts]
+    batches = [rows[start : start + TRL_BATCH] for start in range(0, len(rows), TRL_BATCH)]
+    padded = [
+        (pad_sequence(batch, batch_first=True), pad_sequence([torch.ones_like(row) for row in batch], batch_first=True))
+        for batch in batches
+    ]
+
+    @torch.no_grad()
+    def score(_fields: tuple[str, ...]) -> list[Tensor]:
+        results = []
+        for tokens, mask in padded:
+            logits, _loss, values = model(input_ids=tokens, attention_mask=mask)
+            results.append(values)
+            if logprobs:
+                distribution = functional.log_softmax(logits[:, :-1], dim=-1)
+                results.append(distribution.gather(-1, tokens[:, 1:, None]).squeeze(-1))
+        return results
+
+    return score
+
+
+def scorer(
+    body: PreTrainedModel,
+    rollouts: list[Rollout],
+    *,
+    way: Callable[..., object] | None = None,
+    batch_invariant: bool = False,
+) -> Score:
+    """`vhead.Scorer`, in the way it chooses or in this one."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(body).eval()
+    made = Scorer(model, batch_invariant=batch_invariant)
+    if way is not None:
+        # Nobody can ask for a way, since the scorer takes the fastest that the model can take.
+        own = made._engine
+        own._ways = replace(own._ways, usual=way(own._body))
+    return lambda fields: made.score(rollouts, fields)
+
+
+def logits_of_all_rows(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
+    """The scorer, without choosing rows before the language-model head, 512 rows at a time."""
+    score = scorer(body, rollouts)
+    weight = body.get_output_embeddings().weight
+    tokens = sizes(rollouts)["unique_tokens"]
+
+    @torch.no_grad()
+    def all_rows(fields: tuple[str, ...]) -> None:
+        score(tuple(name for name in fields if name in ("values", "reward")))
+        states, targets = torch.randn(tokens, weight.shape[1]), torch.zeros(tokens, dtype=torch.long)
+        for rows, wanted in zip(states.split(512), targets.split(512), strict=True):
+            ops.token_statistics_plain(rows, weight, wanted)
+
+    return all_rows
+
+
+def bare_gemm(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
+    """Only the matrix products over unique tokens and completion rows: the machine's limit for this work."""
+    count = sizes(rollouts)
+    weights = [m.weight for m in body.get_submodule("model").modules() if isinstance(m, torch.nn.Linear)]
+    rows = {width: torch.randn(count["unique_tokens"], width) for width in {w.shape[1] for w in weights}}
+    output = body.get_output_embeddings().weight
+    scored = torch.randn(count["completion_tokens"], output.shape[1])
+
+    @torch.no_grad()
+    def multiply(fields: tuple[str, ...]) -> None:
+        for weight in weights:
+            functional.linear(rows[weight.shape[1]], weight)
+        if fields == ALL_FIELDS:
+            for tile in output.split(8192):
+                functional.linear(scored, tile)
+
+    return multiply
+
+
+class ModelOnly:
+    """The model's part of scoring some rollouts: all batches made, all rows chosen before the clock starts.
+
+    The scorer is asked once, to see what it gives its model.
+    """
+
+    def __init__(self, scorer: Scorer, rollouts: Sequence[Rollout], fields: tuple[str, ...]) -> None:
+        self._engine, self._fields = scorer._engine, fields
+        self._ready: list[tuple[Work, Read]] = []
+        # Stands in front of the class's method while this one engine is watched.
+        self._engine.score = self._noting
+        try:
+            scorer.score(rollouts, fields)
+        finally:
+            del self._engine.score
+        self.batches = len(self._ready)
+        self.tokens = sum(work.batch.tokens for work, _ in self._ready)
+
+    def _noting(self, chunk: Sequence[object], work: Work, *rest: object) -> object:
+        engine, rollouts = self._engine, [chunk[place] for place in work.batch.places]
+        self._ready.append((work, Read.of(rollouts, work.batch, engine._conventions, engine._pad_token)))
+        return type(engine).score(engine, chunk, work, *rest)
+
+    def as_scored(self) -> None:
+        """The hidden states as the scorer makes them, attended along each rollout's own path."""
+        with self._engine._computing():
+            for work, read in self._ready:
+                self._finish(work.strategy.states(work.batch), read)
+
+    def own_forward(self) -> None:
+        """The same rows through the language model as it is, whose attention takes each packed row for one sequence."""
+        with self._engine._computing():
+            for work, read in self._ready:
+                pack = work.batch.content
+                tokens, positions = (torch.from_numpy(array)[None] for array in (pack.tokens, pack.positions))
+                self._finish(self._engine._body.states(tokens, position_ids=positions), read)
+
+    def _finish(self, states: Tensor, read: Read) -> None:
+        self._engine._head_outputs(states, read, self._fields)
+        rule, entropy = self._engine._rule, "entropy" in self._fields
+        if rule is not None and needs_logits(self._fields):
+            token_statistics(states[read.predicting], rule, read.targets, temperature=1.0, entropy=entropy)

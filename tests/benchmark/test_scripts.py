@@ -1,0 +1,84 @@
+"""The scripts of `benchmarks/`: they start, they run on small workloads, and the committed pages are theirs."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vhead.benchmark.run import Request, run
+from vhead.benchmark.trl_head import trl_absence
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+
+
+def python(*words: object) -> str:
+    """What Python prints for these words, started in the folder of the scripts."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_pages_are_what_the_committed_figures_give(tmp_path):
+    copies = [Path(shutil.copy(path, tmp_path)) for path in RESULTS]
+    assert len(copies) >= 9
+    python("report.py", *copies)
+    for path, copy in zip(RESULTS, copies, strict=True):
+        assert copy.with_suffix(".md").read_text() == path.with_suffix(".md").read_text()
+
+
+def test_a_file_of_vhead_bench_gets_a_page(tmp_path):
+    document = run(Request.usual("cpu", shapes=((16, 24),), dtypes=(torch.bfloat16,), rounds=2, quick=True))
+    document.save(tmp_path / "bench.json")
+    python("report.py", tmp_path / "bench.json")
+    page = (tmp_path / "bench.md").read_text()
+    assert "| inference | [16, 24] | bfloat16 | " in page
+    assert "| grad_weight, frozen trunk | bfloat16 | " in page
+    assert "masks follow torch.manual_seed: holds." in page
+    assert "goal" not in page, "the goals are about other shapes"
+
+
+def test_every_script_can_be_started():
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    if importlib.util.find_spec("matplotlib") is None:
+        scripts.remove("chart")
+    assert len(scripts) >= 10
+    python("-c", f"import {', '.join(sorted(scripts))}")
+
+
+@pytest.mark.slow
+def test_every_way_of_scoring_that_is_compared_runs():
+    if reason := trl_absence():
+        pytest.skip(reason)
+    lines = (
+        "from contestants import contestants",
+        "from workloads import Grid, small_llama",
+        "body, rollouts = small_llama(1024), Grid(1024, 2, 2, 4, 4).rollouts()",
+        "print(len([way.make(body, rollouts)(fields) for way in contestants() for fields in way.fields]))",
+    )
+    assert int(python("-c", "\n".join(lines)).split()[-1]) == 17
+
+
+@pytest.mark.slow
+def test_the_scorer_s_own_part_and_its_memory_are_measured(tmp_path):
+    output = tmp_path / "overhead.json"
+    counts = ("--prompts", 1, "--completions", 2, "--threads", 1, "--rounds", 2)
+    python("scoring.py", "overhead", *counts, "--output", output)
+    figures = json.loads(output.read_text())
+    assert len(figures["times"]) == 14
+    assert figures["provenance"]["workload"]["computed_tokens"] > figures["provenance"]["workload"]["batches"] > 0
+    assert "| `Scorer.stream` of text | " in output.with_suffix(".md").read_text()
+
+    output = tmp_path / "scale.json"
+    python("scoring.py", "scale", "--rollouts", 24, "--parquet-rows", 16, "--threads", 1, "--output", output)
+    figures = json.loads(output.read_text())
+    for name, asked in (("stream", 24), ("command", 16)):
+        assert figures[name]["samples"][-1]["rollouts"] == figures[name]["asked"] == asked
+        assert figures[name]["mib_at_most"] > 50
