@@ -154,8 +154,8 @@ NAMES = (
         "packing rollouts by segments",
         since=(4, 48),
     ),
-    Name("transformers.PreTrainedModel.is_activation_checkpointing", "saying whether it is on", since=(5, 23)),
-    Name("transformers.PreTrainedModel.is_gradient_checkpointing", "the same before 5.23", until=(6,)),
+    Name("transformers.PreTrainedModel.is_activation_checkpointing", "saying if checkpointing is on", since=(5, 23)),
+    Name("transformers.PreTrainedModel.is_gradient_checkpointing", "saying if checkpointing is on", until=(6,)),
     # rich
     Name("rich._export_format.CONSOLE_SVG_FORMAT", "drawing the demo's picture"),
 )

@@ -84,7 +84,7 @@ def test_usage(python: Python) -> None:
 def test_an_interpreter_that_ignores_the_environment_is_refused(python: Python, option: str) -> None:
     done = python(option, *RUNNER, "-c", "pass")
     assert done.returncode == 2
-    assert "call install() in it instead" in done.stderr
+    assert "call vhead.compat.trl.install() there instead" in done.stderr
 
 
 WORKERS = """\

@@ -130,7 +130,7 @@ def test_messages():
     [
         (MESSAGES[:1], "messages: expected a list of two messages or more"),
         ("text", "messages: expected a list of two messages or more"),
-        (MESSAGES[::-1], "messages: expected the assistant's as the last message, got role 'user'"),
+        (MESSAGES[::-1], "messages: expected the last message to be the assistant's, got role 'user'"),
         ([*MESSAGES, {"role": "assistant"}], r"messages: expected messages with a text `role`.*at position 2"),
         ([MESSAGES[0], "Because."], r"messages: expected messages with a text `role`.*at position 1"),
     ],

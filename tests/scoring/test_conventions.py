@@ -194,7 +194,7 @@ def test_by_default_a_checkpoint_without_a_language_model_head_gives_what_it_can
     scorer = Scorer(partial)
     assert scorer.default_returns == ("values", "reward")
     assert scorer.score(trees()).fields == next(scorer.chunks(trees())).fields == ("values", "reward")
-    assert caplog.messages == ["the checkpoint holds no lm_head.weight: the scores are values, reward"]
+    assert caplog.messages == ["the checkpoint holds no lm_head.weight, so the scores are only values, reward"]
 
 
 def test_a_checkpoint_without_a_language_model_head_gives_values_and_rewards_only():

@@ -300,7 +300,7 @@ class TestLock:
 
     def test_the_lock_ends_with_the_process(self, tmp_path):
         path = tmp_path / "out.jsonl"
-        code = f"import os; from vhead.rollouts.files import open_output; open_output({str(path)!r}); os._exit(9)"
+        code = f"import os; from vhead.scoring.output_files import open_output; open_output({str(path)!r}); os._exit(9)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
         put(path, ROWS)
 

@@ -47,6 +47,7 @@ def run(states_of: Callable[[Inputs], Tensor], inputs: Inputs, padding: Padding,
         The states, each where its token was.
     """
     if is_encoder_decoder:
+        # The encoder's states stay inside the model, so only the decoder's are put back.
         inputs, _ = _tokens_first(inputs, "")
         inputs, order = _tokens_first(inputs, _DECODER)
     elif padding is Padding.LEFT_OUT and (mask := _mask_of(inputs, "")) is not None and not bool(mask.all()):

@@ -122,13 +122,11 @@ class SafetensorsFile:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """What each tensor is, by name."""
         with _naming(self.path, "expected a safetensors file"):
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no iterator
             return {name: _info_of_slice(part) for name, part in slices.items()}
 
     def read(self, name: str) -> Tensor:
-        """Reads one tensor into memory of its own."""
         with _naming(self.path, f"cannot read {name}"):
             tensor: Tensor = self._file.get_tensor(name)
             return tensor.clone()
@@ -161,11 +159,9 @@ class _StateDictFile:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """What each tensor is, by name."""
         return {name: _info_of_tensor(tensor) for name, tensor in self._state.items()}
 
     def read(self, name: str) -> Tensor:
-        """Reads one tensor into memory of its own."""
         return self._state[name].detach().clone()
 
     def check(self) -> None:

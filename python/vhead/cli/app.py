@@ -22,7 +22,6 @@ class _Commands(TyperGroup):
     """Commands whose usage errors are escaped like all messages, because they quote the arguments."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
         try:
             return super().invoke(ctx)
         except _UsageError as error:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 
 class BenchDtype(StrEnum):
-    """Dtypes of hidden states."""
-
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"

@@ -21,8 +21,6 @@ STANDARD_STREAM = "-"
 
 
 class Dtype(StrEnum):
-    """Dtypes of the language model."""
-
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"

@@ -44,7 +44,7 @@ class Batch(Generic[Content]):
 
 
 class Strategy(ABC, Generic[Content]):
-    """One way to batch and to run.
+    """One way to batch sequences and to run the model over them.
 
     Attributes:
         name: What the plan and the log call it.

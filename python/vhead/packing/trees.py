@@ -33,7 +33,7 @@ class Segment:
 
     @property
     def path_length(self) -> int:
-        """Tokens before the segment."""
+        """How many tokens come before the segment on its path."""
         return sum(stop - start for start, stop in self.path)
 
 

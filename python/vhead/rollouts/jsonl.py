@@ -38,7 +38,6 @@ class JsonRow:
 
     @property
     def where(self) -> str:
-        """The record's place in the file."""
         return f"line {self.number}"
 
     @property
@@ -65,7 +64,7 @@ class JsonRow:
             raise self._too_deep() from None
 
     def columns(self) -> dict[str, Any]:
-        """The parsed line.
+        """The members of the line's JSON object.
 
         Raises:
             FieldError: The line is not UTF-8 or not a JSON object, or holds a number that no float is near.
@@ -150,7 +149,6 @@ class JsonlReader:
             yield line, length
 
     def close(self) -> None:
-        """Closes the stream."""
         self._stream.close()
 
 

@@ -39,12 +39,10 @@ class ParquetRow:
 
     @property
     def where(self) -> str:
-        """The record's place in the file."""
         return f"row {self.count}"
 
     @property
     def position(self) -> int:
-        """Rows of the file up to this one."""
         return self.count
 
     @property
@@ -159,7 +157,6 @@ class ParquetReader:
         return FileFormatError(f"{self._path}: not a readable Parquet file: {error}")
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 

@@ -61,7 +61,10 @@ class Rollout:
         checked = _messages(messages, "messages", record)
         if checked[-1]["role"] != "assistant":
             raise FieldError(
-                record, "messages", expected="the assistant's as the last message", got=f"role {checked[-1]['role']!r}"
+                record,
+                "messages",
+                expected="the last message to be the assistant's",
+                got=f"role {checked[-1]['role']!r}",
             )
         return cls(checked[:-1], checked[-1:], id)
 

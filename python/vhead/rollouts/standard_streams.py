@@ -31,7 +31,7 @@ def standard_input() -> BinaryIO:
 
 
 def standard_output() -> BinaryIO:
-    """Standard output.
+    """Standard output as a stream of bytes.
 
     Raises:
         OSError: It is closed.
@@ -65,7 +65,6 @@ class StandardStream(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """The file's number."""
         return self._descriptor
 
     def readinto(self, buffer: Any) -> int:

@@ -183,6 +183,7 @@ class OutputFile(Output):
             return
         self._writer = self._make_writer(schema)
         if journal is None:
+            # Noted before the part is cut: after a kill in between, the next run starts anew and misses no bytes.
             self.journal = Journal(settings, self._run, part=self._part.digest)
             self._save()
             self._part.cut(0)

@@ -142,7 +142,7 @@ class Scorer:
         if default != DEFAULT_RETURNS and not self._has_said_what_is_left_out:
             self._has_said_what_is_left_out = True
             missing = ", ".join(self._engine.untrained_output)
-            logger.warning("the checkpoint holds no %s: the scores are %s", missing, ", ".join(default))
+            logger.warning("the checkpoint holds no %s, so the scores are only %s", missing, ", ".join(default))
         return default
 
     @classmethod

@@ -45,7 +45,9 @@ def main() -> None:
         (sys.stdout if arguments else sys.stderr).write(_USAGE)
         sys.exit(0 if arguments else 2)
     if sys.flags.ignore_environment or sys.flags.no_site:
-        sys.stderr.write(f"{_MODULE}: python -I, -E and -S keep it out of the program; call install() in it instead\n")
+        sys.stderr.write(
+            f"{_MODULE}: python's -I, -E and -S keep it out of the program; call {_MODULE}.install() there instead\n"
+        )
         sys.exit(2)
     reach_workers()
     options = interpreter_options(sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)])

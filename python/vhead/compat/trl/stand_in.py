@@ -19,7 +19,6 @@ class StandInLoader(Loader):
     """Fills a module with the names of the table, each imported on first use."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Gives the module its names."""
         names = NAMES[module.__name__]
         module.__doc__ = f"vhead's stand-in for trl's module of this name: {', '.join(names) or 'submodules only'}."
         vars(module).update(__all__=list(names), __getattr__=_getattr(module.__name__), __dir__=lambda: sorted(names))

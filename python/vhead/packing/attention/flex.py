@@ -75,7 +75,7 @@ class FlexAttention:
 
 @cache
 def _kernel(device: str) -> Callable[..., Tensor]:
-    """FlexAttention for a kind of device.
+    """Compiles FlexAttention for a kind of device.
 
     Sizes are symbols from the first call on, so the kernel that the self-check tries is the one that runs later.
     """

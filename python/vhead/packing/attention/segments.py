@@ -60,7 +60,7 @@ class Piece:
 
     @property
     def path_length(self) -> int:
-        """Keys before the queries' own."""
+        """How many keys come before the queries' own."""
         return self.key_count - self.queries
 
     @property
