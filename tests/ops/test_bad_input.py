@@ -77,7 +77,7 @@ WRONG_FOR_THE_KERNEL = [
     ((COMPLEX.conj(), W, B), TypeError, f"hidden: expected {KERNEL_FLOATS}, got complex64"),
     ((H, W.int(), B), TypeError, f"weight: expected {KERNEL_FLOATS}, got int32"),
     ((H, W, B.double()), TypeError, f"bias: expected {KERNEL_FLOATS}, got float64"),
-    ((H.to("meta"), W, B), ValueError, "hidden: expected a tensor on cpu, got one on meta"),
+    ((H.to("meta"), W, B), ValueError, "hidden: expected a tensor on cpu or cuda, got one on meta"),
     ((H, W.to_sparse(), B), ValueError, "weight: expected a dense tensor, got layout torch.sparse_coo"),
     (
         (NEGATIVE, W, B),

@@ -2,7 +2,8 @@
 use crate::backend::Backend;
 use crate::cpu::Cpu;
 use crate::cuda::Cuda;
-use crate::{gate, threads, torch};
+use crate::torch::{self, Torch};
+use crate::{gate, threads};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -11,15 +12,28 @@ use vhead_core::Error;
 /// Every kind of device that has kernels of this package: a new one is a new row.
 static BACKENDS: [&dyn Backend; 2] = [&Cpu, &Cuda];
 
-/// The backend of a call whose first tensor is `tensor`. What is on no device with kernels goes to the CPU's, whose checks say
-/// what is wrong with it.
-pub(crate) fn backend_of(tensor: &Bound<'_, PyAny>) -> PyResult<&'static dyn Backend> {
+/// The backend of a call whose first tensor is `tensor`, which errors call `name`. What is no tensor goes to the first one,
+/// whose checks say so.
+///
+/// # Errors
+/// `ValueError` for a tensor on a device without kernels.
+pub(crate) fn backend_of(name: &str, tensor: &Bound<'_, PyAny>) -> PyResult<&'static dyn Backend> {
     for backend in BACKENDS {
         if backend.holds(tensor)? {
             return Ok(backend);
         }
     }
+    if Torch::get(tensor.py())?.is_tensor(tensor)? {
+        let device = tensor.getattr("device")?.str()?;
+        let expected = names();
+        return Err(PyValueError::new_err(format!("{name}: expected a tensor on {expected}, got one on {device}")));
+    }
     Ok(BACKENDS[0])
+}
+
+/// `cpu or cuda`
+fn names() -> String {
+    BACKENDS.map(Backend::device).join(" or ")
 }
 
 /// A dictionary for each kind of device that has native kernels.
@@ -55,10 +69,7 @@ pub(crate) fn dispatch_keys(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 pub(crate) fn kernel_absence(py: Python<'_>, device: &str, ordinal: i32) -> PyResult<Option<String>> {
     match BACKENDS.into_iter().find(|backend| backend.device() == device) {
         Some(backend) => backend.absence(py, ordinal),
-        None => {
-            let names: Vec<&str> = BACKENDS.into_iter().map(Backend::device).collect();
-            Err(PyValueError::new_err(format!("device: expected {}, got {device}", names.join(" or "))))
-        }
+        None => Err(PyValueError::new_err(format!("device: expected {}, got {device}", names()))),
     }
 }
 

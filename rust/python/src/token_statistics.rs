@@ -21,7 +21,7 @@ impl LogitStatistics {
         temperature: f64,
     ) -> PyResult<Self> {
         let rule = LogitsRule::new(scale, softcap, temperature);
-        backend_of(targets)?.token_statistics(TokenArguments { targets, vocabulary, bias, rule }).map(Self)
+        backend_of("targets", targets)?.token_statistics(TokenArguments { targets, vocabulary, bias, rule }).map(Self)
     }
 
     /// Adds float32 products `[n, v]` of the rows from `row` on with the tokens from `column` on; each row's columns come in
@@ -59,7 +59,7 @@ impl LogitGradients {
     ) -> PyResult<Self> {
         let rule = LogitsRule::new(scale, softcap, temperature);
         let tokens = TokenArguments { targets, vocabulary, bias, rule };
-        backend_of(targets)?.token_gradients(tokens, &statistics, &gradients).map(Self)
+        backend_of("targets", targets)?.token_gradients(tokens, &statistics, &gradients).map(Self)
     }
 
     /// Writes the gradients of float32 products `[n, v]` to `out`, contiguous and of the same sizes, in float32, bfloat16 or

@@ -16,7 +16,7 @@ pub(crate) fn value_head<'py>(
     seed: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let head = HeadArguments { hidden, weight, bias };
-    backend_of(hidden)?.value_head(head, DropoutArguments { p: dropout_p, seed })
+    backend_of("hidden", hidden)?.value_head(head, DropoutArguments { p: dropout_p, seed })
 }
 
 /// `value_head` without dropout where every argument is a plain tensor on one device whose kernels are loaded, and needs no
@@ -34,7 +34,10 @@ pub(crate) fn try_value_head<'py>(
             return Ok(None);
         }
     }
-    backend_of(hidden)?.try_value_head(HeadArguments { hidden, weight, bias })
+    match backend_of("hidden", hidden) {
+        Ok(backend) => backend.try_value_head(HeadArguments { hidden, weight, bias }),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Gradients of `value_head` for (hidden, weight, bias), each where `needed`: hidden's in its dtype, the others float32.
@@ -48,5 +51,5 @@ pub(crate) fn value_head_backward<'py>(
     needed: [bool; 3],
 ) -> PyResult<HeadGradients<'py>> {
     let head = HeadArguments { hidden, weight, bias: None };
-    backend_of(hidden)?.value_head_backward(grad, head, DropoutArguments { p: dropout_p, seed }, needed)
+    backend_of("hidden", hidden)?.value_head_backward(grad, head, DropoutArguments { p: dropout_p, seed }, needed)
 }

@@ -162,7 +162,7 @@ def test_a_forked_child_is_told(tmp_path) -> None:
 BAD = {
     "no tensor": (lambda h, w: (h.numpy(), w), TypeError, "hidden: expected a torch.Tensor, got ndarray"),
     "dtype": (lambda h, w: (h.double(), w), TypeError, "hidden: expected float32 or bfloat16 or float16, got float64"),
-    "meta": (lambda h, w: (h.to("meta"), w), ValueError, "hidden: expected a tensor on cpu, got one on meta"),
+    "meta": (lambda h, w: (h.to("meta"), w), ValueError, "hidden: expected a tensor on cpu or cuda, got one on meta"),
     "sparse": (lambda h, w: (h.to_sparse(), w), ValueError, "hidden: expected a dense tensor, got layout torch.sparse"),
     "no columns": (lambda h, w: (h[:, :0], w), ValueError, r"hidden: expected \[..., H\] with H >= 1"),
     "width": (lambda h, w: (h, w[:, 1:]), ValueError, r"weight: expected \[K, 64\] or \[64\]"),
