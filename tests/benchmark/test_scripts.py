@@ -70,13 +70,3 @@ def test_what_the_scorer_adds_to_its_model_is_measured(tmp_path):
     assert len(figures["times"]) == 7
     assert figures["provenance"]["workload"]["computed_tokens"] > figures["provenance"]["workload"]["batches"] > 0
     assert "| `Scorer.stream` of text | " in output.with_suffix(".md").read_text()
-
-
-@pytest.mark.slow
-def test_the_memory_of_a_long_run_is_watched(tmp_path):
-    output = tmp_path / "scale.json"
-    python("scoring.py", "scale", "--rollouts", 24, "--parquet-rows", 16, "--threads", 1, "--output", output)
-    figures = json.loads(output.read_text())
-    for name, asked in (("stream", 24), ("command", 16)):
-        assert figures[name]["samples"][-1]["rollouts"] == figures[name]["asked"] == asked
-        assert figures[name]["mib_at_most"] > 50
