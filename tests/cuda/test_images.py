@@ -89,7 +89,7 @@ def test_a_changed_source_is_named(tool, stored, folder) -> None:
     changed = tool.read_manifest()
     changed["sources"] |= {"value_head.cu": tool.digest(b""), "new.cuh": tool.digest(b"")}
     found = list(tool.differences(stored, changed))
-    assert found == ["manifest.json: sources.value_head.cu", "manifest.json: sources.new.cuh"]
+    assert found == ["manifest.json: sources.new.cuh", "manifest.json: sources.value_head.cu"]
     (folder / "manifest.json").write_text("{")
     assert "manifest.json cannot be read" in next(tool.differences(stored, changed))
 
