@@ -218,7 +218,7 @@ def test_circle_rule_can_fail() -> None:
     assert circles(module_imports(sources | hints | {"d": ""})) == []
 
 
-def test_only_ops_and_candle_import_the_extension(source: Path) -> None:
+def test_only_ops_candle_and_env_import_the_extension(source: Path) -> None:
     assert native_imports(module_of(source), source.read_text()) == []
 
 

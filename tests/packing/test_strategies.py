@@ -84,7 +84,7 @@ def test_shared_tokens_are_computed_once(models, way):
 
 
 @needs_interface
-def test_rollouts_of_one_prompt_are_found_across_the_window(models):
+def test_rollouts_of_one_prompt_are_found_across_the_chunk(models):
     scorer = Scorer(models["llama"])
     encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(trees(prompts=5, completions=6))]
     computed = sum(work.batch.tokens for work in scorer._engine.work(encoded, 2048, FIELDS))
