@@ -14,8 +14,8 @@ from workloads import sizes
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, ops
 from vhead.benchmark.trl_head import trl_model
 from vhead.packing.caching import PrefixCache
-from vhead.packing.packing import MaskedTreePacking
 from vhead.packing.strategies import OneByOne, PaddedBatches
+from vhead.packing.tree_packing import MaskedTreePacking
 from vhead.scoring.engine import Read, Work, needs_logits
 from vhead.scoring.logits import token_statistics
 

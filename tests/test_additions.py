@@ -1,5 +1,6 @@
-"""What CONTRIBUTING says about additions: a toy head kind, format and command, each added in its one place."""
+"""The additions that CONTRIBUTING describes, each tried with a toy: a head kind, a head format and a command."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from vhead.cli.terminal import show
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
 from vhead.formats import registry
 from vhead.formats.layout import Format, LinearNames, sightings
+from vhead.formats.trl import VHEAD
 from vhead.head_weights import HeadWeights, LinearWeights
 from vhead.heads import HEAD_KINDS, HeadKind, head_for
 from vhead.modeling import AutoModelForCausalLMWithValueHead
@@ -27,6 +29,11 @@ def drawn(*sizes):
     """A trained head with projections between these sizes."""
     layers = tuple(LinearWeights(torch.randn(b, a), torch.randn(b)) for a, b in pairwise(sizes))
     return HeadWeights(layers, format="toy", source="a test")
+
+
+def same(one, other):
+    pairs = zip(one.layers, other.layers, strict=True)
+    return all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) for a, b in pairs)
 
 
 def three_linears(sizes):
@@ -46,6 +53,23 @@ TOY_KIND = HeadKind(
     is_plain=lambda module: type(module) is nn.Sequential and len(module) == 5,
     values=three_layer_values,
 )
+
+TOY_LAYERS = tuple(LinearNames(f"summary.{place}.weight", f"summary.{place}.bias") for place in TOY_KIND.places)
+
+
+def find_three_layers(checkpoint):
+    """What `_find_vhead` finds, with its two projections only where there is no third."""
+    found = sightings(checkpoint, "v_head", TOY_LAYERS, "{root}.summary holds three projections", anywhere=True)
+    three = [sighting for sighting in found if sighting.layers[2].weight in sighting.found]
+    yield from three or VHEAD.find(checkpoint)
+
+
+@pytest.fixture
+def own_format(monkeypatch):
+    """The format of this package, with the toy kind's names among its layouts."""
+    layouts = (*VHEAD.layouts, tuple(names.below("v_head") for names in TOY_LAYERS))
+    extended = replace(VHEAD, find=find_three_layers, layouts=layouts)
+    monkeypatch.setattr(registry, "FORMATS", tuple(extended if f is VHEAD else f for f in registry.FORMATS))
 
 
 class TestHeadKind:
@@ -77,6 +101,34 @@ class TestHeadKind:
         score = Scorer(model).score([Rollout([1, 2], [3, 4, 5])])[0]
         expected = model(torch.tensor([[1, 2, 3, 4, 5]])).value[0, 1:-1].detach()
         assert torch.allclose(torch.from_numpy(score.values), expected, atol=1e-4)
+
+    @pytest.mark.usefixtures("own_format")
+    def test_its_names_in_the_layouts_are_enough_to_save_and_load_it(self, monkeypatch, tmp_path):
+        from transformers import LlamaForCausalLM
+
+        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        weights = drawn(H, FIRST, SECOND, 1)
+        formats.save(weights, tmp_path / "head.safetensors", format="vhead")
+        assert same(formats.load(tmp_path / "head.safetensors"), weights)
+        model = AutoModelForCausalLMWithValueHead(LlamaForCausalLM(self.config()))
+        model.v_head = ValueHead.like(weights, self.config())
+        model.save_pretrained(tmp_path / "critic")
+        loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "critic")
+        assert loaded.v_head.kind is TOY_KIND
+        assert same(loaded.v_head.weights(), weights)
+
+    def test_without_its_names_it_is_neither_saved_nor_loaded(self, tmp_path):
+        weights = drawn(H, FIRST, SECOND, 1)
+        with pytest.raises(HeadError, match="vhead cannot hold a head of 3 projections"):
+            formats.save(weights, tmp_path / "head.safetensors", format="vhead")
+        tensors = {
+            f"v_head.summary.{place}.{name}": getattr(layer, name)
+            for place, layer in zip(TOY_KIND.places, weights.layers, strict=True)
+            for name in ("weight", "bias")
+        }
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(HeadMismatchError, match=r"v_head\.summary\.4\.weight"):
+            formats.load(tmp_path)
 
     def test_without_the_entry_it_is_refused_with_those_there_are(self):
         with pytest.raises(HeadError, match=r"a test: .* value_head \(1\), two_layer \(2\), found 3"):

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "python" / "vhead"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports from the layers above its own in this list, or from its own package; `__init__` only re-exports.
+# CONTRIBUTING has the same list as a table.
 LAYERS = [
     {"errors", "_native"},
     {"env", "head_weights", "upstream"},
@@ -43,6 +44,8 @@ RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in module
 NATIVE_IMPORTERS = {"ops", "candle", "env"}
 # Measures TRL's own head where somebody has installed a release that has one.
 TRL_IMPORTER = PACKAGE / "benchmark" / "trl_head.py"
+# A runner whose own words go to the terminal: its usage, and that it has no program to run.
+PRINTING_RUNNER = PACKAGE / "compat" / "trl" / "__main__.py"
 
 LONGEST_FUNCTION = 60
 
@@ -128,9 +131,18 @@ def relative_imports(source: str) -> list[str]:
 
 
 def prints(source: str) -> list[int]:
-    """Lines that call `print`."""
+    """Lines that call `print`, or `write` of a standard stream."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    return [call.lineno for call in calls if is_print(call.func)]
+
+
+def is_print(function: ast.expr) -> bool:
+    match function:
+        case ast.Name(id="print"):
+            return True
+        case ast.Attribute(attr="write" | "writelines", value=stream):
+            return re.search(r"\bsys\.(__)?std(out|err)\b", ast.unparse(stream)) is not None
+    return False
 
 
 def function_lengths(source: str) -> dict[str, int]:
@@ -190,6 +202,27 @@ def test_python_layers_point_one_way(source: Path) -> None:
         assert upward_imports(module_of(source), source.read_text()) == []
 
 
+def stated_layers(text: str) -> list[set[str]]:
+    """The layers in the table of a page that goes through `python/vhead`."""
+    _, _, table = text.partition("| in `python/vhead` | what it is |\n|---|---|\n")
+    rows = table.partition("\n\n")[0].splitlines()
+    return [{Path(name).stem for name in re.findall("`(.*?)`", row.split("|")[1])} for row in rows]
+
+
+def test_contributing_states_the_layers() -> None:
+    assert stated_layers((ROOT / "CONTRIBUTING.md").read_text()) == LAYERS
+
+
+def test_layers_that_are_stated_in_another_order_are_seen() -> None:
+    table = (
+        "# A page\n\n| in `python/vhead` | what it is |\n|---|---|\n| `a.py`, `b/` | `c` |\n| `d/` | d |\n\n| `e` | |"
+    )
+    assert stated_layers(table) == [{"a", "b"}, {"d"}] != [{"d"}, {"a", "b"}]
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    heads = next(line for line in page.splitlines() if line.startswith("| `heads.py`"))
+    assert stated_layers(page.replace(f"{heads}\n", "")) != LAYERS
+
+
 def test_layer_rule_can_fail() -> None:
     assert upward_imports("heads", "from vhead.modeling.wrapper import AutoModelForCausalLMWithValueHead")
     assert upward_imports("formats", "def load():\n    import vhead.scoring")
@@ -218,7 +251,7 @@ def test_circle_rule_can_fail() -> None:
     assert circles(module_imports(sources | hints | {"d": ""})) == []
 
 
-def test_only_ops_and_candle_import_the_extension(source: Path) -> None:
+def test_only_ops_candle_and_env_import_the_extension(source: Path) -> None:
     assert native_imports(module_of(source), source.read_text()) == []
 
 
@@ -248,12 +281,15 @@ def test_absolute_import_rule_can_fail() -> None:
 
 
 def test_only_the_command_line_prints(source: Path) -> None:
-    if module_of(source) != "cli":
+    if module_of(source) != "cli" and source != PRINTING_RUNNER:
         assert prints(source.read_text()) == []
 
 
 def test_print_rule_can_fail() -> None:
     assert prints("x = 1\nprint(x)") == [2]
+    assert prints("import sys\nsys.stdout.write('a')\nsys.stderr.buffer.write(b'a')") == [2, 3]
+    assert prints(PRINTING_RUNNER.read_text())
+    assert prints("import sys\nfile.write(sys.stdout.encoding)") == []
 
 
 def test_functions_are_short() -> None:

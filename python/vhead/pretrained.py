@@ -1,6 +1,6 @@
 """The value head as a model of transformers; importing this registers it with their auto classes.
 
-It is one of the rooms of `vhead.modeling`, and a module of its own here, since its import is what a user asks for.
+The classes are defined in `vhead.modeling.pretrained`. Users import this module, also for the registration alone.
 """
 
 from vhead.modeling.pretrained import ValueHeadConfig, ValueHeadModel, ValueHeadModelOutput

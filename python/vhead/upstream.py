@@ -133,7 +133,7 @@ NAMES = (
     ),
     Name("transformers.AutoModelForCausalLM._model_mapping._model_mapping", "finding a model type's classes"),
     Name("transformers.PreTrainedModel._keys_to_ignore_on_load_missing", "telling layers that may be missing"),
-    Name("transformers.PreTrainedModel._tied_weights_keys", "naming tied weights in the native form"),
+    Name("transformers.PreTrainedModel._tied_weights_keys", "naming tied weights in vhead.pretrained"),
     Name(
         "transformers.PreTrainedModel._can_record_outputs",
         "keeping only the last hidden state under torch.compile",

@@ -27,8 +27,8 @@ from vhead.scoring import output as outputs
 from vhead.scoring.output_files import open_output
 from vhead.scoring.part import GrowingFile
 
-# A field whose type widens on the way, three records to a window.
-WINDOW = 3
+# A field whose type widens on the way, three records to a chunk.
+CHUNK = 3
 FIELDS = [1, None, 0.5, 2, 3, 0.25, 7]
 FORMATS = [("in.jsonl", "out.jsonl"), ("in.jsonl", "out.parquet"), ("in.parquet", "out.parquet")]
 
@@ -55,9 +55,9 @@ def score(source: Path, target: Path, *, resume: bool = False, overwrite: bool =
         for _ in output.journal.pass_over(rows):
             pass
         last = None
-        while window := list(itertools.islice(rows, WINDOW)):
-            last = window[-1]
-            output.write(window, scores_of(*[1 + row.count % 3 for row in window], seed=last.count), last)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            last = chunk[-1]
+            output.write(chunk, scores_of(*[1 + row.count % 3 for row in chunk], seed=last.count), last)
         output.publish(last, scores_of())
         return True
 
@@ -156,7 +156,7 @@ def test_the_kill_can_be_noticed(tmp_path, monkeypatch, broken):
 
 
 def options(source: Path, target: Path) -> list[str]:
-    budget = ["--token-budget", "64", "--window-tokens", "512", "--returns", "values,reward", "--num-threads", "1"]
+    budget = ["--token-budget", "64", "--chunk-tokens", "512", "--returns", "values,reward", "--num-threads", "1"]
     return ["score", str(source), "-m", str(demo_model_path()), "-o", str(target), *budget]
 
 

@@ -29,7 +29,7 @@ def forks() -> Iterator[Forks]:
 def test_a_signal_at_any_moment_ends_the_command(forks, number, busy):
     sent = list(CODES)[number % 2]
     command = ["score", "-", "-m", demo_model_path(), "-o", "-", "--returns", "reward", "--device", "cpu"]
-    with forks.run(*command, "--window-tokens", 500) as process, ExitStack() as pipes:
+    with forks.run(*command, "--chunk-tokens", 500) as process, ExitStack() as pipes:
         if busy:
             pipes.enter_context(feeding(process))
             pipes.enter_context(draining(process))

@@ -49,7 +49,7 @@ def test_seeds_that_do_not_follow_torch_are_found(monkeypatch):
     assert checks.seeds_are_torch_s(CPU) == "the same seed gave another mask"
 
 
-def test_fresh_weights_that_differ_are_found(monkeypatch):
+def test_initial_weights_that_differ_are_found(monkeypatch):
     def fill(weight, bias):
         torch.nn.init.normal_(weight)
         torch.nn.init.zeros_(bias)
@@ -57,7 +57,7 @@ def test_fresh_weights_that_differ_are_found(monkeypatch):
 
     off = iter([0.0, 1e-3])
     monkeypatch.setattr(checks, "init_linear_", fill)
-    assert checks.same_fresh_weights(CPU) == "linear: 1 numbers differ from the CPU's"
+    assert checks.same_initial_weights(CPU) == "linear: 1 numbers differ from the CPU's"
 
 
 def test_inexact_statistics_are_found(monkeypatch):

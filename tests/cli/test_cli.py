@@ -10,7 +10,7 @@ import torch
 from tests.typer_runner import RUNNER
 from vhead import cli, upstream
 from vhead.cli.app import app
-from vhead.packing.packing import TreePacking
+from vhead.packing.tree_packing import TreePacking
 
 
 def run(*arguments):

@@ -526,6 +526,17 @@ class TestOddRecords:
         assert table.column("id").to_pylist() == [f"r{index}" for index in range(12)]
         assert table.column("tag").to_pylist() == [[index] for index in range(12)]
 
+    def test_the_old_name_of_the_chunk_s_tokens_works_and_says_the_new_one(self, critic, source, tmp_path):
+        outputs = [tmp_path / "old.jsonl", tmp_path / "new.jsonl"]
+        old, new = (
+            run(source, "-m", critic, "-o", output, option, 16)
+            for option, output in zip(("--window-tokens", "--chunk-tokens"), outputs, strict=True)
+        )
+        assert (old.exit_code, new.exit_code) == (0, 0), old.stderr + new.stderr
+        assert "--window-tokens is now called --chunk-tokens" in old.stderr
+        assert "--window-tokens" not in new.stderr
+        assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
     def test_an_empty_input_gives_the_columns(self, critic, source, tmp_path):
         source.write_text("")
         assert run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--suffix", "_b").exit_code == 0

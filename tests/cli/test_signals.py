@@ -54,7 +54,7 @@ def score():
         "-",
         "--returns",
         "reward",
-        "--window-tokens",
+        "--chunk-tokens",
         1,
         "--device",
         "cpu",
@@ -110,7 +110,7 @@ def test_the_check_can_fail_where_nobody_insists(forks, score):
 
 
 def test_output_that_nobody_reads_does_not_keep_a_signal_waiting(forks, score):
-    with forks.run(*score, "--window-tokens", 1000) as command:
+    with forks.run(*score, "--chunk-tokens", 1000) as command:
         until_scored(command, records=100)
         with feeding(command):
             before = -1

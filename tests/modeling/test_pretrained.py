@@ -1,4 +1,4 @@
-"""The native form: one folder that `AutoModel` loads, the same modules as the wrapper's, a model of transformers."""
+"""`vhead.pretrained`: one folder that `AutoModel` loads, the same modules as the wrapper's, a `PreTrainedModel`."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def wrapped(architecture="llama", dtype=torch.float32, **settings):
     return model
 
 
-def native(architecture="llama", dtype=torch.float32, **settings):
+def pretrained(architecture="llama", dtype=torch.float32, **settings):
     return ValueHeadModel.from_wrapper(wrapped(architecture, dtype, **settings))
 
 
@@ -46,9 +46,9 @@ def is_tied(model):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("native") / "model"
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
     torch.manual_seed(3)
-    model = native()
+    model = pretrained()
     model.save_pretrained(folder)
     return model, folder
 
@@ -68,7 +68,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "8KB"}], ids=["single", "sharded"])
 @torch.no_grad()
 def test_round_trip_bit_for_bit(tmp_path, architecture, dtype, settings, options):
-    model = native(architecture, dtype, **settings)
+    model = pretrained(architecture, dtype, **settings)
     model.save_pretrained(tmp_path, **options)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(options)
     # The attention is not saved, and transformers 4.57 chooses another for Gemma 2 on loading.
@@ -85,14 +85,14 @@ def test_round_trip_bit_for_bit(tmp_path, architecture, dtype, settings, options
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
-    native(**TIED).save_pretrained(tmp_path)
+    pretrained(**TIED).save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors")
     assert sum("embed_tokens" in name or "lm_head" in name for name in names) == 1
     loaded = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         loaded.get_input_embeddings().weight.add_(1.0)
     assert is_tied(loaded)
-    assert not is_tied(native(tie_word_embeddings=False))
+    assert not is_tied(pretrained(tie_word_embeddings=False))
 
 
 def test_the_head_stays_float32_in_every_dtype(saved):
@@ -150,7 +150,7 @@ def test_it_computes_what_the_wrapper_computes(architecture):
 
 @torch.no_grad()
 def test_the_output_has_what_was_asked_for():
-    model = native()
+    model = pretrained()
     inputs = batch(model.pretrained_model)
     output = model(**inputs, labels=inputs["input_ids"], use_cache=True)
     assert list(output.keys()) == ["loss", "logits", "value", CACHE]
@@ -195,7 +195,7 @@ def test_a_configuration_without_a_language_model(given):
 
 
 def test_generate_and_its_configuration(tmp_path):
-    model = native()
+    model = pretrained()
     model.generation_config.max_new_tokens = 3
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
@@ -210,7 +210,7 @@ def test_generate_and_its_configuration(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients():
-    plain, checkpointed = native().train(), native().train()
+    plain, checkpointed = pretrained().train(), pretrained().train()
     checkpointed.load_state_dict(plain.state_dict())
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()
 def test_copies_are_whole(copied):
-    model = native(**TIED)
+    model = pretrained(**TIED)
     inputs = batch(model.pretrained_model)
     expected = model(**inputs).value
     copied_model = copied(model)
@@ -238,7 +238,7 @@ def test_copies_are_whole(copied):
 
 
 def test_the_vocabulary_can_grow(tmp_path):
-    model = native(**TIED)
+    model = pretrained(**TIED)
     model.resize_token_embeddings(101)
     assert model.config.vocab_size == model.config.text_config.vocab_size == 101
     model.save_pretrained(tmp_path)
@@ -261,7 +261,7 @@ def test_an_adapter():
         # peft reads an attribute that transformers 5 renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["v_head"])
-        model = peft.get_peft_model(native(), config)
+        model = peft.get_peft_model(pretrained(), config)
     inputs = batch(model.get_base_model().pretrained_model)
     model(**inputs).value.sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -277,7 +277,7 @@ def test_an_adapter():
 def test_the_trainer_trains_it(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    model = native()
+    model = pretrained()
     rows = [{"input_ids": torch.arange(3, 9) + i, "labels": torch.arange(3, 9) + i} for i in range(4)]
     before = model.pretrained_model.lm_head.weight.clone()
     arguments = transformers.TrainingArguments(

@@ -12,10 +12,11 @@ from tests.scoring.scoring_models import by_way, critic, rollouts, trees, worst
 from vhead import Scorer, VheadError
 from vhead.backbone.hidden_states import plan_for
 from vhead.backbone.placement import to_device
-from vhead.packing import packing, plan, strategies
+from vhead.packing import plan, strategies, tree_packing
 from vhead.packing.attention import flash as flash_attention
 from vhead.packing.attention import interface, visibility
 from vhead.packing.attention import segments as segment_attention
+from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring import engine
 from vhead.scoring.logits import LogitsRule, token_statistics
 from vhead.scoring.scores import FIELDS
@@ -174,13 +175,13 @@ class TestChoice:
         def fail(*_args, **_options):
             raise RuntimeError("no compiler")
 
-        monkeypatch.setattr(packing.FlexAttention, "__call__", fail)
+        monkeypatch.setattr(tree_packing.FlexAttention, "__call__", fail)
         found = Scorer(models["llama"]).plan
         assert (found.attention, found.attention_reason) == ("flash", "the next one that passed its trial")
         assert found.rejected == {"tree packing with FlexAttention": "RuntimeError: no compiler"}
 
     def test_without_the_package_segments_follow(self, models, as_on_cuda, monkeypatch):
-        monkeypatch.setitem(packing.FlexAttention.__init__.__globals__, "_kernel", None)
+        monkeypatch.setitem(tree_packing.FlexAttention.__init__.__globals__, "_kernel", None)
         monkeypatch.setitem(sys.modules, "flash_attn", None)
         found = Scorer(models["llama"]).plan
         assert found.attention == "segments"
@@ -239,7 +240,7 @@ class TestOnCuda:
                 model = AutoModelForCausalLM.from_config(models["llama"].pretrained_model.config).eval()
                 head = torch.nn.Linear(32, 1)
             body = strategies.Body(model, plan_for(model))
-            strategy = packing.TreePacking(body) if way == "TreePacking" else packing.MaskedTreePacking(body, None)
+            strategy = TreePacking(body) if way == "TreePacking" else MaskedTreePacking(body, None)
             own = object.__new__(engine.Engine)
             own._head = head
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)

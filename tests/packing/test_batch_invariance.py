@@ -58,7 +58,7 @@ def test_without_it_the_company_shows(model, records):
     assert max(distinct_results(scorer, records, compositions(records))) > 1
 
 
-def test_the_stream_s_windows_do_not_show(model, records):
+def test_the_stream_s_chunks_do_not_show(model, records):
     small = Scorer(model, batch_invariant=True, token_budget=20, chunk_tokens=70)
     large = Scorer(model, batch_invariant=True)
     for one, other in zip(small.stream(records, FIELDS), large.stream(records, FIELDS), strict=True):

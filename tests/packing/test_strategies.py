@@ -12,7 +12,7 @@ from tests.library_versions import need_architecture
 from tests.scoring.scoring_models import VOCABULARY, WAYS, by_way, critic, largest_difference, rollouts, trees, worst
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.backbone.hidden_states import plan_for
-from vhead.packing import packing, plan, self_check, strategies
+from vhead.packing import plan, self_check, strategies, tree_packing
 from vhead.packing.attention import interface, segments
 from vhead.scoring.scores import FIELDS
 
@@ -84,7 +84,7 @@ def test_shared_tokens_are_computed_once(models, way):
 
 
 @needs_interface
-def test_rollouts_of_one_prompt_are_found_across_the_window(models):
+def test_rollouts_of_one_prompt_are_found_across_the_chunk(models):
     scorer = Scorer(models["llama"])
     encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(trees(prompts=5, completions=6))]
     computed = sum(work.batch.tokens for work in scorer._engine.work(encoded, 2048, FIELDS))
@@ -124,9 +124,9 @@ class TestSelfCheck:
 
     @needs_interface
     def test_a_way_that_is_wrong_is_not_used(self, models, monkeypatch):
-        monkeypatch.setattr(packing.TreePacking, "states", mixed_up(packing.TreePacking.states))
+        monkeypatch.setattr(tree_packing.TreePacking, "states", mixed_up(tree_packing.TreePacking.states))
         ways = self.ways(models["llama"])
-        assert isinstance(ways.usual, packing.MaskedTreePacking)
+        assert isinstance(ways.usual, tree_packing.MaskedTreePacking)
         assert "of the largest state" in ways.plan.rejected["tree packing"]
 
     def test_wrong_padding_is_noticed(self, models, monkeypatch):
@@ -160,7 +160,7 @@ class TestSelfCheck:
 
         monkeypatch.setattr(interface, "register", fail)
         ways = self.ways(models["llama"])
-        assert isinstance(ways.usual, packing.MaskedTreePacking)
+        assert isinstance(ways.usual, tree_packing.MaskedTreePacking)
         assert ways.plan.rejected["tree packing"] == "ImportError: no attention interface"
 
     def test_probes_keep_clear_of_special_tokens(self, models):
@@ -189,7 +189,7 @@ class TestLimits:
         assert worst(model, records, scorer.score(records, FIELDS)) < TOLERANCE
         encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(records)]
         for work in scorer._engine.work(encoded, 500, FIELDS):
-            packed = isinstance(work.strategy, packing.MaskedTreePacking)
+            packed = isinstance(work.strategy, tree_packing.MaskedTreePacking)
             assert all((len(encoded[place]) <= 24) == packed for place in work.batch.places)
 
     @needs_interface

@@ -227,7 +227,7 @@ class TestTokensAmongTheReturns:
         assert len(score.values) == len(score.token_ids) == len(score.offsets) == 2
         assert score.offsets.tolist() == [[0, 6], [6, 7]]
 
-    def test_a_stream_and_a_window_of_none(self, scorer):
+    def test_a_stream_and_a_chunk_of_none(self, scorer):
         rollouts = [Rollout("hello ", "world")] * 3
         (one, *_) = scorer.stream(iter(rollouts), ["tokens", "reward"])
         assert one.token_ids.tolist() == scorer.score(rollouts, ["tokens"])[0].token_ids.tolist()

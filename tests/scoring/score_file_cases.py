@@ -59,20 +59,20 @@ def begun(
     return output
 
 
-def write_in_windows(output: Output, rows: Sequence[Row], size: int = 1, *, skips: bool = False) -> list[RecordError]:
+def write_in_chunks(output: Output, rows: Sequence[Row], size: int = 1, *, skips: bool = False) -> list[RecordError]:
     """Writes rows, some at a time, and gives the errors of those that could not be written."""
     errors: list[RecordError] = []
     for start in range(0, len(rows), size):
-        window = rows[start : start + size]
-        scores = scores_of(*[2 + row.count % 3 for row in window], seed=start)
-        output.write(window, scores, window[-1], errors.append if skips else None)
+        chunk = rows[start : start + size]
+        scores = scores_of(*[2 + row.count % 3 for row in chunk], seed=start)
+        output.write(chunk, scores, chunk[-1], errors.append if skips else None)
     return errors
 
 
 def put(path: Path, rows: Sequence[Row], size: int = 1, *, skips: bool = False, schema: object = None, **options):
     """Writes a whole output; gives the errors of rows that were left out."""
     with begun(path, schema=schema, **options) as output:
-        errors = write_in_windows(output, rows, size, skips=skips)
+        errors = write_in_chunks(output, rows, size, skips=skips)
         output.publish(rows[-1] if rows else None, scores_of())
     return errors
 
@@ -80,7 +80,7 @@ def put(path: Path, rows: Sequence[Row], size: int = 1, *, skips: bool = False, 
 def stop_after(path: Path, rows: Sequence[Row], size: int = 1, **options) -> None:
     """Writes a part of an output."""
     with suppress(Stopped), begun(path, **options) as output:
-        write_in_windows(output, rows, size)
+        write_in_chunks(output, rows, size)
         raise Stopped
 
 

@@ -8,12 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.library_versions import DTYPE, need_architecture
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Score, Scorer, Scores
-from vhead.packing import caching, packing, strategies
+from vhead.packing import caching, strategies, tree_packing
 
 VOCABULARY = 97
 CONTEXT = 64
 
-WAYS = {**vars(strategies), **vars(packing), **vars(caching)}
+WAYS = {**vars(strategies), **vars(tree_packing), **vars(caching)}
 
 _LLAMA = {
     "vocab_size": VOCABULARY,

@@ -22,7 +22,7 @@ from tests.scoring.score_file_cases import (
     read,
     scores_of,
     stop_after,
-    write_in_windows,
+    write_in_chunks,
 )
 from vhead.errors import FieldError, OutputBusyError, OutputError, ResumeError
 from vhead.scoring.output_files import open_output
@@ -45,7 +45,7 @@ class TestPublishing:
         path = tmp_path / name
         path.write_text("old\n")
         with begun(path, overwrite=True) as output:
-            write_in_windows(output, ROWS)
+            write_in_chunks(output, ROWS)
             assert path.read_text() == "old\n"
             assert output.partial.stat().st_size
             output.publish(ROWS[-1], scores_of())
@@ -77,7 +77,7 @@ class TestPublishing:
     def test_a_record_that_cannot_be_written_is_an_error_after_those_before_it(self, tmp_path, name):
         rows = [*ROWS[:2], Unwritable(), *ROWS[3:]]
         with pytest.raises(FieldError, match="line 3: n: expected"), begun(tmp_path / name) as output:
-            write_in_windows(output, rows, 6)
+            write_in_chunks(output, rows, 6)
         put(tmp_path / name, ROWS[2:], resume=True)
         assert [record["n"] for record in content(tmp_path / name)] == [0, 1, 2, 3, 4, 5]
 
@@ -132,7 +132,7 @@ class TestWhatIsThere:
             begun(tmp_path / name, {"dtype": "bfloat16"}, resume=True)
         with begun(tmp_path / name, {"dtype": "bfloat16"}, resume=True, overwrite=True) as output:
             assert not output.finished
-            write_in_windows(output, ROWS[:2])
+            write_in_chunks(output, ROWS[:2])
             output.publish(ROWS[1], scores_of())
         assert len(content(tmp_path / name)) == 2
 
@@ -217,7 +217,7 @@ class TestWhatIsThere:
 
     def test_other_settings_are_refused(self, tmp_path, name):
         with suppress(Stopped), begun(tmp_path / name, {"model file a": "12", "token_budget": 5}) as output:
-            write_in_windows(output, ROWS[:2])
+            write_in_chunks(output, ROWS[:2])
             raise Stopped
         for settings, message in (
             ({"model file a": "13", "token_budget": 5}, "model file a: expected '12', as in the run .* got '13'"),
@@ -286,7 +286,7 @@ class TestLock:
     @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
     def test_the_second_run_is_told_who_writes(self, tmp_path, name, options):
         with begun(tmp_path / name) as output:
-            write_in_windows(output, ROWS)
+            write_in_chunks(output, ROWS)
             who = rf"another run is writing this output: process {os.getpid()} on {socket.gethostname()}, since 20"
             with pytest.raises(OutputBusyError, match=who):
                 open_output(str(tmp_path / name), **options)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.scoring.score_file_cases import begun, content, lines_of, put, read, scores_of, stop_after, write_in_windows
+from tests.scoring.score_file_cases import begun, content, lines_of, put, read, scores_of, stop_after, write_in_chunks
 from vhead.errors import FieldError
 from vhead.scoring.schema import Shape, shape_of, united
 
@@ -17,7 +17,7 @@ ABSENT = object()
 
 
 def carried(folder, values, size=1, **options):
-    """What becomes of values of one field, each in a window of its own."""
+    """What becomes of values of one field, each in a chunk of its own."""
     rows = lines_of(*({} if value is ABSENT else {"x": value} for value in values))
     assert put(folder / "out.parquet", rows, size, **options) == []
     return [record.get("x") for record in content(folder / "out.parquet")]
@@ -113,7 +113,7 @@ class TestWhatDoesNotFit:
     def test_what_cannot_be_one_type_names_both_records(self, tmp_path, values, message, size):
         rows = lines_of(*({"x": value} for value in values))
         with pytest.raises(FieldError, match=message), begun(tmp_path / "out.parquet") as output:
-            write_in_windows(output, rows, size)
+            write_in_chunks(output, rows, size)
 
     def test_it_is_left_out_and_the_others_written_when_skipped(self, tmp_path, values, message, size):
         rows = lines_of({"x": None}, *({"x": value} for value in values), {"x": None})
@@ -158,7 +158,7 @@ class TestAtTheFirstWrite:
             begun(tmp_path / "out.parquet", resume=True) as output,
             pytest.raises(FieldError, match=r"line 3: x.* line [12] has"),
         ):
-            write_in_windows(output, rows[2:])
+            write_in_chunks(output, rows[2:])
         put(tmp_path / "whole.parquet", rows[:2])
         with begun(tmp_path / "out.parquet", resume=True) as output:
             output.publish(rows[1], scores_of())
@@ -215,7 +215,7 @@ def test_every_value_comes_back_or_is_named(tmp_path_factory, values, size):
 
 
 @given(st.lists(VALUES, min_size=1, max_size=4))
-def test_the_order_of_windows_does_not_matter(values):
+def test_the_order_of_chunks_does_not_matter(values):
     try:
         shapes = [shape_of([value], f"line {place}") for place, value in enumerate(values)]
     except FieldError:

@@ -244,7 +244,7 @@ class TestStream:
             assert got.id == want.id
             np.testing.assert_allclose(got.logprobs, want.logprobs, atol=TOLERANCE)
 
-    def test_reads_no_further_than_a_window(self, scorer):
+    def test_reads_no_further_than_a_chunk(self, scorer):
         read = []
 
         def endless():
@@ -254,12 +254,12 @@ class TestStream:
 
         stream = scorer.stream(endless(), ["reward"])
         assert [next(stream).id for _ in range(5)] == list(range(5))
-        window = 8 * scorer.token_budget // 12 + 1
+        chunk = 8 * scorer.token_budget // 12 + 1
         # One that is computed, one that is ready, one in the making.
-        assert len(read) <= 3 * window
-        for _ in range(3 * window):
+        assert len(read) <= 3 * chunk
+        for _ in range(3 * chunk):
             next(stream)
-        assert len(read) <= 7 * window
+        assert len(read) <= 7 * chunk
 
     def test_good_records_before_a_bad_one_are_given_first(self, scorer):
         records = rollouts(10)
@@ -343,7 +343,7 @@ class TestBadInput:
         records = [Rollout([5], [6], id=name) for name in (1, 2, 3, 1)]
         assert scorer.score(records, ["reward"]).ids == (1, 2, 3, 1)
 
-    def test_a_rollout_that_cannot_be_scored_is_told_before_its_window_is_full(self, scorer):
+    def test_a_rollout_that_cannot_be_scored_is_told_before_its_chunk_is_full(self, scorer):
         told = []
 
         def records():

@@ -1,4 +1,4 @@
-"""What must hold on a device beside equal bits: fresh weights, seeds, streams, CUDA graphs, token statistics."""
+"""What must hold on a device beside equal bits: initial weights, seeds, streams, CUDA graphs, token statistics."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -38,7 +38,7 @@ def kernels_run(device: torch.device) -> str | None:
     return reason and f"plain torch runs there: {reason}"
 
 
-def same_fresh_weights(device: torch.device) -> str | None:
+def same_initial_weights(device: torch.device) -> str | None:
     """The numbers that a head starts with are the CPU's for the same seed of torch."""
 
     def fresh(where: torch.device, fill: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -176,7 +176,7 @@ def _values(inputs: Inputs) -> Tensor:
 
 CHECKS: dict[str, Check] = {
     "the head's own kernels run": kernels_run,
-    "fresh weights are the CPU's": same_fresh_weights,
+    "initial weights are the CPU's": same_initial_weights,
     "masks follow torch.manual_seed": seeds_are_torch_s,
     "token statistics are as exact as from all logits": statistics_are_close,
 }

@@ -20,8 +20,10 @@ from typing import BinaryIO
 # Long names have to leave room for what is put around them: file systems take 255 bytes.
 _KEPT_OF_NAME = 40
 
+# What Linux calls them in fcntl.h and stdio.h: paths from the current folder on, and a renaming that swaps two names.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# What a system or a file system answers that cannot swap.
 _NOT_OFFERED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
 
 

@@ -42,7 +42,7 @@ _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?=\.)")
 _BELOW_HEAD = re.compile(r"summary|[0-9]+")
 
 # The prefix of the language model's names in `vhead.modeling.pretrained`'s checkpoints, and in raw saves of a wrapper.
-_BODY_OF_NATIVE_FORM = "pretrained_model."
+_BODY_OF_PRETRAINED = "pretrained_model."
 
 # What a base model has in common with an adapter that was trained on it: the place of neither.
 _SHARED_LOCATION = ("cache_dir", "force_download", "local_files_only", "token")
@@ -309,7 +309,7 @@ def _load_body(
     check_config(config, checkpoint.describe("config.json"), runs_code=trusted)
     arguments = {**_with_device_map(_with_quantization(arguments), device), "output_loading_info": True}
     with loading(location), bounded_by(checkpoint):
-        if found.body_prefix == _BODY_OF_NATIVE_FORM and config.get("model_type") == "vhead":
+        if found.body_prefix == _BODY_OF_PRETRAINED and config.get("model_type") == "vhead":
             # It holds the model beside the head, which is read as any other, and is whole or not loaded at all.
             return auto_class.from_pretrained(location, *model_args, **arguments)[0].pretrained_model, frozenset()
         arguments |= _arguments_around(found, checkpoint, arguments)

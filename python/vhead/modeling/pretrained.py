@@ -1,4 +1,4 @@
-"""The native form: a model of transformers with a value head, in one folder that `AutoModel.from_pretrained` loads.
+"""A `PreTrainedModel` with a value head, in one folder that `AutoModel.from_pretrained` loads.
 
 It holds the same two modules as the wrapper, the language model and the head, and turns into one and back without a
 copy. Importing this module registers it with transformers' auto classes.
@@ -222,7 +222,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
     @classmethod
     def from_wrapper(cls, wrapper: PreTrainedModelWrapper) -> Self:
-        """The native form of a wrapped model: the same language model and head, not copies.
+        """The `PreTrainedModel` of a wrapped model: the same language model and head, not copies.
 
         Args:
             wrapper: A wrapped model without adapters.

@@ -20,9 +20,9 @@ def value_head(
 ) -> Tensor:
     """The value of each hidden state: `bias + scale * sum(keep * hidden * weight)`, accumulated in float32.
 
-    A row's value depends on that row, the weights and H alone, bit for bit: not on batch size, strides or threads, and
-    the kernels of the CPU and of CUDA devices agree. NaN and infinities propagate, through dropped elements as well.
-    Under autocast the result stays float32.
+    A row's value depends on that row, the weights and H alone, bit for bit: not on batch size, strides or threads. The
+    kernels of CUDA devices give the CPU's bits as far as emulation shows; they have not been run on a GPU yet. NaN and
+    infinities propagate, through dropped elements as well. Under autocast the result stays float32.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16 or float16; any strides, though a last dimension that is not contiguous is

@@ -1,1 +1,1 @@
-"""Rollouts that share tokens as one row: trees, attention along their paths, and which way a model can take."""
+"""Rollouts that share tokens as one row: trees, attention along their paths, and which strategy a model can take."""

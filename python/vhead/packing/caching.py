@@ -1,4 +1,4 @@
-"""Ways in which the keys and values of shared tokens are computed first, and kept for what follows them."""
+"""Strategies that compute the keys and values of shared tokens first, and keep them for what follows."""
 
 import copy
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Which way of batching a language model can take, found by trying each on a few tokens, and never assumed."""
+"""Which strategy a language model can take, found by trying each on a few tokens, and never assumed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ from vhead.backbone.padding import Padding
 from vhead.errors import VheadError
 from vhead.packing import limits
 from vhead.packing.caching import PrefixCache, PromptThenCompletion
-from vhead.packing.packing import FlashTreePacking, FlexTreePacking, MaskedTreePacking, TreePacking
 from vhead.packing.self_check import LONG, SelfCheck, probes
 from vhead.packing.strategies import Body, OneByOne, PaddedBatches, Strategy
+from vhead.packing.tree_packing import FlashTreePacking, FlexTreePacking, MaskedTreePacking, TreePacking
 
 Attention = Literal["segments", "flex", "flash", "mask"]
 ATTENTIONS: tuple[Attention, ...] = ("segments", "flex", "flash", "mask")
@@ -28,7 +28,7 @@ class ScorerPlan:
         strategy: How rollouts of usual length are batched.
         attention: The way of attending in packed trees; None where there are none.
         attention_reason: Why it is this one.
-        rejected: The faster ways that this model cannot take, each with the reason.
+        rejected: The faster strategies that this model cannot take, each with the reason.
         longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
@@ -74,17 +74,17 @@ class Ways:
     own_logits: PaddedBatches
 
     def groups(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
-        """Groups sequences by the way that they take; each place is in one group."""
+        """Groups sequences by the strategy that they take; each place is in one group."""
         places: dict[Strategy[Any], list[int]] = {}
         for place, length in enumerate(lengths):
-            places.setdefault(self._way(length), []).append(place)
+            places.setdefault(self._strategy(length), []).append(place)
         return list(places.items())
 
     def without_sharing(self, lengths: Sequence[int]) -> list[tuple[Strategy[Any], list[int]]]:
         """Groups as `groups` does, for when the model's own logits are needed."""
         return replace(self, usual=self.own_logits, padded=self.own_logits).groups(lengths)
 
-    def _way(self, length: int) -> Strategy[Any]:
+    def _strategy(self, length: int) -> Strategy[Any]:
         if self.longest_padded is not None and length > self.longest_padded:
             return self.alone
         longest = self.plan.longest_shared
@@ -95,7 +95,7 @@ class Ways:
 def find_ways(
     body: Body, *, batch_invariant: bool = False, own_logits: bool = False, attention: Attention | None = None
 ) -> Ways:
-    """Tries the ways of batching from the fastest on; the model has to be in evaluation mode.
+    """Tries the strategies from the fastest on; the model has to be in evaluation mode.
 
     Args:
         body: The language model.
@@ -201,7 +201,7 @@ def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy[Any]
 def _first(
     candidates: Sequence[Strategy[Any]], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches
 ) -> tuple[Strategy[Any] | None, int | None, dict[str, str]]:
-    """The first way that passes, the most tokens that it may be used for, and why those before it did not pass."""
+    """The first strategy that passes, the most tokens that it may be used for, and why those before it did not."""
     rejected: dict[str, str] = {}
     for candidate in candidates:
         windows = bounds.sliding and candidate.heeds_windows and check.windows(candidate) is None
@@ -215,7 +215,7 @@ def _first(
 
 
 def _in_blocks(candidate: Strategy[Any], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches) -> str | None:
-    """The same check on several blocks of rows, where the way's kernel works in blocks."""
+    """The same check on several blocks of rows, where the strategy's kernel works in blocks."""
     if not candidate.works_in_blocks:
         return None
     body = check.body

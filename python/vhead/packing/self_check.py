@@ -1,7 +1,7 @@
-"""The comparison that decides which way of batching a language model can take.
+"""The comparison that decides which strategy a language model can take.
 
 What a batch gives is compared with what each sequence gives alone. A check that cannot fail proves nothing, so each
-tree is also attended wrongly on purpose: a way is used only where that would have been noticed.
+tree is also attended wrongly on purpose: a strategy is used only where that would have been noticed.
 """
 
 import math
@@ -74,9 +74,9 @@ class SelfCheck:
     def __init__(self, body: Body, sequences: Sequence[Tokens]) -> None:
         self.body, self._sequences = body, sequences
         self._prompt = _PROMPT * max(1, max(map(len, sequences)) // (_PROMPT + _SECOND))
-        way = OneByOne(body)
-        batches = list(way.batches(sequences, [], 1))
-        states = [way.states(batch).float() for batch in batches]
+        strategy = OneByOne(body)
+        batches = list(strategy.batches(sequences, [], 1))
+        states = [strategy.states(batch).float() for batch in batches]
         self._alone = states
         self._scale = max(float(state.abs().max()) for state in states)
         self._tolerance = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE) * self._scale
@@ -90,8 +90,8 @@ class SelfCheck:
             return f"its layers look back only {limit} tokens"
         return None
 
-    def windows(self, way: Strategy[Any]) -> str | None:
-        """Why this way of sharing tokens cannot be used beyond the model's sliding windows, or None.
+    def windows(self, strategy: Strategy[Any]) -> str | None:
+        """Why this strategy, which shares tokens, cannot be used beyond the model's sliding windows, or None.
 
         The comparison is made with windows so short that these sequences are longer, and first it is made sure that
         the model itself heeds what was shortened.
@@ -101,7 +101,7 @@ class SelfCheck:
             if not short._difference_of(self._alone) > self._control * self._tolerance:
                 return "its attention windows cannot be tried on short sequences"
             short._tolerance = max(short._tolerance, self._tolerance)
-            return short.sharing(way, last=None)
+            return short.sharing(strategy, last=None)
 
     def in_place_agrees(self) -> bool:
         """Whether gated layers may work in place, found on the sequences alone."""
@@ -114,12 +114,12 @@ class SelfCheck:
         finally:
             self.body.in_place = False
 
-    def padding(self, way: PaddedBatches) -> str | None:
+    def padding(self, strategy: PaddedBatches) -> str | None:
         """Why padded batches cannot be used, or None."""
         try:
-            difference = self._difference(way, self._batches(way))
+            difference = self._difference(strategy, self._batches(strategy))
         except Exception as error:  # Whatever a model raises means that it cannot.
-            return self._refused(way, error)
+            return self._refused(strategy, error)
         if not difference <= self._tolerance:
             return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
         if self._half:
@@ -130,66 +130,67 @@ class SelfCheck:
 
     def _between_kernels(self) -> float:
         """What the model's own attention and transformers' plain one differ by, which are both right."""
-        way = OneByOne(self.body)
+        strategy = OneByOne(self.body)
         with AttentionInterface(self.body.model).plain():
-            return self._difference(way, self._batches(way))
+            return self._difference(strategy, self._batches(strategy))
 
-    def logits_agree(self, way: PaddedBatches) -> bool:
+    def logits_agree(self, strategy: PaddedBatches) -> bool:
         """Whether the model's own logits are in padded batches what they are alone."""
         alone = OneByOne(self.body)
         expected = [alone.states_and_logits(batch)[1].float() for batch in self._batches(alone)]
-        for batch in self._batches(way):
-            logits = way.states_and_logits(batch)[1].float()
+        for batch in self._batches(strategy):
+            logits = strategy.states_and_logits(batch)[1].float()
             for place, rows in zip(batch.places, batch.rows, strict=True):
                 difference = logits[torch.from_numpy(rows).to(logits.device)] - expected[place]
                 if not _largest(difference) <= self._tolerance / self._scale * float(expected[place].abs().max()):
                     return False
         return True
 
-    def sharing(self, way: Strategy[Any], *, last: int | None = 1) -> str | None:
-        """Why this way of sharing tokens cannot be used, or None.
+    def sharing(self, strategy: Strategy[Any], *, last: int | None = 1) -> str | None:
+        """Why this strategy, which shares tokens, cannot be used, or None.
 
         Args:
-            way: The way, made as it would be used.
+            strategy: The strategy, made as it would be used.
             last: Among how many of each sequence's last tokens an error on purpose has to be seen, None for all. A
-                window may be shorter than the way from a long sequence's last token to where an error is.
+                window may be shorter than the distance from a long sequence's last token to where an error is.
         """
         try:
-            batches = self._batches(way)
-            difference = self._difference(way, batches)
+            batches = self._batches(strategy)
+            difference = self._difference(strategy, batches)
             if not difference <= self._tolerance:
                 return f"differs from one sequence alone by {difference / self._scale:.1e} of the largest state"
             wrong = self._difference(
-                way, [replace(batch, content=way.spoilt(batch.content)) for batch in batches], last
+                strategy, [replace(batch, content=strategy.spoilt(batch.content)) for batch in batches], last
             )
         except Exception as error:  # Whatever a model raises means that it cannot.
-            return self._refused(way, error)
+            return self._refused(strategy, error)
         if not wrong > self._control * self._tolerance:
             return "cannot be tried, because a wrong result would look like a right one"
         return None
 
-    def _refused(self, way: Strategy[Any], error: Exception) -> str:
-        """What was raised, which the log says too: a release that broke this way must not pass for a slow model."""
+    def _refused(self, strategy: Strategy[Any], error: Exception) -> str:
+        """What was raised. The log says so too: a release that broke this strategy must not pass for a slow model."""
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         # This one is raised on purpose, where it is known that something cannot be.
         if not isinstance(error, NotImplementedError):
             architecture = type(self.body.model).__name__
-            warn_once(f"{architecture} is not scored by {way.name}, which failed when it was tried: {reason}")
+            warn_once(f"{architecture} is not scored by {strategy.name}, which failed when it was tried: {reason}")
         return reason
 
     def _difference_of(self, alone: Sequence[Tensor]) -> float:
         """How much other states of the same sequences differ at most."""
         return max(_largest(other - own) for other, own in zip(alone, self._alone, strict=True))
 
-    def _batches(self, way: Strategy[Any]) -> list[Batch[Any]]:
-        return list(way.batches(self._sequences, [min(self._prompt, len(s) - 1) for s in self._sequences], _UNLIMITED))
+    def _batches(self, strategy: Strategy[Any]) -> list[Batch[Any]]:
+        prompts = [min(self._prompt, len(sequence) - 1) for sequence in self._sequences]
+        return list(strategy.batches(self._sequences, prompts, _UNLIMITED))
 
-    def _difference(self, way: Strategy[Any], batches: Sequence[Batch[Any]], last: int | None = None) -> float:
+    def _difference(self, strategy: Strategy[Any], batches: Sequence[Batch[Any]], last: int | None = None) -> float:
         """The largest difference over all tokens, or over the last so many of each sequence."""
         worst = 0.0
         for batch in batches:
-            states = way.states(batch).float()
+            states = strategy.states(batch).float()
             for place, rows in zip(batch.places, batch.rows, strict=True):
                 chosen = states[torch.from_numpy(rows).to(states.device)]
                 difference = chosen - self._alone[place]

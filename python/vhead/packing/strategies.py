@@ -1,7 +1,7 @@
-"""Ways to take many sequences through a language model; here the plain ones, and what is common to all.
+"""Strategies: how many sequences go through a language model. Here are the plain ones, and what is common to all.
 
-Each way says which sequences go together, and runs the model over such a batch up to its last hidden states. What it
-says is arithmetic on token ids, so that it can be done ahead while the model computes.
+Each strategy says which sequences go together, and runs the model over such a batch up to its last hidden states. What
+it says is arithmetic on token ids, so that it can be done ahead while the model computes.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class Batch(Generic[Content]):
 
 
 class Strategy(ABC, Generic[Content]):
-    """One way to batch sequences and to run the model over them.
+    """How sequences are batched, and how the model runs over them.
 
     Attributes:
         name: What the plan and the log call it.
@@ -73,10 +73,10 @@ class Strategy(ABC, Generic[Content]):
         """The last hidden states `[N, H]` of a batch."""
 
     def states_and_logits(self, batch: Batch[Content]) -> tuple[Tensor, Tensor]:
-        """The last hidden states `[N, H]` and the model's own logits `[N, V]`, if this way shares no tokens.
+        """The last hidden states `[N, H]` and the model's own logits `[N, V]`, if this strategy shares no tokens.
 
         Raises:
-            NotImplementedError: This way shares tokens.
+            NotImplementedError: This strategy shares tokens.
         """
         raise NotImplementedError(f"{self.name} gives hidden states only")
 

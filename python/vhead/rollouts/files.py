@@ -10,7 +10,7 @@ from vhead.rollouts.rows import Row
 from vhead.rollouts.standard_streams import standard_input
 
 STANDARD_STREAM = "-"
-FORMATS = (".jsonl", ".parquet")
+ENDINGS = (".jsonl", ".parquet")
 
 
 class Reader(Protocol):
@@ -37,8 +37,8 @@ def format_of(name: str) -> str:
         FileFormatError: The suffix names no format.
     """
     suffix = ".jsonl" if name == STANDARD_STREAM else Path(name).suffix.lower()
-    if suffix not in FORMATS:
-        raise FileFormatError(f"{name}: expected a name that ends in {' or '.join(FORMATS)}, or `-`, got {suffix!r}")
+    if suffix not in ENDINGS:
+        raise FileFormatError(f"{name}: expected a name that ends in {' or '.join(ENDINGS)}, or `-`, got {suffix!r}")
     return suffix
 
 

@@ -1,4 +1,4 @@
-"""Collecting the results of a chunk of rollouts, which are computed out of order, back in input order."""
+"""Cutting the stream of rollouts into chunks, and putting a chunk's results back into the order of the input."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar

@@ -31,7 +31,7 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """A batch of a chunk, and the way in which it goes through the model; `batch.places` count in the chunk."""
+    """A batch of a chunk, and the strategy that takes it through the model; `batch.places` count in the chunk."""
 
     strategy: Strategy[Any]
     batch: Batch[Any]

@@ -114,7 +114,7 @@ class Scorer:
 
     @property
     def plan(self) -> ScorerPlan:
-        """How this model's rollouts are batched, which faster ways it cannot take, and why; to be printed."""
+        """How this model's rollouts are batched, which faster strategies it cannot take, and why; to be printed."""
         return self._engine.plan
 
     @property

@@ -22,7 +22,7 @@ class Tiling(Protocol):
         """For these hidden states and this weight."""
 
 
-# A backend of the extension has its row here: the sizes of tiles that its devices take well.
+# The sizes of tiles that suit each type of device. A new backend adds its row here.
 TILINGS: dict[str, Tiling] = {"cpu": CpuTiling(), "cuda": CudaTiling()}
 
 
@@ -42,7 +42,7 @@ def statistics(
     return _native.LogitStatistics(targets, vocabulary, bias, *rule)
 
 
-class Differences:
+class TileGradients:
     """Gradients of log-probabilities and entropies by the products, a tile at a time.
 
     Attributes:

@@ -8,7 +8,7 @@ from torch.compiler import is_dynamo_compiling
 
 from vhead.ops.dispatch import intercepted, is_plain, own_precision
 from vhead.ops.token_statistics.arguments import BackwardInputs, Inputs, precision
-from vhead.ops.token_statistics.kernels import Differences, statistics, tiling_for
+from vhead.ops.token_statistics.kernels import TileGradients, statistics, tiling_for
 from vhead.ops.token_statistics.results import Gradients
 from vhead.ops.token_statistics.tiles import Sums
 from vhead.ops.token_statistics.twin import backward_again, backward_in_rows, forward_in_rows
@@ -38,12 +38,12 @@ def backward(*arguments: Any) -> Gradients:
     if tiling is None:
         return backward_in_rows(inputs)
     plan = tiling.plan(hidden, weight, batch_invariant=False)
-    differences = Differences(inputs, plan)
+    gradients = TileGradients(inputs, plan)
     with torch.no_grad(), own_precision(hidden):
         sums = Sums(inputs)
         for tile in plan.tiles(hidden.resolve_neg(), weight.resolve_neg()):
-            sums.add(tile._replace(products=differences.differentiate(tile.products, tile.row, tile.column)))
-        return sums.gradients(differences.factor)
+            sums.add(tile._replace(products=gradients.differentiate(tile.products, tile.row, tile.column)))
+        return sums.gradients(gradients.factor)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Ways in which sequences that share their first tokens are one row of a batch."""
+"""Strategies that put sequences with the same first tokens into one row of a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
