@@ -132,7 +132,7 @@ class TestJsonl:
 
     def test_no_column_is_overwritten_unasked(self):
         (row,) = read('{"prompt": "a", "completion": "b", "reward": 1}', reserved=("values", "reward"))
-        with pytest.raises(FieldError, match=r"line 1: reward: expected no such .*--suffix .*--overwrite"):
+        with pytest.raises(FieldError, match=r"line 1: reward: expected no such .*--suffix.*--overwrite"):
             row.rollout()
 
     @pytest.mark.parametrize(
@@ -364,8 +364,8 @@ class TestParquet:
             list(open_reader(str(file)))
 
     def test_without_pyarrow(self, monkeypatch, tmp_path):
-        for name in ("arrow", "parquet", "parquet_output"):
-            monkeypatch.delitem(sys.modules, f"vhead.scoring.{name}", raising=False)
+        for name in ("rollouts.arrow", "rollouts.parquet", "scoring.parquet_output"):
+            monkeypatch.delitem(sys.modules, f"vhead.{name}", raising=False)
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(MissingExtraError, match=r"pip install 'vhead\[data\]'"):
             open_output(str(tmp_path / "out.parquet"))
