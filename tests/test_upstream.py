@@ -185,7 +185,7 @@ class TestNothingFallsBackInSilence:
         with caplog.at_level(logging.WARNING):
             plan = Scorer(model()).plan
         (said,) = {record.getMessage() for record in caplog.records}
-        assert "lacks transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS" in said
+        assert "has no transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS" in said
         assert "no attention interface" in plan.rejected["tree packing"]
         assert plan.attention != "segments"
 

@@ -488,7 +488,7 @@ def test_unmerged_adapters_are_refused(tmp_path):
     state = load_file(tmp_path / "model" / "model.safetensors")
     state["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 8)
     save_file(state, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(HeadMismatchError, match="merge it"):
+    with pytest.raises(HeadMismatchError, match="merge the adapter into its model"):
         convert(tmp_path / "model", tmp_path / "converted")
 
 
