@@ -23,6 +23,8 @@ export HF_HUB_OFFLINE := 1
 # Threads that spin while they wait starve the other test process of its core.
 export OMP_WAIT_POLICY := PASSIVE
 unexport PYTHONPATH
+# The tests start hundreds of processes; without kept bytecode each of them compiles torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-newest attack lock build lint rust-format rust-lint python-format python-lint python-types stubs \
 	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
