@@ -43,7 +43,19 @@ TORCH_ASKS_FOR_NAMES = "dsd_fqn_modifiers" in signature(state_dict._get_fqns).pa
 SELECTS_HIDDEN_STATES = importlib.util.find_spec("transformers.utils.output_capturing") is not None
 
 
+# The first releases in which plain models of these types run on batches of any size and length, and give a row what it
+# gets alone: before them, RecurrentGemma and xLSTM raise, Qwen2-VL finds no positions, and Mamba-2 looks at the length.
+RUN_IN_BATCHES = {"recurrent_gemma": "5", "xlstm": "5", "qwen2_vl": "5", "mamba2": "4.57"}
+
+
 def need_architecture(name: str) -> None:
     """Skips the test where this transformers is older than a model type."""
     if name not in CONFIG_MAPPING:
         pytest.skip(f"transformers {TRANSFORMERS} has no {name}")
+
+
+def need_batches(name: str) -> None:
+    """Skips the test where this transformers cannot run a model type on any batch."""
+    need_architecture(name)
+    if Version(RUN_IN_BATCHES.get(name, "0")) > TRANSFORMERS:
+        pytest.skip(f"transformers {TRANSFORMERS} does not run every batch of {name}")

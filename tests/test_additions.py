@@ -42,8 +42,7 @@ def three_linears(sizes):
 
 
 def three_layer_values(hidden, summary, dropout_p):
-    values = summary(nn.functional.dropout(hidden.float(), dropout_p))
-    return values.squeeze(-1) if values.shape[-1] == 1 else values
+    return summary(nn.functional.dropout(hidden.float(), dropout_p))
 
 
 TOY_KIND = HeadKind(

@@ -32,8 +32,7 @@ class HeadKind:
             itself.
         build: Makes `summary` from the sizes around its projections, from H to K; its weights are not yet drawn.
         is_plain: Whether a `summary` is of this kind, and reading its weights gives what calling it would.
-        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to float32 values `[..., K]`,
-            or `[...]` for K = 1.
+        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to values `[..., K]`, float32.
     """
 
     name: str
@@ -59,7 +58,9 @@ def _linear(sizes: Sequence[int]) -> nn.Linear:
 
 
 def _value_head(hidden_states: Tensor, summary: nn.Linear, dropout_p: float) -> Tensor:
-    return ops.value_head(hidden_states, summary.weight, summary.bias, dropout_p=dropout_p)
+    weight = summary.weight
+    values = ops.value_head(hidden_states.to(weight.device), weight, summary.bias, dropout_p=dropout_p)
+    return values.unsqueeze(-1) if weight.shape[0] == 1 else values
 
 
 def _two_linears(sizes: Sequence[int]) -> nn.Sequential:
@@ -81,9 +82,11 @@ def _is_two_plain_linears(module: nn.Module) -> bool:
 
 def _two_layer(hidden_states: Tensor, summary: Any, dropout_p: float) -> Tensor:
     first, _, second = summary
-    return ops.value_head_two_layer(
+    hidden_states = hidden_states.to(first.weight.device)
+    values = ops.value_head_two_layer(
         hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=dropout_p
     )
+    return values.unsqueeze(-1) if second.out_features == 1 else values
 
 
 # A new kind of head is one more entry, with a number of projections of its own. The first is by far the most frequent.
@@ -284,9 +287,7 @@ class ValueHead(nn.Module):
         else:
             return self._forward_through_modules(hidden_states)
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        last: Any = summary.get_submodule(kind.places[-1])
-        values = kind.values(hidden_states.to(last.weight.device), summary, probability)
-        return values.unsqueeze(-1) if last.weight.shape[0] == 1 else values
+        return kind.values(hidden_states, summary, probability)
 
     def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:
         """Calls the children as modules, for a `summary` that an adapter replaced or a sharding library hooked."""

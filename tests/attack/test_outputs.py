@@ -210,7 +210,7 @@ RACER = """
 import sys, time
 from vhead.errors import VheadError
 from vhead.scoring.output_files import open_output
-from tests.scoring.score_file_cases import lines_of, scores_of, write_in_windows
+from tests.scoring.score_file_cases import lines_of, scores_of, write_in_chunks
 
 rows = lines_of(*({{"tag": {tag!r}, "n": n}} for n in range(50)))
 while time.time() < {start}:
@@ -218,7 +218,7 @@ while time.time() < {start}:
 try:
     with open_output({target!r}) as output:
         output.begin({{}})
-        write_in_windows(output, rows)
+        write_in_chunks(output, rows)
         output.publish(rows[-1], scores_of())
 except VheadError as error:
     sys.exit(str(error))

@@ -133,13 +133,14 @@ def test_writers_and_readers_of_one_file_never_see_half_a_save(quick_folder, suf
 
 def test_the_race_finds_one_name_for_all_writers(quick_folder):
     # Without readers: one that has mapped the file when it is cut short dies of it.
-    seen = race(quick_folder / "head.bin", scaled(200, 2000), save_one=save_under_one_name, readers=0)
-    assert seen["failed_saves"] > 0
+    # How the writers meet is a matter of luck: they race until it is seen, and not for ever.
+    races = (race(quick_folder / "head.bin", 200, save_one=save_under_one_name, readers=0) for _ in range(50))
+    assert any(seen["failed_saves"] > 0 for seen in races)
 
 
 def test_the_race_finds_a_file_that_is_opened_twice(quick_folder):
-    seen = race(quick_folder / "head.safetensors", scaled(200, 2000), load_one=load_twice)
-    assert seen["failed_loads"] + seen["mixed"] > 0
+    races = (race(quick_folder / "head.safetensors", 200, load_one=load_twice) for _ in range(50))
+    assert any(seen["failed_loads"] + seen["mixed"] > 0 for seen in races)
 
 
 # Kills
