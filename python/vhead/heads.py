@@ -32,7 +32,7 @@ class HeadKind:
             itself.
         build: Makes `summary` from the sizes around its projections, from H to K; its weights are not yet drawn.
         is_plain: Whether a `summary` is of this kind, and reading its weights gives what calling it would.
-        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to values `[..., K]`, float32.
+        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to float32 `[..., K]`.
     """
 
     name: str

@@ -178,10 +178,11 @@ class Format:
 
 def expected_tensors(layers: Sequence[LinearNames], outputs: int | None) -> str:
     """The names and shapes of a head's tensors, for messages."""
-    sizes = ["I", outputs or "K"][-len(layers) :]
+    between = ["I"] if len(layers) == 2 else [f"I{place}" for place in range(1, len(layers))]
+    sizes = [*between, outputs or "K"]
     return ", ".join(
         part
-        for names, size, width in zip(layers, sizes, ["H", *sizes], strict=False)
+        for names, size, width in zip(layers, sizes, ["H", *between], strict=True)
         for part in (
             f"{names.weight} [{size}, {width}]",
             *([f"{names.bias} [{size}]{' (optional)' if names.bias_optional else ''}"] if names.bias else []),
