@@ -92,10 +92,12 @@ def compiled(files: dict[str, str]) -> Emulator:
     return ptx(Module(ptx_images.compiled(unit, ptx_images.ARCHITECTURE).decode()))
 
 
+@ptx_images.needs_compiler
 def test_whole_kernels_are_right() -> None:
     assert judge(compiled(sources())) is None
 
 
+@ptx_images.needs_compiler
 @pytest.mark.parametrize(("broken", "instead"), [row[1:] for row in MUTANTS], ids=[row[0] for row in MUTANTS])
 def test_mutants_are_caught(broken, instead) -> None:
     assert judge(compiled(sources(broken, instead)))

@@ -350,7 +350,9 @@ def test_only_paths_and_language_models_are_taken(argument):
 def test_a_missing_folder_is_transformers_error(tmp_path):
     with pytest.raises((OSError, ValueError), match="nowhere") as theirs:
         AutoModelForCausalLM.from_pretrained(str(tmp_path / "nowhere"))
-    with pytest.raises(type(theirs.value), match="nowhere"):
+    # Some releases raise what huggingface_hub raises for a name that no repository can have.
+    kind = OSError if isinstance(theirs.value, OSError) else ValueError
+    with pytest.raises(kind, match="nowhere"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "nowhere")
 
 
@@ -362,7 +364,7 @@ class Quantizer(HfQuantizer):
     def __init__(self):
         self.quantization_config = None
 
-    def is_serializable(self, *_arguments):
+    def is_serializable(self, *_arguments, **_options):
         return True
 
     def get_state_dict_and_metadata(self, model, *_arguments):
