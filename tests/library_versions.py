@@ -29,6 +29,9 @@ HAS_FSMT = not Version("4.57") <= TRANSFORMERS < Version("5")
 # Whether plain Llama can be traced without a break: the masks of 4.57 need a newer torch.
 TRACES_WHOLE_MODELS = Version("2.5") <= Version(torch.__version__) or IS_BEFORE_4_57
 
+# Whether plain Llama continues from a cache: the same masks of 4.57 raise with an older torch.
+CONTINUES_FROM_CACHES = TRACES_WHOLE_MODELS
+
 # Whether transformers reads pickled checkpoints: newer ones refuse with a torch before 2.6.
 READS_PICKLES = Version("2.6") <= Version(torch.__version__) or not hasattr(import_utils, "check_torch_load_is_safe")
 

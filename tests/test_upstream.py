@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
+from tests.library_versions import CONTINUES_FROM_CACHES
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, upstream
 from vhead.packing.caching import PrefixCache
 
@@ -156,6 +157,9 @@ class TestCache:
     def test_none_is_no_cache(self):
         assert upstream.with_cache_as("cache", {"past_key_values": None, "a": 1}) == {"past_key_values": None, "a": 1}
 
+    @pytest.mark.skipif(
+        not CONTINUES_FROM_CACHES, reason="this transformers masks what follows a cache with torch >= 2.5"
+    )
     @pytest.mark.parametrize("name", upstream.CACHE_NAMES)
     def test_forward_and_values_continue_from_a_cache_by_any_name(self, name):
         critic, tokens = model(), torch.randint(64, (2, 9))
