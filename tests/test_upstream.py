@@ -222,5 +222,7 @@ class TestNothingFallsBackInSilence:
         with caplog.at_level(logging.WARNING):
             scorer = Scorer(model())
             scorer.score(ROLLOUTS)
-        assert not caplog.records
-        assert not scorer.plan.rejected
+        assert not [record for record in caplog.records if record.name.startswith("vhead")]
+        # Before transformers 4.48 there is nothing through which tokens of a tree could attend.
+        if upstream.available("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS"):
+            assert not scorer.plan.rejected

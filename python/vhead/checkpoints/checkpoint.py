@@ -221,16 +221,24 @@ class Checkpoint:
         Raises:
             HeadFileError: It is not a JSON object.
         """
-        path = None if self.is_file else self.path("config.json")
+        return self.json_object("config.json")
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """What a JSON file of the checkpoint says, or nothing where there is none.
+
+        Raises:
+            HeadFileError: It is not a JSON object.
+        """
+        path = None if self.is_file else self.path(name)
         if path is None:
             return {}
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise HeadFileError(f"{path}: expected a JSON object, got: {error!r}") from error
-        if not isinstance(config, dict):
-            raise HeadFileError(f"{path}: expected a JSON object, got a {type(config).__name__}")
-        return config
+        if not isinstance(content, dict):
+            raise HeadFileError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+        return content
 
     def read(self, tensor: str, file_name: str) -> Tensor:
         """Reads one tensor."""

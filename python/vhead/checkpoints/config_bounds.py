@@ -21,7 +21,11 @@ from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import BodyMismatchError, LoadError
 
 # What configurations and models make one object for each of.
-_COUNTS = re.compile(r"(?:layer|block|head|expert|label|codebook|group|stage|depth|level|hash(?:es|_functions)?)s?$")
+_COUNTS = re.compile(
+    r"(?:layer|block|head|expert|label|codebook|group|stage|depth|level|attention_type|hash(?:es|_functions)?)s?$"
+)
+# Of an adapter: how wide and how long what it adds is, beside every layer.
+_OF_ADAPTERS = frozenset({"r", "num_virtual_tokens", "extra_ids"})
 _LAYERS = re.compile(r"n_layers?|num_(?:\w+_)?layers|(?:encoder|decoder)_layers")
 _ALL_LAYERS = frozenset({"n_layer", "n_layers", "num_hidden_layers", "num_layers"})
 # What models make tables for.
@@ -54,12 +58,15 @@ def check_config(config: Mapping[str, object], source: str, *, runs_code: bool =
     waiting: list[tuple[str, object]] = list(config.items())
     while waiting:
         path, value = waiting.pop()
-        name = path.rpartition(".")[2]
+        name = path.rpartition(".")[2].partition("[")[0]
         if isinstance(value, Mapping):
             waiting += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}[{place}]", inner) for place, inner in enumerate(value)]
         elif isinstance(value, int):
             _check_number(name, value, f"{source}: {path}")
-        elif name.endswith("attn_implementation") and isinstance(value, str) and "/" in value and not runs_code:
+        # Also where a dictionary names one for each part of the model.
+        elif "attn_implementation" in path and isinstance(value, str) and "/" in value and not runs_code:
             raise LoadError(
                 f"{source}: {path}: {value!r} is code from the hub, which runs only if you pass trust_remote_code=True"
             )
@@ -71,7 +78,8 @@ def is_layer_count(name: str) -> bool:
 
 
 def _check_number(name: str, value: int, where: str) -> None:
-    most = _MOST_OF_A_COUNT if _COUNTS.search(name) else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else None
+    counts = name in _OF_ADAPTERS or _COUNTS.search(name)
+    most = _MOST_OF_A_COUNT if counts else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else None
     if most is not None and value > most:
         raise LoadError(f"{where}: expected at most {most:,}, got {value:,}")
     # A model may have no layers of one kind, but it has some layers.

@@ -3,9 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vhead.checkpoints import ADAPTER_CONFIG
+from vhead.checkpoints.checkpoint import Checkpoint, regular_file
+from vhead.errors import HeadFileError
 
 
 def identity(location: str, what: str) -> dict[str, str]:
@@ -24,16 +27,29 @@ def identity(location: str, what: str) -> dict[str, str]:
     path = Path(location)
     if not path.exists():
         return {what: _commit(location)}
-    return {f"{what} file {name}": digest for name, digest in _digests(path)}
+    found = {f"{what} file {name}": digest for name, digest in _digests(path)}
+    base = _base(path / ADAPTER_CONFIG)
+    # A base that is an adapter, or no model at all, is for its loader to refuse, and none of its files is read here.
+    if base is None or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
+        return found
+    return found | identity(base, "base")
 
 
 def _digests(path: Path) -> Iterator[tuple[str, str]]:
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    for file in files:
-        with file.open("rb") as content:
-            yield file.name, hashlib.file_digest(content, "sha256").hexdigest()
-    if base := _base(path / ADAPTER_CONFIG):
-        yield from identity(base, "base").items()
+    """Of a folder's own regular files and its chat templates; what a link shows from elsewhere is not the model's."""
+    if path.is_file():
+        yield path.name, _digest(path)
+        return
+    for file in sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")]):
+        name = str(file.relative_to(path))
+        with suppress(HeadFileError):
+            if file.is_file() and regular_file(path, name) is not None:
+                yield name, _digest(file)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _base(config: Path) -> str | None:
@@ -46,8 +62,6 @@ def _base(config: Path) -> str | None:
 
 
 def _commit(location: str) -> str:
-    from vhead.checkpoints.checkpoint import Checkpoint  # imports torch
-
     checkpoint = Checkpoint(location)
     path = checkpoint.path("config.json") or checkpoint.path(ADAPTER_CONFIG)
     # Files of the hub's cache lie in a folder that is called by their commit.

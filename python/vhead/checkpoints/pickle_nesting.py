@@ -34,6 +34,9 @@ def _tuple_sizes(file: IO[bytes]) -> Iterator[int]:
     memo: dict[object, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
+        # A number of bytes that it is to make, of which none is in the file; nothing of a head needs one.
+        if name in ("GLOBAL", "SHORT_BINUNICODE", "BINUNICODE") and str(argument).rpartition(" ")[2] == "bytearray":
+            yield _MOST_ELEMENTS + 1
         if name == "MARK":
             marks.append(len(stack))
         elif name == "MEMOIZE":

@@ -230,6 +230,8 @@ class ScoreRequest:
         for asked, hint in ((self.resume, "--resume"), (self.overwrite, "--overwrite")):
             if asked and self.output == STANDARD_STREAM:
                 raise typer.BadParameter("expected a file as --output, got standard output", param_hint=hint)
+        if not self.suffix.isprintable():
+            raise typer.BadParameter(f"expected printable text, got {self.suffix!r}", param_hint="--suffix")
         if not 0.0 < self.temperature < float("inf"):
             raise typer.BadParameter(f"expected a positive number, got {self.temperature}", param_hint="--temperature")
 
@@ -340,5 +342,12 @@ def _check_paths(source: str, output: str) -> None:
         raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
     if output != STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
-    if STANDARD_STREAM not in (source, output) and Path(output).exists() and Path(output).samefile(source):
+    if STANDARD_STREAM not in (source, output) and _is_of_output(Path(source), Path(output)):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
+
+
+def _is_of_output(source: Path, output: Path) -> bool:
+    """Whether the input is one of the files that the output is written to, whatever name leads there."""
+    names = (output.name, f"{output.name}.partial", f".{output.name}.journal")
+    files = [output.with_name(name) for name in names]
+    return any(file.exists() and file.samefile(source) for file in files)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vhead.backbone.placement import last_hidden_device
 from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from vhead.checkpoints.checkpoint import Checkpoint
+from vhead.checkpoints.config_bounds import check_config
 from vhead.errors import AdapterError, HeadMismatchError, MissingPackageError, loading
 from vhead.formats import BIAS_KEY, WEIGHT_KEY, save_beside_adapter
 from vhead.formats.adapter_conversion import (
@@ -100,6 +101,7 @@ def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool, has_head: b
         has_head: Whether its checkpoint's head has been read: a classifier's adapter is a language model's without it.
     """
     peft, folder = _peft(), os.fspath(adapter.folder)
+    check_config(Checkpoint(folder).json_object(ADAPTER_CONFIG), folder)
     config = peft.PeftConfig.from_pretrained(folder)
     if has_head and _task_of(config) in CLASSIFIER_TASKS:
         for name, value in language_model_settings(vars(config)).items():

@@ -105,7 +105,7 @@ class ChatTemplate:
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # A template is a program of its own and raises what it likes.
-            raise self._error("a chat that the template takes", str(error)) from error
+            raise self._error("a chat that the template takes", str(error) or type(error).__name__) from error
         return cast("str", rendered)
 
     def _error(self, expected: str, got: str) -> FieldError:

@@ -1,6 +1,7 @@
 """Reads rollouts from JSON Lines."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A line is held in memory as a whole; no rollout is as long as this.
 LONGEST_LINE = 256 * 2**20
+_ZERO = re.compile(r"-?[0.]+([eE].*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,11 @@ class JsonRow:
             expected = f"a line of less than {LONGEST_LINE:,} bytes"
             raise FieldError(self.where, "text", expected=expected, got="a longer one")
         try:
-            record = json.loads(self.line.decode(), parse_float=_within_range if exact else None)
+            record = json.loads(
+                self.line.decode(),
+                parse_float=_within_range if exact else None,
+                object_pairs_hook=_unique if exact else None,
+            )
         except UnicodeDecodeError as error:
             raise FieldError(
                 self.where, "text", expected="UTF-8", got=f"{error.reason} at byte {error.start}"
@@ -85,6 +91,9 @@ class JsonRow:
         except _OutOfRangeError as error:
             expected = "numbers within the range of 64-bit floats, because Parquet has no others"
             raise FieldError(self.where, "text", expected=expected, got=shown(error.args[0])) from None
+        except _DoubledNameError as error:
+            expected = "each name once, as Parquet has one value for it"
+            raise FieldError(self.where, "text", expected=expected, got=f"{error.args[0]!r} twice") from None
         except ValueError as error:
             raise FieldError(self.where, "text", expected="a JSON object", got=self._broken(error)) from None
         except RecursionError:
@@ -152,13 +161,26 @@ class JsonlReader:
         self._stream.close()
 
 
+class _DoubledNameError(VheadError, ValueError):
+    """A name that an object has twice."""
+
+
 class _OutOfRangeError(VheadError, ValueError):
     """A number that a float can only call infinite."""
 
 
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Parquet has one value for a name, and no way to keep the others."""
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        raise _DoubledNameError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _within_range(digits: str) -> float:
     number = float(digits)
-    if number in (float("inf"), float("-inf")):
+    if number in (float("inf"), float("-inf")) or (number == 0 and not _ZERO.fullmatch(digits)):
         raise _OutOfRangeError(digits)
     return number
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
@@ -124,6 +125,7 @@ class ParquetReader:
             raise FileFormatError(f"{path}: expected each column's name once, got {doubled[0]!r} twice or more")
         if not replaces:
             check_reserved(names, reserved, None)
+        self._opened = _place(path.stat())
         self._columns = [name for name in names if name not in reserved]
         self.schema = pa.schema([schema.field(name) for name in self._columns], schema.metadata)
 
@@ -131,6 +133,8 @@ class ParquetReader:
     def digest(self) -> str:
         """The digest of the file's bytes."""
         with self._path.open("rb") as file:
+            if _place(os.fstat(file.fileno())) != self._opened:
+                raise FileFormatError(f"{self._path}: expected the file that is being read, found another of its name")
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __iter__(self) -> Iterator[Row]:
@@ -158,6 +162,11 @@ class ParquetReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _place(status: os.stat_result) -> tuple[int, ...]:
+    """What is another number where a name leads to another file, or to one that was written since."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _rows_at_once(group: pq.RowGroupMetaData) -> int:

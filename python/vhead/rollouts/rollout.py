@@ -131,17 +131,23 @@ def _check_unicode(text: str, record: str | None, field: str) -> None:
         raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
 
 
+def _is_bool(item: object) -> bool:
+    """Also as an array or a tensor of its own."""
+    return isinstance(item, bool | np.bool_) or str(getattr(item, "dtype", "")) in ("bool", "torch.bool")
+
+
 def _integer_array(value: object) -> NDArray[np.int64] | None:
-    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    if not isinstance(value, list | tuple | range | np.ndarray):
-        return None
-    # Among integers, numpy takes True as 1.
-    if isinstance(value, list | tuple) and not {bool, np.bool_}.isdisjoint(map(type, value)):
-        return None
     try:
+        if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+            value = value.detach().cpu().numpy()
+        # What a mask hides would be there again.
+        if not isinstance(value, list | tuple | range | np.ndarray) or isinstance(value, np.ma.MaskedArray):
+            return None
+        # Among integers, numpy takes True as 1.
+        if isinstance(value, list | tuple) and any(_is_bool(item) for item in value if type(item) is not int):
+            return None
         array = np.asarray(value) if len(value) else np.empty(0, np.int64)
-    except (ValueError, TypeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RuntimeError):
         return None
     if array.dtype.kind not in "iu" or (array.size and array.max() > np.iinfo(np.int64).max):
         return None

@@ -10,6 +10,7 @@ from torch import nn
 
 from vhead import upstream
 from vhead.checkpoints.checkpoint import Checkpoint
+from vhead.checkpoints.config_bounds import check_config
 from vhead.errors import BodyMismatchError, HeadNotFoundError, LoadError, VheadError, loading
 from vhead.formats import find_head
 
@@ -120,10 +121,29 @@ def _home_of_tokenizer(path: str | Path, model: Any) -> str | Path:
     return path if base is None or Checkpoint(path).path("tokenizer_config.json") is not None else base
 
 
+def _check_tokenizer(path: str | Path) -> None:
+    """Its files are the folder's own, and it asks for no more tokens than a vocabulary has.
+
+    Raises:
+        LoadError: It names a file elsewhere, or a number is out of all proportion.
+    """
+    with loading(path):
+        config = Checkpoint(path).json_object("tokenizer_config.json")
+        check_config(config, f"{path}: tokenizer_config.json", runs_code=True)
+        for key in ("fast_tokenizer_files", "vocab_file", "merges_file", "tokenizer_file"):
+            value = config.get(key)
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str) and Path(name).name != name:
+                    raise LoadError(
+                        f"{path}: tokenizer_config.json: {key}: expected a file of this folder, got {name!r}"
+                    )
+
+
 def _tokenizer(path: str | Path, *, trust_remote_code: bool) -> Any:
     """The model's tokenizer, or None where it has none: token ids can be scored without."""
     from transformers import AutoTokenizer  # slow, and only needed to load
 
+    _check_tokenizer(path)
     try:
         with loading(path):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code is True)

@@ -1,6 +1,7 @@
 """The options of a scorer: one object from the command line to the engine."""
 
 import warnings
+from numbers import Integral
 from typing import TYPE_CHECKING, TypedDict
 
 from vhead.env import MOST_THREADS
@@ -29,6 +30,12 @@ class ScorerOptions(TypedDict, total=False):
     append_eos: bool
 
 
+_WHOLE = (Integral, "a whole number")
+_KINDS = dict.fromkeys(("token_budget", "chunk_tokens", "num_threads", "max_length"), _WHOLE) | dict.fromkeys(
+    ("batch_invariant", "separate_tokens", "append_eos"), (bool, "True or False")
+)
+
+
 def checked_options(options: ScorerOptions) -> ScorerOptions:
     """Checks that there are such options and that their numbers are in range, and gives them by their new names.
 
@@ -43,6 +50,10 @@ def checked_options(options: ScorerOptions) -> ScorerOptions:
     if unknown := options.keys() - ScorerOptions.__annotations__.keys():
         known = ", ".join(ScorerOptions.__annotations__)
         raise TypeError(f"Scorer: expected options among {known}, got {', '.join(sorted(unknown))}")
+    for name, value in options.items():
+        kind, expected = _KINDS.get(name, (object, ""))
+        if value is not None and (not isinstance(value, kind) or (kind is Integral and isinstance(value, bool))):
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
     numbers = {"token_budget": options.get("token_budget"), "chunk_tokens": options.get("chunk_tokens")}
     for name, number in numbers.items():
         if number is not None and number < 1:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 
-from vhead.errors import RecordError
+from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.files import Reader
 from vhead.rollouts.rollout import named
@@ -48,6 +48,9 @@ def score_file(
         OSError: Reading or writing failed.
     """
     returns = scorer.checked_returns(returns)
+    done = 0 if output.journal is None else output.journal.records
+    if limit is not None and done > limit:
+        raise ResumeError(f"limit: expected at least the {done:,} records that are done, got {limit:,}")
     ids = IdRegistry() if unique_ids else None
     rows = RemainingRows(reader, limit, output.journal, ids)
 
