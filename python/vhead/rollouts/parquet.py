@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 # may be a thousandth of what it holds.
 _ROWS_AT_ONCE = 64
 _VALUES_AT_ONCE = 2**22
+_ROWS_PROBED = 16
+_BYTES_OF_A_VALUE = 8
 # Of a column, where pyarrow would otherwise hold a whole row group, which may be the whole file.
 _BYTES_AT_ONCE = 2**20
 
@@ -153,7 +155,7 @@ class ParquetReader:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for group in range(self._file.metadata.num_row_groups):
-            rows = _rows_at_once(self._file.metadata.row_group(group))
+            rows = _rows_at_once(self._file, group)
             for batch in self._file.iter_batches(rows, row_groups=[group]):
                 yield batch if self._columns == batch.schema.names else batch.select(self._columns)
 
@@ -169,10 +171,17 @@ def _place(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _rows_at_once(group: pq.RowGroupMetaData) -> int:
-    """How many rows of a row group have few enough values to be held at once."""
-    values: int = sum(group.column(at).num_values for at in range(group.num_columns))
-    return max(1, min(_ROWS_AT_ONCE, _VALUES_AT_ONCE * max(int(group.num_rows), 1) // max(values, 1)))
+def _rows_at_once(file: pq.ParquetFile, group: int) -> int:
+    """How many rows of a row group have few enough values to be held at once, by the size of its first ones.
+
+    The metadata of its columns would say it too, but pyarrow ends the process where that is broken.
+    """
+    first = next(file.iter_batches(_ROWS_PROBED, row_groups=[group]), None)
+    if first is None or not first.num_rows:
+        return _ROWS_AT_ONCE
+    values = first.nbytes // _BYTES_OF_A_VALUE
+    rows: int = _VALUES_AT_ONCE * first.num_rows // max(values, 1)
+    return max(1, min(_ROWS_AT_ONCE, rows))
 
 
 def _plain(value: pa.Scalar) -> Any:
