@@ -84,7 +84,7 @@ rust-test: $(VENV)/.python
 
 # The crate's feature `cuda`, without a CUDA toolkit: over two minutes of processor time the first time, seconds from then on.
 candle-cuda-check: $(VENV)/.python
-	$(BIN)/python tools/candle_cuda_check.py
+	$(BIN)/python -m tools.candle_cuda_check
 
 python-test: $(VENV)/.test $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)

@@ -4,8 +4,8 @@ candle-core/cuda is compiled with a stand-in for candle's own kernels (tests/can
 stand-ins for the CUDA libraries; the driver is the emulated one of tests/cuda. The head's op, allocation and copies
 work on that, candle's own operations do not. Everything is in a workspace and a target folder of its own.
 
-    python tools/candle_cuda_check.py             # lint and test
-    python tools/candle_cuda_check.py --compile   # lint only: types, names, warnings
+    python -m tools.candle_cuda_check             # lint and test
+    python -m tools.candle_cuda_check --compile   # lint only: types, names, warnings
 """
 
 import argparse
@@ -14,11 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.cuda.emulation import driver
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "cuda"))
-
-from tests.cuda.emulation import driver  # noqa: E402, after the path
-
 WORKSPACE = ROOT / "tests" / "candle_cuda"
 TARGET = ROOT / "target" / "candle-cuda"
 LIBRARIES = TARGET / "libraries"
