@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.typer_runner import RUNNER
 from vhead import Rollout, Scorer
@@ -18,6 +19,7 @@ from vhead.cli.app import app
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, FileFormatError, HeadFileError, LoadError
 from vhead.formats import find_head
+from vhead.modeling.adapters import find_adapter
 from vhead.rollouts.files import open_reader
 from vhead.rollouts.jsonl import JsonlReader
 
@@ -43,6 +45,13 @@ def test_what_a_dictionary_or_a_list_hides_is_seen(config):
     with pytest.raises(LoadError):
         check_config(config, "somewhere")
     check_config({"attn_implementation": {"": "sdpa"}, "attention_types": [[["global"], 6]], "r": 8}, "somewhere")
+
+
+def test_an_adapter_is_looked_at_before_its_language_model_is_loaded(tmp_path):
+    save_file({"a": torch.randn(2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 5_000_000, "base_model_name_or_path": "unused"}))
+    with pytest.raises(LoadError, match=r"adapter_config\.json: r: expected at most 100,000, got 5,000,000"):
+        find_adapter(Checkpoint(tmp_path))
 
 
 def test_code_of_the_hub_runs_where_it_is_allowed():
@@ -79,7 +88,7 @@ def test_a_pickle_that_makes_bytes_of_a_number_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
         archive.writestr("archive/data.pkl", data)
         archive.writestr("archive/version", "3\n")
-    with pytest.raises(HeadFileError):
+    with pytest.raises(HeadFileError, match="expected pickled tensors, got a bytearray"):
         find_head(tmp_path)
 
 

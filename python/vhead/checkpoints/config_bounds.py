@@ -24,8 +24,8 @@ from vhead.errors import BodyMismatchError, LoadError
 _COUNTS = re.compile(
     r"(?:layer|block|head|expert|label|codebook|group|stage|depth|level|attention_type|hash(?:es|_functions)?)s?$"
 )
-# Of an adapter: how wide and how long what it adds is, beside every layer.
-_OF_ADAPTERS = frozenset({"r", "num_virtual_tokens", "extra_ids"})
+# What an adapter adds beside every layer or before every prompt, and a tokenizer to its vocabulary.
+_ADDITIONS = frozenset({"r", "num_virtual_tokens", "extra_ids"})
 _LAYERS = re.compile(r"n_layers?|num_(?:\w+_)?layers|(?:encoder|decoder)_layers")
 _ALL_LAYERS = frozenset({"n_layer", "n_layers", "num_hidden_layers", "num_layers"})
 # What models make tables for.
@@ -78,7 +78,7 @@ def is_layer_count(name: str) -> bool:
 
 
 def _check_number(name: str, value: int, where: str) -> None:
-    counts = name in _OF_ADAPTERS or _COUNTS.search(name)
+    counts = name in _ADDITIONS or _COUNTS.search(name)
     most = _MOST_OF_A_COUNT if counts else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else None
     if most is not None and value > most:
         raise LoadError(f"{where}: expected at most {most:,}, got {value:,}")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vhead import upstream
-from vhead.checkpoints.pickle_nesting import is_too_nested
+from vhead.checkpoints.pickle_bombs import bomb_in
 from vhead.env import allows_pickle
 from vhead.errors import HeadFileError, in_one_line
 
@@ -294,7 +294,7 @@ def _check_pickled(file: IO[bytes], path: Path) -> bool:
         return True
     if _is_tar_header(start):
         raise HeadFileError(f"{path}: expected pickled tensors, got a tar archive")
-    _check_nesting(file, path)
+    _check_bombs(file, path)
     file.seek(0)
     return False
 
@@ -318,12 +318,12 @@ def _check_members(file: IO[bytes], path: Path, size: int) -> None:
     for member in members:
         if PurePosixPath(member.filename).name == "data.pkl":
             with _naming(path, "expected pickled tensors, got a damaged archive"), archive.open(member) as pickled:
-                _check_nesting(pickled, path)
+                _check_bombs(pickled, path)
 
 
-def _check_nesting(file: IO[bytes], path: Path) -> None:
-    if is_too_nested(file):
-        raise HeadFileError(f"{path}: expected pickled tensors, got tuples inside tuples that would take years to read")
+def _check_bombs(file: IO[bytes], path: Path) -> None:
+    if (bomb := bomb_in(file)) is not None:
+        raise HeadFileError(f"{path}: expected pickled tensors, got {bomb}")
 
 
 def _is_tar_header(block: bytes) -> bool:

@@ -2,20 +2,18 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vhead.cli.terminal import say
 from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
-
-if TYPE_CHECKING:
-    from vhead.scoring.options import ScorerOptions
+from vhead.scoring.options import ScorerOptions
 
 STANDARD_STREAM = "-"
 
@@ -211,7 +209,7 @@ class ScoreRequest:
     returns: tuple[str, ...] | None
     temperature: float
     loading: dict[str, Any]
-    options: "ScorerOptions"
+    options: ScorerOptions
     limit: int | None
     skips: bool
     resume: bool
@@ -278,17 +276,6 @@ class ScoreRequest:
 
 # What the command line and `Scorer.from_pretrained` call alike.
 _LOADING = ("head", "dtype", "device", "normalize_rewards", "allow_random_head", "trust_remote_code")
-_OPTIONS = (
-    "token_budget",
-    "chunk_tokens",
-    "num_threads",
-    "attention",
-    "batch_invariant",
-    "max_length",
-    "separate_tokens",
-    "append_eos",
-)
-_OWN = ("source", "model", "output", "temperature", "limit", "resume", "overwrite", "suffix", "unique_ids", "quiet")
 
 
 def request_of(given: Mapping[str, Any]) -> ScoreRequest:
@@ -304,14 +291,15 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
         name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
     }
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
-    options: Any = {name: plain[name] for name in _OPTIONS} | {"truncation": truncation}
-    return ScoreRequest(
-        **{name: plain[name] for name in _OWN},
-        returns=checked_returns(plain["returns"]),
-        loading={name: plain[name] for name in _LOADING},
-        options=options,
-        skips=plain["on_error"] == OnError.SKIP,
-    )
+    of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
+    made = {
+        "returns": checked_returns(plain["returns"]),
+        "loading": {name: plain[name] for name in _LOADING},
+        "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
+        "skips": plain["on_error"] == OnError.SKIP,
+    }
+    own = [field.name for field in fields(ScoreRequest) if field.name not in made]
+    return ScoreRequest(**{name: plain[name] for name in own}, **made)
 
 
 def checked_returns(returns: str | None) -> tuple[str, ...] | None:

@@ -64,6 +64,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
 
     Raises:
         AdapterError: The configuration is malformed, or there are no weights.
+        LoadError: A number of the configuration is out of all proportion.
         HeadFileError: The file of weights is truncated, malformed or hostile.
     """
     config_path = checkpoint.path(ADAPTER_CONFIG)
@@ -75,6 +76,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
     # peft will read the file; what is wrong with it is said before a language model has been loaded.
     checkpoint.names_in(weights)
     config = read_adapter_config(config_path)
+    check_config(config, str(config_path))
     base = _string(config, "base_model_name_or_path", config_path)
     return Adapter(
         folder=config_path.parent,
@@ -101,7 +103,6 @@ def put_on(body: nn.Module, adapter: Adapter, *, is_trainable: bool, has_head: b
         has_head: Whether its checkpoint's head has been read: a classifier's adapter is a language model's without it.
     """
     peft, folder = _peft(), os.fspath(adapter.folder)
-    check_config(Checkpoint(folder).json_object(ADAPTER_CONFIG), folder)
     config = peft.PeftConfig.from_pretrained(folder)
     if has_head and _task_of(config) in CLASSIFIER_TASKS:
         for name, value in language_model_settings(vars(config)).items():

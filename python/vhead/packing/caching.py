@@ -47,8 +47,7 @@ class PrefixCache(Strategy[Prefixed]):
             for group in token_budget_batches(rests, max(1, budget - shared)):
                 yield _with_prefix([places[at] for at in group], sequences, shared)
         for chosen in token_budget_batches([len(sequences[place]) for place in single], budget):
-            without = padded([single[at] for at in chosen], sequences)
-            yield Batch(without.places, without.rows, without.tokens, without.content)
+            yield padded([single[at] for at in chosen], sequences)
 
     def states(self, batch: Batch[Prefixed]) -> Tensor:
         """The prefix's states first, then those of the padded rest."""

@@ -24,10 +24,12 @@ Rows = NDArray[np.int64]
 
 
 Content = TypeVar("Content")
+# What is read from a batch and never put there: a batch of one kind is one of several.
+Content_co = TypeVar("Content_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch(Generic[Content]):
+class Batch(Generic[Content_co]):
     """Sequences that go through the model together.
 
     Attributes:
@@ -40,7 +42,7 @@ class Batch(Generic[Content]):
     places: tuple[int, ...]
     rows: tuple[Rows, ...]
     tokens: int
-    content: Content
+    content: Content_co
 
 
 class Strategy(ABC, Generic[Content]):

@@ -40,7 +40,7 @@ def checked_options(options: ScorerOptions) -> ScorerOptions:
     """Checks that there are such options and that their numbers are in range, and gives them by their new names.
 
     Raises:
-        TypeError: There is no such option.
+        TypeError: There is no such option, or it is of another type.
         ValueError: A number is out of range.
     """
     if "window_tokens" in options:

@@ -48,9 +48,6 @@ def score_file(
         OSError: Reading or writing failed.
     """
     returns = scorer.checked_returns(returns)
-    done = 0 if output.journal is None else output.journal.records
-    if limit is not None and done > limit:
-        raise ResumeError(f"limit: expected at least the {done:,} records that are done, got {limit:,}")
     ids = IdRegistry() if unique_ids else None
     rows = RemainingRows(reader, limit, output.journal, ids)
 
@@ -77,6 +74,9 @@ class RemainingRows:
 
     Attributes:
         last: The last row that was given.
+
+    Raises:
+        ResumeError: The limit is below what an earlier run finished.
     """
 
     def __init__(self, reader: Reader, limit: int | None, journal: Journal | None, ids: IdRegistry | None) -> None:
@@ -85,6 +85,8 @@ class RemainingRows:
         self._journal = journal
         self._ids = ids
         self._done = 0 if journal is None else journal.records
+        if limit is not None and self._done > limit:
+            raise ResumeError(f"limit: expected at least the {self._done:,} records that are done, got {limit:,}")
         self.last: Row | None = None
 
     @property
@@ -101,7 +103,7 @@ class RemainingRows:
         if self._journal is not None:
             for row in self._journal.pass_over(rows):
                 self._remember(row)
-        remaining = None if self._limit is None else max(self._limit - self._done, 0)
+        remaining = None if self._limit is None else self._limit - self._done
         for row in islice(rows, remaining):
             self.last = row
             yield row

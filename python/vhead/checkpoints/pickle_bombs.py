@@ -1,7 +1,8 @@
-"""Finds pickles with tuples that would take years to hash, from their opcodes and before anything is made of them.
+"""Finds pickles that would take all time or memory, from their opcodes and before anything is made of them.
 
 A tuple that holds another one twice, which holds another one twice, and so on, takes a few hundred bytes. As a key of a
-dictionary it is hashed, and each level doubles the time, inside one call of Python's that no signal ends.
+dictionary it is hashed, and each level doubles the time, inside one call of Python's that no signal ends. And a
+bytearray is made of a number.
 """
 
 import pickletools
@@ -15,28 +16,27 @@ _MOST_ELEMENTS = 100_000
 _PICKLES_IN_A_FILE = 5
 
 
-def is_too_nested(file: IO[bytes]) -> bool:
-    """Whether one of the pickles at the beginning of a file holds a tuple of too many elements.
+def bomb_in(file: IO[bytes]) -> str | None:
+    """What one of the pickles at the beginning of a file holds that would take all time or memory, or None.
 
-    An element counts once for each way that leads to it. A file that is no pickle passes: reading it ends in an error
-    by itself.
+    A file that is no pickle passes: reading it ends in an error by itself.
     """
     try:
-        return any(size > _MOST_ELEMENTS for _ in range(_PICKLES_IN_A_FILE) for size in _tuple_sizes(file))
+        return next((bomb for _ in range(_PICKLES_IN_A_FILE) for bomb in _bombs(file)), None)
     except (ValueError, IndexError, KeyError, AttributeError):
-        return False
+        return None
 
 
-def _tuple_sizes(file: IO[bytes]) -> Iterator[int]:
-    """The elements of each tuple of a pickle; everything else is one element, whatever it holds."""
+def _bombs(file: IO[bytes]) -> Iterator[str]:
+    """Counts the elements of each tuple, an element once for each way that leads to it; everything else is one."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[object, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
-        # A number of bytes that it is to make, of which none is in the file; nothing of a head needs one.
+        # Its bytes need not be in the file: a number says how many zeros to make. Nothing of a head needs one.
         if name in ("GLOBAL", "SHORT_BINUNICODE", "BINUNICODE") and str(argument).rpartition(" ")[2] == "bytearray":
-            yield _MOST_ELEMENTS + 1
+            yield "a bytearray, which a number can make of any size"
         if name == "MARK":
             marks.append(len(stack))
         elif name == "MEMOIZE":
@@ -52,7 +52,8 @@ def _tuple_sizes(file: IO[bytes]) -> Iterator[int]:
             size = 1
             if name.startswith("TUPLE"):
                 size += sum(taken)
-                yield size
+                if size > _MOST_ELEMENTS:
+                    yield "tuples inside tuples that would take years to read"
             stack += [size] * len(opcode.stack_after)
 
 
