@@ -15,6 +15,7 @@ from vhead.head_weights import HeadWeights, LinearWeights
 
 DEFAULT_DROPOUT = 0.1
 DEFAULT_INITIALIZER_RANGE = 0.2
+INIT_STRATEGIES = (None, "normal", "zeros")
 
 # Where a configuration keeps the width of the states that its language-model head reads, most specific first: OPT
 # projects down to `word_embed_proj_dim`, multimodal configurations nest the text model's, encoder-decoders the
@@ -143,7 +144,8 @@ class ValueHead(nn.Module):
         intermediate_size: I, or None for a single projection.
         summary_dropout_prob: The probability that training drops an element of a hidden state.
         v_head_init_strategy: None for `nn.Linear`'s default distribution, "normal" for N(0, `v_head_initializer_range`)
-            with a zero bias.
+            with a zero bias, "zeros" for a head whose values are all 0 until it is trained. Of two projections, "zeros"
+            leaves the first one in the default distribution, without which no gradient would ever reach it.
         v_head_initializer_range: The standard deviation of "normal".
 
     Raises:
@@ -266,16 +268,19 @@ class ValueHead(nn.Module):
         """Draws new weights in place, from a seed of torch's default generator.
 
         Raises:
-            HeadError: The strategy is neither None nor "normal", or the range is not a standard deviation.
+            HeadError: The strategy is not None, "normal" or "zeros", or the range is not a standard deviation.
         """
         check_head_arguments(v_head_init_strategy=strategy, v_head_initializer_range=initializer_range)
-        for _, linear in self._linears():
+        linears = [linear for _, linear in self._linears()]
+        for linear in linears:
             if linear.weight.is_meta:
                 continue
-            if strategy is None:
-                ops.init_linear_(linear.weight, linear.bias)
-            else:
+            if strategy == "normal":
                 ops.init_normal_(linear.weight, linear.bias, initializer_range)
+            elif strategy == "zeros" and linear is linears[-1]:
+                ops.init_zeros_(linear.weight, linear.bias)
+            else:
+                ops.init_linear_(linear.weight, linear.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Projects hidden states `[..., H]` to values `[..., K]`, float32, on the head's device."""
@@ -328,8 +333,9 @@ def check_head_arguments(**arguments: Unpack[HeadArguments]) -> None:
         HeadError: One of them is not what it must be.
     """
     strategy = arguments.get("v_head_init_strategy")
-    if strategy not in (None, "normal"):
-        raise HeadError(f'v_head_init_strategy: expected None or "normal", got {strategy!r}')
+    if strategy not in INIT_STRATEGIES:
+        known = " or ".join(f'"{name}"' for name in INIT_STRATEGIES if name is not None)
+        raise HeadError(f"v_head_init_strategy: expected None or {known}, got {strategy!r}")
     initializer_range = arguments.get("v_head_initializer_range", DEFAULT_INITIALIZER_RANGE)
     if not 0.0 <= initializer_range < math.inf:
         raise HeadError(
