@@ -193,11 +193,13 @@ def _are_the_same(checkpoint: Checkpoint, candidates: list[tuple[Format, Sightin
 
 
 def same_weights(one: HeadWeights, other: HeadWeights) -> bool:
-    """Whether two heads have the same weights, a bias of zeros counting as none."""
+    """Whether two heads have the same weights and support, a bias of zeros counting as none."""
     shapes = [[layer.weight.shape for layer in head.layers] for head in (one, other)]
     pairs = zip(one.layers, other.layers, strict=False)
-    return shapes[0] == shapes[1] and all(
-        torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros) for a, b in pairs
+    return (
+        shapes[0] == shapes[1]
+        and one.support == other.support
+        and all(torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros) for a, b in pairs)
     )
 
 
