@@ -247,7 +247,8 @@ class _Rewriting:
         body = self.target.body
         if body is None:
             return config
-        return {**config, "architectures": [architecture.class_name(body.architecture)], **body.configure(self.head)}
+        name = architecture.class_name(body.architecture_for(self.head))
+        return {**config, "architectures": [name], **body.configure(self.head)}
 
     def _notes(self, architecture: Architecture, names: dict[str, str]) -> Iterator[str]:
         kept = {*names, *self.sighting.found}

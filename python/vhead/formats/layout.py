@@ -122,12 +122,18 @@ class Body:
         base_only: Whether the language-model head is left out.
         head_file: The file of its own that the head goes to, or None where it is merged into the model's.
         configure: What the head changes in the configuration.
+        classifier: The class for a head that is read by a softmax, where it is another one.
     """
 
     architecture: str = "ForCausalLM"
     base_only: bool = False
     head_file: str | None = None
     configure: Callable[[HeadWeights], dict[str, Any]] = lambda _head: {}
+    classifier: str | None = None
+
+    def architecture_for(self, head: HeadWeights) -> str:
+        """The class in the configuration for a head: a name, or "For..." for one that begins with the model's name."""
+        return self.architecture if head.activation is None else self.classifier or self.architecture
 
 
 def stated_statistics(checkpoint: Checkpoint) -> tuple[float | None, float | None]:

@@ -9,10 +9,11 @@ import torch
 
 from vhead.checkpoints.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
+from vhead.formats.critics import UNIRL, XTUNER
 from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
 from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Detection, Format, Sighting, check_fits, mismatch, read
 from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
-from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
+from vhead.formats.reward_models import ARMORM, BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
 from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
 from vhead.head_weights import HeadWeights
 
@@ -25,10 +26,13 @@ FORMATS: tuple[Format, ...] = (
     TRLX,
     INTERNLM2,
     DEEPSPEED_CHAT,
+    XTUNER,
+    UNIRL,
     OPENRLHF,
     QWEN,
     SEQUENCE,
     TOKEN,
+    ARMORM,
     BEAVER,
     NEMO,
     MEGATRON,

@@ -63,7 +63,7 @@ def _has_several_outputs(checkpoint: Checkpoint, sighting: Sighting) -> bool:
 
 TRL = Format(
     name="trl",
-    frameworks="TRL 0.9 to 1.12, ROLL, and this package",
+    frameworks="TRL 0.9 to 1.12, ROLL, Skywork's PRMs, and this package",
     find=_find_trl,
     layouts=((_SUMMARY.below("v_head"),),),
     body=Body(),

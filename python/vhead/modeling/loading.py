@@ -39,7 +39,7 @@ _MAPS_NAMES = Version(transformers.__version__) >= Version("5")
 _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?=\.)")
 
 # The parts of a head's names that stand below the module which is the head.
-_BELOW_HEAD = re.compile(r"summary|[0-9]+")
+_BELOW_HEAD = re.compile(r"summary|proj|[0-9]+")
 
 # The prefix of the language model's names in `vhead.modeling.pretrained`'s checkpoints, and in raw saves of a wrapper.
 _BODY_OF_PRETRAINED = "pretrained_model."
