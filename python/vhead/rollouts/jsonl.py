@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from vhead.errors import FieldError, VheadError
-from vhead.rollouts.rollout import Rollout, shown
+from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
+from vhead.rollouts.wording import shown
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A line is held in memory as a whole; no rollout is as long as this.

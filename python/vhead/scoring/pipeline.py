@@ -7,8 +7,8 @@ from itertools import islice
 from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.files import Reader
-from vhead.rollouts.rollout import named
 from vhead.rollouts.rows import Row
+from vhead.rollouts.wording import named
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
