@@ -119,6 +119,19 @@ class TestOutput:
         assert run(source, "-m", plain, "-o", tmp_path / "out.jsonl", "--allow-random-head").exit_code == 0
 
 
+class TestTheClosingLine:
+    def test_it_counts_records_of_which_only_tokens_were_asked_for(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--returns", "tokens")
+        assert done.stderr.splitlines() == [f"vhead: 12 rollouts scored, written to {tmp_path / 'out.jsonl'}"]
+
+    def test_a_record_that_parquet_cannot_hold_counts_as_skipped_alone(self, critic, source, tmp_path):
+        bad_line(source, 3, json.dumps({"prompt": "a" * 100, "completion": "b" * 50, "id": 2**70}) + "\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--on-error", "skip", "--truncate", "prompt")
+        assert done.exit_code == 0, done.stderr
+        assert f"11 rollouts scored, 1 skipped, written to {tmp_path / 'out.parquet'}" in done.stderr
+        assert pq.read_table(tmp_path / "out.parquet").num_rows == 11
+
+
 class TestTruncation:
     @pytest.fixture
     def long(self, source):
