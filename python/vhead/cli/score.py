@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vhead.cli import score_options as option
 from vhead.cli.failure import reported
 from vhead.cli.terminal import escaped, say
-from vhead.errors import RecordError
+from vhead.errors import InputChangedError, RecordError
 
 if TYPE_CHECKING:
     from vhead.rollouts.files import Reader
@@ -185,11 +185,13 @@ def _silence_transformers() -> None:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Puts the file's name before errors about its records."""
+    """Puts the input's name before errors about its records."""
     try:
         yield
     except RecordError as error:
         raise RecordError(f"{source}: {error}", record=error.record, field=error.field) from None
+    except InputChangedError as error:
+        raise InputChangedError(f"{source}: {error}") from None
 
 
 @contextmanager

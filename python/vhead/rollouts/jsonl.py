@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, BinaryIO
 
-from vhead.errors import FieldError, VheadError
+from vhead.errors import FieldError, VheadError, naming
 from vhead.rollouts.rollout import Rollout, shown
 from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
 
@@ -129,7 +129,7 @@ class JsonlReader:
     """The records of a JSON Lines stream, one at a time; blank lines are no records.
 
     Args:
-        stream: Opened for reading bytes; closed by `close`.
+        stream: Opened for reading bytes, with a name; closed by `close`.
         size: Bytes in all, where that is known.
         reserved: Names of columns that the scores will take, so that no record may have them.
         replaces: Whether records lose such columns instead.
@@ -160,12 +160,16 @@ class JsonlReader:
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
         """Each line and its length; of one that is too long, the beginning."""
-        while line := self._stream.readline(LONGEST_LINE):
+        while line := self._piece():
             length, end = len(line), line
             while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
-                end = self._stream.readline(LONGEST_LINE)
+                end = self._piece()
                 length += len(end)
             yield line, length
+
+    def _piece(self) -> bytes:
+        with naming(getattr(self._stream, "name", "input")):
+            return self._stream.readline(LONGEST_LINE)
 
     def close(self) -> None:
         self._stream.close()

@@ -85,7 +85,7 @@ class Output:
 
         Raises:
             ResumeError: The earlier run had other settings, or its part is damaged.
-            FileFormatError: The format cannot hold these columns.
+            FieldError: The format cannot hold one of these columns.
         """
         self._writer = JsonlWriter(self._stream, self._suffix)
 
