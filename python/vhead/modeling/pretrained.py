@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         v_head_intermediate_size: int | None = None,
         summary_dropout_prob: float = 0.1,
         v_head_support: Support | Mapping[str, Any] | None = None,
-        v_head_activation: str | None = None,
+        v_head_activation: Literal["softmax"] | None = None,
         **kwargs: Any,
     ) -> None:
         # Transformers makes one without arguments, to know the defaults.
