@@ -236,9 +236,10 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns that scoring adds, which columns of the input may therefore not have."""
-        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
+        from vhead.scoring.fields import DEFAULT_RETURNS, Asked  # for a fast --help
+        from vhead.scoring.scores import TRUNCATED  # for a fast --help
 
-        columns = columns_of(self.returns or DEFAULT_RETURNS)
+        columns = tuple(column.name for column in Asked(self.returns or DEFAULT_RETURNS).columns)
         names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
         return tuple(f"{name}{self.suffix}" for name in names)
 
@@ -308,7 +309,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
     Raises:
         typer.BadParameter: The list names something else, or nothing.
     """
-    from vhead.scoring.scores import check_returns  # for a fast --help
+    from vhead.scoring.fields import check_returns  # for a fast --help
 
     if returns is None:
         return None
