@@ -57,7 +57,7 @@ class TestFields:
             ),
             (
                 {"prompt": [1], "completion": [2]},
-                r"prompt: expected text \(token ids go in `prompt_ids`\), got \[1\] \(list\)",
+                r"prompt: expected text or a list of messages \(token ids go in `prompt_ids`\), got \[1\] \(list\)",
             ),
             ({"prompt": "", "completion": "b"}, "prompt: expected text, got an empty text"),
             ({"prompt_ids": [1], "completion_ids": []}, "completion_ids: expected at least one token, got none"),

@@ -56,6 +56,14 @@ Source = Annotated[
         "completion (text), prompt_ids and completion_ids, or messages; other fields are carried through.",
     ),
 ]
+FieldsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fields",
+        metavar="FIELD=COLUMN,...",
+        help="Columns that hold fields under other names, such as prompt=question,completion=response.",
+    ),
+]
 Model = Annotated[
     str, typer.Option("--model", "-m", metavar="PATH", help="Folder or hub id of a model with a trained value head.")
 ]
@@ -206,6 +214,7 @@ class ScoreRequest:
     source: str
     model: str
     output: str
+    fields: dict[str, str]
     returns: tuple[str, ...] | None
     temperature: float
     loading: dict[str, Any]
@@ -264,6 +273,7 @@ class ScoreRequest:
             **identity(self.model, "model"),
             **({} if head is None else identity(head, "head")),
             "returns": None if self.returns is None else list(self.returns),
+            "fields": self.fields,
             "suffix": self.suffix,
             "overwrite": self.overwrite,
             "temperature": self.temperature,
@@ -293,6 +303,7 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
     of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
     made = {
+        "fields": _checked_fields(plain["fields"]),
         "returns": checked_returns(plain["returns"]),
         "loading": {name: plain[name] for name in _LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
@@ -316,6 +327,15 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
         return check_returns([name.strip() for name in returns.split(",") if name.strip()])
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
+
+
+def _checked_fields(text: str | None) -> dict[str, str]:
+    from vhead.rollouts.fields import parsed_fields  # for a fast --help
+
+    try:
+        return {} if text is None else parsed_fields(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("fields: "), param_hint="--fields") from None
 
 
 def _check_paths(source: str, output: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vhead.errors import FileFormatError
+from vhead.rollouts.fields import Fields
 from vhead.rollouts.jsonl import JsonlReader
 from vhead.rollouts.rows import Row
 from vhead.rollouts.standard_streams import standard_input
@@ -42,13 +43,16 @@ def format_of(name: str) -> str:
     return suffix
 
 
-def open_reader(name: str, reserved: tuple[str, ...] = (), *, replaces: bool = False) -> Reader:
+def open_reader(
+    name: str, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
+) -> Reader:
     """A reader for a file, or for standard input as JSON Lines when `name` is `-`.
 
     Args:
         name: A file name or `-`.
         reserved: Names of columns that the input may not have, as the scores will take them.
         replaces: Whether the input's columns of these names are left out instead.
+        fields: Columns that hold fields under other names.
 
     Raises:
         FileFormatError: The suffix names no format, or the file does not hold it.
@@ -58,7 +62,7 @@ def open_reader(name: str, reserved: tuple[str, ...] = (), *, replaces: bool = F
     if format_of(name) == ".parquet":
         from vhead.rollouts.parquet import ParquetReader  # pyarrow only when used
 
-        return ParquetReader(Path(name), reserved, replaces=replaces)
+        return ParquetReader(Path(name), reserved, replaces=replaces, fields=fields)
     if name == STANDARD_STREAM:
-        return JsonlReader(standard_input(), None, reserved, replaces=replaces)
-    return JsonlReader(Path(name).open("rb"), Path(name).stat().st_size, reserved, replaces=replaces)
+        return JsonlReader(standard_input(), None, reserved, replaces=replaces, fields=fields)
+    return JsonlReader(Path(name).open("rb"), Path(name).stat().st_size, reserved, replaces=replaces, fields=fields)

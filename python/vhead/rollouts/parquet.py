@@ -17,8 +17,10 @@ from uuid import UUID
 from vhead.errors import FieldError, FileFormatError
 from vhead.rollouts.arrow import pa, pq
 from vhead.rollouts.arrow_values import exact, seconds
+from vhead.rollouts.fields import Fields, columns_of_fields
+from vhead.rollouts.records import rollout_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import INPUT_FIELDS, Row, check_reserved, rollout_of
+from vhead.rollouts.rows import Row, check_reserved
 
 Result = TypeVar("Result")
 
@@ -56,8 +58,8 @@ class ParquetRow:
 
     def rollout(self) -> Rollout:
         """What is to be scored; token ids are read from the batch without a Python object each."""
-        names = [name for name in INPUT_FIELDS if name in self.batch.schema.names]
-        return rollout_of({name: self._read(name, _plain) for name in names}, self.where)
+        names = [name for name in columns_of_fields(self.reader.fields) if name in self.batch.schema.names]
+        return rollout_of({name: self._read(name, _plain) for name in names}, self.where, self.reader.fields)
 
     def columns(self) -> dict[str, Any]:
         """The row as Python objects; where those would lose digits, what `exact` gives.
@@ -101,6 +103,7 @@ class ParquetReader:
         path: The file.
         reserved: Names of columns that the scores will take, so that the file may not have them.
         replaces: Whether such columns are left out instead.
+        fields: Columns that hold fields under other names.
 
     Attributes:
         size: How many rows there are.
@@ -111,8 +114,11 @@ class ParquetReader:
         FieldError: A column has a name that the scores will take.
     """
 
-    def __init__(self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False) -> None:
+    def __init__(
+        self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
+    ) -> None:
         self._path = path
+        self.fields = fields or {}
         try:
             self._file = pq.ParquetFile(path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False)
             schema = self._file.schema_arrow
@@ -188,8 +194,15 @@ def _rows_at_once(file: pq.ParquetFile, group: int) -> int:
 def _plain(value: pa.Scalar) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
     if not is_list or not value.is_valid or not pa.types.is_integer(value.type.value_type) or value.values.null_count:
-        return value.as_py()
+        return _without_null(value.as_py())
     return value.values.to_numpy(zero_copy_only=False)
+
+
+def _without_null(value: Any) -> Any:
+    """Objects without null members: Parquet gives each object every member that any has, however deep."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _dumped(value: object) -> str:
