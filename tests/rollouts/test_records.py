@@ -126,9 +126,7 @@ class TestOtherNames:
         assert read({"prompt": "x", "question": "a", "completion": "b"}, {"prompt": "question"}).prompt == "a"
 
     def test_a_record_without_the_column_names_both(self, read):
-        with pytest.raises(
-            FieldError, match="question: expected a column of this name, because `prompt` is"
-        ):
+        with pytest.raises(FieldError, match="question: expected a column of this name, because `prompt` is"):
             read({"prompt": "a", "completion": "b"}, {"prompt": "question"})
 
     def test_errors_name_the_column(self, read):

@@ -372,5 +372,7 @@ class TestParquet:
 
     @pytest.mark.parametrize("name", ["out.csv", "out", "out.json"])
     def test_unknown_suffix(self, tmp_path, name):
-        with pytest.raises(FileFormatError, match=r"expected a name that ends in \.jsonl or \.parquet"):
+        with pytest.raises(
+            FileFormatError, match=r"expected a name that ends in \.jsonl or \.jsonl\.gz or \.jsonl\.zst or \.parquet"
+        ):
             open_output(str(tmp_path / name))

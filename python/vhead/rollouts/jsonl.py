@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, BinaryIO
@@ -31,7 +31,7 @@ class JsonRow:
         line: Its bytes, or its beginning where it is longer than a line may be.
         number: Its place among all lines.
         count: Its place among those that are not blank.
-        position: Bytes of the file up to the line's end.
+        position: Bytes of the file up to the line's end; of a compressed one, those that were read.
         chain: The digest of all records up to this one.
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.
@@ -139,6 +139,7 @@ class JsonlReader:
         reserved: Names of columns that the scores will take, so that no record may have them.
         replaces: Whether records lose such columns instead.
         fields: Columns that hold fields under other names.
+        position: Tells how much of the file has been read, where that is not the length of the lines.
 
     Attributes:
         schema: None: what columns there are is known when the last record is read.
@@ -154,20 +155,24 @@ class JsonlReader:
         *,
         replaces: bool = False,
         fields: Fields | None = None,
+        position: Callable[[], int] | None = None,
     ) -> None:
         self._stream = stream
         self.size = size
         self._reserved = reserved
         self._replaces = replaces
         self._fields = fields
+        self._position = position
 
     def __iter__(self) -> Iterator[Row]:
         position = count = 0
         chain = b""
         for number, (line, length) in enumerate(self._lines(), start=1):
-            position += length
+            position = position + length if self._position is None else self._position()
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if content := text.strip():
+            content = text.strip()
+            # Of a line that is too long, only the beginning is known to be blank.
+            if content or length >= LONGEST_LINE:
                 count, chain = count + 1, chained(chain, content)
                 yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces, self._fields)
 

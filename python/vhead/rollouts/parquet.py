@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -20,7 +21,7 @@ from vhead.rollouts.arrow_values import exact, seconds
 from vhead.rollouts.fields import Fields, columns_of_fields
 from vhead.rollouts.records import rollout_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import Row, check_reserved
+from vhead.rollouts.rows import Row, chained, check_reserved
 
 Result = TypeVar("Result")
 
@@ -45,7 +46,7 @@ class ParquetRow:
 
     @property
     def where(self) -> str:
-        return f"row {self.count}"
+        return f"row {self.count - self.reader.before}{self.reader.label}"
 
     @property
     def position(self) -> int:
@@ -104,8 +105,12 @@ class ParquetReader:
         reserved: Names of columns that the scores will take, so that the file may not have them.
         replaces: Whether such columns are left out instead.
         fields: Columns that hold fields under other names.
+        before: How many rows the files before this one have, where it is one of several.
 
     Attributes:
+        label: What stands behind a row's number in errors.
+        place: Says whether a file of this name is still the same.
+        digest_before: Stands for the files before this one.
         size: How many rows there are.
         schema: The columns that are read, a `pyarrow.Schema`.
 
@@ -115,10 +120,18 @@ class ParquetReader:
     """
 
     def __init__(
-        self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
+        self,
+        path: Path,
+        reserved: tuple[str, ...] = (),
+        *,
+        replaces: bool = False,
+        fields: Fields | None = None,
+        before: int = 0,
     ) -> None:
         self._path = path
         self.fields = fields or {}
+        self.before = before
+        self.label = ""
         try:
             self._file = pq.ParquetFile(path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False)
             schema = self._file.schema_arrow
@@ -134,26 +147,30 @@ class ParquetReader:
             raise FileFormatError(f"{path}: expected each column's name once, got {doubled[0]!r} twice or more")
         if not replaces:
             check_reserved(names, reserved, None)
-        self._opened = _place(path.stat())
-        self._columns = [name for name in names if name not in reserved]
-        self.schema = pa.schema([schema.field(name) for name in self._columns], schema.metadata)
+        self.place = _place(path.stat())
+        self.digest_before = b""
+        kept = [schema.field(name) for name in names if name not in reserved]
+        self.schema = pa.schema(kept, schema.metadata)
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the file's bytes."""
+        """The digest of the file's bytes, and of the files before it."""
         with self._path.open("rb") as file:
-            if _place(os.fstat(file.fileno())) != self._opened:
+            if _place(os.fstat(file.fileno())) != self.place:
                 raise FileFormatError(f"{self._path}: expected the file that is being read, found another of its name")
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            own = hashlib.file_digest(file, "sha256")
+        return chained(self.digest_before, own.digest()).hex() if self.digest_before else own.hexdigest()
 
     def __iter__(self) -> Iterator[Row]:
-        count = 0
+        count = self.before
         batches = self._batches()
         while True:
             try:
                 batch = next(batches, None)
             except Exception as error:  # Pages, too, can be broken in more ways than pyarrow has names for.
-                raise FileFormatError(f"{self._path}: the file is broken after row {count}: {error}") from None
+                raise FileFormatError(
+                    f"{self._path}: the file is broken after row {count - self.before}: {error}"
+                ) from None
             if batch is None:
                 return
             for at in range(batch.num_rows):
@@ -164,13 +181,84 @@ class ParquetReader:
         for group in range(self._file.metadata.num_row_groups):
             rows = _rows_at_once(self._file, group)
             for batch in self._file.iter_batches(rows, row_groups=[group]):
-                yield batch if self._columns == batch.schema.names else batch.select(self._columns)
+                yield batch if self.schema.names == batch.schema.names else batch.select(self.schema.names)
 
     def _unreadable(self, error: Exception) -> FileFormatError:
         return FileFormatError(f"{self._path}: not a readable Parquet file: {error}")
 
     def close(self) -> None:
         self._file.close()
+
+
+class ParquetReaders:
+    """The rows of several Parquet files with the same columns, one file after the other.
+
+    Args:
+        paths: The files, at least one.
+        reserved: Names of columns that the scores will take, so that no file may have them.
+        replaces: Whether such columns are left out instead.
+        fields: Columns that hold fields under other names.
+
+    Attributes:
+        size: How many rows there are.
+        schema: The columns that are read, a `pyarrow.Schema`.
+
+    Raises:
+        FileFormatError: A file is not Parquet, or has other columns than the first one.
+        FieldError: A column has a name that the scores will take.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        reserved: tuple[str, ...] = (),
+        *,
+        replaces: bool = False,
+        fields: Fields | None = None,
+    ) -> None:
+        self._paths = paths
+        self._options: dict[str, Any] = {"reserved": reserved, "replaces": replaces, "fields": fields}
+        self._opened: ParquetReader | None = None
+        self._places: list[tuple[int, ...]] = []
+        rows = 0
+        for path in paths:
+            # Thousands of files cannot all be open.
+            with closing(ParquetReader(path, **self._options)) as reader:
+                if path == paths[0]:
+                    self.schema = reader.schema
+                self._check(path, reader.schema)
+                self._places.append(reader.place)
+                rows += reader.size or 0
+        self.size: int | None = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        count, digest = 0, b""
+        for path, place in zip(self._paths, self._places, strict=True):
+            reader = self._opened = ParquetReader(path, **self._options, before=count)
+            if reader.place != place:
+                raise FileFormatError(f"{path}: expected the file that was there at first, found another of its name")
+            reader.schema, reader.label, reader.digest_before = self.schema, f" of {path.name}", digest
+            yield from reader
+            count += reader.size or 0
+            digest = reader.digest.encode()
+            reader.close()
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        if sorted(schema, key=_name) != sorted(self.schema, key=_name):
+            expected, got = (
+                ", ".join(f"{field.name}: {field.type}" for field in each) for each in (self.schema, schema)
+            )
+            raise FileFormatError(f"{path}: expected the columns of {self._paths[0]} ({expected}), got {got}")
+
+    def close(self) -> None:
+        """Closes the file that is being read."""
+        if self._opened is not None:
+            self._opened.close()
+
+
+def _name(field: pa.Field) -> str:
+    name: str = field.name
+    return name
 
 
 def _place(status: os.stat_result) -> tuple[int, ...]:
