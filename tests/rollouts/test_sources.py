@@ -40,8 +40,8 @@ class TestCompressed:
 
     def test_the_records_and_their_digests_are_those_of_the_lines(self, path, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(LINES)
-        with closing(open_reader(str(tmp_path / "a.jsonl"))) as plain, closing(open_reader(str(path))) as packed:
-            plain, packed = list(plain), list(packed)
+        with closing(open_reader(str(tmp_path / "a.jsonl"))) as reader:
+            plain, packed = list(reader), list(open_reader(str(path)))
         assert [row.json_object() for row in packed] == [row.json_object() for row in plain]
         assert [row.digest for row in packed] == [row.digest for row in plain]
 

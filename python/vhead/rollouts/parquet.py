@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property
@@ -37,16 +37,25 @@ _BYTES_AT_ONCE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ParquetRow:
-    """One row of a record batch."""
+    """One row of a record batch.
+
+    Attributes:
+        batch: Some rows of a file.
+        at: Which of them.
+        count: Its place among all rows of the input.
+        reader: What reads the file.
+        number: Its place in the file, where that is one of several.
+    """
 
     batch: pa.RecordBatch
     at: int
     count: int
     reader: "ParquetReader"
+    number: int | None = None
 
     @property
     def where(self) -> str:
-        return f"row {self.count - self.reader.before}{self.reader.label}"
+        return f"row {self.count}" if self.number is None else f"row {self.number} of {self.reader.path.name}"
 
     @property
     def position(self) -> int:
@@ -105,10 +114,9 @@ class ParquetReader:
         reserved: Names of columns that the scores will take, so that the file may not have them.
         replaces: Whether such columns are left out instead.
         fields: Columns that hold fields under other names.
-        before: How many rows the files before this one have, where it is one of several.
 
     Attributes:
-        label: What stands behind a row's number in errors.
+        path: The file.
         place: Says whether a file of this name is still the same.
         digest_before: Stands for the files before this one.
         size: How many rows there are.
@@ -120,18 +128,10 @@ class ParquetReader:
     """
 
     def __init__(
-        self,
-        path: Path,
-        reserved: tuple[str, ...] = (),
-        *,
-        replaces: bool = False,
-        fields: Fields | None = None,
-        before: int = 0,
+        self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
     ) -> None:
-        self._path = path
+        self.path = path
         self.fields = fields or {}
-        self.before = before
-        self.label = ""
         try:
             self._file = pq.ParquetFile(path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False)
             schema = self._file.schema_arrow
@@ -155,22 +155,20 @@ class ParquetReader:
     @cached_property
     def digest(self) -> str:
         """The digest of the file's bytes, and of the files before it."""
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             if _place(os.fstat(file.fileno())) != self.place:
-                raise FileFormatError(f"{self._path}: expected the file that is being read, found another of its name")
+                raise FileFormatError(f"{self.path}: expected the file that is being read, found another of its name")
             own = hashlib.file_digest(file, "sha256")
         return chained(self.digest_before, own.digest()).hex() if self.digest_before else own.hexdigest()
 
-    def __iter__(self) -> Iterator[Row]:
-        count = self.before
+    def __iter__(self) -> Iterator[ParquetRow]:
+        count = 0
         batches = self._batches()
         while True:
             try:
                 batch = next(batches, None)
             except Exception as error:  # Pages, too, can be broken in more ways than pyarrow has names for.
-                raise FileFormatError(
-                    f"{self._path}: the file is broken after row {count - self.before}: {error}"
-                ) from None
+                raise FileFormatError(f"{self.path}: the file is broken after row {count}: {error}") from None
             if batch is None:
                 return
             for at in range(batch.num_rows):
@@ -184,7 +182,7 @@ class ParquetReader:
                 yield batch if self.schema.names == batch.schema.names else batch.select(self.schema.names)
 
     def _unreadable(self, error: Exception) -> FileFormatError:
-        return FileFormatError(f"{self._path}: not a readable Parquet file: {error}")
+        return FileFormatError(f"{self.path}: not a readable Parquet file: {error}")
 
     def close(self) -> None:
         self._file.close()
@@ -234,11 +232,12 @@ class ParquetReaders:
     def __iter__(self) -> Iterator[Row]:
         count, digest = 0, b""
         for path, place in zip(self._paths, self._places, strict=True):
-            reader = self._opened = ParquetReader(path, **self._options, before=count)
+            reader = self._opened = ParquetReader(path, **self._options)
             if reader.place != place:
                 raise FileFormatError(f"{path}: expected the file that was there at first, found another of its name")
-            reader.schema, reader.label, reader.digest_before = self.schema, f" of {path.name}", digest
-            yield from reader
+            reader.schema, reader.digest_before = self.schema, digest
+            for row in reader:
+                yield replace(row, count=count + row.count, number=row.count)
             count += reader.size or 0
             digest = reader.digest.encode()
             reader.close()
