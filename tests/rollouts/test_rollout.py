@@ -6,7 +6,7 @@ import torch
 
 from vhead import Rollout
 from vhead.errors import FieldError
-from vhead.rollouts.rollout import named, shown
+from vhead.rollouts.wording import named, shown
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 

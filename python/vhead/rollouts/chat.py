@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from vhead.errors import FieldError
-from vhead.rollouts.rollout import Message
+from vhead.rollouts.messages import Message
 from vhead.rollouts.text import Passage
 
 # What a message can hold beside its content that templates know how to show.

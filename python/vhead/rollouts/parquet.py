@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from uuid import UUID
 
 from vhead.errors import FieldError, FileFormatError
 from vhead.rollouts.arrow import pa, pq
+from vhead.rollouts.arrow_values import exact, seconds
 from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.rows import INPUT_FIELDS, Row, check_reserved, rollout_of
 
@@ -59,12 +60,12 @@ class ParquetRow:
         return rollout_of({name: self._read(name, _plain) for name in names}, self.where)
 
     def columns(self) -> dict[str, Any]:
-        """The row as Python objects.
+        """The row as Python objects; where those would lose digits, what `exact` gives.
 
         Raises:
             FieldError: A column holds what Python cannot, such as broken UTF-8 or a date beyond the year 9999.
         """
-        return {name: self._read(name, lambda value: value.as_py()) for name in self.batch.schema.names}
+        return {name: self._read(name, exact) for name in self.batch.schema.names}
 
     def json_object(self) -> str:
         """The row as a JSON object.
@@ -73,7 +74,7 @@ class ParquetRow:
         null.
 
         Raises:
-            FieldError: A column holds something else that JSON cannot.
+            FieldError: A column holds something else that JSON cannot, or a time span that seconds would round.
         """
         record = self.columns()
         members = []
@@ -203,10 +204,10 @@ def _dump(value: object) -> str:
 
 
 def _json_value(value: object) -> str | float:
+    if isinstance(value, pa.DurationScalar):
+        return seconds(value)
     if isinstance(value, date | datetime | time):
         return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
     if isinstance(value, Decimal | UUID):
         return str(value)
     if isinstance(value, bytes):

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from vhead.errors import FieldError
-from vhead.rollouts.rollout import Rollout, named, shown, token_ids
+from vhead.rollouts.arrays import token_ids
+from vhead.rollouts.rollout import Rollout
+from vhead.rollouts.wording import named, shown
 
 PAIRS = (("prompt_ids", "completion_ids"), ("prompt", "completion"))
 MESSAGES = "messages"
@@ -99,7 +101,7 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
         if {first, second} <= present:
             return _pair(record, first, second)
     if MESSAGES in present:
-        return Rollout.from_messages(record[MESSAGES], _id(record))
+        return Rollout.from_messages(record[MESSAGES], id=_id(record))
     for first, second in PAIRS:
         for here, missing in ((first, second), (second, first)):
             if here in present:

@@ -54,11 +54,13 @@ class Tokens:
         prompt_length: P, the tokens of the prompt.
         spans: First and one-past-last character of each token in the passage, int64 `[P + C, 2]`, -1 where unknown;
             None where they were not asked for and not needed.
+        mask: Which tokens of the completion the model wrote, bool `[C]`; None: all.
     """
 
     ids: NDArray[np.int64]
     prompt_length: int
     spans: Spans | None = None
+    mask: NDArray[np.bool_] | None = None
 
 
 def no_spans(count: int) -> Spans:

@@ -7,8 +7,8 @@ from itertools import islice
 from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.files import Reader
-from vhead.rollouts.rollout import named
 from vhead.rollouts.rows import Row
+from vhead.rollouts.wording import named
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
@@ -35,7 +35,7 @@ def score_file(
         output: Where they go, begun.
         returns: Some of values, logprobs, entropy, reward, tokens; None: what the checkpoint can give.
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
-        progress: Told of every batch that is computed, and of truncated rollouts.
+        progress: Told of every batch that is computed.
         limit: Only the first so many records, those that an earlier run finished among them; None: all.
         on_error: Told of each record that cannot be scored or written, which is then left out; None: the first one is
             raised, after everything before it has been written.
@@ -57,8 +57,6 @@ def score_file(
         progress.advance(rollouts, tokens, computed)
 
     for chunk in scorer.scored(rows, returns, temperature, on_error=on_error, on_batch=on_batch, ids=ids):
-        if chunk.scores.truncated is not None:
-            progress.truncated += int(chunk.scores.truncated.sum())
         output.write(chunk.sources, chunk.scores, chunk.last, on_error)
     output.publish(rows.last, scorer.nothing(returns))
 

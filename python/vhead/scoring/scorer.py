@@ -14,7 +14,8 @@ from torch import nn
 from vhead.errors import HeadError, RecordError, loading
 from vhead.packing.plan import ScorerPlan
 from vhead.rollouts.encoding import Encoded, Encoder, IdRegistry, LengthLimit
-from vhead.rollouts.rollout import Rollout, named
+from vhead.rollouts.rollout import Rollout
+from vhead.rollouts.wording import named
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions

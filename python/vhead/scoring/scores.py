@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
-from vhead.rollouts.rollout import Id
+from vhead.rollouts.wording import Id
 from vhead.scoring.notebook import table
 
 if TYPE_CHECKING:
