@@ -10,7 +10,19 @@ from vhead.errors import FieldError
 from vhead.report.causes import Cause, likely_cause
 from vhead.report.differences import Difference, LogprobDifference, difference, logprob_difference
 from vhead.report.pairs import Pairs
-from vhead.report.records import ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Matched, Problems, Record, check_finite, matched, paired
+from vhead.report.records import (
+    ENTROPY,
+    LOGPROBS,
+    MASK,
+    OTHERS,
+    TOKEN_IDS,
+    Matched,
+    Problems,
+    Record,
+    check_finite,
+    matched,
+    paired,
+)
 
 if TYPE_CHECKING:
     from vhead.scoring import Scores
@@ -126,7 +138,9 @@ def of_records(found: Matched, problems: Problems, worst: int) -> tuple[Comparis
 def _nothing_in_common(found: Matched, problems: Problems) -> FieldError:
     if problems.count:
         expected = "a pair of records that can be compared"
-        return FieldError(None, "records", expected=expected, got=f"{problems.count:,} problems: {problems.messages[0]}")
+        return FieldError(
+            None, "records", expected=expected, got=f"{problems.count:,} problems: {problems.messages[0]}"
+        )
     names = (LOGPROBS, *OTHERS)
     ours, theirs = ({name for pair in found.pairs for name in pair[at].arrays if name in names} for at in (0, 1))
     expected = f"one of {', '.join(names)} on both sides, for a token that is not masked"
@@ -203,7 +217,11 @@ def _offsets(offsets: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
         return np.array([0, tokens], np.int64)
     bounds = _floats(offsets, "offsets")
     if bounds.ndim != 1 or len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != tokens or (np.diff(bounds) < 0).any():
-        got = "others" if bounds.ndim != 1 or not len(bounds) else f"{bounds[0]:g} to {bounds[-1]:g}, {bounds.size:,} of them"
+        got = (
+            "others"
+            if bounds.ndim != 1 or not len(bounds)
+            else f"{bounds[0]:g} to {bounds[-1]:g}, {bounds.size:,} of them"
+        )
         raise FieldError(None, "offsets", expected=f"rising numbers from 0 to {tokens:,}, the tokens of ours", got=got)
     return bounds.astype(np.int64)
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from vhead.report.correlation import pearson, spearman
 from vhead.report.pairs import Floats, Pairs
-from vhead.rollouts.rollout import Id
+from vhead.rollouts.wording import Id
 
 # A ratio outside these bounds is far from on-policy: PPO's clipping begins there in many recipes.
 RATIO_BOUNDS = (0.9, 1.1)
@@ -132,7 +132,7 @@ def logprob_difference(pairs: Pairs, worst: int) -> LogprobDifference | None:
         chi2 = float(np.mean(np.square(ratio)) - 1)
     return LogprobDifference(
         tokens=len(d),
-        k1=float(-d.mean()),
+        k1=float((theirs - ours).mean()),
         k3=float(k3.mean()),
         chi2=chi2,
         effective_sample_size=effective_sample_size(d),

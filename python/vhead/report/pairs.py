@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from vhead.rollouts.rollout import Id
+from vhead.rollouts.wording import Id
 
 Floats = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, RecordError
 from vhead.report.pairs import Pairs
-from vhead.rollouts.rollout import Id, named, shown
+from vhead.rollouts.wording import Id, named, shown
 
 LOGPROBS, ENTROPY, MASK, TOKEN_IDS = "logprobs", "entropy", "completion_mask", "token_ids"
 # What is compared beside log-probabilities: a number, or K of them, for each token or each rollout.
@@ -29,12 +29,14 @@ class Record:
         arrays: What is known of it, by name: float64 `[C]` for log-probabilities and entropy, `[C]` or `[C, K]` for
             values, `[]` or `[K]` for the reward, bool `[C]` for the mask, int64 `[C]` for token ids.
         prompt_length: Tokens of its prompt, where known.
+        count: Its place among the records of its file, from 1.
     """
 
     where: str
     id: Id
     arrays: Mapping[str, NDArray[Any]]
     prompt_length: int | None = None
+    count: int = 0
 
     @property
     def name(self) -> str:
@@ -91,7 +93,7 @@ def matched(ours: Sequence[Record], theirs: Sequence[Record]) -> Matched:
         _check_unique(side)
     there = {_key(record): record for record in theirs}
     pairs = [(record, there[_key(record)]) for record in ours if _key(record) in there]
-    return Matched(pairs, True, len(ours) - len(pairs), len(theirs) - len(pairs))
+    return Matched(pairs, by_id=True, only_ours=len(ours) - len(pairs), only_theirs=len(theirs) - len(pairs))
 
 
 def paired(pairs: Sequence[tuple[Record, Record]], problems: Problems) -> tuple[Pairs, list[Record]]:
@@ -109,6 +111,8 @@ def paired(pairs: Sequence[tuple[Record, Record]], problems: Problems) -> tuple[
             kept.append((ours, theirs))
     for name in OTHERS:
         others.append((name, _other(name, kept, problems)))
+    for name in (LOGPROBS, *OTHERS):
+        _note_missing(name, kept, problems)
     return _flat(kept, {name: found for name, found in others if found}), [ours for ours, _ in kept]
 
 
@@ -127,9 +131,10 @@ def _check_unique(side: Sequence[Record]) -> None:
 
 def _check_pair(ours: Record, theirs: Record) -> None:
     if ours.id is not None and theirs.id is not None and ours.id != theirs.id:
-        raise FieldError(ours.name, "id", expected=f"the id of {theirs.name}, which is at the same place", got="another")
-    tokens = [record.arrays.get(TOKEN_IDS) for record in (ours, theirs)]
-    if tokens[0] is not None and tokens[1] is not None and not np.array_equal(*tokens):
+        raise FieldError(
+            ours.name, "id", expected=f"the id of {theirs.name}, which is at the same place", got="another"
+        )
+    if _differ(TOKEN_IDS, ours, theirs):
         got = "others, so that the numbers are those of other tokens"
         raise FieldError(ours.name, TOKEN_IDS, expected=f"those of {theirs.name}", got=got)
     length = _length(ours, theirs)
@@ -139,13 +144,19 @@ def _check_pair(ours: Record, theirs: Record) -> None:
             if array is not None and array.shape != (length,):
                 expected = f"{length:,} of them, as the rollout's first field has in {ours.where}"
                 raise FieldError(record.name, name, expected=expected, got=_count(array))
-    masks = [record.arrays[MASK] for record in (ours, theirs) if MASK in record.arrays]
-    if len(masks) == 2 and not np.array_equal(*masks):
+    if _differ(MASK, ours, theirs):
         raise FieldError(ours.name, MASK, expected=f"that of {theirs.name}", got="another")
+    mask = ours.arrays.get(MASK, theirs.arrays.get(MASK))
     for record in (ours, theirs):
         for name in (LOGPROBS, ENTROPY):
             if name in record.arrays:
-                check_finite(record.arrays[name], masks[0] if masks else None, record.name, name)
+                check_finite(record.arrays[name], mask, record.name, name)
+
+
+def _differ(name: str, ours: Record, theirs: Record) -> bool:
+    """Whether both have a field that must be the same, and it is not."""
+    there = name in ours.arrays and name in theirs.arrays
+    return there and not np.array_equal(ours.arrays[name], theirs.arrays[name])
 
 
 def _length(ours: Record, theirs: Record) -> int:
@@ -169,6 +180,17 @@ def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, name: str 
         at = int(broken.argmax())
         expected = "finite numbers at all tokens that count"
         raise FieldError(name, field, expected=expected, got=f"{array.reshape(-1)[at]} at token {at}")
+
+
+def _note_missing(name: str, pairs: Sequence[tuple[Record, Record]], problems: Problems) -> None:
+    """A field that most records have on both sides should be there in all of them."""
+    if not any(name in ours.arrays and name in theirs.arrays for ours, theirs in pairs):
+        return
+    for pair in pairs:
+        for record in pair:
+            if name not in record.arrays:
+                expected = "the field, which other records have on both sides"
+                problems.add(FieldError(record.name, name, expected=expected, got="nothing"))
 
 
 def _other(
