@@ -137,12 +137,12 @@ def _check_pair(ours: Record, theirs: Record) -> None:
     if _differ(TOKEN_IDS, ours, theirs):
         got = "others, so that the numbers are those of other tokens"
         raise FieldError(ours.name, TOKEN_IDS, expected=f"those of {theirs.name}", got=got)
-    length = _length(ours, theirs)
+    length, source = _first_field(ours, theirs)
     for record in (ours, theirs):
         for name in (LOGPROBS, ENTROPY, MASK, TOKEN_IDS):
             array = record.arrays.get(name)
             if array is not None and array.shape != (length,):
-                expected = f"{length:,} of them, as the rollout's first field has in {ours.where}"
+                expected = f"{length:,} of them, as {source}"
                 raise FieldError(record.name, name, expected=expected, got=_count(array))
     if _differ(MASK, ours, theirs):
         raise FieldError(ours.name, MASK, expected=f"that of {theirs.name}", got="another")
@@ -160,11 +160,16 @@ def _differ(name: str, ours: Record, theirs: Record) -> bool:
 
 
 def _length(ours: Record, theirs: Record) -> int:
+    return _first_field(ours, theirs)[0]
+
+
+def _first_field(ours: Record, theirs: Record) -> tuple[int, str]:
+    """Tokens of the rollout by the first field that says it, and which one that is."""
     for name in (LOGPROBS, "values", TOKEN_IDS, MASK):
         for record in (ours, theirs):
             if name in record.arrays:
-                return len(record.arrays[name])
-    return 0
+                return len(record.arrays[name]), f"`{name}` of {record.where} has"
+    return 0, "nothing has any"
 
 
 def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, name: str | None, field: str) -> None:
@@ -204,6 +209,8 @@ def _other(
             continue
         try:
             first, second, rows = _other_pair(name, ours, theirs)
+            if not len(rows):
+                continue
             if sides[0] and first.shape[1] != sides[0][0].shape[1]:
                 expected = f"{sides[0][0].shape[1]} outputs, as in the first record"
                 raise FieldError(ours.name, name, expected=expected, got=f"{first.shape[1]}")
@@ -231,7 +238,7 @@ def _other_pair(name: str, ours: Record, theirs: Record) -> tuple[NDArray[Any], 
             raise FieldError(ours.name, name, expected=f"values for {length:,} tokens", got=_count(first))
         mask = ours.arrays.get(MASK, theirs.arrays.get(MASK, np.ones(length, np.bool_)))
         rows = np.flatnonzero(mask)
-        first, second = first.reshape(length, -1)[rows], second.reshape(length, -1)[rows]
+        first, second = ((array if array.ndim > 1 else array[:, None])[rows] for array in (first, second))
     for record, array in ((ours, first), (theirs, second)):
         broken = ~np.isfinite(array).all(axis=1)
         if broken.any():
