@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from tests.typer_runner import RUNNER
-from vhead import Rollout, Scorer, ValueHead, formats, heads
+from vhead import Rollout, Scorer, ValueHead, formats
 from vhead.cli.app import COMMANDS, app_of
 from vhead.cli.terminal import show
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
@@ -24,7 +24,7 @@ from vhead.formats import registry
 from vhead.formats.layout import Format, LinearNames, sightings
 from vhead.formats.trl import VHEAD
 from vhead.head_weights import HeadWeights, LinearWeights
-from vhead.heads import HEAD_KINDS, HeadKind, head_for
+from vhead.heads import HEAD_KINDS, HeadKind, head_for, kinds
 from vhead.modeling import AutoModelForCausalLMWithValueHead
 
 H, FIRST, SECOND = 16, 8, 4
@@ -84,7 +84,7 @@ class TestHeadKind:
         )
 
     def test_one_entry_of_the_table_is_enough(self, monkeypatch):
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         weights = drawn(H, FIRST, SECOND, 1)
         assert head_for(weights) is TOY_KIND
         head = ValueHead.like(weights, self.config(), summary_dropout_prob=0.0)
@@ -99,7 +99,7 @@ class TestHeadKind:
     def test_a_model_and_a_scorer_take_it(self, monkeypatch):
         from transformers import LlamaForCausalLM
 
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         model = AutoModelForCausalLMWithValueHead(LlamaForCausalLM(self.config())).eval()
         model.v_head = ValueHead.like(drawn(H, FIRST, SECOND, 1), self.config())
         model.eval()
@@ -111,7 +111,7 @@ class TestHeadKind:
     def test_its_names_in_the_layouts_are_enough_to_save_and_load_it(self, monkeypatch, tmp_path):
         from transformers import LlamaForCausalLM
 
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         weights = drawn(H, FIRST, SECOND, 1)
         formats.save(weights, tmp_path / "head.safetensors", format="vhead")
         assert same(formats.load(tmp_path / "head.safetensors"), weights)

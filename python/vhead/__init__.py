@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vhead.pretrained import ValueHeadConfig, ValueHeadModel
     from vhead.rollouts import Rollout
     from vhead.scoring import Score, Scorer, Scores
+    from vhead.support import Support
 
     __version__: str
 
@@ -37,6 +38,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Scores",
+    "Support",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadModel",
@@ -68,6 +70,7 @@ _HOME = {
     "Score": "scoring",
     "Scorer": "scoring",
     "Scores": "scoring",
+    "Support": "support",
     "ValueHead": "heads",
     "ValueHeadConfig": "pretrained",
     "ValueHeadModel": "pretrained",

@@ -9,6 +9,7 @@ from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import AdapterError, HeadError, HeadFileError
 from vhead.formats.carrying import carried, copy_files
+from vhead.formats.head_settings import in_metadata
 from vhead.formats.layout import Format, Sighting
 from vhead.formats.streaming import Entry, write_safetensors
 from vhead.formats.trl import LLAMA_FACTORY_FILES
@@ -51,7 +52,7 @@ def write_adapter(
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(f"{text}\n", encoding="utf-8")
     copy_files(source, carried(source), folder)
-    write_tensors(head_tensors(head, target), folder / _HEAD_FILES[target.name])
+    write_tensors(head_tensors(head, target), folder / _HEAD_FILES[target.name], in_metadata(head))
     return ()
 
 
