@@ -199,7 +199,9 @@ WITHOUT_BACKENDS = {
     ROOT / "rust" / "python" / "src": ("cuda.rs", "cuda/", "candle.rs"),
     ROOT / "python" / "vhead": ("benchmark/", "cli/", "candle.py"),
 }
-BY_NAME = re.compile(r"""^(?!\s*(//|\#)).*((?<!`)["']cuda["']|\bis_cuda\b|\bCuda\b|\b(crate|super)::cuda\b)""", re.MULTILINE)
+BY_NAME = re.compile(
+    r"""^(?!\s*(//|\#)).*((?<!`)["']cuda["']|\bis_cuda\b|\bCuda\b|\b(crate|super)::cuda\b)""", re.MULTILINE
+)
 
 
 def knowing_backends(files):
