@@ -83,7 +83,7 @@ class JsonRow:
         record = self._parsed(exact=True)
         return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
 
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of these members that the line's JSON object has.
 
         Raises:

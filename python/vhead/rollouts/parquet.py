@@ -79,7 +79,7 @@ class ParquetRow:
         """
         return {name: self._read(name, exact) for name in self.batch.schema.names}
 
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of these columns that the file has, lists of numbers as arrays.
 
         Raises:

@@ -48,7 +48,7 @@ class Row(Protocol):
             FieldError: A field holds what Python cannot.
         """
 
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of these fields that the record has, read fast: numbers as they come, or arrays of them.
 
         Raises:
