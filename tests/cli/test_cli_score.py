@@ -587,12 +587,15 @@ class TestUsage:
         [
             (
                 ["--returns", "values,kl"],
-                "expected some of values, logprobs, entropy, reward, tokens, got 'values', 'kl'",
+                "prompt_value, bootstrap, steps, tokens, got 'values', 'kl'",
             ),
             (["--returns", ","], "got none"),
             (["--temperature", "0"], "expected a positive number"),
             (["--temperature", "nan"], "expected a positive number"),
-            (["--output", "out.csv"], "expected a name that ends in .jsonl or .parquet, or `-`, got '.csv'"),
+            (
+                ["--output", "out.csv"],
+                "expected a name that ends in .jsonl or .jsonl.gz or .jsonl.zst or .parquet, or `-`, got '.csv'",
+            ),
             (["--output", "nowhere/out.jsonl"], "no such folder"),
             (["--on-error", "ignore"], "'ignore' is not one of"),
             (["--dtype", "int8"], "'int8' is not one of"),

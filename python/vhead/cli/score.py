@@ -53,6 +53,7 @@ def score(
     *,
     model: option.Model,
     output: option.Output,
+    fields: option.FieldsOption = None,
     head: option.Head = None,
     returns: option.Returns = None,
     temperature: option.Temperature = 1.0,
@@ -110,7 +111,9 @@ def _run(request: option.ScoreRequest) -> None:
     skipped = SkippedRecords(request.source)
     with (
         _naming(request.source),
-        closing(open_reader(request.source, request.columns, replaces=request.overwrite)) as reader,
+        closing(
+            open_reader(request.source, request.columns, replaces=request.overwrite, fields=request.fields)
+        ) as reader,
         _kept(
             open_output(request.output, resume=request.resume, overwrite=request.overwrite, suffix=request.suffix)
         ) as output,

@@ -30,7 +30,7 @@ def in_context(name: str, tokens: Sequence[WorstToken], counts: Sequence[int]) -
         for row in reader:
             if row.count in wanted:
                 try:
-                    records[row.count] = row.fields((_TEXT, _OFFSETS, *_IDS))
+                    records[row.count] = row.members((_TEXT, _OFFSETS, *_IDS))
                 except FieldError:
                     # It could be read before: somebody has written to the file since.
                     records[row.count] = {}

@@ -80,7 +80,7 @@ def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> lis
         for row in reader:
             count += 1
             try:
-                fields = row.fields(wanted)
+                fields = row.members(wanted)
                 known |= fields.keys()
                 found.append(_sides(name, row, fields, here, there))
             except FieldError as error:

@@ -191,11 +191,11 @@ class Encoder:
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
             tokens = self._text.plain(passage, with_spans=with_spans)
         else:
-            chat = ChatTemplate(self._tokenizer, name)
+            chat = ChatTemplate(self._tokenizer, name, rollout.tools)
             passage = chat.passage(cast("Messages", prompt), cast("Messages", completion))
             tokens = self._text.rendered(passage, with_spans=with_spans)
         spans = passage.within_completion(tokens.spans) if with_spans and tokens.spans is not None else None
-        return Tokens(tokens.ids, tokens.prompt_length, spans)
+        return Tokens(tokens.ids, tokens.prompt_length, spans, tokens.mask)
 
     def _check_candidates(self, candidates: NDArray[np.int64] | None, name: str) -> None:
         if candidates is not None and candidates.max() >= self._vocabulary_size:

@@ -3,14 +3,16 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, BinaryIO
 
 from vhead.errors import FieldError, VheadError, naming
+from vhead.rollouts.fields import Fields
+from vhead.rollouts.records import rollout_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
+from vhead.rollouts.rows import Row, chained, check_reserved
 from vhead.rollouts.wording import shown
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -29,10 +31,11 @@ class JsonRow:
         line: Its bytes, or its beginning where it is longer than a line may be.
         number: Its place among all lines.
         count: Its place among those that are not blank.
-        position: Bytes of the file up to the line's end.
+        position: Bytes of the file up to the line's end; of a compressed one, those that were read.
         chain: The digest of all records up to this one.
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.
+        fields: Columns that hold fields under other names.
     """
 
     line: bytes
@@ -42,6 +45,7 @@ class JsonRow:
     chain: bytes
     reserved: tuple[str, ...] = ()
     replaces: bool = False
+    fields: Fields | None = None
 
     @property
     def where(self) -> str:
@@ -57,7 +61,7 @@ class JsonRow:
         record = self._parsed()
         if not self.replaces:
             check_reserved(record, self.reserved, self.where)
-        return rollout_of(record, self.where)
+        return rollout_of(record, self.where, self.fields)
 
     def json_object(self) -> str:
         """The line as it came: numbers, key order and unknown fields survive to the byte."""
@@ -79,7 +83,7 @@ class JsonRow:
         record = self._parsed(exact=True)
         return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
 
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of these members that the line's JSON object has.
 
         Raises:
@@ -143,6 +147,8 @@ class JsonlReader:
         size: Bytes in all, where that is known.
         reserved: Names of columns that the scores will take, so that no record may have them.
         replaces: Whether records lose such columns instead.
+        fields: Columns that hold fields under other names.
+        position: Tells how much of the file has been read, where that is not the length of the lines.
 
     Attributes:
         schema: None: what columns there are is known when the last record is read.
@@ -151,22 +157,33 @@ class JsonlReader:
     schema = None
 
     def __init__(
-        self, stream: BinaryIO, size: int | None = None, reserved: tuple[str, ...] = (), *, replaces: bool = False
+        self,
+        stream: BinaryIO,
+        size: int | None = None,
+        reserved: tuple[str, ...] = (),
+        *,
+        replaces: bool = False,
+        fields: Fields | None = None,
+        position: Callable[[], int] | None = None,
     ) -> None:
         self._stream = stream
         self.size = size
         self._reserved = reserved
         self._replaces = replaces
+        self._fields = fields
+        self._position = position
 
     def __iter__(self) -> Iterator[Row]:
         position = count = 0
         chain = b""
         for number, (line, length) in enumerate(self._lines(), start=1):
-            position += length
+            position = position + length if self._position is None else self._position()
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if content := text.strip():
+            content = text.strip()
+            # Of a line that is too long, only the beginning is known to be blank.
+            if content or length >= LONGEST_LINE:
                 count, chain = count + 1, chained(chain, content)
-                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces)
+                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces, self._fields)
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
         """Each line and its length; of one that is too long, the beginning."""

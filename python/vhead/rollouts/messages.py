@@ -11,6 +11,11 @@ Tool = Mapping[str, Any]
 
 
 def checked_messages(value: Sequence[Message], field: str, record: str | None) -> tuple[Message, ...]:
+    """Messages without what is null in them, their contents as text.
+
+    Raises:
+        FieldError: One has no text role, no content that is text or text parts, or half a surrogate pair.
+    """
     checked = []
     for position, message in enumerate(value):
         # Parquet gives every message every key, null where it has none; a template would take that for a value.
@@ -18,6 +23,8 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
         if present.get("tool_calls"):
             # A call needs no words, and templates want text.
             present.setdefault("content", "")
+        if isinstance(present.get("content"), list | tuple):
+            present["content"] = _joined(present["content"], position, field, record)
         if not isinstance(present.get("role"), str) or not isinstance(present.get("content"), str):
             raise FieldError(
                 record,
@@ -29,6 +36,22 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
             check_unicode(text, record, field)
         checked.append(present)
     return tuple(checked)
+
+
+def _joined(parts: Sequence[object], position: int, field: str, record: str | None) -> str:
+    """The text of a content that comes in parts."""
+    texts = []
+    for part in parts:
+        text = _present(part).get("text") if isinstance(part, Mapping) else part
+        if isinstance(part, Mapping) and part.get("type", "text") != "text":
+            got = f"a part of type {shown(part['type'])} at position {position}"
+            expected = "text parts alone, because images and other media cannot be scored yet"
+            raise FieldError(record, field, expected=expected, got=got)
+        if not isinstance(text, str):
+            got = f"{shown(part)} at position {position}"
+            raise FieldError(record, field, expected='parts like {"type": "text", "text": ...}', got=got)
+        texts.append(text)
+    return "".join(texts)
 
 
 def checked_tools(value: object, record: str | None) -> tuple[Tool, ...]:

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError
 from vhead.rollouts.arrays import candidate_ids, token_ids, token_mask
+from vhead.rollouts.chat import ChatTemplate
 from vhead.rollouts.messages import Message, Tool, check_unicode, checked_messages, checked_tools
+from vhead.rollouts.text import TextTokenizer
 from vhead.rollouts.wording import Id, record_of, shown
 
 # Text, messages or token ids; `Any` stands for torch's tensors, as this module works without torch.
@@ -73,30 +75,45 @@ class Rollout:
 
     @classmethod
     def from_messages(
-        cls, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, id: Id = None
+        cls,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        tokenizer: Any = None,
+        id: Id = None,
     ) -> "Rollout":
-        """A chat whose last message, the assistant's, is the completion; the model's chat template renders it.
+        """A chat in which every turn of the assistant's is the model's; what comes before the first one is the prompt.
 
         Args:
             messages: At least two of `{"role": ..., "content": ...}`.
-            tools: The functions that the model may call.
+            tools: The functions that the model may call, as the schemas that chat templates take.
+            tokenizer: Renders and tokenises the chat right away, into token ids and their mask. None: the scorer's
+                tokenizer does it later.
             id: The record's name.
 
         Raises:
-            FieldError: There are fewer than two messages, one is malformed, or the last is not the assistant's.
+            FieldError: There are fewer than two messages, one is malformed, the assistant's first message has nothing
+                before it, or there is none. With a tokenizer: its chat template cannot render the chat.
         """
         record = record_of(id)
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or len(messages) < 2:
             raise FieldError(record, "messages", expected="a list of two messages or more", got=shown(messages))
         checked = checked_messages(messages, "messages", record)
-        if checked[-1]["role"] != "assistant":
-            raise FieldError(
-                record,
-                "messages",
-                expected="the last message to be the assistant's",
-                got=f"role {checked[-1]['role']!r}",
-            )
-        return cls(checked[:-1], checked[-1:], id, tools=tools)
+        roles = [message["role"] for message in checked]
+        if "assistant" not in roles:
+            got = f"the roles {', '.join(map(repr, sorted(set(roles))))}"
+            raise FieldError(record, "messages", expected="a message of the assistant's", got=got)
+        if not (first := roles.index("assistant")):
+            expected = "a message for the assistant to answer before its first one"
+            raise FieldError(record, "messages", expected=expected, got="none")
+        prompt, completion = checked[:first], checked[first:]
+        rollout = cls(prompt, completion, id, tools=tools)
+        if tokenizer is None:
+            return rollout
+        passage = ChatTemplate(tokenizer, record or "chat", rollout.tools).passage(prompt, completion)
+        tokens = TextTokenizer(tokenizer).rendered(passage)
+        count = tokens.prompt_length
+        return cls(tokens.ids[:count], tokens.ids[count:], id, mask=tokens.mask)
 
     @property
     def kind(self) -> Kind:

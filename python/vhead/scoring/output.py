@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
+from vhead.rollouts.compressed import compressed
 from vhead.rollouts.rows import Row
 from vhead.scoring.journal import START_ANEW, Journal, Published, Run
 from vhead.scoring.jsonl_output import JsonlWriter
@@ -331,3 +332,27 @@ class OutputFile(Output):
         if unannounced:
             self._notes.unlink(missing_ok=True)
         self._part.close()
+
+
+class CompressedOutput(OutputFile):
+    """JSON Lines in a compressed file, where each piece that is appended is a stream of its own.
+
+    So the file can be continued at any of them. The arguments are those of `OutputFile`.
+    """
+
+    def _make_writer(self, schema: Any) -> Writer:
+        return JsonlWriter(_Compressing(self._part, self.path.suffix.lower()), self._suffix)
+
+
+class _Compressing:
+    """Compresses each piece of bytes by itself."""
+
+    def __init__(self, stream: Sink, suffix: str) -> None:
+        self._stream, self._suffix = stream, suffix
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._stream.write(compressed(data, self._suffix))
+
+    def flush(self) -> None:
+        self._stream.flush()
