@@ -38,6 +38,7 @@ LAYERS = [
     {"native", "rollouts"},
     {"packing"},
     {"scoring"},
+    {"report"},
     {"demo", "benchmark"},
     {"cli"},
     {"__main__"},
