@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,9 @@ class _Fields:
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields that the model computed."""
-        return tuple(name for name, column in COLUMNS.items() if name in self.computed and column.origin != "rollout")
+        return tuple(
+            name for name, column in COLUMNS.items() if name in self.computed and column.origin in ("head", "logits")
+        )
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -293,6 +295,41 @@ class Scores(_Fields, Sequence[Score]):
             for name, array in self.computed.items()
         }
         return replace(self, computed=computed, heads=())
+
+    def advantages(
+        self,
+        reward: Any = None,
+        *,
+        ref_logprobs: Any = None,
+        kl_coef: float = 0.0,
+        kl: Literal["k1", "k2", "k3", "abs"] = "k1",
+        **options: Any,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Advantages and returns of every token, by `vhead.returns.gae` from these values, offsets and masks.
+
+        Args:
+            reward: A number for each rollout `[N]`, which stands at its last token of the model's, or one for each
+                token `[T]`. None: the head's own rewards, which have to be among these scores.
+            ref_logprobs: Log-probabilities of the tokens by a reference model, `[T]`, for a penalty on the divergence.
+            kl_coef: The penalty's coefficient; with it, `logprobs` has to be among these scores.
+            kl: Which estimate of the divergence it is.
+            **options: `gamma`, `lam`, `value_lam`, `bootstrap` and `convention`, as `vhead.returns.gae` takes them; for
+                rollouts that were cut off, `bootstrap=scores.bootstrap`.
+
+        Returns:
+            Float32 `[T]` each, where the offsets are these scores'.
+
+        Raises:
+            MissingFieldError: Values, rewards or log-probabilities that are needed were not asked for.
+            VheadError: The head has several outputs.
+            ValueError: An argument does not fit.
+        """
+        from vhead.scoring.advantages import advantages  # it imports this module
+
+        divergence: dict[str, Any] = {}
+        if ref_logprobs is not None:
+            divergence = {"logprobs": self.logprobs, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl}
+        return advantages(self, reward, divergence, options)
 
     def __len__(self) -> int:
         return len(self.ids)
