@@ -52,8 +52,17 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="INPUT",
-        help="Rollouts: .jsonl, .parquet, or - for JSON Lines on standard input. Each record has prompt and "
-        "completion (text), prompt_ids and completion_ids, or messages; other fields are carried through.",
+        help="Rollouts: .jsonl (also .gz or .zst), .parquet, a folder or a pattern of Parquet files, "
+        "hf://datasets/..., or - for JSON Lines on standard input. Each record has prompt and completion (text or "
+        "messages), prompt_ids and completion_ids, or messages; other fields are carried through.",
+    ),
+]
+FieldsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fields",
+        metavar="FIELD=COLUMN,...",
+        help="Columns that hold fields under other names, such as prompt=question,completion=response.",
     ),
 ]
 Model = Annotated[
@@ -61,7 +70,12 @@ Model = Annotated[
 ]
 Output = Annotated[
     str,
-    typer.Option("--output", "-o", metavar="FILE", help="Where scores go: .jsonl, .parquet, or - for standard output."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Where scores go: .jsonl (also .gz or .zst), .parquet, or - for standard output.",
+    ),
 ]
 Head = Annotated[
     str | None,
@@ -206,6 +220,7 @@ class ScoreRequest:
     source: str
     model: str
     output: str
+    fields: dict[str, str]
     returns: tuple[str, ...] | None
     temperature: float
     loading: dict[str, Any]
@@ -236,9 +251,10 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns that scoring adds, which columns of the input may therefore not have."""
-        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
+        from vhead.scoring.fields import DEFAULT_RETURNS, Asked  # for a fast --help
+        from vhead.scoring.scores import TRUNCATED  # for a fast --help
 
-        columns = columns_of(self.returns or DEFAULT_RETURNS)
+        columns = tuple(column.name for column in Asked(self.returns or DEFAULT_RETURNS).columns)
         names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
         return tuple(f"{name}{self.suffix}" for name in names)
 
@@ -264,6 +280,7 @@ class ScoreRequest:
             **identity(self.model, "model"),
             **({} if head is None else identity(head, "head")),
             "returns": None if self.returns is None else list(self.returns),
+            "fields": self.fields,
             "suffix": self.suffix,
             "overwrite": self.overwrite,
             "temperature": self.temperature,
@@ -293,6 +310,7 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
     of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
     made = {
+        "fields": _checked_fields(plain["fields"]),
         "returns": checked_returns(plain["returns"]),
         "loading": {name: plain[name] for name in _LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
@@ -308,7 +326,7 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
     Raises:
         typer.BadParameter: The list names something else, or nothing.
     """
-    from vhead.scoring.scores import check_returns  # for a fast --help
+    from vhead.scoring.fields import check_returns  # for a fast --help
 
     if returns is None:
         return None
@@ -318,20 +336,49 @@ def checked_returns(returns: str | None) -> tuple[str, ...] | None:
         raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
 
 
+def _checked_fields(text: str | None) -> dict[str, str]:
+    from vhead.rollouts.fields import parsed_fields  # for a fast --help
+
+    try:
+        return {} if text is None else parsed_fields(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("fields: "), param_hint="--fields") from None
+
+
 def _check_paths(source: str, output: str) -> None:
     from vhead.rollouts.files import format_of  # for a fast --help
 
-    for name, hint in ((source, "INPUT"), (output, "--output")):
-        try:
-            format_of(name)
-        except FileFormatError as error:
-            raise typer.BadParameter(str(error), param_hint=hint) from None
-    if source != STANDARD_STREAM and not Path(source).is_file():
-        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    sources = _checked_sources(source)
+    try:
+        format_of(output)
+    except FileFormatError as error:
+        raise typer.BadParameter(str(error), param_hint="--output") from None
     if output != STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
-    if STANDARD_STREAM not in (source, output) and _is_of_output(Path(source), Path(output)):
+    if output != STANDARD_STREAM and any(_is_of_output(file, Path(output)) for file in sources):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
+    if output != STANDARD_STREAM and Path(source).is_dir() and Path(output).absolute().parent.samefile(source):
+        raise typer.BadParameter(f"{output}: lies in the input's folder", param_hint="--output")
+
+
+def _checked_sources(source: str) -> list[Path]:
+    """The input's files where they are on this machine; those of the hub are looked for when they are read."""
+    from vhead.rollouts.files import format_of  # for a fast --help
+    from vhead.rollouts.sources import HUB, input_files  # for a fast --help
+
+    if source == STANDARD_STREAM or source.startswith(HUB):
+        return []
+    try:
+        if not Path(source).is_dir():
+            format_of(source)
+        sources = input_files(source)
+    except FileFormatError as error:
+        raise typer.BadParameter(str(error), param_hint="INPUT") from None
+    except OSError:
+        sources = []
+    if not sources or not all(file.is_file() for file in sources):
+        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    return sources
 
 
 def _is_of_output(source: Path, output: Path) -> bool:

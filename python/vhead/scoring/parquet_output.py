@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, BinaryIO, Protocol, cast
 
-from vhead.errors import FieldError, FileFormatError, RecordError
+from vhead.errors import FieldError, RecordError
 from vhead.rollouts.arrow import pa, pc, pq
 from vhead.rollouts.parquet import ParquetRow
 from vhead.rollouts.rows import Row
@@ -100,7 +100,7 @@ class TableColumns:
         schema: Their types.
 
     Raises:
-        FileFormatError: Parquet cannot be written with one of them, although it was read.
+        FieldError: Parquet cannot be written with one of them, although it was read.
     """
 
     def __init__(self, schema: pa.Schema) -> None:
@@ -109,7 +109,8 @@ class TableColumns:
             try:
                 _try_out(pa.schema([column]).empty_table())
             except pa.ArrowException as error:
-                raise FileFormatError(f"{column.name}: cannot be written to Parquet: {error}") from None
+                expected = "a column of a type that can be written to Parquet"
+                raise FieldError(None, column.name, expected=expected, got=str(error)) from None
 
     def held(self, rows: Sequence[Row], *, skips: bool) -> tuple[pa.Table, dict[int, RecordError]]:
         """The rows as Arrow holds them, without a Python object each."""
@@ -189,7 +190,7 @@ class ParquetWriter:
         schema: The input's columns, where they are known beforehand, as those of a Parquet file are.
 
     Raises:
-        FileFormatError: Parquet cannot be written with one of these columns.
+        FieldError: Parquet cannot be written with one of these columns.
     """
 
     def __init__(self, stream: Sink, suffix: str = "", schema: pa.Schema | None = None) -> None:

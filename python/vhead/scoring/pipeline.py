@@ -7,8 +7,8 @@ from itertools import islice
 from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.files import Reader
-from vhead.rollouts.rollout import named
 from vhead.rollouts.rows import Row
+from vhead.rollouts.wording import named
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
@@ -23,6 +23,7 @@ def score_file(
     returns: Sequence[str] | None,
     temperature: float,
     progress: ScoringProgress,
+    top_logprobs: int = 0,
     limit: int | None = None,
     on_error: ErrorHandler | None = None,
     unique_ids: bool = False,
@@ -33,9 +34,10 @@ def score_file(
         scorer: The model.
         reader: The records.
         output: Where they go, begun.
-        returns: Some of values, logprobs, entropy, reward, tokens; None: what the checkpoint can give.
+        returns: As `Scorer.score`; None: what the checkpoint can give.
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
-        progress: Told of every batch that is computed, and of truncated rollouts.
+        progress: Told of every batch that is computed.
+        top_logprobs: How many of the likeliest tokens are wanted at each position.
         limit: Only the first so many records, those that an earlier run finished among them; None: all.
         on_error: Told of each record that cannot be scored or written, which is then left out; None: the first one is
             raised, after everything before it has been written.
@@ -47,7 +49,7 @@ def score_file(
         FileFormatError: The file is broken.
         OSError: Reading or writing failed.
     """
-    returns = scorer.checked_returns(returns)
+    asked = scorer.asked(returns, temperature, top_logprobs)
     ids = IdRegistry() if unique_ids else None
     rows = RemainingRows(reader, limit, output.journal, ids)
 
@@ -56,11 +58,9 @@ def score_file(
             progress.expect(rows.expected)
         progress.advance(rollouts, tokens, computed)
 
-    for chunk in scorer.scored(rows, returns, temperature, on_error=on_error, on_batch=on_batch, ids=ids):
-        if chunk.scores.truncated is not None:
-            progress.truncated += int(chunk.scores.truncated.sum())
+    for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids):
         output.write(chunk.sources, chunk.scores, chunk.last, on_error)
-    output.publish(rows.last, scorer.nothing(returns))
+    output.publish(rows.last, scorer.nothing(asked))
 
 
 class RemainingRows:
