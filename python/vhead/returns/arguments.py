@@ -60,8 +60,10 @@ def on_cpu(array: Any) -> Any:
 
 
 def check_shape(name: str, shape: Sequence[int], expected: Sequence[int], like: str) -> None:
-    """Raises:
-    ValueError: The shapes differ.
+    """Refuses another shape.
+
+    Raises:
+        ValueError: The shapes differ.
     """
     if tuple(shape) != tuple(expected):
         raise ValueError(f"{name}: expected {list(expected)} as {like}, got {list(shape)}")

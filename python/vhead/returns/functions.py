@@ -132,10 +132,10 @@ def token_rewards(
     kl_coef: float = 0.0,
     kl: Kl = "k1",
 ) -> Any:
-    """The reward of each token: the rollout's at its last model token, less a penalty at every model token; 0 elsewhere.
+    """Rewards of tokens: the rollout's at its last model token, less a penalty at every model token; 0 elsewhere.
 
-    With `d = logprobs - ref_logprobs`, the divergence is estimated as `d` (k1), `d**2 / 2` (k2), `exp(-d) - 1 + d` (k3) or
-    `abs(d)`. A reward never lands on padding or on a token that the model did not write.
+    With `d = logprobs - ref_logprobs`, the divergence is estimated as `d` (k1), `d**2 / 2` (k2), `exp(-d) - 1 + d` (k3)
+    or `abs(d)`. A reward never lands on padding or on a token that the model did not write.
 
     Args:
         reward: `[N]`, one for each rollout.
@@ -224,13 +224,14 @@ def _by_convention(
     """Advantages and returns as a framework computes them."""
     if convention == "slime":
         # It knows no mask: every token is a step.
-        return kernels.gae(rewards, values, None, offsets, *rules, False)
+        advantages, returns = kernels.gae(rewards, values, None, offsets, *rules, carry=False)
+        return advantages, returns
     if convention == "trl":
         # It knows padding only. The place after the last token counts: its value is read, and the reward stands there.
         counted = None if mask is None else kernels.up_to_the_place_after_the_last(mask, offsets)
-        advantages, returns = kernels.gae(rewards, values, counted, offsets, *rules, False)
+        advantages, returns = kernels.gae(rewards, values, counted, offsets, *rules, carry=False)
         return kernels.whiten(advantages, mask), returns
-    advantages, returns = kernels.gae(rewards, values, mask, offsets, *rules, convention != "vhead")
+    advantages, returns = kernels.gae(rewards, values, mask, offsets, *rules, carry=convention != "vhead")
     if convention == "verl":
         advantages = kernels.whiten(advantages, mask, everywhere=True)
     elif convention == "nemo_rl":

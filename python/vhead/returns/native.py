@@ -52,10 +52,12 @@ def gae(
     lam: list[float],
     value_lam: list[float] | None,
     bootstrap: Floats | None,
+    *,
     carry: bool,
 ) -> tuple[Floats, Floats]:
     """Advantages and returns; masked places are 0, or carry what the next model token has."""
-    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
+    # One allocation, which is large enough for huge pages sooner.
+    advantages, returns = np.empty((2, *rewards.shape), np.float32)
     arguments = (rewards, values, mask, offsets, gamma, lam, value_lam, bootstrap, carry, advantages, returns)
     _native.gae(*arguments, _threads())
     return advantages, returns
@@ -63,8 +65,8 @@ def gae(
 
 def discounted(rewards: Floats, mask: Mask | None, offsets: Offsets, gamma: float, bootstrap: Floats | None) -> Floats:
     """Returns of rewards alone: advantages over values of 0, with a lambda of 1."""
-    returns = np.empty_like(rewards)
-    _native.gae(rewards, None, mask, offsets, gamma, [1.0], None, bootstrap, False, returns, None, _threads())
+    returns, carry = np.empty_like(rewards), False
+    _native.gae(rewards, None, mask, offsets, gamma, [1.0], None, bootstrap, carry, returns, None, _threads())
     return returns
 
 
@@ -112,8 +114,10 @@ def up_to_the_place_after_the_last(mask: Mask, offsets: Offsets) -> Mask:
 
 
 def check_count(count: int) -> None:
-    """Raises:
-    ValueError: There is no variance to divide by.
+    """Refuses what has no variance to divide by.
+
+    Raises:
+        ValueError: There are fewer than two places.
     """
     if count < 2:
         raise ValueError(f"mask: expected at least two tokens of the model to whiten, got {count}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vhead.returns import native
 
-# Elements up to which a tensor that is elsewhere is sooner computed on the CPU than by the many small kernels of a scan.
+# Elements up to which a tensor that is elsewhere is moved: a scan there would be many small kernels.
 SMALL = 1 << 18
 
 

@@ -79,8 +79,10 @@ class _Tokens:
         return found.expand(len(self.rollout)) if len(found) == 1 else found[self.rollout]
 
     def check(self, name: str, numbers: Tensor, *, everywhere: bool = False) -> None:
-        """Raises:
-        ValueError: A number that is read is not finite.
+        """Refuses numbers that are read and not finite.
+
+        Raises:
+            ValueError: There is one; the message names it.
         """
         wrong = ~numbers.reshape(-1).isfinite()
         if not everywhere:
@@ -102,6 +104,7 @@ def gae(
     lam: list[float],
     value_lam: list[float] | None,
     bootstrap: Tensor | None,
+    *,
     carry: bool,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns; masked places are 0, or carry what the next model token has."""
@@ -120,7 +123,7 @@ def gae(
 
 def discounted(rewards: Tensor, mask: Tensor | None, offsets: Any, gamma: float, bootstrap: Tensor | None) -> Tensor:
     """Returns of rewards alone: advantages over values of 0, with a lambda of 1."""
-    return gae(rewards, torch.zeros_like(rewards), mask, offsets, gamma, [1.0], None, bootstrap, False)[0]
+    return gae(rewards, torch.zeros_like(rewards), mask, offsets, gamma, [1.0], None, bootstrap, carry=False)[0]
 
 
 def token_rewards(

@@ -7,6 +7,7 @@
 //! bits.
 use super::{Kernel, Simd};
 use crate::reduce::LANES as SUMS;
+use std::hint::select_unpredictable;
 
 /// Tokens that are worked on at once: few enough that the scratch stays in the first-level cache.
 const BLOCK: usize = 512;
@@ -137,21 +138,24 @@ impl Advantages<'_> {
     #[inline(always)]
     fn mixed(&mut self, start: usize, end: usize, behind: &mut Behind) {
         let Rollout { rewards, values, mask, gamma, lam, value_lam, carry, .. } = self.rollout;
+        let mut finite = true;
         for t in (start..end).rev() {
             let is_of_model = mask.is_none_or(|mask| mask[t] != 0);
             let value = values.map_or(0.0, |values| f64::from(values[t]));
             let delta = f64::from(rewards[t]) + gamma * behind.value - value;
             let advantage = delta + gamma * lam * behind.advantage;
             let value_advantage = value_lam.map_or(advantage, |lam| delta + gamma * lam * behind.value_advantage);
-            let stepped = Behind { value, advantage, value_advantage };
-            *behind = if is_of_model { stepped } else { *behind };
+            behind.value = select_unpredictable(is_of_model, value, behind.value);
+            behind.advantage = select_unpredictable(is_of_model, advantage, behind.advantage);
+            behind.value_advantage = select_unpredictable(is_of_model, value_advantage, behind.value_advantage);
             let shown = is_of_model || carry;
-            self.advantages[t] = if shown { behind.advantage as f32 } else { 0.0 };
+            self.advantages[t] = select_unpredictable(shown, behind.advantage as f32, 0.0);
             if let Some(returns) = self.returns.as_deref_mut() {
-                returns[t] = if shown { (behind.value_advantage + value) as f32 } else { 0.0 };
+                returns[t] = select_unpredictable(shown, (behind.value_advantage + value) as f32, 0.0);
             }
-            *self.finite &= !shown || value.is_finite();
+            finite &= !shown | value.is_finite();
         }
+        *self.finite &= finite;
     }
 
     #[inline(always)]
