@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vhead.errors import MissingFieldError
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
+from vhead.scoring.advantages import advantages
 from vhead.scoring.fields import COLUMNS, Unit, is_per
 
 if TYPE_CHECKING:
@@ -324,8 +325,6 @@ class Scores(_Fields, Sequence[Score]):
             VheadError: The head has several outputs.
             ValueError: An argument does not fit.
         """
-        from vhead.scoring.advantages import advantages  # it imports this module
-
         divergence: dict[str, Any] = {}
         if ref_logprobs is not None:
             divergence = {"logprobs": self.logprobs, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl}
