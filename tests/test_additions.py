@@ -1,7 +1,13 @@
-"""The additions that CONTRIBUTING describes, each tried with a toy: a head kind, a head format and a command."""
+"""The additions that CONTRIBUTING describes, each tried with a toy: a head kind, a head format and a command.
 
+A backend is compiled, so there is no toy of it: what is held is that only the files that CONTRIBUTING names know one by
+its name.
+"""
+
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from tests.typer_runner import RUNNER
-from vhead import Rollout, Scorer, ValueHead, formats, heads
+from vhead import Rollout, Scorer, ValueHead, formats
 from vhead.cli.app import COMMANDS, app_of
 from vhead.cli.terminal import show
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
@@ -18,7 +24,7 @@ from vhead.formats import registry
 from vhead.formats.layout import Format, LinearNames, sightings
 from vhead.formats.trl import VHEAD
 from vhead.head_weights import HeadWeights, LinearWeights
-from vhead.heads import HEAD_KINDS, HeadKind, head_for
+from vhead.heads import HEAD_KINDS, HeadKind, head_for, kinds
 from vhead.modeling import AutoModelForCausalLMWithValueHead
 
 H, FIRST, SECOND = 16, 8, 4
@@ -78,7 +84,7 @@ class TestHeadKind:
         )
 
     def test_one_entry_of_the_table_is_enough(self, monkeypatch):
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         weights = drawn(H, FIRST, SECOND, 1)
         assert head_for(weights) is TOY_KIND
         head = ValueHead.like(weights, self.config(), summary_dropout_prob=0.0)
@@ -93,7 +99,7 @@ class TestHeadKind:
     def test_a_model_and_a_scorer_take_it(self, monkeypatch):
         from transformers import LlamaForCausalLM
 
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         model = AutoModelForCausalLMWithValueHead(LlamaForCausalLM(self.config())).eval()
         model.v_head = ValueHead.like(drawn(H, FIRST, SECOND, 1), self.config())
         model.eval()
@@ -105,7 +111,7 @@ class TestHeadKind:
     def test_its_names_in_the_layouts_are_enough_to_save_and_load_it(self, monkeypatch, tmp_path):
         from transformers import LlamaForCausalLM
 
-        monkeypatch.setattr(heads, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
+        monkeypatch.setattr(kinds, "HEAD_KINDS", [*HEAD_KINDS, TOY_KIND])
         weights = drawn(H, FIRST, SECOND, 1)
         formats.save(weights, tmp_path / "head.safetensors", format="vhead")
         assert same(formats.load(tmp_path / "head.safetensors"), weights)
@@ -185,3 +191,46 @@ class TestCommand:
         done = RUNNER.invoke(app_of(COMMANDS), ["count", "four"])
         assert done.exit_code == 2
         assert "count" in done.stderr
+
+
+ROOT = Path(__file__).parents[1]
+# A backend's own files, what measures and reports, and candle's devices, which are not torch's.
+WITHOUT_BACKENDS = {
+    ROOT / "rust" / "python" / "src": ("cuda.rs", "cuda/", "candle.rs"),
+    ROOT / "python" / "vhead": ("benchmark/", "cli/", "candle.py"),
+}
+BY_NAME = re.compile(
+    r"""^(?!\s*(//|\#)).*((?<!`)["']cuda["']|\bis_cuda\b|\bCuda\b|\b(crate|super)::cuda\b)""", re.MULTILINE
+)
+
+
+def knowing_backends(files):
+    """Which of the files, by name, know a backend by its name."""
+    return {name for name, text in files.items() if BY_NAME.search(text)}
+
+
+def sources():
+    """The text of each file that is no backend's own, by its name."""
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for folder, without in WITHOUT_BACKENDS.items()
+        for path in folder.rglob("*.*")
+        if path.suffix in {".rs", ".py"} and not str(path.relative_to(folder)).startswith(without)
+    }
+
+
+class TestBackend:
+    def test_only_files_that_contributing_names_know_one_by_its_name(self):
+        text = (ROOT / "CONTRIBUTING.md").read_text()
+        paragraph = text[text.index("- **A backend**") : text.index("- **An operation**")]
+        known = knowing_backends(sources())
+        assert {"backends.rs", "packing/plan.py"} <= known
+        assert [name for name in sorted(known) if f"{Path(name).name}`" not in paragraph] == []
+
+    @pytest.mark.parametrize(
+        "line",
+        ['    if device == "cuda" {', "        Box::new(crate::cuda::Cuda)", "    return hidden.is_cuda and fast"],
+    )
+    def test_one_more_place_is_found(self, line):
+        text = sources()["gate.rs"]
+        assert knowing_backends({"before": text, "after": f"{text}\n{line}\n"}) == {"after"}

@@ -1,14 +1,18 @@
 """The gate around other packages: what they raise names the file, what is our own mistake stays to be seen."""
 
+import errno
 import json
+import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import vhead
-from vhead.errors import HeadFileError, LoadError, VheadError, loading
+from vhead.checkpoints.replacing import replacing_file, replacing_folder
+from vhead.errors import HeadFileError, LoadError, VheadError, loading, naming
 
 
 class PanicException(BaseException):
@@ -60,3 +64,25 @@ def test_a_mistake_of_our_own_stays_visible():
 def test_what_our_code_calls_is_another_package_s(source):
     with pytest.raises(LoadError), loading("a/folder"):
         in_a_module_of_vhead(source, json=json, torch=torch)
+
+
+def test_an_error_of_the_system_without_a_name_gets_the_file_s():
+    with (
+        pytest.raises(OSError, match=re.escape("[Errno 28] No space left on device: 'scores.jsonl'")),
+        naming("scores.jsonl"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_name_that_the_system_gave_is_kept():
+    with pytest.raises(FileNotFoundError, match=re.escape("'missing'")), naming("scores.jsonl"):
+        Path("missing").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_full_disk_is_told_of_with_the_output_s_name(tmp_path, kind):
+    path = tmp_path / "critic"
+    replacing = replacing_file(path) if kind == "file" else replacing_folder(path, overwrite=False)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{path}'")), replacing:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, rollouts, scoring
+    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vhead.pretrained import ValueHeadConfig, ValueHeadModel
     from vhead.rollouts import Rollout
     from vhead.scoring import Score, Scorer, Scores
+    from vhead.support import Support
 
     __version__: str
 
@@ -37,6 +38,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Scores",
+    "Support",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadModel",
@@ -51,12 +53,27 @@ __all__ = [
     "modeling",
     "ops",
     "pretrained",
+    "report",
+    "returns",
     "rollouts",
     "scoring",
 ]
 
 _SUBMODULES = frozenset(
-    {"candle", "errors", "formats", "heads", "modeling", "native", "ops", "pretrained", "rollouts", "scoring"}
+    {
+        "candle",
+        "errors",
+        "formats",
+        "heads",
+        "modeling",
+        "native",
+        "ops",
+        "pretrained",
+        "report",
+        "returns",
+        "rollouts",
+        "scoring",
+    }
 )
 
 _HOME = {
@@ -68,6 +85,7 @@ _HOME = {
     "Score": "scoring",
     "Scorer": "scoring",
     "Scores": "scoring",
+    "Support": "support",
     "ValueHead": "heads",
     "ValueHeadConfig": "pretrained",
     "ValueHeadModel": "pretrained",

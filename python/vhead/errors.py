@@ -150,6 +150,10 @@ class ResumeError(VheadError, ValueError):
     """An unfinished output cannot be continued: its input or its settings have changed, or it is damaged."""
 
 
+class InputChangedError(ResumeError):
+    """The input is not the one that the finished records are of. The message does not name it: its reader can."""
+
+
 class OutputError(VheadError, OSError):
     """An output cannot be written under its name: something is there already, or another run is writing it."""
 
@@ -204,3 +208,14 @@ def in_one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Names the file in errors of the operating system, which name one only where it was opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,9 +1,12 @@
 """What a head is, once it has been found: its projections, and what its checkpoint says about them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from vhead.support import Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,9 @@ class HeadWeights:
         mean: The reward's mean over the training data that the checkpoint states, or None. The head does not subtract
             it.
         std: The reward's standard deviation, likewise.
+        support: The returns that the outputs of a distributional head stand for, or None.
+        activation: "softmax" for a classifier of each state, as process reward models are, or None. The head does not
+            apply it.
     """
 
     layers: tuple[LinearWeights, ...]
@@ -42,6 +48,8 @@ class HeadWeights:
     source: str
     mean: float | None = None
     std: float | None = None
+    support: Support | None = None
+    activation: Literal["softmax"] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -70,5 +78,5 @@ class HeadWeights:
 
     @property
     def num_outputs(self) -> int:
-        """Numbers per hidden state: K, 1 for a critic."""
-        return self.layers[-1].weight.shape[0]
+        """Numbers that the head gives for each hidden state: K, 1 for a critic and for a head with a support."""
+        return 1 if self.support is not None else self.layers[-1].weight.shape[0]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig, AutoModelForTokenClassification, ByT5Tokenizer, modeling_utils
@@ -117,6 +118,19 @@ class TestOutput:
         assert done.exit_code == 1
         assert "expected a trained value head, found none" in done.stderr
         assert run(source, "-m", plain, "-o", tmp_path / "out.jsonl", "--allow-random-head").exit_code == 0
+
+
+class TestTheClosingLine:
+    def test_it_counts_records_of_which_only_tokens_were_asked_for(self, critic, source, tmp_path):
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--returns", "tokens")
+        assert done.stderr.splitlines() == [f"vhead: 12 rollouts scored, written to {tmp_path / 'out.jsonl'}"]
+
+    def test_a_record_that_parquet_cannot_hold_counts_as_skipped_alone(self, critic, source, tmp_path):
+        bad_line(source, 3, json.dumps({"prompt": "a" * 100, "completion": "b" * 50, "id": 2**70}) + "\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.parquet", "--on-error", "skip", "--truncate", "prompt")
+        assert done.exit_code == 0, done.stderr
+        assert f"11 rollouts scored, 1 skipped, written to {tmp_path / 'out.parquet'}" in done.stderr
+        assert pq.read_table(tmp_path / "out.parquet").num_rows == 11
 
 
 class TestTruncation:
@@ -284,9 +298,24 @@ class TestBadData:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert done.exit_code == 1
-        assert done.stderr.splitlines()[-1] == "vhead: [Errno 27] File too large"
+        assert done.stderr.splitlines()[-1] == f"vhead: {tmp_path / 'out.jsonl.partial'}: File too large"
         assert run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume").exit_code == 0
         assert len(read_jsonl(tmp_path / "out.jsonl")) == 12
+
+    def test_an_input_that_cannot_be_read_is_named(self, critic, tmp_path):
+        (tmp_path / "in.jsonl").symlink_to("/proc/self/mem")
+        done = run(tmp_path / "in.jsonl", "-m", critic, "-o", tmp_path / "out.jsonl")
+        assert done.stderr.splitlines() == [f"vhead: {tmp_path / 'in.jsonl'}: Input/output error"]
+
+    def test_a_column_that_parquet_cannot_hold_is_named_with_its_file(self, critic, tmp_path, monkeypatch):
+        def refuse(table):
+            raise pa.ArrowNotImplementedError(f"{table.column_names[0]} has no such type")
+
+        pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "in.parquet")
+        monkeypatch.setattr("vhead.scoring.parquet_output._try_out", refuse)
+        done = run(tmp_path / "in.parquet", "-m", critic, "-o", tmp_path / "out.parquet")
+        message = f"{tmp_path / 'in.parquet'}: prompt: expected a column of a type that can be written to Parquet"
+        assert message in done.stderr
 
 
 class TestResume:
@@ -324,12 +353,12 @@ class TestResume:
         [
             (
                 lambda lines: ["{}\n", *lines],
-                "input: expected the 6 records that the earlier run finished, got others up to line 6",
+                "in.jsonl: expected the 6 records that the earlier run finished, got others up to line 6",
             ),
             (lambda lines: [*lines[1::-1], *lines[2:]], "got others up to line 6"),
             (lambda lines: [lines[0].replace("r0", "r9"), *lines[1:]], "got others up to line 6"),
-            (lambda lines: lines[:3], "input: expected the 6 records that the earlier run finished, got 3"),
-            (lambda lines: [], "input: expected the 6 records that the earlier run finished, got 0"),
+            (lambda lines: lines[:3], "in.jsonl: expected the 6 records that the earlier run finished, got 3"),
+            (lambda lines: [], "in.jsonl: expected the 6 records that the earlier run finished, got 0"),
         ],
     )
     def test_another_input_is_refused(self, critic, source, tmp_path, change, message):
@@ -420,7 +449,7 @@ class TestSameRun:
         assert done.exit_code == 1
         assert "overwrite: expected True" in done.stderr
         done = run(source, "-m", critic, "-o", stopped, "--resume", "--overwrite")
-        assert "input: expected the 1 records that the earlier run finished, got others up to line 1" in done.stderr
+        assert "in.jsonl: expected the 1 records that the earlier run finished, got others up to line 1" in done.stderr
 
     def test_standard_input_is_gone_on_with_like_a_file(self, critic, source, stopped, tmp_path):
         text = source.read_text()
@@ -558,12 +587,15 @@ class TestUsage:
         [
             (
                 ["--returns", "values,kl"],
-                "expected some of values, logprobs, entropy, reward, tokens, got 'values', 'kl'",
+                "prompt_value, bootstrap, steps, tokens, advantages, returns, got 'values', 'kl'",
             ),
             (["--returns", ","], "got none"),
             (["--temperature", "0"], "expected a positive number"),
             (["--temperature", "nan"], "expected a positive number"),
-            (["--output", "out.csv"], "expected a name that ends in .jsonl or .parquet, or `-`, got '.csv'"),
+            (
+                ["--output", "out.csv"],
+                "expected a name that ends in .jsonl or .jsonl.gz or .jsonl.zst or .parquet, or `-`, got '.csv'",
+            ),
             (["--output", "nowhere/out.jsonl"], "no such folder"),
             (["--on-error", "ignore"], "'ignore' is not one of"),
             (["--dtype", "int8"], "'int8' is not one of"),

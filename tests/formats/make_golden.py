@@ -13,6 +13,10 @@ framework's classes, so that `state_dict` or `save_pretrained` give its names:
 - slime and AReaL, Megatron: `output_layer`; AReaL saves that module's own state dict as `value_head.pt`.
 - InternLM2 `InternLM2ForRewardModel`: `model`, `v_head`. Qwen `Qwen2ForRewardModel`: `model`, `score`.
 - safe-rlhf `LlamaForScore`: `model`, `score_head`, `normalizer`.
+- Qwen2.5-Math-PRM `Qwen2ForProcessRewardModel`: `model`, `score`, whose two outputs are labels.
+- Skywork-o1-Open-PRM `Qwen2ForPrmModel`: TRL's two tensors. TRL `PRMTrainer`: a token classifier of two labels.
+- xtuner #2099: `value_head.weight` in the place of the language-model head. UniRL #256: `value_head.proj`, beside it.
+- RLinf #580, Megatron: a last layer without a bias. ArmoRM: `regression_layer`, `reward_transform_matrix`, `gating`.
 
 `expected.json` has each head's projections, and, of a checkpoint with a language model, the values that the framework's
 rule gives for `TOKENS`: the head applied to each last hidden state.
@@ -156,7 +160,8 @@ def make_transformers():
     config = GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16, num_labels=2, **NO_TOKENS)
     model = randomize(GPT2ForTokenClassification(config))
     model.save_pretrained(folder("hf_token_classifier"))
-    note("hf_token_classifier", "hf-token-classification", model.classifier, states(model.transformer))
+    hidden = states(model.transformer)
+    note("hf_token_classifier", "hf-token-classification", model.classifier, hidden, activation="softmax")
     model = randomize(LlamaForSequenceClassification(llama(num_labels=3))).bfloat16()
     model.save_pretrained(folder("hf_sequence"))
     note("hf_sequence", "hf-sequence-classification", model.score, states(model.model.float()))
@@ -264,9 +269,10 @@ def make_reward_models():
     for name, outputs in (("qwen", 1), ("qwen_process", 2)):
         config = Qwen2Config(**LLAMA, num_key_value_heads=2, num_labels=outputs, tie_word_embeddings=False, **NO_TOKENS)
         init = class_with(Qwen2PreTrainedModel, score=mlp(8, 8, outputs))
-        model = randomize(type("Qwen2ForRewardModel", (Qwen2PreTrainedModel,), {"__init__": init})(config))
+        class_name = "Qwen2ForRewardModel" if name == "qwen" else "Qwen2ForProcessRewardModel"
+        model = randomize(type(class_name, (Qwen2PreTrainedModel,), {"__init__": init})(config))
         model.save_pretrained(folder(name))
-        note(name, "qwen", model.score, states(model.model))
+        note(name, "qwen", model.score, states(model.model), **({} if outputs == 1 else {"activation": "softmax"}))
 
 
 def make_beaver():
@@ -299,6 +305,65 @@ def make_adapter():
     note("hf_adapter", "hf-token-classification", head, body_prefix="base_model.")
 
 
+def make_process_reward_models():
+    config = Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=False, **NO_TOKENS)
+    config.architectures = ["Qwen2ForPrmModel"]
+    body, head = randomize(Qwen2Model(config)), linear(8, 1)
+    state = {f"model.{name}": value for name, value in body.state_dict().items()}
+    state |= {"lm_head.weight": torch.randn(11, 8)}
+    state |= {f"v_head.summary.{name}": value for name, value in head.state_dict().items()}
+    save_raw(folder("skywork_process"), state, config)
+    note("skywork_process", "trl", head, states(body))
+    model = randomize(LlamaForTokenClassification(llama(num_labels=2)))
+    model.save_pretrained(folder("trl_process"))
+    note("trl_process", "hf-token-classification", model.score, states(model.model), activation="softmax")
+    adapted = get_peft_model(model, LoraConfig(r=1, task_type="TOKEN_CLS", target_modules=["q_proj"]))
+    adapted.save_pretrained(folder("trl_process_adapter"))
+    head = adapted.base_model.model.score.modules_to_save["default"]
+    prefix = {"body_prefix": "base_model.", "activation": "softmax"}
+    note("trl_process_adapter", "hf-token-classification", head, **prefix)
+
+
+def make_critics():
+    body = randomize(LlamaForCausalLM(llama(tie_word_embeddings=False)))
+    for name, form, module, head in (
+        ("xtuner", "xtuner", "value_head", linear(8, 1, bias=False)),
+        ("unirl", "unirl", "value_head.proj", linear(8, 1)),
+    ):
+        state = {key: value for key, value in body.state_dict().items() if name == "unirl" or "lm_head" not in key}
+        state |= {f"{module}.{key}": value for key, value in head.state_dict().items()}
+        body.config.architectures = ["LlamaForCausalLM"]
+        save_raw(folder(name), state, body.config)
+        note(name, form, head, states(body.model))
+    head = linear(8, 1, bias=False)
+    state = {"output_layer.weight": head.weight.detach(), "decoder.final_layernorm.weight": torch.randn(8)}
+    torch.save({"model": state, "iteration": 7}, folder("rlinf") / "model_optim_rng.pt")
+    note("rlinf", "megatron", head, file="model_optim_rng.pt")
+
+
+def make_armorm():
+    config = llama(num_labels=19, architectures=["LlamaForRewardModelWithGating"])
+    body, head = randomize(LlamaModel(config)), linear(8, 19, bias=False)
+    state = {f"model.{name}": value for name, value in body.state_dict().items()}
+    state |= {"regression_layer.weight": head.weight, "reward_transform_matrix": torch.randn(19, 19)}
+    state |= {f"gating.layers.{place}.weight": torch.randn(8, 8) for place in range(2)}
+    save_raw(folder("armorm"), state, config)
+    note("armorm", "armorm", head, states(body))
+
+
+def make_distributional():
+    body, head = randomize(LlamaForCausalLM(llama(tie_word_embeddings=True))), linear(8, 5)
+    support = {"low": -1.0, "high": 2.0, "bins": 5, "kind": "two_hot", "sigma": None}
+    body.config.v_head_support = support
+    state = {**body.state_dict(), **{f"v_head.summary.{key}": value for key, value in head.state_dict().items()}}
+    del state["lm_head.weight"]
+    save_raw(folder("vhead_distributional"), state, body.config)
+    note("vhead_distributional", "vhead", head, states(body.model), support=support)
+    probabilities = head(states(body.model)).softmax(-1)
+    values = (probabilities * torch.linspace(-1.0, 2.0, 5)).sum(-1, keepdim=True)
+    expected["vhead_distributional"]["values"] = numbers(values)
+
+
 def main():
     torch.manual_seed(0)
     shutil.rmtree(GOLDEN, ignore_errors=True)
@@ -313,6 +378,10 @@ def main():
     make_reward_models()
     make_beaver()
     make_adapter()
+    make_process_reward_models()
+    make_critics()
+    make_armorm()
+    make_distributional()
     for extra in (*GOLDEN.rglob("generation_config.json"), *GOLDEN.rglob("README.md")):
         extra.unlink()
     (GOLDEN / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")

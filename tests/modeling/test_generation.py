@@ -12,7 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from tests.library_versions import HAS_FSMT, TRANSFORMERS
 from tests.modeling.tiny_models import batch, build
-from vhead import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PreTrainedModelWrapper
+from vhead import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PreTrainedModelWrapper,
+    ValueHead,
+)
 from vhead.errors import GenerationError
 from vhead.modeling.generation import ScoredGeneration
 
@@ -415,3 +420,19 @@ def test_the_comparison_can_fail() -> None:
     output.values = output.values.roll(1, dims=1)
     with pytest.raises(AssertionError):
         assert_equal_to_scoring(model, prompts, output)
+
+
+@torch.no_grad()
+def test_a_head_of_several_outputs_gives_each_token_all_of_them() -> None:
+    model = critic("llama")
+    model.v_head = ValueHead(model.config, num_outputs=3, v_head_init_strategy="normal").eval()
+    prompts = padded_prompts(model)
+    output = model.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False, output_values=True)
+    mask = output.completion_mask
+    assert output.values.shape == (*mask.shape, 3)
+    assert not output.values[~mask].any()
+    for row in range(mask.shape[0]):
+        prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        tokens = output.sequences[row, -mask.shape[1] :][: int(mask[row].sum())]
+        expected = model.values(torch.cat([prompt, tokens])[None])[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(output.values[row, : len(tokens)], expected, rtol=1e-4, atol=1e-5)

@@ -49,7 +49,7 @@ def tokenizer():
 def parts(tokenizer, template, *messages, **answer):
     """The text that the model read and the text that it wrote."""
     tokenizer.chat_template = TEMPLATES[template]
-    rollout = Rollout.from_messages([*(messages or [QUESTION]), {"role": "assistant", **answer}])
+    rollout = Rollout([*(messages or [QUESTION])], [{"role": "assistant", **answer}])
     passage = ChatTemplate(tokenizer, "record 0").passage(rollout.prompt, rollout.completion)
     return passage.text[: passage.border], passage.text[passage.border :]
 
@@ -148,17 +148,6 @@ def test_a_template_that_changes_the_prompt(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}: {{ messages[-1]['content'] }}"
     with pytest.raises(FieldError, match="messages: expected a chat template that leaves the prompt as it is when the"):
         ChatTemplate(tokenizer, "record 0").passage([QUESTION], [{"role": "assistant", "content": "four"}])
-
-
-def test_turns_in_between_are_not_the_model_s(tokenizer):
-    """They would all be scored as if it had written them."""
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    turns = [{"role": "assistant", "content": "a"}, QUESTION, {"role": "assistant", "content": "b"}]
-    expected = (
-        "expected one message of the assistant's as the completion, got the roles 'assistant', 'user', 'assistant'"
-    )
-    with pytest.raises(FieldError, match=expected):
-        Encoder(tokenizer, 10**6, LengthLimit(None)).encode(0, Rollout([QUESTION], turns), "record 0")
 
 
 @pytest.mark.parametrize(

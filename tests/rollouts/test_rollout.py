@@ -6,7 +6,7 @@ import torch
 
 from vhead import Rollout
 from vhead.errors import FieldError
-from vhead.rollouts.rollout import named, shown
+from vhead.rollouts.wording import named, shown
 
 MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -130,7 +130,8 @@ def test_messages():
     [
         (MESSAGES[:1], "messages: expected a list of two messages or more"),
         ("text", "messages: expected a list of two messages or more"),
-        (MESSAGES[::-1], "messages: expected the last message to be the assistant's, got role 'user'"),
+        (MESSAGES[::-1], "messages: expected a message for the assistant to answer before its first one, got none"),
+        ([MESSAGES[0]] * 2, "messages: expected a message of the assistant's, got the roles 'user'"),
         ([*MESSAGES, {"role": "assistant"}], r"messages: expected messages with a text `role`.*at position 2"),
         ([MESSAGES[0], "Because."], r"messages: expected messages with a text `role`.*at position 1"),
     ],

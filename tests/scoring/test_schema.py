@@ -142,8 +142,34 @@ class TestAtTheFirstWrite:
     def test_a_number_that_would_become_infinite_is_refused(self, tmp_path):
         rows = read('{"prompt": "a", "completion": "b", "x": 1e400}\n{"prompt": "a", "completion": "b", "x": Infinity}')
         (error,) = put(tmp_path / "out.parquet", rows, 2, skips=True)
-        assert "line 1: text: expected numbers within the range of 64-bit floats" in str(error)
+        assert "line 1: x: expected numbers within the range of 64-bit floats" in str(error)
         assert content(tmp_path / "out.parquet")[0]["x"] == float("inf")
+
+    @pytest.mark.parametrize(
+        "digits", ["9007199254740993.0", "-1700000000.123456789", "0.12345678901234567891", "3e-324"]
+    )
+    def test_a_number_whose_digits_a_float_would_round_away_is_refused(self, tmp_path, digits):
+        rows = read(
+            f'{{"prompt": "a", "completion": "b", "x": [{{"y": {digits}}}]}}\n{{"prompt": "a", "completion": "b"}}'
+        )
+        (error,) = put(tmp_path / "out.parquet", rows, 2, skips=True)
+        assert "line 1: x: expected a number whose digits a 64-bit float holds" in str(error)
+        assert "JSON Lines keeps any" in str(error)
+        assert digits in str(error)
+
+    @pytest.mark.parametrize(
+        "digits",
+        ["9007199254740992.0", "0.10000000000000001", "0.1000000000000000055511151231257827", "1E5", "-0.0", "5e-324"],
+    )
+    def test_a_number_that_is_a_float_to_its_last_digit_is_taken(self, tmp_path, digits):
+        rows = read(f'{{"prompt": "a", "completion": "b", "x": {digits}}}')
+        put(tmp_path / "out.parquet", rows, 1)
+        assert repr(content(tmp_path / "out.parquet")[0]["x"]) == repr(float(digits))
+
+    @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([".16e", ".20e", ".17g", ".800e"]))
+    def test_a_float_is_taken_however_many_digits_it_is_written_with(self, number, form):
+        (row,) = read(f'{{"x": {number!r}, "y": {number:{form}}}}')
+        assert row.columns() == {"x": number, "y": number}
 
     def test_a_record_that_is_left_out_fixes_no_type(self, tmp_path):
         rows = lines_of({"x": "text", "y": 2**70}, {"x": 1, "y": 2}, {"x": 2, "y": 3})
@@ -166,7 +192,7 @@ class TestAtTheFirstWrite:
 
     def test_columns_of_parquet_that_parquet_cannot_hold_are_named_before_anything_is_scored(self, tmp_path):
         schema = pa.schema([("prompt", pa.string()), ("span", pa.month_day_nano_interval())])
-        with pytest.raises(Exception, match="span: cannot be written to Parquet"):
+        with pytest.raises(Exception, match="span: expected a column of a type that can be written to Parquet"):
             begun(tmp_path / "out.parquet", schema=schema)
 
 

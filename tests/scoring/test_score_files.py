@@ -57,7 +57,7 @@ class TestFields:
             ),
             (
                 {"prompt": [1], "completion": [2]},
-                r"prompt: expected text \(token ids go in `prompt_ids`\), got \[1\] \(list\)",
+                r"prompt: expected text or a list of messages \(token ids go in `prompt_ids`\), got \[1\] \(list\)",
             ),
             ({"prompt": "", "completion": "b"}, "prompt: expected text, got an empty text"),
             ({"prompt_ids": [1], "completion_ids": []}, "completion_ids: expected at least one token, got none"),
@@ -372,5 +372,7 @@ class TestParquet:
 
     @pytest.mark.parametrize("name", ["out.csv", "out", "out.json"])
     def test_unknown_suffix(self, tmp_path, name):
-        with pytest.raises(FileFormatError, match=r"expected a name that ends in \.jsonl or \.parquet"):
+        with pytest.raises(
+            FileFormatError, match=r"expected a name that ends in \.jsonl or \.jsonl\.gz or \.jsonl\.zst or \.parquet"
+        ):
             open_output(str(tmp_path / name))

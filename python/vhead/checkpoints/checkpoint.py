@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -213,6 +213,10 @@ class Checkpoint:
         if tensor not in tensors:
             raise HeadFileError(f"{self.describe(file_name)}: the index places {tensor} here, but it is missing")
         return tensors[tensor]
+
+    def metadata(self, file_name: str) -> Mapping[str, str]:
+        """What a file of tensors says beside them."""
+        return self._open(file_name).metadata
 
     @cached_property
     def config(self) -> dict[str, Any]:

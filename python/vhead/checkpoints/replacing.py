@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from vhead.errors import naming
+
 # Long names have to leave room for what is put around them: file systems take 255 bytes.
 _KEPT_OF_NAME = 40
 
@@ -41,7 +43,7 @@ def replacing_file(path: Path) -> Iterator[BinaryIO]:
     _check_is_file_or_nothing(path)
     unfinished = _beside(path)
     with _removed_unless_placed(unfinished):
-        with unfinished.open("xb") as file:
+        with naming(path), unfinished.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -71,8 +73,9 @@ def replacing_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     unfinished = _beside(path)
     unfinished.mkdir()
     try:
-        yield unfinished
-        _sync_tree(unfinished)
+        with naming(path):
+            yield unfinished
+            _sync_tree(unfinished)
         if swaps:
             _swap(unfinished, path)
         else:

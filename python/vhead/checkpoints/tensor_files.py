@@ -88,6 +88,10 @@ class TensorFile(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """What each tensor is, by name."""
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says beside its tensors; nothing in a pickled one."""
+
     def read(self, name: str) -> Tensor:
         """Reads one tensor into memory of its own."""
 
@@ -126,6 +130,11 @@ class SafetensorsFile:
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no iterator
             return {name: _info_of_slice(part) for name, part in slices.items()}
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        with _naming(self.path, "expected a safetensors file"):
+            return dict(self._file.metadata() or {})
+
     def read(self, name: str) -> Tensor:
         with _naming(self.path, f"cannot read {name}"):
             tensor: Tensor = self._file.get_tensor(name)
@@ -160,6 +169,10 @@ class _StateDictFile:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         return {name: _info_of_tensor(tensor) for name, tensor in self._state.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {}
 
     def read(self, name: str) -> Tensor:
         return self._state[name].detach().clone()

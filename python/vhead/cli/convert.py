@@ -37,8 +37,8 @@ def convert(
 ) -> None:
     """Convert a trained value head between the formats of frameworks, with its language model or alone.
 
-    Formats: trl, vhead, llama-factory, trlx, internlm2, deepspeed-chat, openrlhf, qwen, hf-sequence-classification,
-    hf-token-classification, beaver, nemo, megatron, verl-megatron.
+    Formats: trl, vhead, llama-factory, trlx, internlm2, deepspeed-chat, xtuner, unirl, openrlhf, qwen,
+    hf-sequence-classification, hf-token-classification, armorm, beaver, nemo, megatron, verl-megatron.
 
     In a folder, the language model's tensors get the names that transformers expects, the configuration names the
     class, and tokenizer files are copied. The folder appears under its name when it is complete.
@@ -83,6 +83,10 @@ def _show(source: Path, source_format: str | None) -> None:
     show(f"hidden size  {head.hidden_size}")
     show(f"projections  {len(head.layers)}")
     show(f"outputs      {head.num_outputs}")
+    if head.support is not None:
+        show(f"support      {head.support.bins} bins from {head.support.low:g} to {head.support.high:g}")
+    if head.activation is not None:
+        show(f"activation   {head.activation}, of a classifier of each state")
     if detection.body_prefix:
         show(f"body prefix  {detection.body_prefix}")
     if head.std is not None:

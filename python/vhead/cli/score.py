@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from vhead.cli import score_options as option
 from vhead.cli.failure import reported
 from vhead.cli.terminal import escaped, say
-from vhead.errors import RecordError
+from vhead.errors import InputChangedError, RecordError
 
 if TYPE_CHECKING:
     from vhead.rollouts.files import Reader
+    from vhead.scoring.options import ScorerOptions
     from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
@@ -53,8 +54,15 @@ def score(
     *,
     model: option.Model,
     output: option.Output,
+    fields: option.FieldsOption = None,
     head: option.Head = None,
     returns: option.Returns = None,
+    top_logprobs: option.TopLogprobs = 0,
+    step_separator: option.StepSeparator = None,
+    gamma: option.Gamma = 1.0,
+    lam: option.Lam = 0.95,
+    value_lam: option.ValueLam = None,
+    reward_field: option.RewardField = None,
     temperature: option.Temperature = 1.0,
     dtype: option.ModelDtype = None,
     device: option.Device = None,
@@ -110,7 +118,9 @@ def _run(request: option.ScoreRequest) -> None:
     skipped = SkippedRecords(request.source)
     with (
         _naming(request.source),
-        closing(open_reader(request.source, request.columns, replaces=request.overwrite)) as reader,
+        closing(
+            open_reader(request.source, request.columns, replaces=request.overwrite, fields=request.fields)
+        ) as reader,
         _kept(
             open_output(request.output, resume=request.resume, overwrite=request.overwrite, suffix=request.suffix)
         ) as output,
@@ -130,6 +140,8 @@ def _run(request: option.ScoreRequest) -> None:
                 reader,
                 output,
                 returns=request.returns,
+                top_logprobs=request.top_logprobs,
+                advantages=request.advantages,
                 temperature=request.temperature,
                 progress=progress,
                 limit=request.limit,
@@ -137,7 +149,7 @@ def _run(request: option.ScoreRequest) -> None:
                 unique_ids=request.unique_ids,
             )
     if not request.quiet:
-        _summarise(progress, skipped.count, request.output)
+        _summarise(progress, output, skipped.count, request.output)
 
 
 def _check_finished(output: "Output", reader: "Reader", request: option.ScoreRequest) -> None:
@@ -149,9 +161,11 @@ def _check_finished(output: "Output", reader: "Reader", request: option.ScoreReq
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
+    from vhead.scoring.conventions import Conventions  # imports numpy
     from vhead.scoring.scorer import Scorer  # imports torch
 
-    return Scorer.from_pretrained(request.model, **request.loading, **request.options)
+    options: ScorerOptions = {**request.options, "conventions": Conventions(step_separator=request.step_separator)}
+    return Scorer.from_pretrained(request.model, **request.loading, **options)
 
 
 @contextmanager
@@ -185,11 +199,13 @@ def _silence_transformers() -> None:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Puts the file's name before errors about its records."""
+    """Puts the input's name before errors about its records."""
     try:
         yield
     except RecordError as error:
         raise RecordError(f"{source}: {error}", record=error.record, field=error.field) from None
+    except InputChangedError as error:
+        raise InputChangedError(f"{source}: {error}") from None
 
 
 @contextmanager
@@ -204,13 +220,15 @@ def _kept(output: "Output") -> Iterator["Output"]:
         raise
 
 
-def _summarise(progress: "ScoringProgress", skipped: int, output: str) -> None:
-    counts = (("skipped", skipped), ("truncated", progress.truncated))
+def _summarise(progress: "ScoringProgress", output: "Output", skipped: int, name: str) -> None:
+    counts = (("skipped", skipped), ("truncated", output.truncated))
     others = "".join(f", {count:,} {what}" for what, count in counts if count)
-    target = "" if output == option.STANDARD_STREAM else f", written to {output}"
-    shared = f", {progress.shared:.0%} shared" if progress.shared else ""
-    say(f"{progress.rollouts:,} rollouts scored{others}{target}")
-    say(
-        f"{progress.tokens:,} tokens in {progress.seconds:.1f} s{shared}: {progress.rollout_rate:,.0f} rollouts/s, "
-        f"{progress.rate:,.0f} tokens/s"
-    )
+    target = "" if name == option.STANDARD_STREAM else f", written to {name}"
+    say(f"{output.written:,} rollouts scored{others}{target}")
+    # Without a batch the model computed nothing, as with `--returns tokens`, and there is no speed to speak of.
+    if progress.tokens:
+        shared = f", {progress.shared:.0%} shared" if progress.shared else ""
+        say(
+            f"{progress.tokens:,} tokens in {progress.seconds:.1f} s{shared}: {progress.rollout_rate:,.0f} rollouts/s, "
+            f"{progress.rate:,.0f} tokens/s"
+        )

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from vhead.cli.terminal import say
 from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
 from vhead.scoring.options import ScorerOptions
+
+if TYPE_CHECKING:
+    from vhead.scoring.advantages import AdvantageColumns
 
 STANDARD_STREAM = "-"
 
@@ -52,8 +55,17 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="INPUT",
-        help="Rollouts: .jsonl, .parquet, or - for JSON Lines on standard input. Each record has prompt and "
-        "completion (text), prompt_ids and completion_ids, or messages; other fields are carried through.",
+        help="Rollouts: .jsonl (also .gz or .zst), .parquet, a folder or a pattern of Parquet files, "
+        "hf://datasets/..., or - for JSON Lines on standard input. Each record has prompt and completion (text or "
+        "messages), prompt_ids and completion_ids, or messages; other fields are carried through.",
+    ),
+]
+FieldsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fields",
+        metavar="FIELD=COLUMN,...",
+        help="Columns that hold fields under other names, such as prompt=question,completion=response.",
     ),
 ]
 Model = Annotated[
@@ -61,7 +73,12 @@ Model = Annotated[
 ]
 Output = Annotated[
     str,
-    typer.Option("--output", "-o", metavar="FILE", help="Where scores go: .jsonl, .parquet, or - for standard output."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Where scores go: .jsonl (also .gz or .zst), .parquet, or - for standard output.",
+    ),
 ]
 Head = Annotated[
     str | None,
@@ -71,8 +88,27 @@ Returns = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="What to compute, with commas between: values, logprobs, entropy, reward, tokens (ids and places in the "
-        "text). Default: values, logprobs and reward, without logprobs if the checkpoint has no language-model head.",
+        help="What to compute, with commas between: values, logprobs, entropy, candidates, reward, prompt_value, "
+        "bootstrap, steps, tokens (ids and places in the text), advantages, returns. Default: values, logprobs and "
+        "reward, without logprobs if the checkpoint has no language-model head.",
+    ),
+]
+TopLogprobs = Annotated[
+    int, typer.Option(min=0, metavar="K", help="Also the K likeliest tokens at each position, as top_tokens.")
+]
+StepSeparator = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What ends a step, for steps. Default: a step is one turn of the model's."),
+]
+Gamma = Annotated[float, typer.Option(min=0, max=1, metavar="G", help="Discount, for advantages and returns.")]
+Lam = Annotated[float, typer.Option(min=0, max=1, metavar="L", help="Lambda, for advantages.")]
+ValueLam = Annotated[
+    float | None, typer.Option(min=0, max=1, metavar="L", help="Lambda, for returns. Default: the one for advantages.")
+]
+RewardField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The field with each record's reward, for advantages. Default: the head's own reward."
     ),
 ]
 Temperature = Annotated[
@@ -206,7 +242,11 @@ class ScoreRequest:
     source: str
     model: str
     output: str
+    fields: dict[str, str]
     returns: tuple[str, ...] | None
+    advantages: "AdvantageColumns | None"
+    top_logprobs: int
+    step_separator: str | None
     temperature: float
     loading: dict[str, Any]
     options: ScorerOptions
@@ -236,10 +276,13 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns that scoring adds, which columns of the input may therefore not have."""
-        from vhead.scoring.scores import DEFAULT_RETURNS, TRUNCATED, columns_of  # for a fast --help
+        from vhead.scoring.fields import DEFAULT_RETURNS, Asked  # for a fast --help
+        from vhead.scoring.scores import TRUNCATED  # for a fast --help
 
-        columns = columns_of(self.returns or DEFAULT_RETURNS)
-        names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
+        asked = Asked(self.returns or DEFAULT_RETURNS, top=self.top_logprobs)
+        names = [column.name for column in asked.columns]
+        names += [] if self.advantages is None else self.advantages.columns
+        names += [] if self.options["truncation"] is None else [TRUNCATED]
         return tuple(f"{name}{self.suffix}" for name in names)
 
     @property
@@ -264,6 +307,10 @@ class ScoreRequest:
             **identity(self.model, "model"),
             **({} if head is None else identity(head, "head")),
             "returns": None if self.returns is None else list(self.returns),
+            "fields": self.fields,
+            "advantages": None if self.advantages is None else asdict(self.advantages),
+            "top_logprobs": self.top_logprobs,
+            "step_separator": self.step_separator,
             "suffix": self.suffix,
             "overwrite": self.overwrite,
             "temperature": self.temperature,
@@ -293,7 +340,8 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
     of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
     made = {
-        "returns": checked_returns(plain["returns"]),
+        "fields": _checked_fields(plain["fields"]),
+        **_returns_and_advantages(plain),
         "loading": {name: plain[name] for name in _LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
         "skips": plain["on_error"] == OnError.SKIP,
@@ -302,36 +350,76 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     return ScoreRequest(**{name: plain[name] for name in own}, **made)
 
 
-def checked_returns(returns: str | None) -> tuple[str, ...] | None:
-    """Reads a comma-separated list of what to compute; None stands for whatever the checkpoint can give.
+def _returns_and_advantages(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the comma-separated list of what to compute; None stands for whatever the checkpoint can give.
 
     Raises:
         typer.BadParameter: The list names something else, or nothing.
     """
-    from vhead.scoring.scores import check_returns  # for a fast --help
+    from vhead.scoring.fields import ADVANTAGES, check_returns  # for a fast --help
 
-    if returns is None:
-        return None
+    if plain["returns"] is None:
+        return {"returns": None, "advantages": None}
+    names = [name.strip() for name in plain["returns"].split(",") if name.strip()]
+    derived = tuple(name for name in ADVANTAGES if name in names)
+    others = [name for name in names if name not in ADVANTAGES]
     try:
-        return check_returns([name.strip() for name in returns.split(",") if name.strip()])
+        # Advantages by themselves are scored from the values, which are then in the output too.
+        returns = check_returns(others or (["values"] if derived else []))
     except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
+        message = str(error).removeprefix("returns: ").replace(", got", f", {', '.join(ADVANTAGES)}, got", 1)
+        raise typer.BadParameter(message, param_hint="--returns") from None
+    if not derived:
+        return {"returns": returns, "advantages": None}
+    from vhead.scoring.advantages import AdvantageColumns  # for a fast --help
+
+    numbers = {name: plain[name] for name in ("gamma", "lam", "value_lam", "reward_field")}
+    return {"returns": returns, "advantages": AdvantageColumns(derived, **numbers)}
+
+
+def _checked_fields(text: str | None) -> dict[str, str]:
+    from vhead.rollouts.fields import parsed_fields  # for a fast --help
+
+    try:
+        return {} if text is None else parsed_fields(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("fields: "), param_hint="--fields") from None
 
 
 def _check_paths(source: str, output: str) -> None:
     from vhead.rollouts.files import format_of  # for a fast --help
 
-    for name, hint in ((source, "INPUT"), (output, "--output")):
-        try:
-            format_of(name)
-        except FileFormatError as error:
-            raise typer.BadParameter(str(error), param_hint=hint) from None
-    if source != STANDARD_STREAM and not Path(source).is_file():
-        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    sources = _checked_sources(source)
+    try:
+        format_of(output)
+    except FileFormatError as error:
+        raise typer.BadParameter(str(error), param_hint="--output") from None
     if output != STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
-    if STANDARD_STREAM not in (source, output) and _is_of_output(Path(source), Path(output)):
+    if output != STANDARD_STREAM and any(_is_of_output(file, Path(output)) for file in sources):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
+    if output != STANDARD_STREAM and Path(source).is_dir() and Path(output).absolute().parent.samefile(source):
+        raise typer.BadParameter(f"{output}: lies in the input's folder", param_hint="--output")
+
+
+def _checked_sources(source: str) -> list[Path]:
+    """The input's files where they are on this machine; those of the hub are looked for when they are read."""
+    from vhead.rollouts.files import format_of  # for a fast --help
+    from vhead.rollouts.sources import HUB, input_files  # for a fast --help
+
+    if source == STANDARD_STREAM or source.startswith(HUB):
+        return []
+    try:
+        if not Path(source).is_dir():
+            format_of(source)
+        sources = input_files(source)
+    except FileFormatError as error:
+        raise typer.BadParameter(str(error), param_hint="INPUT") from None
+    except OSError:
+        sources = []
+    if not sources or not all(file.is_file() for file in sources):
+        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    return sources
 
 
 def _is_of_output(source: Path, output: Path) -> bool:

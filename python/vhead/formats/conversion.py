@@ -20,6 +20,7 @@ from vhead.errors import HeadError, HeadFileError, HeadMismatchError, loading
 from vhead.formats.adapter_conversion import write_adapter
 from vhead.formats.architecture import Architecture
 from vhead.formats.carrying import carried, copy_files, keep_others
+from vhead.formats.head_settings import ACTIVATION, SUPPORT
 from vhead.formats.layout import Detection, Format, Sighting, read
 from vhead.formats.registry import body_names, body_prefix, chosen, detection_of, format_named, load, same_weights
 from vhead.formats.streaming import Entry, write_safetensors
@@ -39,6 +40,8 @@ _HEAD_SETTINGS = (
     "do_normalize",
     "token_classification_bias",
     "value_head_prefix",
+    SUPPORT,
+    ACTIVATION,
 )
 
 
@@ -110,13 +113,13 @@ def convert(
         else:
             notes = _Rewriting(checkpoint, head_format, sighting, head, target).write(folder)
         files = tuple(sorted(path.name for path in folder.iterdir()))
-        _check_head(folder, head, destination)
+        notes = (*notes, *_check_head(folder, head, destination))
         keep_others(destination, folder)
     return Conversion(detection, target.name, destination, files, notes)
 
 
 def _default_target(head: HeadWeights) -> Format:
-    return TRL if len(head.layers) == head.num_outputs == 1 else VHEAD
+    return TRL if len(head.layers) == head.num_outputs == 1 and head.support is None else VHEAD
 
 
 def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
@@ -140,8 +143,8 @@ def _check_destination(source: Path, destination: Path, *, overwrite: bool) -> N
         raise FileExistsError(f"{destination}: the folder is not empty; --force (overwrite=True) replaces its files")
 
 
-def _check_head(folder: Path, head: HeadWeights, destination: Path) -> None:
-    """Reads the head back from what was written, and compares it."""
+def _check_head(folder: Path, head: HeadWeights, destination: Path) -> Iterator[str]:
+    """Reads the head back from what was written, and compares it; says what a user must know."""
     try:
         written = load(folder)
     except HeadError as error:
@@ -150,6 +153,8 @@ def _check_head(folder: Path, head: HeadWeights, destination: Path) -> None:
         raise HeadMismatchError(
             f"{destination}: the head that was read back differs from the one in the source, so nothing was written"
         )
+    if head.activation is not None and written.activation is None:
+        yield f"left out, since {written.format} has no place for it: the {head.activation} of the head's outputs"
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,8 @@ class _Rewriting:
         body = self.target.body
         if body is None:
             return config
-        return {**config, "architectures": [architecture.class_name(body.architecture)], **body.configure(self.head)}
+        name = architecture.class_name(body.architecture_for(self.head))
+        return {**config, "architectures": [name], **body.configure(self.head)}
 
     def _notes(self, architecture: Architecture, names: dict[str, str]) -> Iterator[str]:
         kept = {*names, *self.sighting.found}

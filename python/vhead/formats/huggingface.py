@@ -4,15 +4,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from vhead.checkpoints import ADAPTER_CONFIG
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadFileError
+from vhead.formats.head_settings import HeadSettings
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, architecture, sightings
 from vhead.head_weights import HeadWeights
 
 TOKEN_CLASSIFICATION = "ForTokenClassification"  # noqa: S105, the end of a class's name
 SEQUENCE_CLASSIFICATION = "ForSequenceClassification"
 
-_OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
+OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
 _OPENRLHF_PREFIX = "score"
 _OLDER_OPENRLHF_PREFIX = "value_head"
 
@@ -40,7 +42,7 @@ def _find_openrlhf(checkpoint: Checkpoint) -> Iterator[Sighting]:
     if prefix is not None:
         reason = f"the configuration names {prefix} as value_head_prefix"
         yield from sightings(checkpoint, prefix, (_WITHOUT_BIAS,), reason)
-    elif architecture(checkpoint) in _OPENRLHF_CLASSES:
+    elif architecture(checkpoint) in OPENRLHF_CLASSES:
         reason = f"{{root}} is the projection of a {architecture(checkpoint)}"
         yield from sightings(checkpoint, _OPENRLHF_PREFIX, (_WITHOUT_BIAS,), reason)
     yield from sightings(
@@ -67,7 +69,23 @@ def _labels(head: HeadWeights) -> dict[str, Any]:
 
 
 def _token_classification(head: HeadWeights) -> dict[str, Any]:
-    return {**_labels(head), "token_classification_bias": True}
+    labels = {**_labels(head), "token_classification_bias": True}
+    # Several outputs of such a class are labels, unless the configuration says otherwise.
+    is_regression = head.num_outputs > 1 and head.activation is None
+    return {**labels, "problem_type": "regression"} if is_regression else labels
+
+
+def _of_token_classification(checkpoint: Checkpoint, outputs: int) -> HeadSettings:
+    """Whether a head gives labels, as TRL's PRMTrainer trains them: each token's, which a softmax makes probabilities.
+
+    A classifier of sequences has labels too, and is never read at a token; a critic has one output.
+    """
+    config = checkpoint.config
+    is_adapter = checkpoint.json_object(ADAPTER_CONFIG).get("task_type") == "TOKEN_CLS"
+    is_classifier = architecture(checkpoint).endswith(TOKEN_CLASSIFICATION) or is_adapter
+    if outputs > 1 and is_classifier and config.get("problem_type") != "regression":
+        return HeadSettings(activation="softmax")
+    return HeadSettings()
 
 
 def _sequence_classification(head: HeadWeights) -> dict[str, Any]:
@@ -97,10 +115,12 @@ SEQUENCE = Format(
 
 TOKEN = Format(
     name="hf-token-classification",
-    frameworks="verl (FSDP, VeOmni), AReaL (FSDP), ROLL",
+    frameworks="TRL's PRMTrainer, verl (FSDP, VeOmni), AReaL (FSDP), ROLL",
     find=_find_token_classification,
     layouts=((_LINEAR.below("score"),),),
     outputs=None,
     body=Body(TOKEN_CLASSIFICATION, base_only=True, configure=_token_classification),
-    notes="K is `num_labels`; read also without a bias, and from `classifier`, as some classes call it",
+    settings=_of_token_classification,
+    notes="K is `num_labels`; read also without a bias, and from `classifier`, as some classes call it; several labels "
+    "are read by a softmax, unless `problem_type` is `regression`",
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadFileError, HeadMismatchError
+from vhead.formats.head_settings import HeadSettings, from_metadata
 from vhead.head_weights import HeadWeights, LinearWeights
 
 # What compilers and trainers wrap around any module leaves its name wherever such a module is.
@@ -121,12 +122,18 @@ class Body:
         base_only: Whether the language-model head is left out.
         head_file: The file of its own that the head goes to, or None where it is merged into the model's.
         configure: What the head changes in the configuration.
+        classifier: The class for a head that is read by a softmax, where it is another one.
     """
 
     architecture: str = "ForCausalLM"
     base_only: bool = False
     head_file: str | None = None
     configure: Callable[[HeadWeights], dict[str, Any]] = lambda _head: {}
+    classifier: str | None = None
+
+    def architecture_for(self, head: HeadWeights) -> str:
+        """The class in the configuration for a head: a name, or "For..." for one that begins with the model's name."""
+        return self.architecture if head.activation is None else self.classifier or self.architecture
 
 
 def stated_statistics(checkpoint: Checkpoint) -> tuple[float | None, float | None]:
@@ -155,6 +162,8 @@ class Format:
         intermediate: Between two projections, the multiple of H that the framework builds; None: any number.
         body: How a whole checkpoint is written; None: the head can be written, the language model cannot.
         statistics: Reads the mean and standard deviation of the rewards.
+        settings: Reads what the checkpoint states about a head with so many outputs beside its weights; the metadata of
+            the head's own file, where it says something, counts in its place.
         extras: The beginnings of the names of tensors that are neither the head's nor the language model's.
         notes: What else there is to know, for the documentation.
     """
@@ -167,6 +176,7 @@ class Format:
     intermediate: int | None = None
     body: Body | None = None
     statistics: Callable[[Checkpoint], tuple[float | None, float | None]] = stated_statistics
+    settings: Callable[[Checkpoint, int], HeadSettings] = lambda _checkpoint, _outputs: HeadSettings()
     extras: tuple[str, ...] = ()
     notes: str = ""
 
@@ -233,6 +243,7 @@ def read(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> Hea
     """
     check_fits(checkpoint, sighting, head_format)
     mean, std = head_format.statistics(checkpoint)
+    support, activation = _settings(checkpoint, sighting, head_format)
     file = sighting.found[sighting.layers[0].weight]
     return HeadWeights(
         layers=tuple(_read_layer(checkpoint, sighting, names) for names in sighting.layers),
@@ -240,7 +251,16 @@ def read(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> Hea
         source=f"{checkpoint.describe(file)} ({head_format.name})",
         mean=mean,
         std=std,
+        support=support,
+        activation=activation,
     )
+
+
+def _settings(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> HeadSettings:
+    last = sighting.layers[-1].weight
+    outputs = checkpoint.shape(last, sighting.found[last])[0]
+    stated = from_metadata(checkpoint, sighting.found[last])
+    return stated if any(stated) else head_format.settings(checkpoint, outputs)
 
 
 def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) -> None:
@@ -268,6 +288,12 @@ def check_fits(checkpoint: Checkpoint, sighting: Sighting, head_format: Format) 
     if head_format.outputs not in (None, width):
         raise mismatch(checkpoint, sighting.found, expected)
     _check_dtypes(checkpoint, sighting)
+    support = _settings(checkpoint, sighting, head_format).support
+    if support is not None and support.bins != width:
+        raise HeadMismatchError(
+            f"{checkpoint.location}: the checkpoint states a support of {support.bins} bins for a head of {width} "
+            f"outputs: found {sighting.layers[-1].weight}, expected as many outputs as bins"
+        )
 
 
 def mismatch(checkpoint: Checkpoint, found: Mapping[str, str], expected: str) -> HeadMismatchError:

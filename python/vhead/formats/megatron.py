@@ -72,7 +72,7 @@ def _with_extra_state(sighting: Sighting, name: str) -> Sighting:
 
 MEGATRON = Format(
     name="megatron",
-    frameworks="slime, AReaL (Megatron), NeMo-RL (Megatron)",
+    frameworks="slime, AReaL (Megatron), NeMo-RL (Megatron), RLinf",
     find=_find_output_layer,
     layouts=((_LINEAR.below("output_layer"),),),
     notes=f"the head only; AReaL's `{AREAL_FILE}` names the same tensors `weight` and `bias`",

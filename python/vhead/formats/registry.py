@@ -9,10 +9,11 @@ import torch
 
 from vhead.checkpoints.checkpoint import Checkpoint, LocationArguments
 from vhead.errors import HeadError, HeadMismatchError, HeadNotFoundError
+from vhead.formats.critics import UNIRL, XTUNER
 from vhead.formats.huggingface import OPENRLHF, SEQUENCE, TOKEN
 from vhead.formats.layout import CRITICS, HEAD_LIKE, WRAPPERS, Detection, Format, Sighting, check_fits, mismatch, read
 from vhead.formats.megatron import MEGATRON, NEMO, VERL_MEGATRON
-from vhead.formats.reward_models import BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
+from vhead.formats.reward_models import ARMORM, BEAVER, DEEPSPEED_CHAT, INTERNLM2, QWEN, TRLX
 from vhead.formats.trl import LLAMA_FACTORY, TRL, VHEAD
 from vhead.head_weights import HeadWeights
 
@@ -25,10 +26,13 @@ FORMATS: tuple[Format, ...] = (
     TRLX,
     INTERNLM2,
     DEEPSPEED_CHAT,
+    XTUNER,
+    UNIRL,
     OPENRLHF,
     QWEN,
     SEQUENCE,
     TOKEN,
+    ARMORM,
     BEAVER,
     NEMO,
     MEGATRON,
@@ -193,11 +197,13 @@ def _are_the_same(checkpoint: Checkpoint, candidates: list[tuple[Format, Sightin
 
 
 def same_weights(one: HeadWeights, other: HeadWeights) -> bool:
-    """Whether two heads have the same weights, a bias of zeros counting as none."""
+    """Whether two heads have the same weights and support, a bias of zeros counting as none."""
     shapes = [[layer.weight.shape for layer in head.layers] for head in (one, other)]
     pairs = zip(one.layers, other.layers, strict=False)
-    return shapes[0] == shapes[1] and all(
-        torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros) for a, b in pairs
+    return (
+        shapes[0] == shapes[1]
+        and one.support == other.support
+        and all(torch.equal(a.weight, b.weight) and torch.equal(a.bias_or_zeros, b.bias_or_zeros) for a, b in pairs)
     )
 
 

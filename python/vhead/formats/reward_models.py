@@ -1,14 +1,18 @@
-"""Heads of frameworks with a layout of their own: trlX, DeepSpeed-Chat, InternLM2, Qwen's reward models, beaver."""
+"""Heads of frameworks with a layout of their own: trlX, DeepSpeed-Chat, InternLM2, Qwen, ArmoRM, beaver."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vhead.checkpoints.checkpoint import Checkpoint
+from vhead.formats.head_settings import HeadSettings
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, architecture, number, sightings
 from vhead.head_weights import HeadWeights
 
 _WITHOUT_BIAS = LinearNames("weight")
 _TWO_LAYERS = (LinearNames("0.weight", "0.bias"), LinearNames("2.weight", "2.bias"))
+_PROCESS_REWARD_MODEL = "ForProcessRewardModel"
+_REGRESSION_LAYER = "regression_layer"
+_REWARD_TRANSFORM = "reward_transform_matrix"
 _VALUE_BRANCH = (LinearNames("lm_head.0.weight", "lm_head.0.bias"), LinearNames("lm_head.2.weight", "lm_head.2.bias"))
 
 
@@ -37,6 +41,20 @@ def _find_deepspeed_chat(checkpoint: Checkpoint) -> Iterator[Sighting]:
 
 def _find_qwen(checkpoint: Checkpoint) -> Iterator[Sighting]:
     yield from sightings(checkpoint, "score", _TWO_LAYERS, "{root} holds two projections, 0 and 2")
+
+
+def _of_qwen(checkpoint: Checkpoint, outputs: int) -> HeadSettings:
+    """A process reward model gives the labels of each step; another one with several outputs gives rewards."""
+    is_classifier = outputs > 1 and architecture(checkpoint).endswith(_PROCESS_REWARD_MODEL)
+    return HeadSettings(activation="softmax" if is_classifier else None)
+
+
+def _find_armorm(checkpoint: Checkpoint) -> Iterator[Sighting]:
+    names = checkpoint.weight_map.keys()
+    is_alone = checkpoint.is_file and names == _WITHOUT_BIAS.below(_REGRESSION_LAYER).required()
+    if is_alone or architecture(checkpoint).endswith("ForRewardModelWithGating") or _REWARD_TRANSFORM in names:
+        reason = "{root} is what reward models with a gate call their projection"
+        yield from sightings(checkpoint, _REGRESSION_LAYER, (_WITHOUT_BIAS,), reason)
 
 
 def _find_beaver(checkpoint: Checkpoint) -> Iterator[Sighting]:
@@ -104,8 +122,24 @@ QWEN = Format(
     layouts=(tuple(names.below("score") for names in _TWO_LAYERS),),
     outputs=None,
     intermediate=1,
-    body=Body("ForRewardModel", base_only=True, configure=lambda head: {"num_labels": head.num_outputs}),
-    notes="I is H, K is `num_labels`",
+    body=Body(
+        "ForRewardModel",
+        base_only=True,
+        configure=lambda head: {"num_labels": head.num_outputs},
+        classifier=_PROCESS_REWARD_MODEL,
+    ),
+    settings=_of_qwen,
+    notes="I is H, K is `num_labels`; the labels of a `ForProcessRewardModel` are read by a softmax",
+)
+
+ARMORM = Format(
+    name="armorm",
+    frameworks="ArmoRM, and other reward models with gating",
+    find=_find_armorm,
+    layouts=((_WITHOUT_BIAS.below(_REGRESSION_LAYER),),),
+    outputs=None,
+    extras=("gating.", _REWARD_TRANSFORM),
+    notes="K objectives, 19 of ArmoRM; the gate that mixes them into one reward is not read",
 )
 
 BEAVER = Format(

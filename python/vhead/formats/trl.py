@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from vhead.checkpoints.checkpoint import Checkpoint
+from vhead.formats.head_settings import from_config, in_config
 from vhead.formats.layout import Body, Format, LinearNames, Sighting, sightings
 
 WEIGHT_KEY = "v_head.summary.weight"
@@ -62,7 +63,7 @@ def _has_several_outputs(checkpoint: Checkpoint, sighting: Sighting) -> bool:
 
 TRL = Format(
     name="trl",
-    frameworks="TRL 0.9 to 1.12, ROLL, and this package",
+    frameworks="TRL 0.9 to 1.12, ROLL, Skywork's PRMs, and this package",
     find=_find_trl,
     layouts=((_SUMMARY.below("v_head"),),),
     body=Body(),
@@ -84,6 +85,9 @@ VHEAD = Format(
     find=_find_vhead,
     layouts=((_SUMMARY.below("v_head"),), tuple(names.below("v_head") for names in _TWO_LAYERS)),
     outputs=None,
-    body=Body(),
-    notes="TRL's names for heads of several outputs; with two projections, `summary.0` and `summary.2`",
+    body=Body(configure=in_config),
+    settings=lambda checkpoint, _outputs: from_config(checkpoint),
+    notes="TRL's names for heads of several outputs; with two projections, `summary.0` and `summary.2`; the support of "
+    "a distributional head (K is its number of bins) and the softmax of a classifier are in the configuration, or "
+    "where a file holds the head alone, in its metadata",
 )

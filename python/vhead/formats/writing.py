@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vhead.checkpoints.replacing import replacing_file
 from vhead.errors import HeadError
+from vhead.formats.head_settings import in_metadata
 from vhead.formats.layout import Format, LinearNames
 from vhead.formats.registry import format_named
 from vhead.formats.trl import BIAS_KEY, VHEAD, WEIGHT_KEY
@@ -43,7 +44,7 @@ def save(head: HeadWeights, path: str | Path, format: str = "trl", *, overwrite:
     file = _head_file(Path(path), head_format)
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file}: exists already; overwrite=True replaces it")
-    write_tensors(tensors, file)
+    write_tensors(tensors, file, in_metadata(head))
     return file
 
 
@@ -69,6 +70,8 @@ def head_tensors(
     layers = next((layers for layers in layouts if len(layers) == len(head.layers)), None)
     if layers is None:
         raise HeadError(f"{head_format.name} cannot hold a head of {len(head.layers)} projections; {_OWN}")
+    if head.support is not None and head_format is not VHEAD:
+        raise HeadError(f"{head_format.name} cannot hold the support of a distributional head; {VHEAD.name} does")
     if head_format.outputs not in (None, head.num_outputs):
         raise HeadError(f"{head_format.name} holds heads of one output; this head has {head.num_outputs}; {_OWN}")
     multiple = head_format.intermediate
@@ -86,11 +89,25 @@ def head_tensors(
     return tensors
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes a file of tensors, safetensors or pickled as its name says, that takes its place when it is complete."""
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file of tensors, safetensors or pickled as its name says, that takes its place when it is complete.
+
+    Args:
+        tensors: The tensors by name.
+        file: The file.
+        metadata: What a safetensors file is to say beside them.
+
+    Raises:
+        HeadError: There is something to say, and a pickled file has no place for it.
+    """
+    if metadata and file.suffix != _SAFETENSORS:
+        raise HeadError(
+            f"{file}: a pickled file has no place for the support or the activation of this head; name a "
+            f"{_SAFETENSORS} file"
+        )
     with replacing_file(file) as stream:
         if file.suffix == _SAFETENSORS:
-            stream.write(to_safetensors(dict(tensors), metadata={"format": "pt"}))
+            stream.write(to_safetensors(dict(tensors), metadata={"format": "pt", **(metadata or {})}))
         else:
             torch.save(dict(tensors), stream)
 

@@ -75,7 +75,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
         raise AdapterError(f"{checkpoint.describe(ADAPTER_CONFIG)}: expected {' or '.join(ADAPTER_WEIGHTS)} beside it")
     # peft will read the file; what is wrong with it is said before a language model has been loaded.
     checkpoint.names_in(weights)
-    config = read_adapter_config(config_path)
+    config = read_adapter_config(checkpoint)
     check_config(config, str(config_path))
     base = _string(config, "base_model_name_or_path", config_path)
     return Adapter(
@@ -278,18 +278,19 @@ def reward_scores(score: nn.Module, hidden_states: Tensor) -> Tensor:
 # Saving
 
 
-def save_head(state: Mapping[str, Tensor], folder: Path) -> None:
+def save_head(state: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> None:
     """Writes a head beside an adapter: as safetensors, and pickled where TRL looks for it.
 
     Args:
         state: A model's state dict, of which only the head is written.
         folder: The adapter's folder, which exists.
+        metadata: What else belongs to the head. TRL has no place for it, and gets no file of such a head.
     """
     head = {name: value.detach().cpu().contiguous() for name, value in state.items() if name.startswith("v_head.")}
-    write_tensors(head, folder / HEAD_FILE)
+    write_tensors(head, folder / HEAD_FILE, metadata)
     # TRL would take another kind of head for its own and load nothing of it; an older save's would win over this one.
     pickled = folder / TRL_HEAD_FILE
-    if head.keys() == {WEIGHT_KEY, BIAS_KEY}:
+    if head.keys() == {WEIGHT_KEY, BIAS_KEY} and not metadata:
         save_beside_adapter(head, folder)
     elif pickled.exists() and Checkpoint(pickled).names_in(TRL_HEAD_FILE).keys() == {WEIGHT_KEY, BIAS_KEY}:
         pickled.unlink()

@@ -41,8 +41,9 @@ class ScoredGeneration:
     Attributes:
         sequences: The token ids `[B, P + N]`: prompts, then completions, padded.
         completion_mask: `[B, N]`, bool: completion tokens up to each row's end of sequence, that token included.
-        values: `[B, N]`, float32: the head's output at the position that predicts each completion token, 0 where
-            `completion_mask` is False. None where it was not asked for, as below.
+        values: `[B, N]`, or `[B, N, K]` for a head of K outputs, float32: the head's output at the position that
+            predicts each completion token, 0 where `completion_mask` is False. None where it was not asked for, as
+            below.
         logprobs: `[B, N]`, float32: the log-probability of each completion token by the unprocessed logits, which
             temperature, top-p and other processors have not touched; 0 where `completion_mask` is False.
         entropy: `[B, N]`, float32: the entropy of that distribution in nats; 0 where `completion_mask` is False.
@@ -133,7 +134,7 @@ class Recorder(StoppingCriteria):  # type: ignore[misc]  # transformers is untyp
 
     Args:
         wanted: Which statistics.
-        v_head: The head, `[..., H]` to `[..., 1]`.
+        v_head: The head, `[..., H]` to `[..., K]`.
         reader: What each step is read by.
         criteria: The caller's own stopping criteria.
 
@@ -158,7 +159,8 @@ class Recorder(StoppingCriteria):  # type: ignore[misc]  # transformers is untyp
             self.prompt_length = input_ids.shape[1] - 1
         state, logits = self._reader.take()
         if state is not None:
-            self.columns["values"].append(self._v_head(state).squeeze(-1))
+            values = self._v_head(state)
+            self.columns["values"].append(values.squeeze(-1) if values.shape[-1] == 1 else values)
         if logits is not None:
             self._record_statistics(logits, input_ids[:, -1])
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -265,7 +267,10 @@ def _scored(
 def _padded(steps: list[Tensor], mask: Tensor) -> Tensor | None:
     # Some versions of transformers look for the end of a sequence a few steps late, and drop what came after it.
     steps = steps[: mask.shape[1]]
-    return torch.stack(steps, dim=1).to(mask.device).masked_fill(~mask, 0.0) if steps else None
+    if not steps:
+        return None
+    column = torch.stack(steps, dim=1).to(mask.device)
+    return column.masked_fill(~mask.reshape(*mask.shape, *(1 for _ in column.shape[2:])), 0.0)
 
 
 def _completion_mask(completions: Tensor, config: GenerationConfig, *, trims_padding: bool) -> Tensor:

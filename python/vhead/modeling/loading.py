@@ -39,7 +39,7 @@ _MAPS_NAMES = Version(transformers.__version__) >= Version("5")
 _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?=\.)")
 
 # The parts of a head's names that stand below the module which is the head.
-_BELOW_HEAD = re.compile(r"summary|[0-9]+")
+_BELOW_HEAD = re.compile(r"summary|proj|[0-9]+")
 
 # The prefix of the language model's names in `vhead.modeling.pretrained`'s checkpoints, and in raw saves of a wrapper.
 _BODY_OF_PRETRAINED = "pretrained_model."
@@ -106,7 +106,7 @@ class LoadArguments:
     @property
     def location(self) -> LocationArguments:
         """The arguments that say where the files are."""
-        return _location(self.model)
+        return location_arguments(self.model)
 
     @property
     def adapter_location(self) -> LocationArguments:
@@ -119,7 +119,7 @@ class LoadArguments:
         return self._where(_SHARED_LOCATION)
 
     def _where(self, names: Iterable[str]) -> LocationArguments:
-        return _location({name: self.model[name] for name in names if name in self.model})
+        return location_arguments({name: self.model[name] for name in names if name in self.model})
 
     def of_base(self, adapter: adapters.Adapter) -> dict[str, Any]:
         """The arguments for the language model below an adapter, whose revision and subfolder are not the adapter's."""
@@ -201,7 +201,7 @@ def _load_with_adapter(
     checkpoint.check()
     found = _find_head(checkpoint, arguments)
     of_base = arguments.of_base(adapter)
-    base = Checkpoint(adapter.base, **_location(of_base))
+    base = Checkpoint(adapter.base, **location_arguments(of_base))
     _require_base(base, adapter, location)
     base.check()
     # The language model may be a critic, whose head the adapter's takes the place of.
@@ -250,7 +250,7 @@ def _find_head(checkpoint: Checkpoint, arguments: LoadArguments) -> _Found:
         names = [name for name in checkpoint.weight_map if not HEAD_LIKE.search(name)]
         return _Found(read_head(arguments), body_prefix=body_prefix(names))
     detection, head = detection_of(checkpoint, *choice), read(checkpoint, choice[1], choice[0])
-    _check_asked(head, arguments.head)
+    head = _as_asked(head, arguments.head)
     paths = [name.split(".")[:-1] for name in detection.tensors]
     modules = {next((part for part in reversed(path) if not _BELOW_HEAD.fullmatch(part)), "") for path in paths}
     is_critic = any(part in CRITICS for part in detection.body_prefix.split("."))
@@ -262,19 +262,25 @@ def read_head(arguments: LoadArguments) -> HeadWeights | None:
 
     Raises:
         HeadNotFoundError: There is none where it is said to be.
-        HeadMismatchError: It is of another kind than the one asked for.
+        HeadMismatchError: It is of another kind than the one asked for, or has another support.
     """
     if arguments.head_location is None:
         return None
-    head = load_head(arguments.head_location, **arguments.reward_location)
-    _check_asked(head, arguments.head)
-    return head
+    return _as_asked(load_head(arguments.head_location, **arguments.reward_location), arguments.head)
 
 
-def _check_asked(head: HeadWeights, asked: HeadArguments) -> None:
+def _as_asked(head: HeadWeights, asked: HeadArguments) -> HeadWeights:
+    """The head, with the support that is asked for if its checkpoint states none; refused if it is another one."""
+    support = asked.get("support")
+    if support is not None and head.support is None and head.num_outputs == support.bins:
+        head = replace(head, support=support)
+    if support not in (None, head.support):
+        found = head.support or f"a head of {head.num_outputs} outputs without one"
+        raise HeadMismatchError(f"{head.source}: support: expected {support}, found {found}")
     for name in ("num_outputs", "intermediate_size"):
         if asked.get(name, getattr(head, name)) != getattr(head, name):
             raise HeadMismatchError(f"{head.source}: {name}: expected {asked.get(name)}, found {getattr(head, name)}")
+    return head
 
 
 def prepare_given(body: nn.Module, arguments: LoadArguments) -> nn.Module:
@@ -303,7 +309,7 @@ def _load_body(
     **arguments: Any,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """Loads a language model; says which of its parameters the checkpoint lacked."""
-    checkpoint, config = Checkpoint(location, **_location(arguments)), stated_config(location, arguments)
+    checkpoint, config = Checkpoint(location, **location_arguments(arguments)), stated_config(location, arguments)
     # Left out, transformers would ask on standard input.
     arguments["trust_remote_code"] = trusted = arguments.get("trust_remote_code") is True
     check_config(config, checkpoint.describe("config.json"), runs_code=trusted)
@@ -338,7 +344,8 @@ def _arguments_around(found: _Found, checkpoint: Checkpoint, arguments: Mapping[
     return told
 
 
-def _location(arguments: Mapping[str, Any]) -> LocationArguments:
+def location_arguments(arguments: Mapping[str, Any]) -> LocationArguments:
+    """Those of the arguments of `from_pretrained` that say where files are."""
     names = LocationArguments.__annotations__
     return cast("LocationArguments", {name: value for name, value in arguments.items() if name in names})
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,15 @@ from transformers.utils import ModelOutput
 
 from vhead.backbone.hidden_states import observed, plan_for, run
 from vhead.errors import BodyMismatchError, HeadError, HeadNotFoundError
+from vhead.formats import detect
 from vhead.heads import ValueHead
 from vhead.modeling import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     PreTrainedModelWrapper,
 )
+from vhead.modeling.loading import location_arguments
+from vhead.support import Support
 from vhead.upstream import CACHE, CACHE_NAMES, cache_of, with_cache_as
 
 # What transformers keeps in every configuration, and asks the outermost one for.
@@ -56,11 +59,13 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         v_head_hidden_size: Elements of the hidden state that the head reads. None: read from `text_config`.
         v_head_num_outputs: The head's outputs for each hidden state, 1 for a critic.
         v_head_intermediate_size: Elements between the two projections of a head, or None for a single projection.
+        v_head_support: The support of a distributional head, or its settings; None for a head that gives values.
+        v_head_activation: "softmax" for a head that is a classifier of each state, or None.
         summary_dropout_prob: The probability that training drops an element of a hidden state.
         **kwargs: What every configuration of transformers has.
 
     Raises:
-        HeadError: `text_config` is neither a configuration nor the dictionary of one.
+        HeadError: `text_config` is neither a configuration nor the dictionary of one, or the support is none.
     """
 
     model_type = "vhead"
@@ -76,6 +81,8 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         v_head_num_outputs: int = 1,
         v_head_intermediate_size: int | None = None,
         summary_dropout_prob: float = 0.1,
+        v_head_support: Support | Mapping[str, Any] | None = None,
+        v_head_activation: Literal["softmax"] | None = None,
         **kwargs: Any,
     ) -> None:
         # Transformers makes one without arguments, to know the defaults.
@@ -86,6 +93,10 @@ class ValueHeadConfig(PretrainedConfig):  # type: ignore[misc]  # transformers i
         self.v_head_num_outputs = v_head_num_outputs
         self.v_head_intermediate_size = v_head_intermediate_size
         self.summary_dropout_prob = summary_dropout_prob
+        # JSON has no supports, and a configuration must be JSON at any moment.
+        support = v_head_support if isinstance(v_head_support, Support | None) else _support(v_head_support)
+        self.v_head_support = None if support is None else support.settings()
+        self.v_head_activation = v_head_activation
         self.text_config = text_config
         if text_config is not None and kwargs.get("attn_implementation") is not None:
             text_config._attn_implementation = kwargs["attn_implementation"]
@@ -204,6 +215,7 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
         Raises:
             HeadNotFoundError: The checkpoint holds no value head, or half of one.
             BodyMismatchError: The checkpoint lacks weights of the language model.
+            HeadMismatchError: The head has not as many outputs as its support has bins.
             HeadError: The checkpoint is of another form.
         """
         if not isinstance(kwargs.get("config"), PretrainedConfig):
@@ -211,6 +223,9 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             config, kwargs = _read_config(cls.config_class, location, kwargs)
         else:
             config = kwargs.pop("config")
+        if config.v_head_support is not None and pretrained_model_name_or_path is not None:
+            # Transformers would speak of sizes, and not of bins.
+            detect(os.fspath(pretrained_model_name_or_path), **location_arguments(kwargs))
         if attn_implementation is not None:
             _choose_attention(config, attn_implementation)
         model, report = super().from_pretrained(
@@ -239,6 +254,8 @@ class ValueHeadModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             v_head_num_outputs=head.num_outputs,
             v_head_intermediate_size=head.intermediate_size,
             summary_dropout_prob=getattr(head.dropout, "p", 0.0),
+            v_head_support=head.support,
+            v_head_activation=head.activation,
         )
         model = cls(config, pretrained_model=body, v_head=head)
         model.train(wrapper.training)
@@ -400,7 +417,13 @@ def _head(config: ValueHeadConfig) -> ValueHead:
         num_outputs=config.v_head_num_outputs,
         intermediate_size=config.v_head_intermediate_size,
         summary_dropout_prob=config.summary_dropout_prob,
+        support=None if config.v_head_support is None else _support(config.v_head_support),
+        activation=config.v_head_activation,
     )
+
+
+def _support(settings: object) -> Support:
+    return Support.from_settings(settings, "v_head_support")
 
 
 def _read_config(config_class: Any, location: object, arguments: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
+from vhead.formats.head_settings import ACTIVATION, SUPPORT, in_config, in_metadata
 from vhead.formats.layout import PRIVATE_WRAPPER, WRAPPERS
 from vhead.heads import ValueHead
 from vhead.modeling import adapters
@@ -166,9 +167,10 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
             return self._save_with_adapter(state, folder, *args, **kwargs)
         body: Any = self.pretrained_model
         state = _brought_back(state, body)
-        if getattr(body, "hf_quantizer", None) is None:
-            return body.save_pretrained(folder, *args, state_dict=state, **kwargs)
-        with _as_child(body, "v_head", self.v_head):
+        with ExitStack() as saving:
+            saving.enter_context(_stated_in(body.config, self.v_head))
+            if getattr(body, "hf_quantizer", None) is not None:
+                saving.enter_context(_as_child(body, "v_head", self.v_head))
             return body.save_pretrained(folder, *args, state_dict=state, **kwargs)
 
     def _save_with_adapter(self, state: Mapping[str, Any], folder: Path, *args: object, **kwargs: Any) -> object:
@@ -177,7 +179,7 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
             kwargs["state_dict"] = body_state
         result: object = self.pretrained_model.save_pretrained(os.fspath(folder), *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            adapters.save_head(state, folder)
+            adapters.save_head(state, folder, in_metadata(self.v_head))
             score = self._modules.get("score")
             if score is not None and self.rm_adapter_name is not None:
                 adapters.save_score(score, folder / self.rm_adapter_name)
@@ -193,6 +195,23 @@ class CheckpointSaving(CheckpointState, PushToHubMixin):  # type: ignore[misc]  
         """
         tags = [*(getattr(self.pretrained_model, "model_tags", None) or ()), *_as_list(kwargs.pop("tags", None))]
         return super().push_to_hub(repo_id, *args, **kwargs, **({"tags": list(dict.fromkeys(tags))} if tags else {}))
+
+
+@contextmanager
+def _stated_in(config: Any, head: ValueHead) -> Iterator[None]:
+    """Lets a language model's configuration state what belongs to the head while the block saves it.
+
+    A head that was saved before it may have left other statements there, which the configuration gets back.
+    """
+    stated = {name: config.__dict__.pop(name) for name in (SUPPORT, ACTIVATION) if name in config.__dict__}
+    settings = in_config(head)
+    config.__dict__.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            config.__dict__.pop(name, None)
+        config.__dict__.update(stated)
 
 
 @contextmanager

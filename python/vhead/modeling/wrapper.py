@@ -160,7 +160,9 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         Args:
             pretrained_model_name_or_path: A folder, a hub repository's id, or a language model.
             *model_args: Passed to transformers.
-            **kwargs: The head's arguments; `peft_config`, for an adapter to put on the model; `is_trainable`, for
+            **kwargs: The head's arguments, which a trained head must agree with where it has its own: `num_outputs`,
+                `intermediate_size`, `support`; a head whose checkpoint states no support takes the one given;
+                `peft_config`, for an adapter to put on the model; `is_trainable`, for
                 whether a loaded adapter trains on; `reward_adapter` and `reward_adapter_name`, for a second adapter
                 with a reward head; `head`, the file, folder or hub repository with the head where the checkpoint does
                 not hold it; with `peft_config`, those of `peft.prepare_model_for_kbit_training`. Everything else is
@@ -217,9 +219,10 @@ class PreTrainedModelWrapper(TransformersSurface, CheckpointSaving):
         return cls(body, score_module=score, supports_rm_adapter=True, rm_adapter_name=name, **arguments.head)
 
     def _load_head(self, head: HeadWeights) -> None:
-        """Copies a trained head in; one of other projections or outputs than this one's takes its place."""
+        """Copies a trained head in; one of other projections, outputs or support than this one's takes its place."""
         own = self.v_head
-        if (head.num_outputs, head.intermediate_size) == (own.num_outputs, own.intermediate_size):
+        kinds = [(h.num_outputs, h.intermediate_size, h.support) for h in (head, own)]
+        if kinds[0] == kinds[1]:
             own.load(head)
         else:
             dropout = getattr(own.dropout, "p", 0.0)

@@ -10,6 +10,7 @@ A module here has the name that its concept has in the extension, in `rust/core`
 from vhead.ops.devices import backends as backends
 from vhead.ops.init import init_linear_ as init_linear_
 from vhead.ops.init import init_normal_ as init_normal_
+from vhead.ops.init import init_zeros_ as init_zeros_
 from vhead.ops.token_statistics import TokenStatistics as TokenStatistics
 from vhead.ops.token_statistics import statistics_in_chunks as statistics_in_chunks
 from vhead.ops.token_statistics import statistics_of_logits as statistics_of_logits

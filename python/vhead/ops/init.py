@@ -43,6 +43,19 @@ def init_normal_(weight: Tensor, bias: Tensor | None, std: float) -> None:
         bias.zero_()
 
 
+@torch.no_grad()
+def init_zeros_(weight: Tensor, bias: Tensor | None) -> None:
+    """Fills in place with zeros, so that every value is 0; no seed is drawn.
+
+    Args:
+        weight: `[out_features, in_features]`, any floating dtype, any device.
+        bias: `[out_features]`.
+    """
+    weight.zero_()
+    if bias is not None:
+        bias.zero_()
+
+
 def _fill(parameters: dict[str, Tensor | None], draw: Callable[[list[int], str, int], Tensor]) -> None:
     present = {name: parameter for name, parameter in parameters.items() if parameter is not None}
     if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in present.values()):

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.chat import ChatTemplate
-from vhead.rollouts.rollout import Id, Message, Rollout
+from vhead.rollouts.messages import Message
+from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.text import Passage, Spans, TextTokenizer, Tokens, no_spans
+from vhead.rollouts.wording import Id
 
 Truncation = Literal["prompt", "completion"]
 
@@ -94,6 +96,8 @@ class Encoded:
         truncated: Whether it has fewer tokens than it came with.
         spans: First and one-past-last character of the completion that each token stands for, int64 `[P + C, 2]`; -1
             where there is no text. None: they were not asked for.
+        mask: True where the model wrote the completion's token, bool `[C]`, at least one of them. None: it wrote all.
+        candidates: Ids whose log-probabilities are wanted at each token of the completion, int64 `[C, M]`, or None.
     """
 
     index: int
@@ -103,6 +107,8 @@ class Encoded:
     prompt_length: int
     truncated: bool = False
     spans: Spans | None = None
+    mask: NDArray[np.bool_] | None = None
+    candidates: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -145,8 +151,8 @@ class Encoder:
         """The rollout's token ids.
 
         Raises:
-            FieldError: Text came without a tokenizer, a part has no tokens, an id is not in the vocabulary, or both
-                together are longer than they may be and are not to be truncated.
+            FieldError: Text came without a tokenizer, a part has no tokens, an id is not in the vocabulary, both
+                together are longer than they may be and are not to be truncated, or no token of the model's is left.
         """
         if not isinstance(rollout, Rollout):
             raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
@@ -154,17 +160,30 @@ class Encoder:
         count, length = tokens.prompt_length, len(tokens.ids)
         if not 0 < count < length or tokens.ids.max() >= self._vocabulary_size:
             raise self._error(tokens, name)
+        self._check_candidates(rollout.candidates, name)
         first, stop = self._limit.kept(count, length - count, name)
-        spans = None if tokens.spans is None else tokens.spans[first:stop]
-        truncated = stop - first < length
-        return Encoded(index, rollout.id, name, tokens.ids[first:stop], count - first, truncated, spans)
+        mask = None if tokens.mask is None else tokens.mask[: stop - count]
+        if mask is not None and not mask.any():
+            expected = f"a token of the model's among the {stop - count} that stay when the completion is truncated"
+            raise FieldError(name, "completion", expected=expected, got="none")
+        return Encoded(
+            index,
+            rollout.id,
+            name,
+            tokens.ids[first:stop],
+            count - first,
+            truncated=stop - first < length,
+            spans=None if tokens.spans is None else tokens.spans[first:stop],
+            mask=mask,
+            candidates=None if rollout.candidates is None else rollout.candidates[: stop - count],
+        )
 
     def _tokens(self, rollout: Rollout, name: str, *, with_spans: bool) -> Tokens:
         """The tokens, with spans of the completion's characters where they are asked for."""
         prompt, completion = rollout.prompt, rollout.completion
         if isinstance(prompt, np.ndarray):
             ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
-            return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None)
+            return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None, rollout.mask)
         if self._tokenizer is None:
             expected = "token ids, because the scorer has no tokenizer"
             raise FieldError(name, "prompt", expected=expected, got=rollout.kind)
@@ -172,11 +191,18 @@ class Encoder:
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
             tokens = self._text.plain(passage, with_spans=with_spans)
         else:
-            chat = ChatTemplate(self._tokenizer, name)
+            chat = ChatTemplate(self._tokenizer, name, rollout.tools)
             passage = chat.passage(cast("Messages", prompt), cast("Messages", completion))
             tokens = self._text.rendered(passage, with_spans=with_spans)
         spans = passage.within_completion(tokens.spans) if with_spans and tokens.spans is not None else None
-        return Tokens(tokens.ids, tokens.prompt_length, spans)
+        return Tokens(tokens.ids, tokens.prompt_length, spans, tokens.mask)
+
+    def _check_candidates(self, candidates: NDArray[np.int64] | None, name: str) -> None:
+        if candidates is not None and candidates.max() >= self._vocabulary_size:
+            at, place = np.unravel_index(candidates.argmax(), candidates.shape)
+            expected = f"token ids below the vocabulary's {self._vocabulary_size}"
+            got = f"{candidates[at, place]} at position {at}"
+            raise FieldError(name, "candidates", expected=expected, got=got)
 
     def _error(self, tokens: Tokens, name: str) -> FieldError:
         """What is wrong with parts of which one has no tokens, or one that is not in the vocabulary."""

@@ -1,16 +1,21 @@
 """Files of rollouts: which format a name means."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from vhead.errors import FileFormatError
+from vhead.rollouts.compressed import COMPRESSIONS, DecompressedFile
+from vhead.rollouts.fields import Fields
 from vhead.rollouts.jsonl import JsonlReader
 from vhead.rollouts.rows import Row
+from vhead.rollouts.sources import input_files
 from vhead.rollouts.standard_streams import standard_input
 
 STANDARD_STREAM = "-"
-ENDINGS = (".jsonl", ".parquet")
+_BYTES_AT_ONCE = 2**20
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 class Reader(Protocol):
@@ -31,34 +36,49 @@ class Reader(Protocol):
 
 
 def format_of(name: str) -> str:
-    """The format that a file name means: its suffix, or `.jsonl` for `-`.
+    """The format that a file name means: its ending, or `.jsonl` for `-`.
 
     Raises:
-        FileFormatError: The suffix names no format.
+        FileFormatError: The ending names no format.
     """
-    suffix = ".jsonl" if name == STANDARD_STREAM else Path(name).suffix.lower()
-    if suffix not in ENDINGS:
-        raise FileFormatError(f"{name}: expected a name that ends in {' or '.join(ENDINGS)}, or `-`, got {suffix!r}")
-    return suffix
+    if name == STANDARD_STREAM:
+        return ".jsonl"
+    ending = next((ending for ending in ENDINGS if name.lower().endswith(ending)), None)
+    if ending is None or Path(name).name.lower() == ending:
+        got = Path(name).suffix.lower()
+        raise FileFormatError(f"{name}: expected a name that ends in {' or '.join(ENDINGS)}, or `-`, got {got!r}")
+    return ending
 
 
-def open_reader(name: str, reserved: tuple[str, ...] = (), *, replaces: bool = False) -> Reader:
-    """A reader for a file, or for standard input as JSON Lines when `name` is `-`.
+def open_reader(
+    name: str, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
+) -> Reader:
+    """A reader for an input, or for standard input as JSON Lines when `name` is `-`.
 
     Args:
-        name: A file name or `-`.
+        name: What `input_files` takes, or `-`. Several Parquet files are read as one input.
         reserved: Names of columns that the input may not have, as the scores will take them.
         replaces: Whether the input's columns of these names are left out instead.
+        fields: Columns that hold fields under other names.
 
     Raises:
-        FileFormatError: The suffix names no format, or the file does not hold it.
+        FileFormatError: The ending names no format, the file does not hold it, or several files have other columns.
         OSError: The file cannot be opened.
         MissingExtraError: pyarrow is needed and not installed.
     """
-    if format_of(name) == ".parquet":
-        from vhead.rollouts.parquet import ParquetReader  # pyarrow only when used
-
-        return ParquetReader(Path(name), reserved, replaces=replaces)
     if name == STANDARD_STREAM:
-        return JsonlReader(standard_input(), None, reserved, replaces=replaces)
-    return JsonlReader(Path(name).open("rb"), Path(name).stat().st_size, reserved, replaces=replaces)
+        return JsonlReader(standard_input(), None, reserved, replaces=replaces, fields=fields)
+    paths = input_files(name)
+    if {format_of(str(path)) for path in paths} == {".parquet"}:
+        from vhead.rollouts.parquet import ParquetReader, ParquetReaders  # pyarrow only when used
+
+        if len(paths) == 1:
+            return ParquetReader(paths[0], reserved, replaces=replaces, fields=fields)
+        return ParquetReaders(paths, reserved, replaces=replaces, fields=fields)
+    (path,) = paths
+    size = path.stat().st_size
+    if path.suffix.lower() in COMPRESSIONS:
+        raw = DecompressedFile(path)
+        stream = io.BufferedReader(raw, _BYTES_AT_ONCE)
+        return JsonlReader(stream, size, reserved, replaces=replaces, fields=fields, position=lambda: raw.position)
+    return JsonlReader(path.open("rb"), size, reserved, replaces=replaces, fields=fields)

@@ -1,18 +1,25 @@
 """Reads rollouts from JSON Lines."""
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, BinaryIO
 
-from vhead.errors import FieldError, VheadError
-from vhead.rollouts.rollout import Rollout, shown
-from vhead.rollouts.rows import Row, chained, check_reserved, rollout_of
+from vhead.errors import FieldError, VheadError, naming
+from vhead.rollouts.fields import Fields
+from vhead.rollouts.records import rollout_of
+from vhead.rollouts.rollout import Rollout
+from vhead.rollouts.rows import Row, chained, check_reserved
+from vhead.rollouts.wording import shown
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A line is held in memory as a whole; no rollout is as long as this.
 LONGEST_LINE = 256 * 2**20
+# No float has more decimal digits than these, before zeros follow.
+_DIGITS_OF_FLOATS = 767
 _ZERO = re.compile(r"-?[0.]+([eE].*)?")
 
 
@@ -24,10 +31,11 @@ class JsonRow:
         line: Its bytes, or its beginning where it is longer than a line may be.
         number: Its place among all lines.
         count: Its place among those that are not blank.
-        position: Bytes of the file up to the line's end.
+        position: Bytes of the file up to the line's end; of a compressed one, those that were read.
         chain: The digest of all records up to this one.
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.
+        fields: Columns that hold fields under other names.
     """
 
     line: bytes
@@ -37,6 +45,7 @@ class JsonRow:
     chain: bytes
     reserved: tuple[str, ...] = ()
     replaces: bool = False
+    fields: Fields | None = None
 
     @property
     def where(self) -> str:
@@ -52,7 +61,7 @@ class JsonRow:
         record = self._parsed()
         if not self.replaces:
             check_reserved(record, self.reserved, self.where)
-        return rollout_of(record, self.where)
+        return rollout_of(record, self.where, self.fields)
 
     def json_object(self) -> str:
         """The line as it came: numbers, key order and unknown fields survive to the byte."""
@@ -69,10 +78,19 @@ class JsonRow:
         """The members of the line's JSON object.
 
         Raises:
-            FieldError: The line is not UTF-8 or not a JSON object, or holds a number that no float is near.
+            FieldError: The line is not UTF-8 or not a JSON object, or has a number that no float holds.
         """
         record = self._parsed(exact=True)
         return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
+
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these members that the line's JSON object has.
+
+        Raises:
+            FieldError: The line is not UTF-8 or not a JSON object.
+        """
+        record = self._parsed()
+        return {name: record[name] for name in names if name in record}
 
     def _parsed(self, *, exact: bool = False) -> dict[str, Any]:
         if len(self.line) >= LONGEST_LINE:
@@ -81,16 +99,15 @@ class JsonRow:
         try:
             record = json.loads(
                 self.line.decode(),
-                parse_float=_within_range if exact else None,
+                parse_float=_held if exact else None,
                 object_pairs_hook=_unique if exact else None,
             )
         except UnicodeDecodeError as error:
             raise FieldError(
                 self.where, "text", expected="UTF-8", got=f"{error.reason} at byte {error.start}"
             ) from None
-        except _OutOfRangeError as error:
-            expected = "numbers within the range of 64-bit floats, because Parquet has no others"
-            raise FieldError(self.where, "text", expected=expected, got=shown(error.args[0])) from None
+        except _UnheldNumberError as error:
+            raise self._unheld(error) from None
         except _DoubledNameError as error:
             expected = "each name once, as Parquet has one value for it"
             raise FieldError(self.where, "text", expected=expected, got=f"{error.args[0]!r} twice") from None
@@ -101,6 +118,13 @@ class JsonRow:
         if not isinstance(record, dict):
             raise FieldError(self.where, "text", expected="a JSON object", got=shown(record))
         return record
+
+    def _unheld(self, error: "_UnheldNumberError") -> FieldError:
+        """Names the field, which a parser of numbers isn't told."""
+        marked = json.loads(self.line.decode(), parse_float=_Digits)
+        members = marked.items() if isinstance(marked, dict) else ()
+        name = next((name for name, value in members if _holds(value, error.digits)), "text")
+        return FieldError(self.where, name, expected=error.expected, got=shown(error.digits))
 
     def _too_deep(self) -> FieldError:
         return FieldError(self.where, "text", expected="a JSON object", got="one nested too deeply")
@@ -119,10 +143,12 @@ class JsonlReader:
     """The records of a JSON Lines stream, one at a time; blank lines are no records.
 
     Args:
-        stream: Opened for reading bytes; closed by `close`.
+        stream: Opened for reading bytes, with a name; closed by `close`.
         size: Bytes in all, where that is known.
         reserved: Names of columns that the scores will take, so that no record may have them.
         replaces: Whether records lose such columns instead.
+        fields: Columns that hold fields under other names.
+        position: Tells how much of the file has been read, where that is not the length of the lines.
 
     Attributes:
         schema: None: what columns there are is known when the last record is read.
@@ -131,31 +157,46 @@ class JsonlReader:
     schema = None
 
     def __init__(
-        self, stream: BinaryIO, size: int | None = None, reserved: tuple[str, ...] = (), *, replaces: bool = False
+        self,
+        stream: BinaryIO,
+        size: int | None = None,
+        reserved: tuple[str, ...] = (),
+        *,
+        replaces: bool = False,
+        fields: Fields | None = None,
+        position: Callable[[], int] | None = None,
     ) -> None:
         self._stream = stream
         self.size = size
         self._reserved = reserved
         self._replaces = replaces
+        self._fields = fields
+        self._position = position
 
     def __iter__(self) -> Iterator[Row]:
         position = count = 0
         chain = b""
         for number, (line, length) in enumerate(self._lines(), start=1):
-            position += length
+            position = position + length if self._position is None else self._position()
             text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if content := text.strip():
+            content = text.strip()
+            # Of a line that is too long, only the beginning is known to be blank.
+            if content or length >= LONGEST_LINE:
                 count, chain = count + 1, chained(chain, content)
-                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces)
+                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces, self._fields)
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
         """Each line and its length; of one that is too long, the beginning."""
-        while line := self._stream.readline(LONGEST_LINE):
+        while line := self._piece():
             length, end = len(line), line
             while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
-                end = self._stream.readline(LONGEST_LINE)
+                end = self._piece()
                 length += len(end)
             yield line, length
+
+    def _piece(self) -> bytes:
+        with naming(getattr(self._stream, "name", "input")):
+            return self._stream.readline(LONGEST_LINE)
 
     def close(self) -> None:
         self._stream.close()
@@ -165,8 +206,18 @@ class _DoubledNameError(VheadError, ValueError):
     """A name that an object has twice."""
 
 
-class _OutOfRangeError(VheadError, ValueError):
-    """A number that a float can only call infinite."""
+class _UnheldNumberError(VheadError, ValueError):
+    """A number that no 64-bit float holds: they call it infinite or zero, or round digits away."""
+
+    def __init__(self, expected: str, digits: str) -> None:
+        super().__init__(expected, digits)
+        self.expected, self.digits = expected, digits
+
+
+class _Digits(str):
+    """A number as it was written."""
+
+    __slots__ = ()
 
 
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,11 +229,24 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _within_range(digits: str) -> float:
+def _held(digits: str) -> float:
+    """The float of which `digits` are the first ones, rounded: then nothing that was written is lost."""
     number = float(digits)
-    if number in (float("inf"), float("-inf")) or (number == 0 and not _ZERO.fullmatch(digits)):
-        raise _OutOfRangeError(digits)
+    if repr(number) == digits or _ZERO.fullmatch(digits):
+        return number
+    if number in (0.0, math.inf, -math.inf):
+        raise _UnheldNumberError("numbers within the range of 64-bit floats, because Parquet has no others", digits)
+    written = len(re.split("[eE]", digits)[0].replace(".", "").lstrip("-0"))
+    if Decimal(f"{number:.{min(written, _DIGITS_OF_FLOATS) - 1}e}") != Decimal(digits):
+        expected = "a number whose digits a 64-bit float holds, because Parquet has no others (JSON Lines keeps any)"
+        raise _UnheldNumberError(expected, digits)
     return number
+
+
+def _holds(value: Any, digits: str) -> bool:
+    if isinstance(value, dict | list):
+        return any(_holds(item, digits) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, _Digits) and value == digits
 
 
 def _without(text: str, names: tuple[str, ...]) -> str:

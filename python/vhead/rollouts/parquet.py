@@ -5,9 +5,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,11 @@ from uuid import UUID
 
 from vhead.errors import FieldError, FileFormatError
 from vhead.rollouts.arrow import pa, pq
+from vhead.rollouts.arrow_values import exact, seconds
+from vhead.rollouts.fields import Fields, columns_of_fields
+from vhead.rollouts.records import rollout_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import INPUT_FIELDS, Row, check_reserved, rollout_of
+from vhead.rollouts.rows import Row, chained, check_reserved
 
 Result = TypeVar("Result")
 
@@ -33,16 +37,25 @@ _BYTES_AT_ONCE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ParquetRow:
-    """One row of a record batch."""
+    """One row of a record batch.
+
+    Attributes:
+        batch: Some rows of a file.
+        at: Which of them.
+        count: Its place among all rows of the input.
+        reader: What reads the file.
+        number: Its place in the file, where that is one of several.
+    """
 
     batch: pa.RecordBatch
     at: int
     count: int
     reader: "ParquetReader"
+    number: int | None = None
 
     @property
     def where(self) -> str:
-        return f"row {self.count}"
+        return f"row {self.count}" if self.number is None else f"row {self.number} of {self.reader.path.name}"
 
     @property
     def position(self) -> int:
@@ -55,16 +68,25 @@ class ParquetRow:
 
     def rollout(self) -> Rollout:
         """What is to be scored; token ids are read from the batch without a Python object each."""
-        names = [name for name in INPUT_FIELDS if name in self.batch.schema.names]
-        return rollout_of({name: self._read(name, _plain) for name in names}, self.where)
+        names = [name for name in columns_of_fields(self.reader.fields) if name in self.batch.schema.names]
+        return rollout_of({name: self._read(name, _plain) for name in names}, self.where, self.reader.fields)
 
     def columns(self) -> dict[str, Any]:
-        """The row as Python objects.
+        """The row as Python objects; where those would lose digits, what `exact` gives.
 
         Raises:
             FieldError: A column holds what Python cannot, such as broken UTF-8 or a date beyond the year 9999.
         """
-        return {name: self._read(name, lambda value: value.as_py()) for name in self.batch.schema.names}
+        return {name: self._read(name, exact) for name in self.batch.schema.names}
+
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these columns that the file has, lists of numbers as arrays.
+
+        Raises:
+            FieldError: A column cannot be read.
+        """
+        there = self.batch.schema.names
+        return {name: self._read(name, _numbers) for name in names if name in there}
 
     def json_object(self) -> str:
         """The row as a JSON object.
@@ -73,7 +95,7 @@ class ParquetRow:
         null.
 
         Raises:
-            FieldError: A column holds something else that JSON cannot.
+            FieldError: A column holds something else that JSON cannot, or a time span that seconds would round.
         """
         record = self.columns()
         members = []
@@ -100,8 +122,12 @@ class ParquetReader:
         path: The file.
         reserved: Names of columns that the scores will take, so that the file may not have them.
         replaces: Whether such columns are left out instead.
+        fields: Columns that hold fields under other names.
 
     Attributes:
+        path: The file.
+        place: Says whether a file of this name is still the same.
+        digest_before: Stands for the files before this one.
         size: How many rows there are.
         schema: The columns that are read, a `pyarrow.Schema`.
 
@@ -110,8 +136,11 @@ class ParquetReader:
         FieldError: A column has a name that the scores will take.
     """
 
-    def __init__(self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, reserved: tuple[str, ...] = (), *, replaces: bool = False, fields: Fields | None = None
+    ) -> None:
+        self.path = path
+        self.fields = fields or {}
         try:
             self._file = pq.ParquetFile(path, buffer_size=_BYTES_AT_ONCE, pre_buffer=False)
             schema = self._file.schema_arrow
@@ -127,26 +156,28 @@ class ParquetReader:
             raise FileFormatError(f"{path}: expected each column's name once, got {doubled[0]!r} twice or more")
         if not replaces:
             check_reserved(names, reserved, None)
-        self._opened = _place(path.stat())
-        self._columns = [name for name in names if name not in reserved]
-        self.schema = pa.schema([schema.field(name) for name in self._columns], schema.metadata)
+        self.place = _place(path.stat())
+        self.digest_before = b""
+        kept = [schema.field(name) for name in names if name not in reserved]
+        self.schema = pa.schema(kept, schema.metadata)
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the file's bytes."""
-        with self._path.open("rb") as file:
-            if _place(os.fstat(file.fileno())) != self._opened:
-                raise FileFormatError(f"{self._path}: expected the file that is being read, found another of its name")
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """The digest of the file's bytes, and of the files before it."""
+        with self.path.open("rb") as file:
+            if _place(os.fstat(file.fileno())) != self.place:
+                raise FileFormatError(f"{self.path}: expected the file that is being read, found another of its name")
+            own = hashlib.file_digest(file, "sha256")
+        return chained(self.digest_before, own.digest()).hex() if self.digest_before else own.hexdigest()
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[ParquetRow]:
         count = 0
         batches = self._batches()
         while True:
             try:
                 batch = next(batches, None)
             except Exception as error:  # Pages, too, can be broken in more ways than pyarrow has names for.
-                raise FileFormatError(f"{self._path}: the file is broken after row {count}: {error}") from None
+                raise FileFormatError(f"{self.path}: the file is broken after row {count}: {error}") from None
             if batch is None:
                 return
             for at in range(batch.num_rows):
@@ -157,13 +188,85 @@ class ParquetReader:
         for group in range(self._file.metadata.num_row_groups):
             rows = _rows_at_once(self._file, group)
             for batch in self._file.iter_batches(rows, row_groups=[group]):
-                yield batch if self._columns == batch.schema.names else batch.select(self._columns)
+                yield batch if self.schema.names == batch.schema.names else batch.select(self.schema.names)
 
     def _unreadable(self, error: Exception) -> FileFormatError:
-        return FileFormatError(f"{self._path}: not a readable Parquet file: {error}")
+        return FileFormatError(f"{self.path}: not a readable Parquet file: {error}")
 
     def close(self) -> None:
         self._file.close()
+
+
+class ParquetReaders:
+    """The rows of several Parquet files with the same columns, one file after the other.
+
+    Args:
+        paths: The files, at least one.
+        reserved: Names of columns that the scores will take, so that no file may have them.
+        replaces: Whether such columns are left out instead.
+        fields: Columns that hold fields under other names.
+
+    Attributes:
+        size: How many rows there are.
+        schema: The columns that are read, a `pyarrow.Schema`.
+
+    Raises:
+        FileFormatError: A file is not Parquet, or has other columns than the first one.
+        FieldError: A column has a name that the scores will take.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        reserved: tuple[str, ...] = (),
+        *,
+        replaces: bool = False,
+        fields: Fields | None = None,
+    ) -> None:
+        self._paths = paths
+        self._options: dict[str, Any] = {"reserved": reserved, "replaces": replaces, "fields": fields}
+        self._opened: ParquetReader | None = None
+        self._places: list[tuple[int, ...]] = []
+        rows = 0
+        for path in paths:
+            # Thousands of files cannot all be open.
+            with closing(ParquetReader(path, **self._options)) as reader:
+                if path == paths[0]:
+                    self.schema = reader.schema
+                self._check(path, reader.schema)
+                self._places.append(reader.place)
+                rows += reader.size or 0
+        self.size: int | None = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        count, digest = 0, b""
+        for path, place in zip(self._paths, self._places, strict=True):
+            reader = self._opened = ParquetReader(path, **self._options)
+            if reader.place != place:
+                raise FileFormatError(f"{path}: expected the file that was there at first, found another of its name")
+            reader.schema, reader.digest_before = self.schema, digest
+            for row in reader:
+                yield replace(row, count=count + row.count, number=row.count)
+            count += reader.size or 0
+            digest = reader.digest.encode()
+            reader.close()
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        if sorted(schema, key=_name) != sorted(self.schema, key=_name):
+            expected, got = (
+                ", ".join(f"{field.name}: {field.type}" for field in each) for each in (self.schema, schema)
+            )
+            raise FileFormatError(f"{path}: expected the columns of {self._paths[0]} ({expected}), got {got}")
+
+    def close(self) -> None:
+        """Closes the file that is being read."""
+        if self._opened is not None:
+            self._opened.close()
+
+
+def _name(field: pa.Field) -> str:
+    name: str = field.name
+    return name
 
 
 def _place(status: os.stat_result) -> tuple[int, ...]:
@@ -185,10 +288,25 @@ def _rows_at_once(file: pq.ParquetFile, group: int) -> int:
 
 
 def _plain(value: pa.Scalar) -> Any:
+    return _array_or_plain(value, pa.types.is_integer)
+
+
+def _numbers(value: pa.Scalar) -> Any:
+    return _array_or_plain(value, lambda of: pa.types.is_integer(of) or pa.types.is_floating(of))
+
+
+def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
-    if not is_list or not value.is_valid or not pa.types.is_integer(value.type.value_type) or value.values.null_count:
-        return value.as_py()
+    if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
+        return _without_null(value.as_py())
     return value.values.to_numpy(zero_copy_only=False)
+
+
+def _without_null(value: Any) -> Any:
+    """Objects without null members: Parquet gives each object every member that any has, however deep."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _dumped(value: object) -> str:
@@ -203,10 +321,10 @@ def _dump(value: object) -> str:
 
 
 def _json_value(value: object) -> str | float:
+    if isinstance(value, pa.DurationScalar):
+        return seconds(value)
     if isinstance(value, date | datetime | time):
         return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
     if isinstance(value, Decimal | UUID):
         return str(value)
     if isinstance(value, bytes):

@@ -1,7 +1,6 @@
 """What is scored: a prompt and one completion of it."""
 
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import FieldError
+from vhead.rollouts.arrays import candidate_ids, token_ids, token_mask
+from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.messages import Message, Tool, check_unicode, checked_messages, checked_tools
+from vhead.rollouts.text import TextTokenizer
+from vhead.rollouts.wording import Id, record_of, shown
 
-Message = Mapping[str, Any]
 # Text, messages or token ids; `Any` stands for torch's tensors, as this module works without torch.
 Part = str | Sequence[int] | Sequence[Message] | NDArray[np.integer[Any]] | Any
 Kind = Literal["text", "token ids", "messages"]
-
-Id = str | int | float | None
-
-_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,45 +27,93 @@ class Rollout:
     int64 arrays. Text is tokenised when it is scored, both parts as one text: a token across the border between them is
     the completion's.
 
+    Attributes:
+        prompt: What the model read before it began to write.
+        completion: What it wrote.
+        id: The record's name.
+        mask: With token ids only: True where the model wrote the token, False where it read an observation, such as a
+            tool's answer; read-only bool `[C]`. None: it wrote all of them.
+        candidates: With token ids only: ids whose log-probabilities are wanted at each token of the completion,
+            read-only int64 `[C, M]`.
+        tools: With messages only: the functions that the model may call, as the schemas that chat templates take.
+
     Raises:
-        FieldError: A part is empty, of the wrong type or shape, or the parts are of different kinds.
+        FieldError: A part is empty, of the wrong type or shape, or the parts are of different kinds. The mask or the
+            candidates do not fit the completion, the mask has no True, or one of them or the tools came with another
+            kind of parts.
     """
 
     prompt: Part
     completion: Part
     id: Id = None
+    mask: Any = None
+    candidates: Any = None
+    tools: Sequence[Tool] | None = None
 
     def __post_init__(self) -> None:
         if self.id is not None and not isinstance(self.id, str | int | float):
             raise FieldError(None, "id", expected="text, a number, a boolean or None", got=shown(self.id))
-        record = _record(self.id)
+        record = record_of(self.id)
         kinds = [_normalise(self, name, record) for name in ("prompt", "completion")]
         if kinds[0] != kinds[1]:
             raise FieldError(record, "completion", expected=f"{kinds[0]}, as the prompt is", got=kinds[1])
+        self._check_company(kinds[0], record)
+
+    def _check_company(self, kind: Kind, record: str | None) -> None:
+        """Checks what comes beside the parts."""
+        needs = {"mask": "token ids", "candidates": "token ids", "tools": "messages"}
+        for name, needed in needs.items():
+            if getattr(self, name) is not None and kind != needed:
+                raise FieldError(record, name, expected=f"none, as it goes with {needed}", got=f"one beside {kind}")
+        if self.mask is not None:
+            object.__setattr__(self, "mask", token_mask(self.mask, len(self.completion), "mask", record))
+        if self.candidates is not None:
+            checked = candidate_ids(self.candidates, len(self.completion), "candidates", record)
+            object.__setattr__(self, "candidates", checked)
+        if self.tools is not None:
+            object.__setattr__(self, "tools", checked_tools(self.tools, record))
 
     @classmethod
-    def from_messages(cls, messages: Sequence[Message], id: Id = None) -> "Rollout":
-        """A chat whose last message, the assistant's, is the completion; the model's chat template renders it.
+    def from_messages(
+        cls,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        tokenizer: Any = None,
+        id: Id = None,
+    ) -> "Rollout":
+        """A chat in which every turn of the assistant's is the model's; what comes before the first one is the prompt.
 
         Args:
             messages: At least two of `{"role": ..., "content": ...}`.
+            tools: The functions that the model may call, as the schemas that chat templates take.
+            tokenizer: Renders and tokenises the chat right away, into token ids and their mask. None: the scorer's
+                tokenizer does it later.
             id: The record's name.
 
         Raises:
-            FieldError: There are fewer than two messages, one is malformed, or the last is not the assistant's.
+            FieldError: There are fewer than two messages, one is malformed, the assistant's first message has nothing
+                before it, or there is none. With a tokenizer: its chat template cannot render the chat.
         """
-        record = _record(id)
+        record = record_of(id)
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or len(messages) < 2:
             raise FieldError(record, "messages", expected="a list of two messages or more", got=shown(messages))
-        checked = _messages(messages, "messages", record)
-        if checked[-1]["role"] != "assistant":
-            raise FieldError(
-                record,
-                "messages",
-                expected="the last message to be the assistant's",
-                got=f"role {checked[-1]['role']!r}",
-            )
-        return cls(checked[:-1], checked[-1:], id)
+        checked = checked_messages(messages, "messages", record)
+        roles = [message["role"] for message in checked]
+        if "assistant" not in roles:
+            got = f"the roles {', '.join(map(repr, sorted(set(roles))))}"
+            raise FieldError(record, "messages", expected="a message of the assistant's", got=got)
+        if not (first := roles.index("assistant")):
+            expected = "a message for the assistant to answer before its first one"
+            raise FieldError(record, "messages", expected=expected, got="none")
+        prompt, completion = checked[:first], checked[first:]
+        rollout = cls(prompt, completion, id, tools=tools)
+        if tokenizer is None:
+            return rollout
+        passage = ChatTemplate(tokenizer, record or "chat", rollout.tools).passage(prompt, completion)
+        tokens = TextTokenizer(tokenizer).rendered(passage)
+        count = tokens.prompt_length
+        return cls(tokens.ids[:count], tokens.ids[count:], id, mask=tokens.mask)
 
     @property
     def kind(self) -> Kind:
@@ -74,97 +121,17 @@ class Rollout:
         return _kind(self.prompt)
 
 
-def shown(value: object) -> str:
-    """A value in an error message: short, with its type where the text does not show it."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, str | bytes | list | tuple | dict) and not value:
-        return f"an empty {type(value).__name__}"
-    return f"{_short(value, _SHOWN)} ({type(value).__name__})"
-
-
-def named(where: str, id: Id) -> str:
-    """What errors call a record: its place in the input, and its id where it has one."""
-    return where if id is None else f"{where} (id {_short(id, 2 * _SHOWN)})"
-
-
-def _record(id: Id) -> str | None:
-    return None if id is None else f"record {_short(id, 2 * _SHOWN)}"
-
-
-def _short(value: object, length: int) -> str:
-    """The beginning of a value's `repr`, of which no more is made than is shown, however large or deep it is."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, 2 * length, 2 * length, 2 * length
-    text = short.repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
-
-
-def token_ids(value: object, field: str, record: str | int | None = None) -> NDArray[np.int64]:
-    """Token ids as a read-only int64 array `[N]`, N >= 1, none negative.
-
-    Raises:
-        FieldError: `value` is anything else.
-    """
-    array = _integer_array(value)
-    if array is None:
-        raise FieldError(record, field, expected="text or a flat list of integer token ids", got=shown(value))
-    if array.ndim != 1:
-        raise FieldError(record, field, expected="token ids of shape [N]", got=f"shape {list(array.shape)}")
-    if array.size == 0:
-        raise FieldError(record, field, expected="at least one token", got="none")
-    if array.min() < 0:
-        at = int(array.argmin())
-        raise FieldError(record, field, expected="token ids >= 0", got=f"{array[at]} at position {at}")
-    array.flags.writeable = False
-    return array
-
-
-def _check_unicode(text: str, record: str | None, field: str) -> None:
-    """Half of a surrogate pair is no text, and tokenizers raise what they like at one; JSON can write it."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        got = f"half of a surrogate pair at character {error.start}"
-        raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
-
-
-def _is_bool(item: object) -> bool:
-    """Also as an array or a tensor of its own."""
-    return isinstance(item, bool | np.bool_) or str(getattr(item, "dtype", "")) in ("bool", "torch.bool")
-
-
-def _integer_array(value: object) -> NDArray[np.int64] | None:
-    try:
-        if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-            value = value.detach().cpu().numpy()
-        # What a mask hides would be there again.
-        if not isinstance(value, list | tuple | range | np.ndarray) or isinstance(value, np.ma.MaskedArray):
-            return None
-        # Among integers, numpy takes True as 1.
-        if isinstance(value, list | tuple) and any(_is_bool(item) for item in value if type(item) is not int):
-            return None
-        array = np.asarray(value) if len(value) else np.empty(0, np.int64)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        return None
-    if array.dtype.kind not in "iu" or (array.size and array.max() > np.iinfo(np.int64).max):
-        return None
-    return np.array(array, dtype=np.int64)
-
-
 def _normalise(rollout: Rollout, name: str, record: str | None) -> Kind:
     value = getattr(rollout, name)
     kind = _kind(value)
     if kind == "messages":
-        value = _messages(value, name, record)
+        value = checked_messages(value, name, record)
     elif kind == "token ids":
         value = token_ids(value, name, record)
     elif not value:
         raise FieldError(record, name, expected="text", got="an empty text")
     else:
-        _check_unicode(value, record, name)
+        check_unicode(value, record, name)
     object.__setattr__(rollout, name, value)
     return kind
 
@@ -174,41 +141,3 @@ def _kind(value: object) -> Kind:
         return "text"
     is_messages = isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], Mapping)
     return "messages" if is_messages else "token ids"
-
-
-def _messages(value: Sequence[Message], field: str, record: str | None) -> tuple[Message, ...]:
-    checked = []
-    for position, message in enumerate(value):
-        # Parquet gives every message every key, null where it has none; a template would take that for a value.
-        present = _present(message)
-        if present.get("tool_calls"):
-            # A call needs no words, and templates want text.
-            present.setdefault("content", "")
-        if not isinstance(present.get("role"), str) or not isinstance(present.get("content"), str):
-            raise FieldError(
-                record,
-                field,
-                expected="messages with a text `role` and a text `content`, or with `tool_calls`",
-                got=f"{shown(message)} at position {position}",
-            )
-        for text in _texts(message):
-            _check_unicode(text, record, field)
-        checked.append(present)
-    return tuple(checked)
-
-
-def _present(message: object) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Every text in a value, however deep: a chat template may use any of them."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, Mapping):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            waiting += item

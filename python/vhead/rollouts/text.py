@@ -31,15 +31,20 @@ class Passage:
         border: The first character after the prompt.
         start: Where the first character of what the user calls the completion stands.
         length: How many characters the completion has.
+        turns: First and one-past-last character of each piece of the completion that the model wrote; None: it wrote
+            all of it. In a completion of several messages, no character has a place of its own.
     """
 
     text: str
     border: int
     start: int
     length: int
+    turns: tuple[tuple[int, int], ...] | None = None
 
     def within_completion(self, spans: Spans) -> Spans:
         """Spans of the whole text `[N, 2]` as spans of the completion; -1, which is no place, stays."""
+        if self.turns is not None:
+            return no_spans(len(spans))
         inside = (spans - self.start).clip(0, self.length)
         inside[spans == _NO_TEXT] = _NO_TEXT
         return inside
@@ -54,11 +59,13 @@ class Tokens:
         prompt_length: P, the tokens of the prompt.
         spans: First and one-past-last character of each token in the passage, int64 `[P + C, 2]`, -1 where unknown;
             None where they were not asked for and not needed.
+        mask: Which tokens of the completion the model wrote, bool `[C]`; None: all.
     """
 
     ids: NDArray[np.int64]
     prompt_length: int
     spans: Spans | None = None
+    mask: NDArray[np.bool_] | None = None
 
 
 def no_spans(count: int) -> Spans:
@@ -109,9 +116,33 @@ class TextTokenizer:
             ids, count, spans = self._in_two(passage, prompt_ids)
         else:
             ids, count, spans = self._as_one(passage, prompt_ids, beginning=beginning)
+        mask = None if passage.turns is None else self._mask(passage, ids, count, spans)
         if with_spans and spans is None:
             spans = self._decoded_spans(ids, count, passage.text)
-        return Tokens(np.asarray(ids, np.int64), count, spans)
+        return Tokens(np.asarray(ids, np.int64), count, spans, mask)
+
+    def _mask(self, passage: Passage, ids: list[int], count: int, spans: Spans | None) -> NDArray[np.bool_]:
+        """Which tokens of the completion are the model's: those that have a character of its turns."""
+        mask = np.zeros(len(ids), np.bool_)
+        for start, stop in passage.turns or ():
+            if spans is not None:
+                first = self._tokens_before(passage.text, start, ids, spans)
+                last = int(np.searchsorted(spans[:, 0], stop, side="left"))
+            else:
+                first, _ = self._shared(passage, ids, count, start)
+                shared, own = self._shared(passage, ids, count, stop)
+                # A token across the end of a turn is the model's, as one across its beginning is.
+                last = shared + (shared < own)
+            mask[first:last] = True
+        return mask[count:]
+
+    def _shared(self, passage: Passage, ids: list[int], count: int, end: int) -> tuple[int, int]:
+        """With how many of their tokens the whole and its text up to a character begin alike, and how many that has."""
+        if self._separate:
+            own = [*ids[:count], *self._ids(passage.text[passage.border : end])]
+        else:
+            own = self._ids(passage.text[:end])
+        return _common_beginning(ids, own), len(own)
 
     def _as_one(self, passage: Passage, prompt_ids: _Tokenise, *, beginning: bool) -> _Divided:
         ids, spans = self._tokenised(passage.text)
@@ -119,7 +150,7 @@ class TextTokenizer:
             ids, spans = self._begun(ids, spans)
         if spans is None:
             return ids, _common_beginning(ids, prompt_ids(passage.text[: passage.border])), None
-        return ids, self._tokens_before(passage, ids, spans), spans
+        return ids, self._tokens_before(passage.text, passage.border, ids, spans), spans
 
     def _in_two(self, passage: Passage, prompt_ids: _Tokenise) -> _Divided:
         prompt = prompt_ids(passage.text[: passage.border])
@@ -128,12 +159,12 @@ class TextTokenizer:
             spans = np.concatenate([np.zeros((len(prompt), 2), np.int64), spans + passage.border])
         return [*prompt, *completion], len(prompt), spans
 
-    def _tokens_before(self, passage: Passage, ids: Sequence[int], spans: Spans) -> int:
+    def _tokens_before(self, text: str, border: int, ids: Sequence[int], spans: Spans) -> int:
         """How many tokens end at the border or before it."""
-        count = int(np.searchsorted(spans[:, 1], passage.border, side="right"))
-        if count < len(ids) and spans[count, 0] < passage.border and ids[count] in self._added:
+        count = int(np.searchsorted(spans[:, 1], border, side="right"))
+        if count < len(ids) and spans[count, 0] < border and ids[count] in self._added:
             # A marker that takes the white space behind it, as Phi's do, is the prompt's all the same.
-            count += not passage.text[passage.border : spans[count, 1]].strip()
+            count += not text[border : spans[count, 1]].strip()
         return count
 
     def _tokenised(self, text: str) -> tuple[list[int], Spans | None]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from vhead.errors import ResumeError
+from vhead.errors import InputChangedError, ResumeError
 from vhead.rollouts.rows import Row
 from vhead.scoring.part import new_file, open_regular
 
@@ -153,13 +153,13 @@ class Journal:
             yield last
         found = 0 if last is None else last.count
         if found < self.records:
-            raise ResumeError(
-                f"input: expected the {self.records:,} records that the earlier run finished, got {found:,}; "
+            raise InputChangedError(
+                f"expected the {self.records:,} records that the earlier run finished, got {found:,}; "
                 f"give the same input again, or {START_ANEW}"
             )
         if last is not None and last.digest != self.input:
-            raise ResumeError(
-                f"input: expected the {self.records:,} records that the earlier run finished, got others up to "
+            raise InputChangedError(
+                f"expected the {self.records:,} records that the earlier run finished, got others up to "
                 f"{last.where}; give the same input again, or {START_ANEW}"
             )
 

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
+from vhead.rollouts.compressed import compressed
 from vhead.rollouts.rows import Row
 from vhead.scoring.journal import START_ANEW, Journal, Published, Run
 from vhead.scoring.jsonl_output import JsonlWriter
@@ -58,6 +59,8 @@ class Output:
     Attributes:
         journal: What is done, and with which settings; None where nothing is noted, and before `begin`.
         finished: Whether an earlier run with the same settings has finished the output.
+        written: How many records this run has written.
+        truncated: How many of them lost tokens, as they had too many.
     """
 
     def __init__(self, stream: Sink, suffix: str = "") -> None:
@@ -66,6 +69,8 @@ class Output:
         self._writer: Writer | None = None
         self.journal: Journal | None = None
         self.finished = False
+        self.written = 0
+        self.truncated = 0
 
     @property
     def kept(self) -> Path | None:
@@ -81,7 +86,7 @@ class Output:
 
         Raises:
             ResumeError: The earlier run had other settings, or its part is damaged.
-            FileFormatError: The format cannot hold these columns.
+            FieldError: The format cannot hold one of these columns.
         """
         self._writer = JsonlWriter(self._stream, self._suffix)
 
@@ -101,15 +106,16 @@ class Output:
             RecordError: The format cannot hold a record, and `on_error` is None.
             OSError: Writing failed.
         """
-        if self._writer is None:
+        writer = self._writer
+        if writer is None:
             raise ValueError("write: expected an output that has begun; call begin() first")
-        held, errors = self._writer.held(rows, skips=on_error is not None)
+        held, errors = writer.held(rows, skips=on_error is not None)
         if on_error is None and errors:
             ((place, error),) = errors.items()
-            self._writer.append(held, scores[:place])
+            self._append(writer, held, scores[:place])
             self._done(rows[place - 1] if place else None)
             raise error
-        self._writer.append(held, scores.without(errors))
+        self._append(writer, held, scores.without(errors))
         self._done(last)
         if on_error is not None:
             for error in errors.values():
@@ -122,6 +128,12 @@ class Output:
             last: The input's last record; None: there was none behind those that an earlier run finished.
             nothing: The scores of no rollouts, whose columns an output without records has.
         """
+
+    def _append(self, writer: Writer, held: Any, scores: Scores) -> None:
+        writer.append(held, scores)
+        self.written += len(scores)
+        if scores.truncated is not None:
+            self.truncated += int(scores.truncated.sum())
 
     def _done(self, last: Row | None) -> None:
         """Takes note that everything up to a record is written."""
@@ -320,3 +332,27 @@ class OutputFile(Output):
         if unannounced:
             self._notes.unlink(missing_ok=True)
         self._part.close()
+
+
+class CompressedOutput(OutputFile):
+    """JSON Lines in a compressed file, where each piece that is appended is a stream of its own.
+
+    So the file can be continued at any of them. The arguments are those of `OutputFile`.
+    """
+
+    def _make_writer(self, schema: Any) -> Writer:
+        return JsonlWriter(_Compressing(self._part, self.path.suffix.lower()), self._suffix)
+
+
+class _Compressing:
+    """Compresses each piece of bytes by itself."""
+
+    def __init__(self, stream: Sink, suffix: str) -> None:
+        self._stream, self._suffix = stream, suffix
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._stream.write(compressed(data, self._suffix))
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vhead.rollouts.files import STANDARD_STREAM, format_of
 from vhead.rollouts.standard_streams import standard_output
-from vhead.scoring.output import Output, OutputFile
+from vhead.scoring.output import CompressedOutput, Output, OutputFile
 
 
 def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suffix: str = "") -> Output:
@@ -29,4 +29,6 @@ def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suf
         from vhead.scoring.parquet_output import ParquetOutput  # pyarrow only when used
 
         return ParquetOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
+    if suffix_of_name != ".jsonl":
+        return CompressedOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
     return OutputFile(Path(name), suffix, resume=resume, overwrite=overwrite)

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any, Protocol
 
-from vhead.errors import OutputBusyError, OutputError
+from vhead.errors import OutputBusyError, OutputError, naming
 
 logger = logging.getLogger("vhead")
 
@@ -62,13 +62,14 @@ class GrowingFile(io.RawIOBase):
     def cut(self, length: int) -> bool:
         """Keeps the first `length` bytes, which it reads for the digest, and drops the rest; False: there are fewer."""
         self._digest, self._length = hashlib.sha256(), 0
-        os.lseek(self._file, 0, os.SEEK_SET)
-        while self._length < length and (block := os.read(self._file, min(_BLOCK, length - self._length))):
-            self._digest.update(block)
-            self._length += len(block)
-        if self._length < length:
-            return False
-        os.ftruncate(self._file, length)
+        with naming(self.path):
+            os.lseek(self._file, 0, os.SEEK_SET)
+            while self._length < length and (block := os.read(self._file, min(_BLOCK, length - self._length))):
+                self._digest.update(block)
+                self._length += len(block)
+            if self._length < length:
+                return False
+            os.ftruncate(self._file, length)
         return True
 
     def write(self, data: Any) -> int:
@@ -77,8 +78,9 @@ class GrowingFile(io.RawIOBase):
         self._digest.update(view)
         self._length += len(view)
         left = view
-        while len(left):
-            left = left[os.write(self._file, left) :]
+        with naming(self.path):
+            while len(left):
+                left = left[os.write(self._file, left) :]
         return len(view)
 
     def writable(self) -> bool:
@@ -90,7 +92,8 @@ class GrowingFile(io.RawIOBase):
 
     def sync(self) -> None:
         """Waits until all of it is on the disk."""
-        os.fsync(self._file)
+        with naming(self.path):
+            os.fsync(self._file)
 
     def read_back(self) -> io.BufferedReader:
         """The same file from its beginning, to be read."""

@@ -19,10 +19,9 @@ class ScoringProgress:
         shown: Whether to show a bar.
 
     Attributes:
-        rollouts: Rollouts scored so far.
+        rollouts: Rollouts that the model has computed so far.
         tokens: Their tokens, prompts included.
         computed: Tokens that went through the model for them: fewer where they share some, more where some are padding.
-        truncated: Rollouts that lost tokens, as they had too many.
 
     Raises:
         MissingExtraError: A bar is to be shown and rich is not installed.
@@ -32,7 +31,6 @@ class ScoringProgress:
         self.rollouts = 0
         self.tokens = 0
         self.computed = 0
-        self.truncated = 0
         self._total = total
         self._started = time.monotonic()
         self._ended: float | None = None

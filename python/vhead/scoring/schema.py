@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any
 
 from vhead.errors import FieldError
-from vhead.rollouts.rollout import shown
+from vhead.rollouts.wording import shown
 
 # Beyond it, a float cannot hold every whole number.
 _EXACT_IN_FLOATS = 2**53

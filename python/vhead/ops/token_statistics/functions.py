@@ -82,9 +82,9 @@ def token_statistics(
         top: How many of the likeliest tokens are wanted: at most 128, and at most V.
 
     Returns:
-        Float32 `[N]` (float64 as above); `is_top1` is bool. With candidates also `candidate_logprobs` `[N, M]`, and with
-        `top` also `top_tokens` and `top_logprobs` `[N, top]`. A row whose logits hold NaN or +infinity gives NaN, and
-        -1 as tokens.
+        Float32 `[N]` (float64 as above); `is_top1` is bool. With candidates also `candidate_logprobs` `[N, M]`, with
+        `top` also `top_tokens` and `top_logprobs`, `[N, top]`. In a row whose logits hold NaN or +infinity, all of it
+        is NaN, and `top_tokens` are -1.
 
     Raises:
         TypeError: An argument is no tensor or has a dtype that is not listed.

@@ -1,9 +1,8 @@
 """The value head: a projection of a hidden state, or two, in float32 whatever the language model's dtype."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypedDict, TypeGuard, Unpack
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,105 +11,18 @@ from transformers import PretrainedConfig
 from vhead import ops
 from vhead.errors import HeadError, HeadMismatchError
 from vhead.head_weights import HeadWeights, LinearWeights
+from vhead.heads import distribution
+from vhead.heads.kinds import HeadKind, head_for, kind_of, kind_with, plain_kind
+from vhead.support import Support
 
 DEFAULT_DROPOUT = 0.1
 DEFAULT_INITIALIZER_RANGE = 0.2
+INIT_STRATEGIES = (None, "normal", "zeros")
 
 # Where a configuration keeps the width of the states that its language-model head reads, most specific first: OPT
 # projects down to `word_embed_proj_dim`, multimodal configurations nest the text model's, encoder-decoders the
 # decoder's.
 _WIDTH_ATTRIBUTES = ("word_embed_proj_dim", "hidden_size", "text_config.hidden_size", "decoder.hidden_size")
-
-
-@dataclass(frozen=True)
-class HeadKind:
-    """One kind of head: the module that holds its weights, and the operation that computes values from them.
-
-    Attributes:
-        name: The stem of its operation in every layer, such as `two_layer`.
-        places: Where its projections are below `summary`, first the one that reads the hidden state; "" is `summary`
-            itself.
-        build: Makes `summary` from the sizes around its projections, from H to K; its weights are not yet drawn.
-        is_plain: Whether a `summary` is of this kind, and reading its weights gives what calling it would.
-        values: Maps hidden states `[..., H]`, a plain `summary` and a dropout probability to float32 `[..., K]`.
-    """
-
-    name: str
-    places: tuple[str, ...]
-    build: Callable[[Sequence[int]], nn.Module]
-    is_plain: Callable[[Any], bool]
-    values: Callable[[Tensor, Any, float], Tensor]
-
-
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether reading the module's weights gives what calling it would: no adapter, no quantisation, no hook."""
-    return type(module) is nn.Linear and _is_plain(module)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return not ("forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks)
-
-
-def _linear(sizes: Sequence[int]) -> nn.Linear:
-    inputs, outputs = sizes
-    # Built on meta first: nn.Linear's own initialisation would draw from torch's generator in vain.
-    return nn.Linear(inputs, outputs, dtype=torch.float32, device="meta").to_empty(device=torch.empty(0).device)
-
-
-def _value_head(hidden_states: Tensor, summary: nn.Linear, dropout_p: float) -> Tensor:
-    weight = summary.weight
-    values = ops.value_head(hidden_states.to(weight.device), weight, summary.bias, dropout_p=dropout_p)
-    return values.unsqueeze(-1) if weight.shape[0] == 1 else values
-
-
-def _two_linears(sizes: Sequence[int]) -> nn.Sequential:
-    width, intermediate, outputs = sizes
-    return nn.Sequential(_linear([width, intermediate]), nn.ReLU(), _linear([intermediate, outputs]))
-
-
-def _is_two_plain_linears(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Sequential
-        and len(module) == 3
-        and type(module[1]) is nn.ReLU
-        and _is_plain(module)
-        and _is_plain(module[1])
-        and is_plain_linear(module[0])
-        and is_plain_linear(module[2])
-    )
-
-
-def _two_layer(hidden_states: Tensor, summary: Any, dropout_p: float) -> Tensor:
-    first, _, second = summary
-    hidden_states = hidden_states.to(first.weight.device)
-    values = ops.value_head_two_layer(
-        hidden_states, first.weight, first.bias, second.weight, second.bias, dropout_p=dropout_p
-    )
-    return values.unsqueeze(-1) if second.out_features == 1 else values
-
-
-# A new kind of head is one more entry, with a number of projections of its own. The first is by far the most frequent.
-HEAD_KINDS = [
-    HeadKind("value_head", ("",), _linear, is_plain_linear, _value_head),
-    HeadKind("two_layer", ("0", "2"), _two_linears, _is_two_plain_linears, _two_layer),
-]
-
-
-def head_for(weights: HeadWeights) -> HeadKind:
-    """The kind of head that a trained head's weights are of.
-
-    Raises:
-        HeadError: There is none with so many projections.
-    """
-    return _kind_with(len(weights.layers), weights.source)
-
-
-def _kind_with(projections: int, source: str) -> HeadKind:
-    for kind in HEAD_KINDS:
-        if len(kind.places) == projections:
-            return kind
-    known = ", ".join(f"{kind.name} ({len(kind.places)})" for kind in HEAD_KINDS)
-    raise HeadError(f"{source}: expected a head with as many projections as one of {known}, found {projections}")
 
 
 class InitialArguments(TypedDict, total=False):
@@ -126,10 +38,14 @@ class HeadArguments(InitialArguments, total=False):
 
     num_outputs: int
     intermediate_size: int | None
+    support: Support | None
 
 
 class ValueHead(nn.Module):
     """Maps hidden states `[..., H]` of any floating dtype to values `[..., K]`, float32.
+
+    A head with a support is distributional: its projection has an output for each bin of the support, their softmax is
+    the distribution of the return, and the value, `[..., 1]`, is its expectation.
 
     The children are those of TRL's head, in its order: `dropout` holds the probability, `summary` the weights (float32,
     a real `nn.Linear(H, K)`, or `nn.Sequential` of `nn.Linear(H, I)`, ReLU and `nn.Linear(I, K)`), `flatten` nothing.
@@ -139,19 +55,25 @@ class ValueHead(nn.Module):
     Args:
         config: The language model's configuration. Where it has a `summary_dropout_prob`, that wins over the argument.
         hidden_size: H. None: read from the configuration.
-        num_outputs: K, 1 for a critic.
+        num_outputs: K, 1 for a critic. A head with a support has 1.
         intermediate_size: I, or None for a single projection.
         summary_dropout_prob: The probability that training drops an element of a hidden state.
         v_head_init_strategy: None for `nn.Linear`'s default distribution, "normal" for N(0, `v_head_initializer_range`)
-            with a zero bias.
+            with a zero bias, "zeros" for a head whose values are all 0 until it is trained. Of two projections, "zeros"
+            leaves the first one in the default distribution, without which no gradient would ever reach it.
         v_head_initializer_range: The standard deviation of "normal".
+        support: The returns that the outputs of a distributional head stand for. None: the outputs are values.
+        activation: "softmax" for a classifier, whose outputs mean something after it alone. None: the outputs are
+            values. `forward` does not apply it; whoever reads the head does, as the scorer does for steps.
 
     Raises:
-        HeadError: The strategy is unknown, the probability is outside [0, 1), a size is not positive, or the
-            configuration states no width.
+        HeadError: The strategy is unknown, the probability is outside [0, 1), a size is not positive, the
+            configuration states no width, or a head with a support is to have several outputs or an activation.
     """
 
     summary: Any
+    support: Support | None
+    activation: Literal["softmax"] | None
 
     def __init__(
         self,
@@ -163,13 +85,21 @@ class ValueHead(nn.Module):
         summary_dropout_prob: float | None = None,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = DEFAULT_INITIALIZER_RANGE,
+        support: Support | None = None,
+        activation: Literal["softmax"] | None = None,
     ) -> None:
         super().__init__()
         check_head_arguments(
             summary_dropout_prob=summary_dropout_prob,
             v_head_init_strategy=v_head_init_strategy,
             v_head_initializer_range=v_head_initializer_range,
+            num_outputs=num_outputs,
+            support=support,
         )
+        _check_activation(activation, support)
+        self.support, self.activation = support, activation
+        if support is not None:
+            num_outputs = support.bins
         width = hidden_size_of(config) if hidden_size is None else hidden_size
         sizes = {"hidden_size": width, "intermediate_size": intermediate_size, "num_outputs": num_outputs}
         self.dropout = _dropout(_dropout_probability(config, summary_dropout_prob))
@@ -203,6 +133,8 @@ class ValueHead(nn.Module):
             hidden_size=hidden_size,
             num_outputs=head.num_outputs,
             intermediate_size=head.intermediate_size,
+            support=head.support,
+            activation=head.activation,
             **arguments,
         )
         kind = head_for(head)
@@ -214,10 +146,7 @@ class ValueHead(nn.Module):
     @property
     def kind(self) -> HeadKind:
         """Which kind of head this is, whatever an adapter or a sharding library has wrapped around its projections."""
-        if hasattr(self.summary, "weight"):
-            return HEAD_KINDS[0]
-        fitting = [kind for kind in HEAD_KINDS if self.summary._modules.keys() >= set(kind.places)]
-        return max(fitting, key=lambda kind: len(kind.places))
+        return kind_of(self.summary)
 
     @property
     def hidden_size(self) -> int:
@@ -227,7 +156,9 @@ class ValueHead(nn.Module):
 
     @property
     def num_outputs(self) -> int:
-        """Numbers per hidden state: K."""
+        """Numbers that `forward` gives for each hidden state: K, or 1 with a support."""
+        if self.support is not None:
+            return 1
         *_, (_, last) = self._linears()
         return last.out_features
 
@@ -238,10 +169,11 @@ class ValueHead(nn.Module):
         return first.out_features if others else None
 
     def load(self, head: HeadWeights) -> None:
-        """Copies a trained head's weights into this one; a head without a bias gets one of zeros.
+        """Copies a trained head's weights into this one, and its activation; without a bias, it gets one of zeros.
 
         Raises:
-            HeadMismatchError: The trained head has other projections than this one; nothing has been copied.
+            HeadMismatchError: The trained head has other projections or another support than this one; nothing has been
+                copied.
         """
         own = dict(self._linears())
         shapes = {f"v_head.{name}.weight": list(linear.weight.shape) for name, linear in own.items()}
@@ -249,6 +181,9 @@ class ValueHead(nn.Module):
         found = {f"v_head.{name}.weight": list(layer.weight.shape) for name, layer in trained.items()}
         if found != shapes:
             raise HeadMismatchError(f"{head.source}: found {_listing(found)}, expected {_listing(shapes)}")
+        if head.support not in (None, self.support):
+            raise HeadMismatchError(f"{head.source}: found the {head.support}, expected {self.support}")
+        self.activation = head.activation
         with torch.no_grad():
             for name, layer in trained.items():
                 own[name].weight.copy_(layer.weight)
@@ -260,36 +195,95 @@ class ValueHead(nn.Module):
             LinearWeights(*(p.detach().to("cpu", torch.float32, copy=True) for p in (linear.weight, linear.bias)))
             for _, linear in self._linears()
         ]
-        return HeadWeights(tuple(layers), format="vhead", source="a model in memory")
+        return HeadWeights(
+            tuple(layers),
+            format="vhead",
+            source="a model in memory",
+            support=self.support,
+            activation=self.activation,
+        )
 
     def initialize(self, strategy: str | None = None, initializer_range: float = DEFAULT_INITIALIZER_RANGE) -> None:
         """Draws new weights in place, from a seed of torch's default generator.
 
         Raises:
-            HeadError: The strategy is neither None nor "normal", or the range is not a standard deviation.
+            HeadError: The strategy is not None, "normal" or "zeros", or the range is not a standard deviation.
         """
         check_head_arguments(v_head_init_strategy=strategy, v_head_initializer_range=initializer_range)
-        for _, linear in self._linears():
+        linears = [linear for _, linear in self._linears()]
+        for linear in linears:
             if linear.weight.is_meta:
                 continue
-            if strategy is None:
-                ops.init_linear_(linear.weight, linear.bias)
-            else:
+            if strategy == "normal":
                 ops.init_normal_(linear.weight, linear.bias, initializer_range)
+            elif strategy == "zeros" and linear is linears[-1]:
+                ops.init_zeros_(linear.weight, linear.bias)
+            else:
+                ops.init_linear_(linear.weight, linear.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Projects hidden states `[..., H]` to values `[..., K]`, float32, on the head's device."""
+        outputs = self._outputs(hidden_states)
+        return outputs if self.support is None else distribution.expectation(outputs, self.support)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """What the softmax of a distributional head is taken of: `[..., bins]`, float32, for `Support.cross_entropy`.
+
+        Raises:
+            HeadError: The head has no support.
+        """
+        self._own_support()
+        return self._outputs(hidden_states)
+
+    def distribution(self, hidden_states: Tensor) -> Tensor:
+        """The probability of each bin of the support: `[..., bins]`, float32.
+
+        Raises:
+            HeadError: The head has no support.
+        """
+        return self.logits(hidden_states).softmax(-1)
+
+    def variance(self, hidden_states: Tensor) -> Tensor:
+        """The variance of the return: `[..., 1]`, float32, in the square of its unit.
+
+        Raises:
+            HeadError: The head has no support.
+        """
+        return distribution.variance(self.logits(hidden_states), self._own_support())
+
+    def quantile(self, hidden_states: Tensor, q: float | Sequence[float]) -> Tensor:
+        """The smallest return of the support below or at which lies the share `q` of the distribution.
+
+        Args:
+            hidden_states: `[..., H]`.
+            q: A share in [0, 1], or Q of them.
+
+        Returns:
+            `[..., Q]`, float32, with Q = 1 for a number; without gradients, since it goes from bin to bin.
+
+        Raises:
+            HeadError: The head has no support, or a share is outside [0, 1].
+        """
+        return distribution.quantile(self.logits(hidden_states), self._own_support(), q)
+
+    def _own_support(self) -> Support:
+        if self.support is None:
+            raise HeadError(
+                "support: expected a head with one, as ValueHead(..., support=Support(...)) makes it; this head gives "
+                "values, and no distributions"
+            )
+        return self.support
+
+    def _outputs(self, hidden_states: Tensor) -> Tensor:
         # Each look-up of a child or parameter costs a good part of what a small projection does: each is made once.
         summary, dropout = self.summary, self.dropout
-        for kind in HEAD_KINDS:
-            if kind.is_plain(summary):
-                break
-        else:
-            return self._forward_through_modules(hidden_states)
+        kind = plain_kind(summary)
+        if kind is None:
+            return self._outputs_through_modules(hidden_states)
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return kind.values(hidden_states, summary, probability)
 
-    def _forward_through_modules(self, hidden_states: Tensor) -> Tensor:
+    def _outputs_through_modules(self, hidden_states: Tensor) -> Tensor:
         """Calls the children as modules, for a `summary` that an adapter replaced or a sharding library hooked."""
         weight = self.summary.weight if hasattr(self.summary, "weight") else self.summary[0].weight
         with torch.autocast(weight.device.type, enabled=False):
@@ -328,14 +322,30 @@ def check_head_arguments(**arguments: Unpack[HeadArguments]) -> None:
         HeadError: One of them is not what it must be.
     """
     strategy = arguments.get("v_head_init_strategy")
-    if strategy not in (None, "normal"):
-        raise HeadError(f'v_head_init_strategy: expected None or "normal", got {strategy!r}')
+    if strategy not in INIT_STRATEGIES:
+        known = " or ".join(f'"{name}"' for name in INIT_STRATEGIES if name is not None)
+        raise HeadError(f"v_head_init_strategy: expected None or {known}, got {strategy!r}")
     initializer_range = arguments.get("v_head_initializer_range", DEFAULT_INITIALIZER_RANGE)
     if not 0.0 <= initializer_range < math.inf:
         raise HeadError(
             f"v_head_initializer_range: expected a standard deviation, finite and 0 or more, got {initializer_range!r}"
         )
     _checked_probability(arguments.get("summary_dropout_prob") or 0.0)
+    support = arguments.get("support")
+    if support is not None and not isinstance(support, Support):
+        raise HeadError(f"support: expected a vhead.Support or None, got {support!r}")
+    if support is not None and arguments.get("num_outputs", 1) != 1:
+        raise HeadError(
+            f"num_outputs: expected 1 for a head with a support, whose value is one number, "
+            f"got {arguments.get('num_outputs')}; the support's bins are the outputs of its projection"
+        )
+
+
+def _check_activation(activation: object, support: Support | None) -> None:
+    if activation not in (None, "softmax"):
+        raise HeadError(f'activation: expected None or "softmax", got {activation!r:.100}')
+    if activation is not None and support is not None:
+        raise HeadError(f"activation: expected None for a head with a support, which has its own, got {activation!r}")
 
 
 def _dropout_probability(config: PretrainedConfig, argument: float | None) -> float:
@@ -357,7 +367,7 @@ def _summary(sizes: dict[str, int]) -> nn.Module:
     for name, size in sizes.items():
         if size < 1:
             raise HeadError(f"{name}: expected a positive number, got {size}")
-    return _kind_with(len(sizes) - 1, "v_head").build(list(sizes.values()))
+    return kind_with(len(sizes) - 1, "v_head").build(list(sizes.values()))
 
 
 def _trained_layers(head: HeadWeights) -> dict[str, LinearWeights]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from tests.modeling.tiny_models import COMMON, batch, build
-from vhead import AutoModelForCausalLMWithValueHead, ValueHead, formats
+from vhead import AutoModelForCausalLMWithValueHead, ValueHead, ValueHeadModel, formats
 from vhead.errors import HeadError, HeadMismatchError
 from vhead.formats import FORMATS, HeadWeights, LinearWeights
 from vhead.formats.writing import head_tensors
@@ -91,9 +91,9 @@ def test_a_probability_outside_the_range_is_an_error(probability):
         ValueHead(config(hidden_size=4), summary_dropout_prob=probability)
 
 
-@pytest.mark.parametrize("strategy", ["zeros", "uniform", "Normal", "", 1])
+@pytest.mark.parametrize("strategy", ["zero", "uniform", "Normal", "", 1])
 def test_an_unknown_strategy_is_an_error(strategy):
-    with pytest.raises(ValueError, match="v_head_init_strategy"):
+    with pytest.raises(ValueError, match='v_head_init_strategy: expected None or "normal" or "zeros", got'):
         ValueHead(config(hidden_size=4), v_head_init_strategy=strategy)
     with pytest.raises(HeadError, match="v_head_init_strategy"):
         AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"), v_head_init_strategy=strategy)
@@ -106,7 +106,7 @@ def test_a_range_that_is_no_standard_deviation_is_an_error(value):
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"v_head_init_strategy": "zeros"}, {"summary_dropout_prob": 1.0}, {"v_head_initializer_range": -1.0}]
+    "mistake", [{"v_head_init_strategy": "ones"}, {"summary_dropout_prob": 1.0}, {"v_head_initializer_range": -1.0}]
 )
 def test_mistakes_are_found_before_anything_is_loaded(mistake):
     # The folder does not exist, which would be the error of the first attempt to read it.
@@ -134,6 +134,30 @@ def test_normal_initial_weights(arguments, std):
     head = ValueHead(config(hidden_size=4096), v_head_init_strategy="normal", **arguments)
     assert head.summary.weight.std().item() == pytest.approx(std, rel=0.05)
     assert head.summary.bias.item() == 0.0
+
+
+@pytest.mark.parametrize(("outputs", "intermediate"), [(1, None), (3, None), (2, 5)])
+def test_a_head_of_zeros_gives_zeros_and_learns_all_the_same(outputs, intermediate):
+    torch.manual_seed(4)
+    arguments = {"num_outputs": outputs, "intermediate_size": intermediate, "summary_dropout_prob": 0.0}
+    head = ValueHead(config(hidden_size=8), v_head_init_strategy="zeros", **arguments)
+    states, wanted = torch.randn(9, 8), torch.randn(9, outputs)
+    assert not head(states).any()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        (head(states) - wanted).square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in head.parameters())
+    assert head(states).any()
+
+
+def test_a_model_and_its_pretrained_form_take_zeros():
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(build("llama"), v_head_init_strategy="zeros").eval()
+    inputs = batch(model.pretrained_model)
+    assert not model.values(**inputs).any()
+    assert not ValueHeadModel.from_wrapper(model)(**inputs).value.any()
+    model._init_weights(v_head_init_strategy="normal")
+    assert model.values(**inputs).any()
 
 
 @pytest.mark.parametrize("strategy", [None, "normal"])

@@ -1,0 +1,96 @@
+"""Chat messages as they come in: checked, and without what is null."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vhead.errors import FieldError
+from vhead.rollouts.wording import shown
+
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+
+
+def checked_messages(value: Sequence[Message], field: str, record: str | None) -> tuple[Message, ...]:
+    """Messages without what is null in them, their contents as text.
+
+    Raises:
+        FieldError: One has no text role, no content that is text or text parts, or half a surrogate pair.
+    """
+    checked = []
+    for position, message in enumerate(value):
+        # Parquet gives every message every key, null where it has none; a template would take that for a value.
+        present = _present(message)
+        if present.get("tool_calls"):
+            # A call needs no words, and templates want text.
+            present.setdefault("content", "")
+        if isinstance(present.get("content"), list | tuple):
+            present["content"] = _joined(present["content"], position, field, record)
+        if not isinstance(present.get("role"), str) or not isinstance(present.get("content"), str):
+            raise FieldError(
+                record,
+                field,
+                expected="messages with a text `role` and a text `content`, or with `tool_calls`",
+                got=f"{shown(message)} at position {position}",
+            )
+        for text in _texts(message):
+            check_unicode(text, record, field)
+        checked.append(present)
+    return tuple(checked)
+
+
+def _joined(parts: Sequence[object], position: int, field: str, record: str | None) -> str:
+    """The text of a content that comes in parts."""
+    texts = []
+    for part in parts:
+        text = _present(part).get("text") if isinstance(part, Mapping) else part
+        if isinstance(part, Mapping) and part.get("type", "text") != "text":
+            got = f"a part of type {shown(part['type'])} at position {position}"
+            expected = "text parts alone, because images and other media cannot be scored yet"
+            raise FieldError(record, field, expected=expected, got=got)
+        if not isinstance(text, str):
+            got = f"{shown(part)} at position {position}"
+            raise FieldError(record, field, expected='parts like {"type": "text", "text": ...}', got=got)
+        texts.append(text)
+    return "".join(texts)
+
+
+def checked_tools(value: object, record: str | None) -> tuple[Tool, ...]:
+    """The functions that a model may call.
+
+    Raises:
+        FieldError: `value` is not a list of objects, or holds half a surrogate pair.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        expected = "a list of function schemas, each an object as chat templates take it"
+        raise FieldError(record, "tools", expected=expected, got=shown(value))
+    for text in _texts(value):
+        check_unicode(text, record, "tools")
+    return tuple(value)
+
+
+def check_unicode(text: str, record: str | None, field: str) -> None:
+    """Half of a surrogate pair is no text, and tokenizers raise what they like at one; JSON can write it."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"half of a surrogate pair at character {error.start}"
+        raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
+
+
+def _present(message: object) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value, however deep: a chat template may use any of them."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item

@@ -1,0 +1,50 @@
+import json
+
+import pyarrow as pa
+import pytest
+
+from vhead.errors import FieldError
+from vhead.rollouts.parquet import ParquetRow
+
+# 2023-11-14T22:13:20 and 123,456,789 nanoseconds.
+POINT = 1_700_000_000_123_456_789
+TEXT = "2023-11-14T22:13:20.123456789"
+POINTS = pa.timestamp("ns")
+
+
+def to_json(value, kind):
+    return json.loads(ParquetRow(pa.record_batch({"x": pa.array([value], kind)}), 0, 1, None).json_object())["x"]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (POINT, POINTS, TEXT),
+        (POINT, pa.timestamp("ns", "+02:00"), "2023-11-15T00:13:20.123456789+02:00"),
+        (-1, POINTS, "1969-12-31T23:59:59.999999999"),
+        (86_399_123_456_789, pa.time64("ns"), "23:59:59.123456789"),
+        (POINT - 789, POINTS, TEXT[:-3]),
+        ([POINT, None], pa.list_(POINTS), [TEXT, None]),
+        ([POINT, POINT], pa.list_(POINTS, 2), [TEXT, TEXT]),
+        ({"a": POINT, "b": 1}, pa.struct([("a", POINTS), ("b", pa.int8())]), {"a": TEXT, "b": 1}),
+        ([("a", POINT)], pa.map_(pa.string(), POINTS), [["a", TEXT]]),
+        (None, POINTS, None),
+    ],
+)
+def test_nanoseconds_of_times_are_kept_in_json(value, kind, expected):
+    assert to_json(value, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"), [(5, "s", 5.0), (-1, "ns", -1e-9), (86_400_000_005, "us", 86400.000005)]
+)
+def test_time_spans_are_seconds(value, unit, expected):
+    assert to_json(value, pa.duration(unit)) == expected
+
+
+@pytest.mark.parametrize(("value", "unit"), [(POINT, "ns"), (2**62 + 1, "s")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_time_span_that_seconds_would_round_is_refused(value, unit, nested):
+    given = ([value], pa.list_(pa.duration(unit))) if nested else (value, pa.duration(unit))
+    with pytest.raises(FieldError, match=rf"row 1: x: .* time span of {value} {unit}, .*; a Parquet output keeps it"):
+        to_json(*given)
