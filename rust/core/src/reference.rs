@@ -1,5 +1,6 @@
 //! The plain float64 twin: what the kernels should compute, written once, for tests and benchmarks.
 use crate::reduce::OCTET;
+use crate::returns::Kl;
 use crate::{Dropout, Element, Head, Rows, TwoLayerHead};
 use std::cmp::Ordering;
 
@@ -80,6 +81,42 @@ pub fn value_head_backward<T: Element>(
         }
     }
     gradients
+}
+
+/// The advantages of one rollout in float64: [`crate::returns::gae`] where all lambdas are `lam`; 0 where `mask` is false.
+#[must_use]
+pub fn advantages(rewards: &[f32], values: &[f32], mask: &[bool], gamma: f64, lam: f64, bootstrap: f64) -> Vec<f64> {
+    let (mut advantages, mut next, mut behind) = (vec![0.0; rewards.len()], bootstrap, 0.0);
+    for t in (0..rewards.len()).rev().filter(|&t| mask[t]) {
+        behind = f64::from(rewards[t]) + gamma * next - f64::from(values[t]) + gamma * lam * behind;
+        next = f64::from(values[t]);
+        advantages[t] = behind;
+    }
+    advantages
+}
+
+/// The rewards of one rollout's tokens in float64: [`crate::returns::token_rewards`] with a penalty.
+#[must_use]
+pub fn token_rewards(
+    reward: f32,
+    mask: &[bool],
+    logprobs: &[f32],
+    ref_logprobs: &[f32],
+    coefficient: f64,
+    kl: Kl,
+) -> Vec<f64> {
+    let last = mask.iter().rposition(|m| *m);
+    let at = |t: usize| {
+        let difference = f64::from(logprobs[t]) - f64::from(ref_logprobs[t]);
+        let estimate = match kl {
+            Kl::K1 => difference,
+            Kl::K2 => difference.powi(2) / 2.0,
+            Kl::K3 => (-difference).exp() - 1.0 + difference,
+            Kl::Abs => difference.abs(),
+        };
+        f64::from(u8::from(last == Some(t))) * f64::from(reward) - f64::from(u8::from(mask[t])) * coefficient * estimate
+    };
+    (0..mask.len()).map(at).collect()
 }
 
 fn scale(dropout: Option<&Dropout>) -> f64 {
