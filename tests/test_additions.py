@@ -1,7 +1,13 @@
-"""The additions that CONTRIBUTING describes, each tried with a toy: a head kind, a head format and a command."""
+"""The additions that CONTRIBUTING describes, each tried with a toy: a head kind, a head format and a command.
 
+A backend is compiled, so there is no toy of it: what is held is that only the files that CONTRIBUTING names know one by
+its name.
+"""
+
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +191,46 @@ class TestCommand:
         done = RUNNER.invoke(app_of(COMMANDS), ["count", "four"])
         assert done.exit_code == 2
         assert "count" in done.stderr
+
+
+ROOT = Path(__file__).parents[1]
+# A backend's own files, what measures and reports, and candle's devices, which are not torch's.
+WITHOUT_BACKENDS = {
+    ROOT / "rust" / "python" / "src": ("cuda.rs", "cuda/", "candle.rs"),
+    ROOT / "python" / "vhead": ("benchmark/", "cli/", "candle.py"),
+}
+BY_NAME = re.compile(
+    r"""^(?!\s*(//|\#)).*((?<!`)["']cuda["']|\bis_cuda\b|\bCuda\b|\b(crate|super)::cuda\b)""", re.MULTILINE
+)
+
+
+def knowing_backends(files):
+    """Which of the files, by name, know a backend by its name."""
+    return {name for name, text in files.items() if BY_NAME.search(text)}
+
+
+def sources():
+    """The text of each file that is no backend's own, by its name."""
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for folder, without in WITHOUT_BACKENDS.items()
+        for path in folder.rglob("*.*")
+        if path.suffix in {".rs", ".py"} and not str(path.relative_to(folder)).startswith(without)
+    }
+
+
+class TestBackend:
+    def test_only_files_that_contributing_names_know_one_by_its_name(self):
+        text = (ROOT / "CONTRIBUTING.md").read_text()
+        paragraph = text[text.index("- **A backend**") : text.index("- **An operation**")]
+        known = knowing_backends(sources())
+        assert {"backends.rs", "packing/plan.py"} <= known
+        assert [name for name in sorted(known) if f"{Path(name).name}`" not in paragraph] == []
+
+    @pytest.mark.parametrize(
+        "line",
+        ['    if device == "cuda" {', "        Box::new(crate::cuda::Cuda)", "    return hidden.is_cuda and fast"],
+    )
+    def test_one_more_place_is_found(self, line):
+        text = sources()["gate.rs"]
+        assert knowing_backends({"before": text, "after": f"{text}\n{line}\n"}) == {"after"}

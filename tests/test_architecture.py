@@ -33,16 +33,19 @@ LAYERS = [
     {"formats"},
     {"heads"},
     {"modeling"},
+    {"returns"},
     {"pretrained", "compat"},
     {"native", "rollouts"},
     {"packing"},
     {"scoring"},
+    {"report"},
     {"demo", "benchmark"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-NATIVE_IMPORTERS = {"ops", "candle", "env"}
+# `returns` works on numpy arrays without torch, as `candle` does; `ops` imports torch.
+NATIVE_IMPORTERS = {"ops", "candle", "env", "returns"}
 # Measures TRL's own head where somebody has installed a release that has one.
 TRL_IMPORTER = PACKAGE / "benchmark" / "trl_head.py"
 # A runner whose own words go to the terminal: its usage, and that it has no program to run.
@@ -252,7 +255,7 @@ def test_circle_rule_can_fail() -> None:
     assert circles(module_imports(sources | hints | {"d": ""})) == []
 
 
-def test_only_ops_candle_and_env_import_the_extension(source: Path) -> None:
+def test_only_ops_candle_env_and_returns_import_the_extension(source: Path) -> None:
     assert native_imports(module_of(source), source.read_text()) == []
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, rollouts, scoring
+    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -53,12 +53,27 @@ __all__ = [
     "modeling",
     "ops",
     "pretrained",
+    "report",
+    "returns",
     "rollouts",
     "scoring",
 ]
 
 _SUBMODULES = frozenset(
-    {"candle", "errors", "formats", "heads", "modeling", "native", "ops", "pretrained", "rollouts", "scoring"}
+    {
+        "candle",
+        "errors",
+        "formats",
+        "heads",
+        "modeling",
+        "native",
+        "ops",
+        "pretrained",
+        "report",
+        "returns",
+        "rollouts",
+        "scoring",
+    }
 )
 
 _HOME = {

@@ -1,4 +1,4 @@
-"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle` and `vhead.env` import it.
+"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
 
 A function looks at the device of its first tensor (the hidden states or targets) and runs there; on a CUDA device the
 work goes to torch's current stream.
@@ -22,15 +22,19 @@ __all__ = [
     "build_info",
     "configure",
     "dispatch_keys",
+    "explained_variance",
+    "gae",
     "init_linear",
     "init_normal",
     "kernel_absence",
     "linear",
     "panic_on_purpose",
+    "token_rewards",
     "try_value_head",
     "value_head",
     "value_head_backward",
     "value_head_two_layer",
+    "whiten",
     "worker_threads",
 ]
 
@@ -92,6 +96,58 @@ def init_linear(sizes: Sequence[int], columns: int, parameter: str, seed: int) -
 
 def init_normal(sizes: Sequence[int], std: float, parameter: str, seed: int) -> Tensor:
     """New float32 numbers from N(0, `std`); `parameter` is "weight" or "bias"."""
+
+def gae(
+    rewards: NDArray[np.float32],
+    values: NDArray[np.float32] | None,
+    mask: NDArray[np.uint8] | None,
+    offsets: NDArray[np.int64],
+    gamma: float,
+    lam: Sequence[float],
+    value_lam: Sequence[float] | None,
+    bootstrap: NDArray[np.float32] | None,
+    carry: bool,
+    advantages: NDArray[np.float32],
+    returns: NDArray[np.float32] | None,
+    threads: int,
+) -> None:
+    """Writes advantages and returns; arrays are contiguous, and read in row-major order.
+
+    Raises:
+        ValueError: Lengths differ, offsets do not rise from 0, or a number that is read is not finite.
+    """
+
+def token_rewards(
+    reward: NDArray[np.float32],
+    mask: NDArray[np.uint8] | None,
+    offsets: NDArray[np.int64],
+    logprobs: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    kl_coef: float,
+    kl: str,
+    rewards: NDArray[np.float32],
+    threads: int,
+) -> None:
+    """Writes the reward of each token.
+
+    Raises:
+        ValueError: As `gae`; a rollout has no model token.
+    """
+
+def whiten(
+    x: NDArray[np.float32],
+    mask: NDArray[np.uint8] | None,
+    shift_mean: bool,
+    unbiased: bool,
+    everywhere: bool,
+    whitened: NDArray[np.float32],
+    threads: int,
+) -> int:
+    """Writes `x` with mean 0 and variance 1 over the places of `mask`, whose count is the result; nothing below 2."""
+
+def explained_variance(
+    values: NDArray[np.float32], returns: NDArray[np.float32], mask: NDArray[np.uint8] | None, threads: int
+) -> float:
+    """The share of the returns' variance that the values explain; NaN where they do not vary."""
 
 def configure(
     *, libtorch_cpu: str | None = None, num_threads: int | None = None, read_attributes: bool = False

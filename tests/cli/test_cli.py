@@ -37,7 +37,7 @@ def test_help_of_score_has_examples_and_every_option():
         assert f"--{name}" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["convert"], ["bench"], ["demo"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["compare"], ["convert"], ["bench"], ["demo"], ["env"]])
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_is_cut_nowhere(command, columns):
     done = RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": str(columns)})

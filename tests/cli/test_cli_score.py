@@ -587,7 +587,7 @@ class TestUsage:
         [
             (
                 ["--returns", "values,kl"],
-                "expected some of values, logprobs, entropy, reward, tokens, got 'values', 'kl'",
+                "prompt_value, bootstrap, steps, tokens, advantages, returns, got 'values', 'kl'",
             ),
             (["--returns", ","], "got none"),
             (["--temperature", "0"], "expected a positive number"),

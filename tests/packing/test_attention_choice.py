@@ -18,8 +18,8 @@ from vhead.packing.attention import interface, visibility
 from vhead.packing.attention import segments as segment_attention
 from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring import engine
+from vhead.scoring.fields import FIELDS, Asked
 from vhead.scoring.logits import LogitsRule, token_statistics
-from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-5
 # Grouped heads, a sliding window of 12, soft-capped scores with a window in every other layer.
@@ -245,8 +245,9 @@ class TestOnCuda:
             own._head = head
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
             states = strategy.states(batch)
-            read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None)
-            computed = own._head_outputs(states, read, FIELDS)
+            asked = Asked(FIELDS)
+            read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None, asked)
+            computed = own._head_outputs(states, read, asked)
             computed |= token_statistics(
                 states[to_device(read.predicting, states.device)],
                 LogitsRule(model.lm_head),

@@ -6,7 +6,7 @@ import torch
 
 from tests.scoring.scoring_models import critic, rollouts, trees, worst
 from vhead import Rollout, Scorer
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 TOLERANCE = 1e-4
 

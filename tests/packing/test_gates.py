@@ -7,7 +7,7 @@ from torch import nn
 from tests.scoring.scoring_models import critic, trees, worst
 from vhead import Scorer
 from vhead.packing import gates
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 
 @torch.no_grad()

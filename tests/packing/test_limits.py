@@ -12,7 +12,7 @@ from tests.scoring.scoring_models import CONTEXT, critic, largest_difference
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import FieldError
 from vhead.packing import limits
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 TOLERANCE = 1e-4
 

@@ -7,7 +7,7 @@ from tests.architectures.tiny import build
 from tests.library_versions import need_architecture
 from tests.scoring.scoring_models import largest_difference
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 TOLERANCE = 1e-4
 # With the width of the windows where a model has some: the tiny ones see four tokens, which rules sharing out where

@@ -14,7 +14,7 @@ from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.backbone.hidden_states import plan_for
 from vhead.packing import plan, self_check, strategies, tree_packing
 from vhead.packing.attention import interface, segments
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS, Asked
 
 TOLERANCE = 1e-4
 # Without the attention interface, the dense mask is the fastest way.
@@ -87,7 +87,7 @@ def test_shared_tokens_are_computed_once(models, way):
 def test_rollouts_of_one_prompt_are_found_across_the_chunk(models):
     scorer = Scorer(models["llama"])
     encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(trees(prompts=5, completions=6))]
-    computed = sum(work.batch.tokens for work in scorer._engine.work(encoded, 2048, FIELDS))
+    computed = sum(work.batch.tokens for work in scorer._engine.work(encoded, 2048, Asked(FIELDS)))
     prefixes = {record.tokens[:end].tobytes() for record in encoded for end in range(1, len(record) + 1)}
     assert computed == len(prefixes) < sum(map(len, encoded)) / 2
 
@@ -188,7 +188,7 @@ class TestLimits:
         records = [*trees(), Rollout([5] * 20, [6, 7]), Rollout([5] * 20, [8, 9])]
         assert worst(model, records, scorer.score(records, FIELDS)) < TOLERANCE
         encoded = [scorer._encoder.encode(at, record, "") for at, record in enumerate(records)]
-        for work in scorer._engine.work(encoded, 500, FIELDS):
+        for work in scorer._engine.work(encoded, 500, Asked(FIELDS)):
             packed = isinstance(work.strategy, tree_packing.MaskedTreePacking)
             assert all((len(encoded[place]) <= 24) == packed for place in work.batch.places)
 

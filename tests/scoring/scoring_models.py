@@ -116,6 +116,9 @@ def reference(model: torch.nn.Module, rollout: Rollout, temperature: float = 1.0
         "logprobs": distribution.gather(-1, tokens[start:, None]).squeeze(-1).numpy(),
         "entropy": -(distribution.exp() * distribution).sum(-1).numpy(),
         "reward": output.value[0, -1].numpy(),
+        "prompt_value": output.value[0, start - 1].numpy(),
+        "bootstrap": output.value[0, -1].numpy(),
+        "steps": output.value[0, -1:, None].numpy(),
     }
 
 

@@ -8,7 +8,7 @@ from tests.scoring.scoring_models import critic, reference, trees
 from vhead import Rollout, Scorer
 from vhead.errors import HeadError, VheadError
 from vhead.scoring import Conventions
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 TOLERANCE = 1e-4
 PAD = 0
@@ -203,7 +203,7 @@ def test_a_checkpoint_without_a_language_model_head_gives_values_and_rewards_onl
     scorer = Scorer(partial)
     assert scorer.score(trees(), ["values", "reward"]).fields == ("values", "reward")
     for fields in (["logprobs"], ["values", "entropy"]):
-        with pytest.raises(VheadError, match=r"expected only values and reward, .* holds no lm_head\.weight"):
+        with pytest.raises(VheadError, match=r"expected only what the head gives, .* holds no lm_head\.weight"):
             scorer.score(trees(), fields)
     partial.untrained = frozenset({"model.norm.weight"})
     assert Scorer(partial).score(trees(), ["logprobs"]).fields == ("logprobs",)

@@ -14,7 +14,7 @@ from tests.scoring.scoring_models import critic
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import BodyMismatchError, FieldError, HeadError, HeadNotFoundError, LoadError, VheadError
 from vhead.rollouts.encoding import Encoder, LengthLimit
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 BYTE_SHIFT = 3
 

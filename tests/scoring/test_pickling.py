@@ -9,7 +9,7 @@ from tests.rollouts.tokenizers_for_tests import VOCABULARY, byte_level
 from tests.scoring.scoring_models import critic, trees
 from vhead import Rollout, Scorer
 from vhead.scoring import Conventions
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS
 
 
 def sent(scorer):

@@ -7,14 +7,14 @@ import torch
 from transformers import modeling_utils
 
 from tests.scoring.scoring_models import ARCHITECTURES, CONTEXT, VOCABULARY, by_way, critic, reference, rollouts, worst
-from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
+from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.ops.token_statistics import twin
 from vhead.packing import strategies
 from vhead.scoring import engine, logits
-from vhead.scoring.logits import statistics_of_logits
-from vhead.scoring.scores import FIELDS
+from vhead.scoring.fields import FIELDS, Asked
+from vhead.scoring.logits import Statistics, statistics_of_logits
 
 TOLERANCE = 1e-4
 
@@ -43,7 +43,8 @@ def test_the_comparison_sees_a_shift_by_one(model, monkeypatch):
 
     def shifted(*args):
         right = read(*args)
-        return dataclasses.replace(right, predicting=right.predicting - 1, rewarded=right.rewarded - 1)
+        of_head = {name: rows - 1 for name, rows in right.of_head.items()}
+        return dataclasses.replace(right, of_head=of_head, written=right.written - 1)
 
     monkeypatch.setattr(engine.Read, "of", shifted)
     records = rollouts()[1:]
@@ -109,7 +110,8 @@ def test_row_chunks_cover_all_rows_once():
 
 def test_token_statistics_of_impossible_tokens():
     rows = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 0.0, 0.0]])
-    statistics = statistics_of_logits(rows, torch.arange(2), torch.tensor([2, 1]), temperature=1.0, entropy=True)
+    wanted = Statistics(torch.tensor([2, 1]), None, temperature=1.0, entropy=True, top=0)
+    statistics = statistics_of_logits(rows, torch.arange(2), wanted)
     logprobs, entropy = statistics.values()
     distribution = torch.log_softmax(rows[0, [0, 2]].double(), 0)
     assert entropy[0].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=1e-6)
@@ -119,7 +121,7 @@ def test_token_statistics_of_impossible_tokens():
 
 def batch_sizes(scorer, fields, records=None):
     encoded = [scorer._encoder.encode(index, record, "") for index, record in enumerate(records or rollouts())]
-    return [work.batch.tokens for work in scorer._engine.work(encoded, scorer.token_budget, fields)]
+    return [work.batch.tokens for work in scorer._engine.work(encoded, scorer.token_budget, Asked(fields))]
 
 
 class TestLogitsRule:
@@ -369,11 +371,6 @@ class TestBadInput:
     def test_a_model_without_a_head(self, model):
         with pytest.raises(HeadError, match="expected a language model with a value head, got a LlamaForCausalLM"):
             Scorer(model.pretrained_model)
-
-    def test_a_head_with_several_outputs(self, model):
-        wide = AutoModelForCausalLMWithValueHead(model.pretrained_model, num_outputs=3)
-        with pytest.raises(HeadError, match="expected a head with one output to score with, got one with 3"):
-            Scorer(wide)
 
     @pytest.mark.parametrize("number", [0, -1, 2**20, 2**62, 2**70])
     def test_threads_that_no_machine_runs(self, model, number):

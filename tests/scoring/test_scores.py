@@ -8,7 +8,7 @@ import pytest
 
 from vhead import Score, Scores
 from vhead.errors import MissingExtraError, MissingFieldError, MissingPackageError
-from vhead.scoring import scores as module
+from vhead.scoring import views as module
 from vhead.scoring.scores import offsets_of
 
 LENGTHS = [3, 1, 4, 2]

@@ -12,8 +12,8 @@ from vhead import Rollout, Scorer, Scores
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.encoding import LengthLimit
 from vhead.rollouts.jsonl import JsonlReader
+from vhead.scoring.fields import FIELDS
 from vhead.scoring.jsonl_output import JsonlWriter
-from vhead.scoring.scores import FIELDS
 
 TOLERANCE = 1e-4
 

@@ -1,7 +1,6 @@
 """What tells a model from any other: the content of its files, or its commit on the hub."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ def identity(location: str, what: str) -> dict[str, str]:
     if not path.exists():
         return {what: _commit(location)}
     found = {f"{what} file {name}": digest for name, digest in _digests(path)}
-    base = _base(path / ADAPTER_CONFIG)
+    base = _base(path)
     # A base that is an adapter, or no model at all, is for its loader to refuse, and none of its files is read here.
     if base is None or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
         return found
@@ -52,11 +51,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _base(config: Path) -> str | None:
+def _base(path: Path) -> str | None:
     """The model that an adapter belongs to; its loader says what is wrong with a configuration that names none."""
     try:
-        named = json.loads(config.read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        named = Checkpoint(path).json_object(ADAPTER_CONFIG).get("base_model_name_or_path")
+    except HeadFileError:
         return None
     return named if isinstance(named, str) and named else None
 

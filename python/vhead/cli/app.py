@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from vhead.cli.bench import bench
+from vhead.cli.compare import compare
 from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
@@ -32,6 +33,7 @@ class _Commands(TyperGroup):
 # A new command is one more entry, and a module that parses and prints.
 COMMANDS: dict[str, Callable[..., object]] = {
     "score": score,
+    "compare": compare,
     "convert": convert,
     "demo": demo,
     "bench": bench,

@@ -4,6 +4,7 @@ Records, file names, checkpoints and the messages of other packages are anybody'
 to it. So a line stays one line of bounded length, in which nothing but printable characters is left.
 """
 
+import json
 import logging
 import os
 import sys
@@ -25,12 +26,22 @@ def show(line: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(escaped(line).encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        sys.stdout.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    _write_output(encodable(escaped(line), sys.stdout.encoding))
+
+
+def show_json(document: object) -> None:
+    """Writes a JSON document to standard output, whole: other than ASCII, and what a terminal obeys, is escaped in it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    _write_output(json.dumps(document, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """The text with what an encoding cannot hold as `repr` writes it."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def escaped(text: str) -> str:
@@ -88,6 +99,14 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
         for line in others:
             # So that no line of a message looks like one of the command's own.
             _write_error(f"  {escaped(line)}")
+
+
+def _write_output(text: str) -> None:
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _write_error(line: str) -> None:

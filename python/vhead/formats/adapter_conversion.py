@@ -7,7 +7,7 @@ from typing import Any
 
 from vhead.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from vhead.checkpoints.checkpoint import Checkpoint
-from vhead.errors import AdapterError, HeadError
+from vhead.errors import AdapterError, HeadError, HeadFileError
 from vhead.formats.carrying import carried, copy_files
 from vhead.formats.head_settings import in_metadata
 from vhead.formats.layout import Format, Sighting
@@ -47,7 +47,7 @@ def write_adapter(
             f"{source}: format: expected one of {', '.join(_HEAD_FILES)} for a head beside an adapter, "
             f"got {target.name}"
         )
-    config = _of_language_model(read_adapter_config(source / ADAPTER_CONFIG), source)
+    config = _of_language_model(read_adapter_config(checkpoint), source)
     _write_weights(checkpoint, folder, sighting)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(f"{text}\n", encoding="utf-8")
@@ -56,19 +56,16 @@ def write_adapter(
     return ()
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Reads an adapter's configuration.
+def read_adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Reads the configuration of a checkpoint's adapter.
 
     Raises:
         AdapterError: It is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: expected an adapter's configuration in JSON, got: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got a {type(config).__name__}")
-    return config
+        return checkpoint.json_object(ADAPTER_CONFIG)
+    except HeadFileError as error:
+        raise AdapterError(str(error)) from error
 
 
 def language_model_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def find_adapter(checkpoint: Checkpoint) -> Adapter | None:
         raise AdapterError(f"{checkpoint.describe(ADAPTER_CONFIG)}: expected {' or '.join(ADAPTER_WEIGHTS)} beside it")
     # peft will read the file; what is wrong with it is said before a language model has been loaded.
     checkpoint.names_in(weights)
-    config = read_adapter_config(config_path)
+    config = read_adapter_config(checkpoint)
     check_config(config, str(config_path))
     base = _string(config, "base_model_name_or_path", config_path)
     return Adapter(

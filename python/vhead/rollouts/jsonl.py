@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, BinaryIO
@@ -82,6 +82,15 @@ class JsonRow:
         """
         record = self._parsed(exact=True)
         return {name: record[name] for name in record if not self.replaces or name not in self.reserved}
+
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these members that the line's JSON object has.
+
+        Raises:
+            FieldError: The line is not UTF-8 or not a JSON object.
+        """
+        record = self._parsed()
+        return {name: record[name] for name in names if name in record}
 
     def _parsed(self, *, exact: bool = False) -> dict[str, Any]:
         if len(self.line) >= LONGEST_LINE:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
@@ -78,6 +78,15 @@ class ParquetRow:
             FieldError: A column holds what Python cannot, such as broken UTF-8 or a date beyond the year 9999.
         """
         return {name: self._read(name, exact) for name in self.batch.schema.names}
+
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these columns that the file has, lists of numbers as arrays.
+
+        Raises:
+            FieldError: A column cannot be read.
+        """
+        there = self.batch.schema.names
+        return {name: self._read(name, _numbers) for name in names if name in there}
 
     def json_object(self) -> str:
         """The row as a JSON object.
@@ -279,8 +288,16 @@ def _rows_at_once(file: pq.ParquetFile, group: int) -> int:
 
 
 def _plain(value: pa.Scalar) -> Any:
+    return _array_or_plain(value, pa.types.is_integer)
+
+
+def _numbers(value: pa.Scalar) -> Any:
+    return _array_or_plain(value, lambda of: pa.types.is_integer(of) or pa.types.is_floating(of))
+
+
+def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
-    if not is_list or not value.is_valid or not pa.types.is_integer(value.type.value_type) or value.values.null_count:
+    if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
         return _without_null(value.as_py())
     return value.values.to_numpy(zero_copy_only=False)
 

@@ -48,6 +48,13 @@ class Row(Protocol):
             FieldError: A field holds what Python cannot.
         """
 
+    def members(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these fields that the record has, read fast: numbers as they come, or arrays of them.
+
+        Raises:
+            FieldError: The record or a field cannot be read.
+        """
+
 
 def chained(before: bytes, record: bytes) -> bytes:
     """The digest of all records up to one, from the digest of those before it."""

@@ -1,19 +1,54 @@
 """Cutting the stream of rollouts into chunks, and putting a chunk's results back into the order of the input."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vhead.errors import FieldError
 from vhead.rollouts.encoding import Encoded
 from vhead.rollouts.rollout import Rollout
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.scores import PER_TOKEN, TOKENS, Scores, offsets_of
+from vhead.scoring.fields import COLUMNS, TOP, Asked, empty
+from vhead.scoring.scores import Scores, offsets_of
 
 # A chunk is what is sorted by length: large enough to fill batches evenly, small enough to keep memory flat.
 _ROLLOUTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a head gives for a hidden state.
+
+    Attributes:
+        count: How many numbers.
+        names: The head that gives each of them, where there are several heads; empty where there is one.
+        classes: Which of them are classes of one classifier, whose probabilities are wanted.
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    classes: tuple[slice, ...] = ()
+
+    @classmethod
+    def of(cls, head: Any) -> Self:
+        """The outputs of a head, or of several side by side."""
+        columns: dict[str, slice] = getattr(head, "columns", {"": slice(0, getattr(head, "num_outputs", 1))})
+        each = getattr(head, "heads", [head])
+        named = [name for name, place in columns.items() for _ in range(place.stop - place.start) if name]
+        softmax = [getattr(one, "activation", None) == "softmax" for one in each]
+        classes = [place for place, is_classifier in zip(columns.values(), softmax, strict=True) if is_classifier]
+        return cls(max(place.stop for place in columns.values()), tuple(named), tuple(classes))
+
+    def probable(self, outputs: Tensor) -> Tensor:
+        """The outputs `[..., K]` with probabilities in place of a classifier's."""
+        outputs = outputs.clone() if self.classes else outputs
+        for place in self.classes:
+            outputs[..., place] = outputs[..., place].softmax(-1)
+        return outputs
 
 
 class Source(Protocol):
@@ -62,8 +97,9 @@ class Results:
 
     Args:
         chunk: The rollouts in input order.
-        returns: What is asked for.
+        asked: What is asked for.
         conventions: How many entries a rollout has in a per-token field.
+        outputs: What the head gives.
         truncates: Whether the scores say which rollouts were truncated.
 
     Attributes:
@@ -72,18 +108,32 @@ class Results:
     """
 
     def __init__(
-        self, chunk: Sequence[Encoded], returns: Sequence[str], conventions: Conventions, *, truncates: bool = False
+        self,
+        chunk: Sequence[Encoded],
+        asked: Asked,
+        conventions: Conventions,
+        *,
+        outputs: Outputs,
+        truncates: bool = False,
     ) -> None:
         self._chunk = chunk
         lengths = np.fromiter((conventions.entries(rollout) for rollout in chunk), np.int64, len(chunk))
         offsets = offsets_of(lengths)
+        steps = [conventions.step_ends(rollout) for rollout in chunk] if "steps" in asked else None
+        step_counts = None if steps is None else np.fromiter(map(len, steps), np.int64, len(steps))
+        step_offsets = None if step_counts is None else offsets_of(step_counts)
+        counts = {"token": int(offsets[-1]), "rollout": len(chunk)}
+        if step_offsets is not None:
+            counts["step"] = int(step_offsets[-1])
         computed: dict[str, NDArray[Any]] = {
-            name: np.empty(offsets[-1] if name in PER_TOKEN else len(chunk), np.float32)
-            for name in returns
-            if name != TOKENS
+            name: empty(name, counts[COLUMNS[name].unit], _width(name, asked, outputs, chunk))
+            for name in asked.computed
         }
-        if TOKENS in returns:
+        if steps is not None:
+            computed["step_positions"] = np.concatenate([np.empty(0, np.int64), *steps])
+        if "token_ids" in asked:
             computed |= _tokens(chunk, lengths)
+        masks = [conventions.mask(rollout) for rollout in chunk]
         self.scores = Scores(
             ids=tuple(rollout.id for rollout in chunk),
             indices=np.fromiter((rollout.index for rollout in chunk), np.int64, len(chunk)),
@@ -91,33 +141,48 @@ class Results:
             offsets=offsets,
             computed=computed,
             truncated=np.array([rollout.truncated for rollout in chunk], np.bool_) if truncates else None,
+            mask=np.concatenate([np.empty(0, np.bool_), *masks]),
+            step_offsets=step_offsets,
+            heads=outputs.names,
         )
         self.errors: dict[int, FieldError] = {}
 
-    def put(self, places: Sequence[int], computed: dict[str, NDArray[np.float32]]) -> None:
+    def put(self, places: Sequence[int], computed: dict[str, NDArray[Any]]) -> None:
         """Stores the fields of the rollouts at `places`, which come one after the other in `computed`."""
-        bounds = offsets_of(self.scores.token_counts[list(places)])
         for name, flat in computed.items():
-            target = self.scores.computed[name]
-            if name not in PER_TOKEN:
+            target, offsets = self.scores.flat(name)
+            if offsets is None:
                 target[list(places)] = flat
-                continue
-            for at, place in enumerate(places):
-                offset = self.scores.offsets[place]
-                target[offset : offset + bounds[at + 1] - bounds[at]] = flat[bounds[at] : bounds[at + 1]]
-        for name, flat in computed.items():
+            else:
+                at = 0
+                for place in places:
+                    own = target[offsets[place] : offsets[place + 1]]
+                    own[:] = flat[at : at + len(own)]
+                    at += len(own)
             if not np.isfinite(flat).all():
                 self._note_nonfinite(name, places)
 
     def _note_nonfinite(self, name: str, places: Sequence[int]) -> None:
         for place in places:
             numbers = np.atleast_1d(self.scores[place].computed[name])
-            broken = np.flatnonzero(~np.isfinite(numbers))
+            broken = np.argwhere(~np.isfinite(numbers))
             if len(broken):
-                at = f" at completion token {broken[0]}" if name in PER_TOKEN else ""
-                got = f"{numbers[broken[0]]}{at}"
+                unit = {"token": " at completion token {}", "step": " at step {}", "rollout": ""}[COLUMNS[name].unit]
+                got = f"{numbers[tuple(broken[0])]}{unit.format(broken[0][0])}"
                 error = FieldError(self._chunk[place].name, name, expected="finite numbers from the model", got=got)
                 self.errors.setdefault(place, error)
+
+
+def _width(name: str, asked: Asked, outputs: Outputs, chunk: Sequence[Encoded]) -> tuple[int, ...]:
+    """The shape of an entry of a column."""
+    if name == "steps":
+        return (outputs.count,)
+    if COLUMNS[name].origin == "head":
+        return () if outputs.count == 1 else (outputs.count,)
+    if name == "candidate_logprobs":
+        # Each rollout of a stream has as many candidates as the first one.
+        return (chunk[0].candidates.shape[1] if chunk and chunk[0].candidates is not None else 0,)
+    return (asked.top,) if name in TOP else ()
 
 
 def _tokens(chunk: Sequence[Encoded], lengths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:

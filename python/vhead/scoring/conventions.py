@@ -1,12 +1,14 @@
 """Which position a number belongs to: the rules of the frameworks that read values and rewards."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vhead.errors import FieldError, VheadError
 from vhead.rollouts.encoding import Encoded
 
 Alignment = Literal["completion", "right_shift"]
@@ -21,12 +23,15 @@ class Conventions:
         alignment: `"completion"`: one entry per completion token t, from the position that predicts t; what TRL,
             LLaMA-Factory, OpenRLHF, verl and slime slice out. `"right_shift"`: one entry per token of prompt and
             completion, entry t from the position before t and entry 0 zero, as NeMo-RL shifts its values.
-        pooling: `"last"`: the last completion token. `"last_non_pad"`: the last token of prompt and completion that is
-            not the model's `pad_token_id`, as transformers' sequence classification reads it, which is the token before
-            the end where padding and end are one token. `"before_pad"`: the token before the completion's first
-            `pad_token_id`, as TRL's `get_reward` and DeepSpeed-Chat read it.
+        pooling: `"last"`: the last completion token that the model wrote. `"last_non_pad"`: the last token of prompt
+            and completion that is not the model's `pad_token_id`, as transformers' sequence classification reads it,
+            which is the token before the end where padding and end are one token. `"before_pad"`: the token before the
+            completion's first `pad_token_id`, as TRL's `get_reward` and DeepSpeed-Chat read it.
         reward_mean: Subtracted from rewards.
         reward_std: Rewards less the mean are divided by it, as OpenRLHF's `normalize_reward` does.
+        step_separator: What ends a step, as process reward models read them: a token's id, several ids in a row, or
+            text that the scorer's tokenizer makes such ids of. The step is read at its last token. None: a step is one
+            turn of the model's.
 
     Raises:
         ValueError: An attribute is none of these, or the normalisation is not finite or divides by zero.
@@ -36,6 +41,7 @@ class Conventions:
     pooling: Pooling = "last"
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    step_separator: str | int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("alignment", get_args(Alignment)), ("pooling", get_args(Pooling))):
@@ -45,6 +51,27 @@ class Conventions:
             raise ValueError(f"reward_mean: expected a finite number, got {self.reward_mean}")
         if not 0.0 < self.reward_std < math.inf:
             raise ValueError(f"reward_std: expected a positive number, got {self.reward_std}")
+        if not _is_separator(self.step_separator):
+            expected = "text, a token id, or several of them"
+            raise ValueError(f"step_separator: expected {expected}, got {self.step_separator!r}")
+
+    def resolved(self, tokenizer: Any) -> Self:
+        """The same with the separator of steps as token ids.
+
+        Raises:
+            VheadError: The separator is text, and there is no tokenizer, or it makes no token of it.
+        """
+        separator = self.step_separator
+        if separator is None or isinstance(separator, tuple):
+            return self
+        if isinstance(separator, str):
+            if tokenizer is None:
+                raise VheadError("step_separator: expected token ids, because the scorer has no tokenizer, got text")
+            ids = tokenizer(separator, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise VheadError(f"step_separator: expected text that has tokens, got {separator!r}")
+            return replace(self, step_separator=tuple(ids))
+        return replace(self, step_separator=(separator,) if isinstance(separator, int) else tuple(separator))
 
     @property
     def leading_zeros(self) -> int:
@@ -59,10 +86,45 @@ class Conventions:
         """Entries of a rollout in every per-token field."""
         return len(rollout) - self.first_scored(rollout) + self.leading_zeros
 
+    def mask(self, rollout: Encoded) -> NDArray[np.bool_]:
+        """For each entry, whether it is about a token that the model wrote, bool `[entries]`."""
+        mask = np.zeros(self.entries(rollout), np.bool_)
+        mask[len(mask) - rollout.completion_length :] = True if rollout.mask is None else rollout.mask
+        return mask
+
+    def needs_no_logits(self, rollout: Encoded) -> NDArray[np.bool_]:
+        """For each computed entry, whether it is about an observation, whose log-probability nobody asks for."""
+        observed = np.zeros(len(rollout) - self.first_scored(rollout), np.bool_)
+        if rollout.mask is not None:
+            observed[len(observed) - rollout.completion_length :] = ~rollout.mask
+        return observed
+
+    def step_ends(self, rollout: Encoded) -> NDArray[np.int64]:
+        """The last token of each step, counted in the completion, int64 `[S]`.
+
+        Raises:
+            FieldError: The separator does not occur.
+        """
+        length, separator = rollout.completion_length, self.step_separator
+        if separator is None:
+            written = np.ones(length, np.bool_) if rollout.mask is None else rollout.mask
+            return np.flatnonzero(written & ~np.append(written[1:], False))
+        ids = np.asarray(separator, np.int64)
+        completion = rollout.tokens[rollout.prompt_length :]
+        found = np.zeros(0, np.int64)
+        if len(ids) <= length:
+            pieces = np.lib.stride_tricks.sliding_window_view(completion, len(ids))
+            found = np.flatnonzero((pieces == ids).all(axis=1)) + len(ids) - 1
+        if not len(found):
+            expected = f"the separator of steps, the tokens {ids.tolist()}, at least once"
+            raise FieldError(rollout.name, "completion", expected=expected, got="none")
+        return found
+
     def rewarded(self, rollout: Encoded, pad_token: int | None) -> int:
         """The token at which the reward is read."""
         if self.pooling == "last" or pad_token is None:
-            return len(rollout) - 1
+            last = rollout.completion_length if rollout.mask is None else int(np.flatnonzero(rollout.mask)[-1]) + 1
+            return rollout.prompt_length + last - 1
         if self.pooling == "last_non_pad":
             others = np.flatnonzero(rollout.tokens != pad_token)
             return int(others[-1]) if len(others) else 0
@@ -74,3 +136,12 @@ class Conventions:
         if (self.reward_mean, self.reward_std) == (0.0, 1.0):
             return rewards
         return (rewards - np.float32(self.reward_mean)) / np.float32(self.reward_std)
+
+
+def _is_separator(value: object) -> bool:
+    if value is None or isinstance(value, str):
+        return value != ""
+    ids = [value] if isinstance(value, int) else value
+    if not isinstance(ids, list | tuple) or not ids:
+        return False
+    return all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids)

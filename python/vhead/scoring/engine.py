@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from vhead.backbone.hidden_states import plan_for
 from vhead.backbone.placement import to_device
-from vhead.errors import HeadError, VheadError
+from vhead.errors import FieldError, HeadError, VheadError
+from vhead.heads import stacked
 from vhead.packing import limits
 from vhead.packing.plan import find_ways
 from vhead.packing.strategies import Batch, Body, Strategy
 from vhead.rollouts.encoding import Encoded
+from vhead.scoring.chunks import Outputs
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.logits import find_logits_rule, statistics_of_logits, token_statistics
+from vhead.scoring.fields import COLUMNS, NOTHING, Asked
+from vhead.scoring.logits import Statistics, find_logits_rule, statistics_of_logits, token_statistics
 from vhead.scoring.options import ScorerOptions
-from vhead.scoring.scores import PER_TOKEN
 
-Fields = dict[str, NDArray[np.float32]]
+Fields = dict[str, NDArray[Any]]
 
 # Without a rule for the logits of chosen rows, those of a whole batch exist at once; batches are then this small.
 _FULL_LOGITS_BYTES = 64 * 1024 * 1024
@@ -41,10 +43,13 @@ class Engine:
     """Runs a language model with a value head over rollouts.
 
     Args:
-        model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., 1]`.
-        options: The scorer's; of them the threads, the conventions, the attention and batch invariance.
+        model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., K]`. With heads of their
+            own among the options, it can be a language model itself.
+        options: The scorer's; of them the threads, the heads, the attention and batch invariance.
+        conventions: What is read where; a separator of steps is token ids.
 
     Attributes:
+        outputs: What the head gives.
         device: The device that token ids go to.
         vocabulary_size: How many token ids there are; each is below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
@@ -52,20 +57,21 @@ class Engine:
         untrained_output: The parameters of the language-model head that were drawn and not loaded, by name.
 
     Raises:
-        HeadError: The model has no value head, or one with several outputs.
+        HeadError: The model has no value head.
         VheadError: The model is an encoder-decoder, or cannot take the asked-for attention.
         ValueError: There is no such attention, or it is asked for together with batch invariance.
     """
 
-    def __init__(self, model: nn.Module, options: ScorerOptions) -> None:
-        body, head = getattr(model, "pretrained_model", None), getattr(model, "v_head", None)
+    def __init__(self, model: nn.Module, options: ScorerOptions, conventions: Conventions) -> None:
+        heads = options.get("heads")
+        body = getattr(model, "pretrained_model", model if heads else None)
+        head = stacked(heads) if heads else getattr(model, "v_head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
-        if (outputs := getattr(head, "num_outputs", 1)) != 1:
-            raise HeadError(f"model: expected a head with one output to score with, got one with {outputs}")
         self._model, self._head = model, head
+        self.outputs = Outputs.of(head)
         self._num_threads = options.get("num_threads")
-        self._conventions = options.get("conventions") or Conventions()
+        self._conventions = conventions
         plan = plan_for(body)
         if plan.is_encoder_decoder:
             raise VheadError(f"model: expected a decoder-only language model, got the {type(body).__name__}")
@@ -97,23 +103,25 @@ class Engine:
         """Whether logits are computed for the scored tokens only, by a rule that the model's own logits confirmed."""
         return self._rule is not None
 
-    def check(self, fields: Sequence[str]) -> None:
-        """Checks that this model can give these fields.
+    def check(self, asked: Asked) -> None:
+        """Checks that this model can give what is asked for.
 
         Raises:
             VheadError: Log-probabilities or entropies are asked for, and the checkpoint had no language-model head.
         """
-        if self.untrained_output and needs_logits(fields):
+        if asked.top > self.vocabulary_size:
+            raise VheadError(f"top_logprobs: expected at most the vocabulary's {self.vocabulary_size}, got {asked.top}")
+        if self.untrained_output and asked.needs_logits:
             raise VheadError(
-                "returns: expected only values and reward, because the checkpoint holds no "
-                f"{', '.join(self.untrained_output)} and log-probabilities would come from random weights, "
-                f"got {', '.join(fields)}"
+                "returns: expected only what the head gives, such as values and reward, because the checkpoint holds "
+                f"no {', '.join(self.untrained_output)} and log-probabilities would come from random weights, "
+                f"got {', '.join(asked.computed)}"
             )
 
-    def work(self, chunk: Sequence[Encoded], token_budget: int, fields: Sequence[str]) -> list[Work]:
-        """How a chunk is batched, for the asked-for fields; each rollout is in one batch."""
+    def work(self, chunk: Sequence[Encoded], token_budget: int, asked: Asked) -> list[Work]:
+        """How a chunk is batched, for what is asked for; each rollout is in one batch."""
         groups = self._ways.groups([len(rollout) for rollout in chunk])
-        if needs_logits(fields) and self._rule is None:
+        if asked.needs_logits and self._rule is None:
             token_budget = min(token_budget, max(1, _FULL_LOGITS_BYTES // (_FLOAT32_BYTES * self.vocabulary_size)))
             groups = self._ways.without_sharing([len(rollout) for rollout in chunk])
         work = []
@@ -124,8 +132,8 @@ class Engine:
                 work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
         return work
 
-    def score(self, chunk: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
-        """The fields of a batch's rollouts, one after the other in the batch's order, float32.
+    def score(self, chunk: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
+        """The computed columns of a batch's rollouts, one after the other in the batch's order.
 
         Raises:
             VheadError: The device has not enough memory for the batch.
@@ -133,9 +141,9 @@ class Engine:
         rollouts = [chunk[place] for place in work.batch.places]
         try:
             with self._computing():
-                computed = self._score(rollouts, work, fields, temperature)
+                computed = self._score(rollouts, work, asked)
                 if len(rollouts) > 1 and not all(np.isfinite(array).all() for array in computed.values()):
-                    return self._one_by_one(rollouts, fields, temperature)
+                    return self._one_by_one(rollouts, asked)
                 return computed
         except torch.cuda.OutOfMemoryError as error:
             raise VheadError(
@@ -143,45 +151,49 @@ class Engine:
                 f"(--token-budget) needs less: {str(error).splitlines()[0]}"
             ) from error
 
-    def _one_by_one(self, rollouts: Sequence[Encoded], fields: Sequence[str], temperature: float) -> Fields:
+    def _one_by_one(self, rollouts: Sequence[Encoded], asked: Asked) -> Fields:
         """Scores each rollout of a batch alone, if a number is not finite: a masked NaN is still NaN, and spreads."""
         alone, parts = self._ways.alone, []
         for rollout in rollouts:
             (batch,) = alone.batches([rollout.tokens], [rollout.prompt_length], 1)
-            parts.append(self._score([rollout], Work(alone, batch), fields, temperature))
-        return {name: np.concatenate([part[name] for part in parts]) for name in fields}
+            parts.append(self._score([rollout], Work(alone, batch), asked))
+        return {name: np.concatenate([part[name] for part in parts]) for name in asked.computed}
 
-    def _score(self, rollouts: Sequence[Encoded], work: Work, fields: Sequence[str], temperature: float) -> Fields:
-        read = Read.of(rollouts, work.batch, self._conventions, self._pad_token)
-        rule, entropy = self._rule, "entropy" in fields
+    def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
+        read = Read.of(rollouts, work.batch, self._conventions, self._pad_token, asked)
+        wanted = Statistics(
+            read.targets, read.candidates, temperature=asked.temperature, entropy="entropy" in asked, top=asked.top
+        )
         statistics: dict[str, Tensor] = {}
-        if rule is None and needs_logits(fields):
+        if self._rule is None and asked.needs_logits:
             states, logits = work.strategy.states_and_logits(work.batch)
-            statistics = statistics_of_logits(
-                logits, read.predicting, read.targets, temperature=temperature, entropy=entropy
-            )
+            statistics = statistics_of_logits(logits, read.written, wanted)
         else:
             states = work.strategy.states(work.batch)
-            if rule is not None and needs_logits(fields):
-                predicting = states[to_device(read.predicting, states.device)]
-                statistics = token_statistics(predicting, rule, read.targets, temperature=temperature, entropy=entropy)
-        computed = self._head_outputs(states, read, fields) | statistics
-        return read.aligned({name: computed[name].cpu().numpy() for name in fields}, self._conventions)
+            if self._rule is not None and asked.needs_logits:
+                # Observations cost no logits: only the rows that predict a token of the model's are read.
+                statistics = token_statistics(states[to_device(read.written, states.device)], self._rule, wanted)
+        computed = self._head_outputs(states, read, asked) | statistics
+        return read.aligned({name: computed[name].cpu().numpy() for name in asked.computed}, self._conventions)
 
     def forget(self) -> None:
         """Drops what was kept of the model's states, as its weights may change."""
         self._ways.usual.forget()
 
-    def _head_outputs(self, states: Tensor, read: "Read", fields: Sequence[str]) -> dict[str, Tensor]:
+    def _head_outputs(self, states: Tensor, read: "Read", asked: Asked) -> dict[str, Tensor]:
         """The head sees the rows that are read and no others."""
-        readable = {"values": read.predicting, "reward": read.rewarded}
-        rows = {name: index for name, index in readable.items() if name in fields}
+        rows = {name: index for name, index in read.of_head.items() if name in asked}
         if not rows:
             return {}
         index = to_device(torch.cat(list(rows.values())), states.device)
-        outputs = self._head(states[index])
-        parts = outputs.float().flatten().split([len(part) for part in rows.values()])
-        return dict(zip(rows, parts, strict=True))
+        outputs = self._head(states[index]).float()
+        parts = dict(zip(rows, outputs.split([len(part) for part in rows.values()]), strict=True))
+        if "steps" in parts:
+            parts["steps"] = self.outputs.probable(parts["steps"])
+        # Steps keep their dimension of outputs, however many there are.
+        return {
+            name: part.squeeze(-1) if name != "steps" and part.shape[-1] == 1 else part for name, part in parts.items()
+        }
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -208,43 +220,96 @@ class Read:
     """What is read off a batch's hidden states `[N, H]`, for R rollouts with T computed entries in all.
 
     Attributes:
-        predicting: Rows that predict a token, int64 `[T]`.
-        targets: The tokens that they predict, int64 `[T]`.
-        rewarded: The row of each reward, int64 `[R]`.
+        of_head: Rows at which the head is read, for each column that it gives, int64.
+        written: Rows that predict a token of the model's, int64 `[W]`.
+        targets: The tokens that they predict, int64 `[W]`.
+        candidates: The other tokens that are asked about there, int64 `[W, M]`, or None.
+        places: Which of the T entries they are, int64 `[W]`; None: all of them.
         counts: Computed entries of each rollout.
     """
 
-    predicting: Tensor
+    of_head: dict[str, Tensor]
+    written: Tensor
     targets: Tensor
-    rewarded: Tensor
+    candidates: Tensor | None
+    places: NDArray[np.int64] | None
     counts: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, rollouts: Sequence[Encoded], batch: Batch[Any], conventions: Conventions, pad_token: int | None
+        cls,
+        rollouts: Sequence[Encoded],
+        batch: Batch[Any],
+        conventions: Conventions,
+        pad_token: int | None,
+        asked: Asked,
     ) -> "Read":
         """Finds what to read off a batch by these conventions."""
+        pairs = list(zip(batch.rows, rollouts, strict=True))
         first = [conventions.first_scored(rollout) for rollout in rollouts]
-        predicting = [rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)]
+        predicting = np.concatenate([rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)])
         targets = [rollout.tokens[start:] for rollout, start in zip(rollouts, first, strict=True)]
-        rewarded = [
-            rows[conventions.rewarded(rollout, pad_token)] for rows, rollout in zip(batch.rows, rollouts, strict=True)
-        ]
+        ends = {
+            "reward": [rows[conventions.rewarded(rollout, pad_token)] for rows, rollout in pairs],
+            "prompt_value": [rows[rollout.prompt_length - 1] for rows, rollout in pairs],
+            "bootstrap": [rows[-1] for rows, _ in pairs],
+        }
+        of_head = {name: np.asarray(rows, np.int64) for name, rows in ends.items()} | {"values": predicting}
+        if "steps" in asked:
+            steps = [rows[rollout.prompt_length + conventions.step_ends(rollout)] for rows, rollout in pairs]
+            of_head["steps"] = np.concatenate(steps)
+        places = None
+        if any(rollout.mask is not None for rollout in rollouts):
+            observed = np.concatenate([conventions.needs_no_logits(rollout) for rollout in rollouts])
+            places = np.flatnonzero(~observed)
+        chosen = slice(None) if places is None else places
+        candidates = None
+        if "candidate_logprobs" in asked:
+            given = [_candidates(rollout, len(own)) for rollout, own in zip(rollouts, targets, strict=True)]
+            candidates = torch.from_numpy(np.concatenate(given)[chosen])
         return cls(
-            predicting=torch.from_numpy(np.concatenate(predicting)),
-            targets=torch.from_numpy(np.concatenate(targets)),
-            rewarded=torch.from_numpy(np.asarray(rewarded, np.int64)),
+            of_head={name: torch.from_numpy(rows) for name, rows in of_head.items()},
+            written=torch.from_numpy(predicting[chosen]),
+            targets=torch.from_numpy(np.concatenate(targets)[chosen]),
+            candidates=candidates,
+            places=places,
             counts=tuple(map(len, targets)),
         )
 
     def aligned(self, computed: Fields, conventions: Conventions) -> Fields:
-        """Brings computed fields into the form that the conventions ask for."""
+        """Brings computed columns into the form that the conventions ask for, with nothing at observations."""
         if "reward" in computed:
             computed["reward"] = conventions.normalised(computed["reward"])
-        if conventions.leading_zeros:
-            starts = np.cumsum([0, *self.counts[:-1]])
-            computed |= {name: np.insert(computed[name], starts, 0.0) for name in PER_TOKEN if name in computed}
+        starts = np.cumsum([0, *self.counts[:-1]])
+        for name, found in computed.items():
+            column = COLUMNS[name]
+            if column.origin == "logits" and self.places is not None:
+                whole = np.full((sum(self.counts), *found.shape[1:]), NOTHING.get(name, 0), found.dtype)
+                whole[self.places] = found
+                computed[name] = whole
+            if column.unit == "token" and conventions.leading_zeros:
+                computed[name] = np.insert(computed[name], starts, NOTHING.get(name, 0), axis=0)
         return computed
+
+
+def candidate_count(rollout: Encoded) -> int:
+    """How many candidates a rollout brings for each token.
+
+    Raises:
+        FieldError: It brings none.
+    """
+    if rollout.candidates is None:
+        raise FieldError(rollout.name, "candidates", expected="candidates, because they are asked for", got="none")
+    return int(rollout.candidates.shape[1])
+
+
+def _candidates(rollout: Encoded, entries: int) -> NDArray[np.int64]:
+    """The candidates of a rollout's computed entries; before its completion, these are the tokens themselves."""
+    count, own = candidate_count(rollout), rollout.candidates
+    before = rollout.tokens[len(rollout) - entries : rollout.prompt_length]
+    return np.concatenate(
+        [np.repeat(before[:, None], count, axis=1), np.empty((0, count), np.int64) if own is None else own]
+    )
 
 
 def _untrained_output(model: Any, body: Any) -> list[str]:
@@ -254,8 +319,3 @@ def _untrained_output(model: Any, body: Any) -> list[str]:
     untrained: frozenset[str] = getattr(model, "untrained", frozenset())
     named = body.named_parameters(remove_duplicate=False)
     return [name for name, parameter in named if id(parameter) in own and name in untrained]
-
-
-def needs_logits(fields: Sequence[str]) -> bool:
-    """Whether these fields need the language-model head."""
-    return "logprobs" in fields or "entropy" in fields

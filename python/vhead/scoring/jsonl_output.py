@@ -4,10 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from vhead.errors import RecordError
+from vhead.rollouts.fields import MASK
 from vhead.rollouts.rows import Row
 from vhead.scoring.part import Sink
-from vhead.scoring.scores import PER_TOKEN, TOKEN_COLUMNS, Score, Scores
+from vhead.scoring.scores import TRUNCATED, Score, Scores
 
 
 class JsonlWriter:
@@ -46,25 +49,39 @@ class JsonlWriter:
         """Appends one line per record and hands them to the operating system."""
         columns = {name: f"{name}{self._suffix}" for name in scores.columns}
         lines = [
-            f"{record[:-1].rstrip()}, {_members(score, columns)}}}\n"
+            f"{record[:-1].rstrip()}, {_members(score, columns)}{self._mask(record, score)}}}\n"
             for record, score in zip(objects, scores, strict=True)
         ]
         self._stream.write("".join(lines).encode())
         self._stream.flush()
 
+    def _mask(self, record: str, score: Score) -> str:
+        """Which tokens are the model's, where it did not write all and the record does not say so itself."""
+        if score.mask.all():
+            return ""
+        name = json.dumps(f"{MASK}{self._suffix}")
+        if name in record and f"{MASK}{self._suffix}" in json.loads(record):
+            return ""
+        return f", {name}: {json.dumps(score.mask.tolist())}"
+
 
 def _members(score: Score, names: dict[str, str]) -> str:
     """The scores as members of a JSON object."""
-    return ", ".join(
-        f"{json.dumps(column)}: {_number_or_list(getattr(score, name), name)}" for name, column in names.items()
-    )
+    return ", ".join(f"{json.dumps(column)}: {_json(_value(score, name))}" for name, column in names.items())
 
 
-def _number_or_list(value: Any, name: str) -> str:
+def _value(score: Score, name: str) -> Any:
+    return score.truncated if name == TRUNCATED else score.computed[name]
+
+
+def _json(value: Any) -> str:
+    """A number, or an array of one or two dimensions; floats with nine digits, which one format for all makes fast."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if name in TOKEN_COLUMNS:
+    if value.dtype != np.float32:
         return json.dumps(value.tolist())
-    if name not in PER_TOKEN:
+    if value.ndim == 0:
         return f"{value:.9g}"
+    if value.ndim == 2:
+        return f"[{', '.join(map(_json, value))}]"
     return f"[{('%.9g, ' * len(value) % tuple(value.tolist()))[:-2]}]"

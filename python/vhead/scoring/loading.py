@@ -135,7 +135,8 @@ def _check_tokenizer(path: str | Path) -> None:
             for name in value if isinstance(value, list) else [value]:
                 if isinstance(name, str) and Path(name).name != name:
                     raise LoadError(
-                        f"{path}: tokenizer_config.json: {key}: expected a file of this folder, got {name!r}"
+                        f"{path}: tokenizer_config.json: {key}: expected the name of a file of this folder, got "
+                        f"{name!r}; delete the entry, which transformers does not need"
                     )
 
 

@@ -4,6 +4,7 @@ And what those logits say about tokens, which is computed without holding the lo
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,50 +110,82 @@ def _agrees(rule: LogitsRule, lm_head: nn.Module, model: nn.Module, plan: Backbo
     return bool((own[0] - ours).abs().max() <= tolerance * own.abs().max())
 
 
-def token_statistics(
-    states: Tensor, rule: LogitsRule, targets: Tensor, *, temperature: float, entropy: bool
-) -> dict[str, Tensor]:
-    """Log-probability of each target, and the entropy of each distribution, in nats, without the logits of all rows.
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """What is asked about the distributions of N rows.
+
+    Attributes:
+        targets: Token ids `[N]`, whose log-probabilities are wanted.
+        candidates: More of them, `[N, M]`, or None.
+        temperature: The logits are divided by it.
+        entropy: Whether the entropies are wanted too.
+        top: How many of the likeliest tokens are wanted.
+    """
+
+    targets: Tensor
+    candidates: Tensor | None
+    temperature: float
+    entropy: bool
+    top: int
+
+    def fields(self, found: ops.TokenStatistics) -> dict[str, Tensor]:
+        """What was asked for, by the names of its columns: float32, and int64 token ids."""
+        fields = {"logprobs": found.logprobs.float()}
+        if self.entropy:
+            fields["entropy"] = found.entropy.float()
+        if getattr(found, "candidate_logprobs", None) is not None:
+            fields["candidate_logprobs"] = found.candidate_logprobs.float()
+        if getattr(found, "top_tokens", None) is not None:
+            fields |= {"top_tokens": found.top_tokens, "top_logprobs": found.top_logprobs.float()}
+        return fields
+
+
+def token_statistics(states: Tensor, rule: LogitsRule, asked: Statistics) -> dict[str, Tensor]:
+    """What is asked for, in nats, without the logits of all rows.
 
     Args:
         states: Hidden states `[N, H]`.
         rule: How the model makes logits of them.
-        targets: Token ids `[N]`.
-        temperature: The logits are divided by it.
-        entropy: Whether the entropies are wanted too.
+        asked: What is asked for.
 
     Returns:
-        `logprobs` `[N]`, and `entropy` `[N]` where it is wanted, float32.
+        `logprobs` `[N]`, and whatever else is asked for, by the names of the scores' columns.
     """
     output = rule.lm_head
     if is_plain_linear(output) and output.weight.device == states.device:
-        found = ops.token_logprobs(
+        found = ops.token_statistics(
             rule.readable(states),
             output.weight,
-            to_device(targets, states.device),
+            to_device(asked.targets, states.device),
             bias=output.bias,
-            temperature=temperature,
+            temperature=asked.temperature,
             softcap=rule.softcap,
             scale=rule.scale,
+            **(
+                {}
+                if asked.candidates is None and not asked.top
+                else dict(
+                    candidates=None if asked.candidates is None else to_device(asked.candidates, states.device),
+                    top=asked.top,
+                )
+            ),
         )
     else:
         # An adapter, a quantised layer, or one on another device: its module alone knows what its weights mean.
-        found = ops.statistics_in_chunks(
-            lambda rows: rule(states[rows]), targets, rule.vocabulary, temperature=temperature
-        )[:2]
-    return _fields(found, entropy=entropy)
+        found = _in_chunks(lambda rows: rule(states[rows]), rule.vocabulary, asked)
+    return asked.fields(found)
 
 
-def statistics_of_logits(
-    logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float, entropy: bool
-) -> dict[str, Tensor]:
+def statistics_of_logits(logits: Tensor, rows: Tensor, asked: Statistics) -> dict[str, Tensor]:
     """The same of some rows `[N]` of logits `[M, V]` that are there already; they stay as they are."""
-    of_rows = ops.statistics_in_chunks(
-        lambda chunk: logits[rows[chunk]], targets, logits.shape[-1], temperature=temperature
+    return asked.fields(_in_chunks(lambda chunk: logits[rows[chunk]], logits.shape[-1], asked))
+
+
+def _in_chunks(logits_of: Callable[[slice], Tensor], vocabulary: int, asked: Statistics) -> ops.TokenStatistics:
+    return ops.statistics_in_chunks(
+        logits_of,
+        asked.targets,
+        vocabulary,
+        temperature=asked.temperature,
+        **({} if asked.candidates is None and not asked.top else dict(candidates=asked.candidates, top=asked.top)),
     )
-    return _fields(of_rows[:2], entropy=entropy)
-
-
-def _fields(found: tuple[Tensor, Tensor], *, entropy: bool) -> dict[str, Tensor]:
-    logprobs, entropies = found
-    return {"logprobs": logprobs.float()} | ({"entropy": entropies.float()} if entropy else {})

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, TypedDict
 from vhead.env import MOST_THREADS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vhead.heads import ValueHead
     from vhead.packing.plan import Attention
     from vhead.rollouts.encoding import Truncation
     from vhead.scoring.conventions import Conventions
@@ -28,6 +31,7 @@ class ScorerOptions(TypedDict, total=False):
     max_length: int | None
     separate_tokens: bool
     append_eos: bool
+    heads: "Mapping[str, ValueHead] | None"
 
 
 _WHOLE = (Integral, "a whole number")

@@ -1,7 +1,6 @@
 """Scoring rollouts: values, log-probabilities, entropies and rewards from one backbone pass."""
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, Generic, Self, Unpack
 import torch
 from torch import nn
 
-from vhead.errors import HeadError, RecordError, loading
+from vhead.errors import FieldError, HeadError, RecordError, loading
 from vhead.packing.plan import ScorerPlan
 from vhead.rollouts.encoding import Encoded, Encoder, IdRegistry, LengthLimit
 from vhead.rollouts.rollout import Rollout
@@ -19,11 +18,12 @@ from vhead.rollouts.wording import named
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.engine import Engine, Work
+from vhead.scoring.engine import Engine, Work, candidate_count
+from vhead.scoring.fields import DEFAULT_RETURNS, Asked, check_returns
 from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.scores import DEFAULT_RETURNS, TOKENS, Score, Scores, check_returns, computed_fields
+from vhead.scoring.scores import Score, Scores
 
 logger = logging.getLogger("vhead")
 
@@ -66,13 +66,15 @@ class Scorer:
             and a token across the border between them is the completion's.
         append_eos: Whether a completion of plain text that does not end in the tokenizer's end-of-sequence token is
             followed by it; the reward is then read there.
+        heads: Several heads by name, which read the same hidden states in one pass, in place of the model's own: the
+            scores then have one output for each of theirs, and `Scores.of(name)` has those of one head.
 
     Attributes:
         model: The model.
         token_budget: The tokens of a batch, as given or chosen.
 
     Raises:
-        HeadError: The model has no value head, or one with several outputs.
+        HeadError: The model has no value head.
         VheadError: The model is an encoder-decoder, takes fewer tokens than `max_length`, or cannot take the asked-for
             attention; or `append_eos` is asked for, and the tokenizer has no end-of-sequence token.
         ValueError: The budget, the chunk or the number of threads is below 1, `max_length` is below 2, `truncation` or
@@ -89,8 +91,8 @@ class Scorer:
         # What a copy in another process is made from.
         self._arguments = {"tokenizer": tokenizer, **options}
         self.model = model
-        self._conventions = options.get("conventions") or Conventions()
-        self._engine = Engine(model, options)
+        self._conventions = (options.get("conventions") or Conventions()).resolved(tokenizer)
+        self._engine = Engine(model, options, self._conventions)
         limit = LengthLimit.of(self._engine.context_length, options.get("max_length"), options.get("truncation"))
         self._encoder = Encoder(
             tokenizer,
@@ -126,25 +128,23 @@ class Scorer:
         """
         return tuple(name for name in DEFAULT_RETURNS if name != "logprobs" or not self._engine.untrained_output)
 
-    def checked_returns(self, returns: Sequence[str] | None) -> tuple[str, ...]:
-        """What is given for these `returns`, in the order of the columns.
+    def asked(self, returns: Sequence[str] | None = None, temperature: float = 1.0, top_logprobs: int = 0) -> Asked:
+        """What is asked for by the arguments of `score`, checked.
 
         None stands for `default_returns`; if log-probabilities are not among these, the log says so once.
 
         Raises:
-            VheadError: The model's checkpoint lacked what a field of `returns` needs.
-            ValueError: A name is unknown, or there is none.
+            VheadError: The model's checkpoint lacked what a field needs, or its vocabulary has fewer tokens.
+            ValueError: A name is unknown, there is none, or a number is out of range.
         """
-        if returns is not None:
-            checked = check_returns(returns)
-            self._engine.check(checked)
-            return checked
         default = self.default_returns
-        if default != DEFAULT_RETURNS and not self._has_said_what_is_left_out:
+        asked = Asked(tuple(default if returns is None else check_returns(returns)), temperature, top_logprobs)
+        self._engine.check(asked)
+        if returns is None and default != DEFAULT_RETURNS and not self._has_said_what_is_left_out:
             self._has_said_what_is_left_out = True
             missing = ", ".join(self._engine.untrained_output)
             logger.warning("the checkpoint holds no %s, so the scores are only %s", missing, ", ".join(default))
-        return default
+        return asked
 
     @classmethod
     def from_pretrained(
@@ -184,7 +184,7 @@ class Scorer:
             dtype=dtype,
             device=device,
             head=head,
-            allow_random_head=allow_random_head,
+            allow_random_head=allow_random_head or bool(options.get("heads")),
             trust_remote_code=trust_remote_code,
         )
         if normalize_rewards:
@@ -198,30 +198,36 @@ class Scorer:
         returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
+        top_logprobs: int = 0,
         progress: bool = False,
     ) -> Scores:
         """Scores all rollouts.
 
         Args:
-            rollouts: In any order of length; the scores come in the same order.
-            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
+            rollouts: In any order of length; the scores come in the same order. If one of them brings candidates,
+                their log-probabilities are given as well, and each has to bring as many.
+            returns: Some of values, logprobs, entropy, candidates, reward, prompt_value, bootstrap, steps and tokens;
+                None: `default_returns`.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            top_logprobs: How many of the likeliest tokens are wanted at each position.
             progress: Whether to show progress on standard error when that is a terminal.
 
         Returns:
-            Flat float32 arrays with offsets; empty for no rollouts.
+            Flat arrays with offsets; empty for no rollouts.
 
         Raises:
             RecordError: A rollout cannot be scored; the error names it and the field.
             VheadError: The model's checkpoint lacked what a field of `returns` needs.
-            ValueError: `returns` or `temperature` is out of range.
+            ValueError: `returns`, `temperature` or `top_logprobs` is out of range.
         """
         rollouts = list(rollouts)
-        returns = self.checked_returns(returns)
-        parts = [self.nothing(returns)]
+        asked = self.asked(returns, temperature, top_logprobs)
+        if any(getattr(rollout, "candidates", None) is not None for rollout in rollouts):
+            asked = replace(asked, returns=(*asked.returns, "candidates"))
+        given = (_Given(index, rollout) for index, rollout in enumerate(rollouts))
         with ScoringProgress(total=len(rollouts), shown=progress) as display:
-            parts += self.chunks(rollouts, returns, temperature, on_batch=display.advance)
-        return Scores.concat(parts)
+            parts = [chunk.scores for chunk in self.scored(given, asked, on_batch=display.advance)]
+        return Scores.concat(parts or [self.nothing(asked)])
 
     def stream(
         self,
@@ -229,6 +235,7 @@ class Scorer:
         returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
+        top_logprobs: int = 0,
         on_error: ErrorHandler | None = None,
     ) -> Iterator[Score]:
         """Scores rollouts as they come, in input order, in memory that does not grow with their number.
@@ -238,7 +245,7 @@ class Scorer:
         Yields:
             One `Score` per rollout; its `index` is the rollout's position in the input.
         """
-        for chunk in self.chunks(rollouts, returns, temperature, on_error=on_error):
+        for chunk in self.chunks(rollouts, returns, temperature, top_logprobs=top_logprobs, on_error=on_error):
             yield from chunk
 
     def chunks(
@@ -247,6 +254,7 @@ class Scorer:
         returns: Sequence[str] | None = None,
         temperature: float = 1.0,
         *,
+        top_logprobs: int = 0,
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
     ) -> Iterator[Scores]:
@@ -256,8 +264,10 @@ class Scorer:
 
         Args:
             rollouts: Iterated in a thread of its own, no further than two chunks ahead of the one that is computed.
-            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
+            returns: Some of values, logprobs, entropy, candidates, reward, prompt_value, bootstrap, steps and tokens;
+                None: `default_returns`.
             temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            top_logprobs: How many of the likeliest tokens are wanted at each position.
             on_error: Told of each rollout that cannot be scored, as soon as that is known and maybe in the thread that
                 reads, which is then left out; None: the first one is raised, after everything before it has been given.
             on_batch: Told of each batch that is computed: how many rollouts, how many tokens, prompts included, and how
@@ -269,10 +279,11 @@ class Scorer:
         Raises:
             RecordError: A rollout cannot be scored, and `on_error` is None.
             VheadError: The model's checkpoint lacked what a field of `returns` needs.
-            ValueError: `returns` or `temperature` is out of range.
+            ValueError: `returns`, `temperature` or `top_logprobs` is out of range.
         """
+        asked = self.asked(returns, temperature, top_logprobs)
         given = (_Given(index, rollout) for index, rollout in enumerate(rollouts))
-        for chunk in self.scored(given, returns, temperature, on_error=on_error, on_batch=on_batch):
+        for chunk in self.scored(given, asked, on_error=on_error, on_batch=on_batch):
             if len(chunk.scores):
                 yield chunk.scores
 
@@ -284,8 +295,7 @@ class Scorer:
     def scored(
         self,
         sources: Iterable[Sourced],
-        returns: Sequence[str] | None,
-        temperature: float,
+        asked: Asked,
         *,
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
@@ -293,60 +303,56 @@ class Scorer:
     ) -> Iterator["ScoredChunk[Sourced]"]:
         """Scores what `sources` give, a chunk at a time, and gives each chunk's scores with the sources they are of.
 
-        The arguments are those of `chunks`, with two more.
+        The other arguments are those of `chunks`.
 
         Args:
             sources: Each gives its rollout when it is asked, in the thread that reads.
-            returns: Some of values, logprobs, entropy, reward, tokens; None: `default_returns`.
-            temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            asked: What is asked for, as `Scorer.asked` has checked it.
             on_error: Told of each rollout that cannot be scored.
             on_batch: Told of each batch that is computed.
             ids: Refuses an id that it knows; None: ids need not differ.
         """
-        returns = self.checked_returns(returns)
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        with Ahead(self._prepared(sources, returns, on_error, ids)) as ready:
+        with Ahead(self._prepared(sources, asked, on_error, ids)) as ready:
             for chunk in ready:
-                yield from _report(chunk, self._score(chunk, returns, temperature, on_batch), on_error)
+                yield from _report(chunk, self._score(chunk, asked, on_batch), on_error)
                 if chunk.failure is not None:
                     raise chunk.failure
 
-    def nothing(self, returns: Sequence[str]) -> Scores:
+    def nothing(self, asked: Asked) -> Scores:
         """The scores of no rollouts."""
-        return self._results([], check_returns(returns)).scores
+        return self._results([], asked).scores
 
     def _prepared(
         self,
         sources: Iterable[Sourced],
-        returns: Sequence[str],
+        asked: Asked,
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
     ) -> Iterator["_Chunk[Sourced]"]:
         """Chunks with all that can be done before the model is needed."""
-        fields = computed_fields(returns)
-        encoded = self._encoded(sources, on_error, ids, with_spans=TOKENS in returns)
+        encoded = self._encoded(sources, asked, on_error, ids)
         for chunk, failure in chunks(encoded, self._chunk_tokens):
             rollouts = [rollout for _, rollout in chunk]
-            work = self._engine.work(rollouts, self.token_budget, fields) if fields else []
+            work = self._engine.work(rollouts, self.token_budget, asked) if asked.computed else []
             yield _Chunk([source for source, _ in chunk], rollouts, work, failure)
 
     def _encoded(
         self,
         sources: Iterable[Sourced],
+        asked: Asked,
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
-        *,
-        with_spans: bool,
     ) -> Iterator[tuple[Sourced, Encoded]]:
         """The rollouts that can be scored. Errors about the others go to `on_error`, or the first one is raised."""
+        fits = _Fitting(asked, self._conventions)
         for index, source in enumerate(sources):
             try:
                 rollout = source.rollout()
                 name = named(source.where, getattr(rollout, "id", None))
                 if ids is not None:
                     ids.add(rollout.id, name)
-                encoded = self._encoder.encode(index, rollout, name, with_spans=with_spans)
+                encoded = self._encoder.encode(index, rollout, name, with_spans="token_ids" in asked)
+                fits.check(encoded)
             except RecordError as error:
                 if on_error is None:
                     raise
@@ -354,20 +360,47 @@ class Scorer:
             else:
                 yield source, encoded
 
-    def _score(
-        self, chunk: "_Chunk[Any]", returns: Sequence[str], temperature: float, on_batch: BatchHandler | None
-    ) -> Results:
-        results, fields = self._results(chunk.rollouts, returns), computed_fields(returns)
+    def _score(self, chunk: "_Chunk[Any]", asked: Asked, on_batch: BatchHandler | None) -> Results:
+        results = self._results(chunk.rollouts, asked)
         for work in chunk.work:
             batch = work.batch
-            results.put(batch.places, self._engine.score(chunk.rollouts, work, fields, temperature))
+            results.put(batch.places, self._engine.score(chunk.rollouts, work, asked))
             if on_batch is not None:
                 on_batch(len(batch.places), sum(len(chunk.rollouts[place]) for place in batch.places), batch.tokens)
         self._engine.forget()
         return results
 
-    def _results(self, rollouts: Sequence[Encoded], returns: Sequence[str]) -> Results:
-        return Results(rollouts, returns, self._conventions, truncates=self._truncates)
+    def _results(self, rollouts: Sequence[Encoded], asked: Asked) -> Results:
+        return Results(rollouts, asked, self._conventions, outputs=self._engine.outputs, truncates=self._truncates)
+
+
+class _Fitting:
+    """Checks what the columns that are asked for need of each rollout of a stream.
+
+    Args:
+        asked: What is asked for.
+        conventions: Where steps end.
+    """
+
+    def __init__(self, asked: Asked, conventions: Conventions) -> None:
+        self._asked = asked
+        self._conventions = conventions
+        self._first: Encoded | None = None
+
+    def check(self, rollout: Encoded) -> None:
+        """Checks the next rollout.
+
+        Raises:
+            FieldError: It has no step, no candidates, or not as many candidates as the first one.
+        """
+        if "steps" in self._asked:
+            self._conventions.step_ends(rollout)
+        if "candidate_logprobs" in self._asked:
+            count = candidate_count(rollout)
+            first = self._first = self._first or rollout
+            if count != candidate_count(first):
+                expected = f"{candidate_count(first)} for each token, as {first.name} has"
+                raise FieldError(rollout.name, "candidates", expected=expected, got=str(count))
 
 
 def _made_again(cls: type[Scorer], model: nn.Module, arguments: dict[str, Any]) -> Scorer:

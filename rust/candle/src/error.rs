@@ -118,6 +118,7 @@ impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Candle(error) => error,
+            // No kind of error of this crate is one of candle's, whichever comes: candle has a wrapper for all others.
             error => Self::wrap(error),
         }
     }

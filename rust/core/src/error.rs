@@ -29,6 +29,34 @@ pub enum Error {
         /// Tokens of the vocabulary.
         vocabulary: usize,
     },
+    /// Offsets of rollouts that do not rise from 0.
+    #[error("offsets: expected numbers that rise from 0, got {actual} at place {at}, after {before}")]
+    Offsets {
+        /// The place in the offsets.
+        at: usize,
+        /// The offset before.
+        before: i64,
+        /// The offset that came.
+        actual: i64,
+    },
+    /// A number of a rollout that is NaN or infinite.
+    #[error("{what}: expected finite numbers, got {value} at {place}")]
+    NotFinite {
+        /// Which argument.
+        what: &'static str,
+        /// The number.
+        value: f32,
+        /// Where it is.
+        place: Place,
+    },
+    /// A rollout that has no place for its reward.
+    #[error(
+        "mask: expected a token of the model in every rollout that gets a reward, got none in rollout {rollout}; leave it out"
+    )]
+    NoModelToken {
+        /// Which rollout.
+        rollout: usize,
+    },
     /// An instruction set that this processor does not have.
     #[error("instruction set {0} is not available on this processor")]
     Level(&'static str),
@@ -50,6 +78,32 @@ pub enum Error {
         /// Elements in the buffer.
         length: usize,
     },
+}
+
+/// Where a number is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// At a token.
+    Token {
+        /// Which token of the rollout.
+        position: usize,
+        /// Which rollout.
+        rollout: usize,
+    },
+    /// At a rollout as a whole.
+    Rollout(usize),
+    /// In a flat array.
+    Number(usize),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Token { position, rollout } => write!(f, "token {position} of rollout {rollout}"),
+            Self::Rollout(rollout) => write!(f, "rollout {rollout}"),
+            Self::Number(number) => write!(f, "place {number}"),
+        }
+    }
 }
 
 /// A kernel's result.

@@ -34,6 +34,7 @@ mod math;
 pub mod philox;
 pub mod reduce;
 pub mod reference;
+pub mod returns;
 mod row_state;
 pub mod rows;
 pub mod simd;
@@ -45,7 +46,7 @@ mod value_head_backward;
 
 pub use dropout::Dropout;
 pub use element::{Dtype, Element};
-pub use error::{Error, Result};
+pub use error::{Error, Place, Result};
 pub use head::Head;
 pub use logits_rule::LogitsRule;
 pub use row_state::BLOCK as LOGITS_BLOCK;

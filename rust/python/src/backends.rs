@@ -101,6 +101,8 @@ pub(crate) fn configure(libtorch_cpu: Option<&str>, num_threads: Option<usize>, 
 }
 
 /// Runs `tasks` short naps as a kernel's pieces are run; the operating system's ids of the threads that ran them.
+///
+/// For tests, which must ask the binary that users have: whether torch's threads are lent depends on the torch beside it.
 #[pyfunction]
 pub(crate) fn worker_threads(py: Python<'_>, tasks: usize) -> PyResult<Vec<u64>> {
     let threads = threads::Threads::now(py)?;
@@ -130,7 +132,8 @@ fn thread_id() -> u64 {
     unsafe { libc::pthread_self() as u64 }
 }
 
-/// Fails inside, on one of the threads that run pieces: for tests of what a caller sees then.
+/// Fails inside, on one of the threads that run pieces: for tests of what a caller sees then, as no argument makes a kernel
+/// fail, and a panic that crossed into torch's threads would end the process.
 #[pyfunction]
 pub(crate) fn panic_on_purpose(py: Python<'_>, tasks: usize) -> PyResult<()> {
     let threads = threads::Threads::now(py)?;

@@ -67,6 +67,9 @@ pub(crate) fn saying(error: &vhead_core::Error, text: String) -> PyErr {
         Error::Length { .. }
         | Error::Layout { .. }
         | Error::Target { .. }
+        | Error::Offsets { .. }
+        | Error::NotFinite { .. }
+        | Error::NoModelToken { .. }
         | Error::Probability(_)
         | Error::StandardDeviation(_) => PyValueError::new_err(text),
         Error::Allocation { .. } => AllocationError::new_err(text),

@@ -11,6 +11,7 @@ mod dlpack;
 mod dtype;
 mod gate;
 mod init;
+mod returns;
 mod shapes;
 mod tensor;
 mod threads;
@@ -30,6 +31,8 @@ mod _native {
     use super::candle::CandleValueHead;
     #[pymodule_export]
     use super::init::{init_linear, init_normal};
+    #[pymodule_export]
+    use super::returns::{explained_variance, gae, token_rewards, whiten};
     #[pymodule_export]
     use super::token_statistics::{LogitGradients, LogitStatistics};
     #[pymodule_export]

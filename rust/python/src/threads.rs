@@ -98,6 +98,16 @@ impl Threads {
         })
     }
 
+    /// The threads for work on arrays that are not torch's, which streams through about `elements` elements: torch's own
+    /// where this package's operations have found them, else at most `threads` of this package's pool. Imports nothing.
+    pub(crate) fn without_torch(py: Python<'_>, elements: usize, threads: usize) -> PyResult<Self> {
+        match TORCH_THREADS.get() {
+            Some(_) => Self::worth(py, elements),
+            None if elements > gate::SMALL && threads > 1 => Ok(Self::Own(Pool::new(threads))),
+            None => Ok(Self::Caller(Serial)),
+        }
+    }
+
     /// The threads for work that streams through about `elements` elements: the caller alone where others would not pay.
     pub(crate) fn worth(py: Python<'_>, elements: usize) -> PyResult<Self> {
         if elements > gate::SMALL { Self::now(py) } else { Ok(Self::Caller(Serial)) }

@@ -10,6 +10,7 @@ pub(crate) mod elementary;
 pub(crate) mod keep;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod returns;
 pub(crate) mod token_statistics;
 pub(crate) mod two_layer;
 pub(crate) mod value_head;
