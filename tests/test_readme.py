@@ -157,4 +157,4 @@ def test_paths_that_contributing_names_exist() -> None:
 
 
 def test_a_path_that_is_gone_is_seen() -> None:
-    assert unknown_paths("`rust/core/` `heads.py` `gone/nowhere.py`") == ["gone/nowhere.py"]
+    assert unknown_paths("`rust/core/` `head_weights.py` `gone/nowhere.py`") == ["gone/nowhere.py"]

@@ -587,7 +587,7 @@ class TestUsage:
         [
             (
                 ["--returns", "values,kl"],
-                "prompt_value, bootstrap, steps, tokens, got 'values', 'kl'",
+                "prompt_value, bootstrap, steps, tokens, advantages, returns, got 'values', 'kl'",
             ),
             (["--returns", ","], "got none"),
             (["--temperature", "0"], "expected a positive number"),

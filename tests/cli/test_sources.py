@@ -72,7 +72,9 @@ class TestFolder:
         pq.write_table(pa.Table.from_pylist(records[1:6]), folder / "a.parquet")
         done = run(folder, "-m", critic, "-o", output, "--resume")
         assert done.exit_code == 1
-        assert "expected the 12 records that the earlier run finished, got others up to row 7 of b.parquet" in done.stderr
+        assert (
+            "expected the 12 records that the earlier run finished, got others up to row 7 of b.parquet" in done.stderr
+        )
 
     def test_an_output_within_it_would_be_an_input_the_next_time(self, critic, folder):
         done = run(folder, "-m", critic, "-o", folder / "out.parquet")

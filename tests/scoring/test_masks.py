@@ -1,4 +1,4 @@
-"""Rollouts of which the model wrote some tokens only, heads with several outputs, and what is read beside the values."""
+"""Rollouts of which the model wrote some tokens only, heads with several outputs, and what is read besides."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,9 @@ class TestSteps:
     def test_a_separator_that_never_occurs_is_that_record_s_error(self, model):
         scorer = Scorer(model, conventions=Conventions(step_separator=60))
         good, bad = Rollout([5], [60, 7], "good"), Rollout([60], [6, 7], "bad")
-        with pytest.raises(FieldError, match=r"id 'bad'.*completion: expected the separator of steps, the tokens \[60\]"):
+        with pytest.raises(
+            FieldError, match=r"id 'bad'.*completion: expected the separator of steps, the tokens \[60\]"
+        ):
             scorer.score([good, bad], ["steps"])
         errors = []
         assert [score.id for score in scorer.stream([bad, good], ["steps"], on_error=errors.append)] == ["good"]
@@ -156,7 +158,9 @@ class TestSeveralOutputs:
     def test_several_heads_read_one_pass_and_each_gives_its_own_bits(self, model):
         one, two = self.heads(model, 1, 2)
         records = traces()
-        together = Scorer(model, heads={"one": one, "two": two}).score(records, ["values", "reward", "logprobs", "steps"])
+        together = Scorer(model, heads={"one": one, "two": two}).score(
+            records, ["values", "reward", "logprobs", "steps"]
+        )
         assert together.values.shape == (together.token_count, 3)
         assert together.heads == ("one", "two", "two")
         for name, head in (("one", one), ("two", two)):

@@ -53,7 +53,8 @@ def _facts(found: Comparison, ours: str, theirs: str) -> Iterable[str]:
     yield f"ours    {ours}"
     yield f"theirs  {theirs}"
     way = "by id" if found.by_id else "by position"
-    yield f"{found.rollouts:,} rollouts are compared, matched {way}; all differences are ours - theirs"
+    counted = f"{found.rollouts:,} {'rollout is' if found.rollouts == 1 else 'rollouts are'} compared"
+    yield f"{counted}, matched {way}; all differences are ours - theirs"
     for count, side in ((found.only_ours, "ours"), (found.only_theirs, "theirs")):
         if count:
             yield f"{count:,} {'record is' if count == 1 else 'records are'} in {side} only"

@@ -15,6 +15,7 @@ from vhead.errors import InputChangedError, RecordError
 
 if TYPE_CHECKING:
     from vhead.rollouts.files import Reader
+    from vhead.scoring.options import ScorerOptions
     from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
@@ -56,6 +57,12 @@ def score(
     fields: option.FieldsOption = None,
     head: option.Head = None,
     returns: option.Returns = None,
+    top_logprobs: option.TopLogprobs = 0,
+    step_separator: option.StepSeparator = None,
+    gamma: option.Gamma = 1.0,
+    lam: option.Lam = 0.95,
+    value_lam: option.ValueLam = None,
+    reward_field: option.RewardField = None,
     temperature: option.Temperature = 1.0,
     dtype: option.ModelDtype = None,
     device: option.Device = None,
@@ -133,6 +140,8 @@ def _run(request: option.ScoreRequest) -> None:
                 reader,
                 output,
                 returns=request.returns,
+                top_logprobs=request.top_logprobs,
+                advantages=request.advantages,
                 temperature=request.temperature,
                 progress=progress,
                 limit=request.limit,
@@ -152,9 +161,11 @@ def _check_finished(output: "Output", reader: "Reader", request: option.ScoreReq
 
 
 def _scorer(request: option.ScoreRequest) -> "Scorer":
+    from vhead.scoring.conventions import Conventions  # imports numpy
     from vhead.scoring.scorer import Scorer  # imports torch
 
-    return Scorer.from_pretrained(request.model, **request.loading, **request.options)
+    options: ScorerOptions = {**request.options, "conventions": Conventions(step_separator=request.step_separator)}
+    return Scorer.from_pretrained(request.model, **request.loading, **options)
 
 
 @contextmanager

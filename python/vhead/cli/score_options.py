@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from vhead.cli.terminal import say
 from vhead.env import MOST_THREADS
 from vhead.errors import FileFormatError
 from vhead.scoring.options import ScorerOptions
+
+if TYPE_CHECKING:
+    from vhead.scoring.advantages import AdvantageColumns
 
 STANDARD_STREAM = "-"
 
@@ -85,8 +88,27 @@ Returns = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="What to compute, with commas between: values, logprobs, entropy, reward, tokens (ids and places in the "
-        "text). Default: values, logprobs and reward, without logprobs if the checkpoint has no language-model head.",
+        help="What to compute, with commas between: values, logprobs, entropy, candidates, reward, prompt_value, "
+        "bootstrap, steps, tokens (ids and places in the text), advantages, returns. Default: values, logprobs and "
+        "reward, without logprobs if the checkpoint has no language-model head.",
+    ),
+]
+TopLogprobs = Annotated[
+    int, typer.Option(min=0, metavar="K", help="Also the K likeliest tokens at each position, as top_tokens.")
+]
+StepSeparator = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What ends a step, for steps. Default: a step is one turn of the model's."),
+]
+Gamma = Annotated[float, typer.Option(min=0, max=1, metavar="G", help="Discount, for advantages and returns.")]
+Lam = Annotated[float, typer.Option(min=0, max=1, metavar="L", help="Lambda, for advantages.")]
+ValueLam = Annotated[
+    float | None, typer.Option(min=0, max=1, metavar="L", help="Lambda, for returns. Default: the one for advantages.")
+]
+RewardField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The field with each record's reward, for advantages. Default: the head's own reward."
     ),
 ]
 Temperature = Annotated[
@@ -222,6 +244,9 @@ class ScoreRequest:
     output: str
     fields: dict[str, str]
     returns: tuple[str, ...] | None
+    advantages: "AdvantageColumns | None"
+    top_logprobs: int
+    step_separator: str | None
     temperature: float
     loading: dict[str, Any]
     options: ScorerOptions
@@ -254,8 +279,10 @@ class ScoreRequest:
         from vhead.scoring.fields import DEFAULT_RETURNS, Asked  # for a fast --help
         from vhead.scoring.scores import TRUNCATED  # for a fast --help
 
-        columns = tuple(column.name for column in Asked(self.returns or DEFAULT_RETURNS).columns)
-        names = columns if self.options["truncation"] is None else (*columns, TRUNCATED)
+        asked = Asked(self.returns or DEFAULT_RETURNS, top=self.top_logprobs)
+        names = [column.name for column in asked.columns]
+        names += [] if self.advantages is None else self.advantages.columns
+        names += [] if self.options["truncation"] is None else [TRUNCATED]
         return tuple(f"{name}{self.suffix}" for name in names)
 
     @property
@@ -281,6 +308,9 @@ class ScoreRequest:
             **({} if head is None else identity(head, "head")),
             "returns": None if self.returns is None else list(self.returns),
             "fields": self.fields,
+            "advantages": None if self.advantages is None else asdict(self.advantages),
+            "top_logprobs": self.top_logprobs,
+            "step_separator": self.step_separator,
             "suffix": self.suffix,
             "overwrite": self.overwrite,
             "temperature": self.temperature,
@@ -311,7 +341,7 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
     made = {
         "fields": _checked_fields(plain["fields"]),
-        "returns": checked_returns(plain["returns"]),
+        **_returns_and_advantages(plain),
         "loading": {name: plain[name] for name in _LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
         "skips": plain["on_error"] == OnError.SKIP,
@@ -320,20 +350,31 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     return ScoreRequest(**{name: plain[name] for name in own}, **made)
 
 
-def checked_returns(returns: str | None) -> tuple[str, ...] | None:
-    """Reads a comma-separated list of what to compute; None stands for whatever the checkpoint can give.
+def _returns_and_advantages(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the comma-separated list of what to compute; None stands for whatever the checkpoint can give.
 
     Raises:
         typer.BadParameter: The list names something else, or nothing.
     """
-    from vhead.scoring.fields import check_returns  # for a fast --help
+    from vhead.scoring.fields import ADVANTAGES, check_returns  # for a fast --help
 
-    if returns is None:
-        return None
+    if plain["returns"] is None:
+        return {"returns": None, "advantages": None}
+    names = [name.strip() for name in plain["returns"].split(",") if name.strip()]
+    derived = tuple(name for name in ADVANTAGES if name in names)
+    others = [name for name in names if name not in ADVANTAGES]
     try:
-        return check_returns([name.strip() for name in returns.split(",") if name.strip()])
+        # Advantages by themselves are scored from the values, which are then in the output too.
+        returns = check_returns(others or (["values"] if derived else []))
     except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix("returns: "), param_hint="--returns") from None
+        message = str(error).removeprefix("returns: ").replace(", got", f", {', '.join(ADVANTAGES)}, got", 1)
+        raise typer.BadParameter(message, param_hint="--returns") from None
+    if not derived:
+        return {"returns": returns, "advantages": None}
+    from vhead.scoring.advantages import AdvantageColumns  # for a fast --help
+
+    numbers = {name: plain[name] for name in ("gamma", "lam", "value_lam", "reward_field")}
+    return {"returns": returns, "advantages": AdvantageColumns(derived, **numbers)}
 
 
 def _checked_fields(text: str | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 Unit = Literal["token", "rollout", "step"]
-Origin = Literal["head", "logits", "rollout"]
+Origin = Literal["head", "logits", "rollout", "returns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Column:
     Attributes:
         name: What it is called everywhere.
         unit: What it has an entry for: each completion token, each rollout, or each step of a rollout.
-        origin: What its entries come from: the head's outputs, the logits, or the rollout itself.
+        origin: What its entries come from: the head's outputs, the logits, the rollout itself, or `vhead.returns`.
         returned_as: The name among `returns` that stands for it; None: another argument asks for it.
         dtype: Of its entries.
         width: The shape of an entry; None: a number or several, as the head, the candidates or the request have it.
@@ -47,6 +47,8 @@ COLUMNS = {
         Column("bootstrap", "rollout", "head", "bootstrap"),
         Column("steps", "step", "head", "steps"),
         Column("step_positions", "step", "rollout", "steps", np.int64, ()),
+        Column("advantages", "token", "returns", None, width=()),
+        Column("returns", "token", "returns", None, width=()),
         Column("token_ids", "token", "rollout", "tokens", np.int64, ()),
         Column("token_offsets", "token", "rollout", "tokens", np.int64, (2,)),
     )
@@ -55,6 +57,8 @@ RETURNS = tuple(dict.fromkeys(column.returned_as for column in COLUMNS.values() 
 # What any rollout has, and the model computes.
 FIELDS = ("values", "logprobs", "entropy", "reward", "prompt_value", "bootstrap", "steps")
 DEFAULT_RETURNS = ("values", "logprobs", "reward")
+# What is made of the scores when they are there.
+ADVANTAGES = ("advantages", "returns")
 TOP = ("top_tokens", "top_logprobs")
 # What a column without a number holds, at tokens that the model did not write.
 NOTHING = {"top_tokens": -1}
@@ -96,7 +100,7 @@ class Asked:
     @property
     def computed(self) -> tuple[str, ...]:
         """The names of the columns that the model computes."""
-        return tuple(column.name for column in self.columns if column.origin != "rollout")
+        return tuple(column.name for column in self.columns if column.origin in ("head", "logits"))
 
     @property
     def needs_logits(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vhead.errors import RecordError
+from vhead.rollouts.fields import MASK
 from vhead.rollouts.rows import Row
 from vhead.scoring.part import Sink
 from vhead.scoring.scores import TRUNCATED, Score, Scores
@@ -48,11 +49,20 @@ class JsonlWriter:
         """Appends one line per record and hands them to the operating system."""
         columns = {name: f"{name}{self._suffix}" for name in scores.columns}
         lines = [
-            f"{record[:-1].rstrip()}, {_members(score, columns)}}}\n"
+            f"{record[:-1].rstrip()}, {_members(score, columns)}{self._mask(record, score)}}}\n"
             for record, score in zip(objects, scores, strict=True)
         ]
         self._stream.write("".join(lines).encode())
         self._stream.flush()
+
+    def _mask(self, record: str, score: Score) -> str:
+        """Which tokens are the model's, where it did not write all and the record does not say so itself."""
+        if score.mask.all():
+            return ""
+        name = json.dumps(f"{MASK}{self._suffix}")
+        if name in record and f"{MASK}{self._suffix}" in json.loads(record):
+            return ""
+        return f", {name}: {json.dumps(score.mask.tolist())}"
 
 
 def _members(score: Score, names: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from vhead.errors import FieldError, RecordError
 from vhead.rollouts.arrow import pa, pc, pq
+from vhead.rollouts.fields import MASK
 from vhead.rollouts.parquet import ParquetRow
 from vhead.rollouts.rows import Row
 from vhead.scoring.output import OutputFile
@@ -18,6 +19,8 @@ from vhead.scoring.scores import Scores
 _ROW_GROUP_BYTES = 64 * 2**20
 # Where a part of the file says what the columns of JSON records hold, once that is more than before.
 _SHAPE = b"vhead.shape"
+
+_MASKS = pa.list_(pa.bool_())
 
 _SCALARS = {
     Kind.NOTHING: pa.null(),
@@ -196,6 +199,8 @@ class ParquetWriter:
     def __init__(self, stream: Sink, suffix: str = "", schema: pa.Schema | None = None) -> None:
         self._stream = stream
         self._suffix = suffix
+        self._mask = f"{MASK}{suffix}"
+        self._has_masks = False
         self._columns: Columns = RecordColumns() if schema is None else TableColumns(schema)
 
     def go_on(self, grown: BinaryIO, length: int) -> None:
@@ -207,6 +212,7 @@ class ParquetWriter:
         """
         for batches in _streams(grown, length):
             self._columns.last(batches.schema.metadata or {})
+            self._has_masks |= self._mask in batches.schema.names
             for _ in batches:
                 pass
 
@@ -235,7 +241,7 @@ class ParquetWriter:
             nothing: The scores of no rollouts, whose columns a file without records has.
         """
         carried = self._columns.schema
-        tables = (_of_types(table, carried) for table in _grown_tables(grown, length))
+        tables = (self._with_mask(_of_types(table, carried)) for table in _grown_tables(grown, length))
         first = next(tables, None)
         if first is None:
             first = self._with_scores(carried.empty_table(), nothing)
@@ -248,7 +254,23 @@ class ParquetWriter:
         computed = replace(scores, ids=(None,) * len(scores)).to_arrow()
         for name in scores.columns:
             table = table.append_column(f"{name}{self._suffix}", computed.column(name))
+        # Records that came with a mask keep it.
+        if self._mask not in table.column_names and not scores.mask.all():
+            self._has_masks = True
+            table = table.append_column(self._mask, _masks(scores))
         return table
+
+    def _with_mask(self, table: pa.Table) -> pa.Table:
+        """The table with a column for masks, if any part has one."""
+        if not self._has_masks or self._mask in table.column_names:
+            return table
+        return table.append_column(self._mask, pa.nulls(table.num_rows, _MASKS))
+
+
+def _masks(scores: Scores) -> pa.Array:
+    """Which tokens are the model's; null where it wrote them all."""
+    masks = [None if score.mask.all() else score.mask for score in scores]
+    return pa.array(masks, _MASKS)
 
 
 def arrow_type(shape: Shape) -> pa.DataType:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 
 from vhead.errors import RecordError, ResumeError
@@ -9,10 +10,12 @@ from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.files import Reader
 from vhead.rollouts.rows import Row
 from vhead.rollouts.wording import named
+from vhead.scoring.advantages import AdvantageColumns
+from vhead.scoring.fields import check_returns
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.scorer import ErrorHandler, Scorer
+from vhead.scoring.scorer import ErrorHandler, ScoredChunk, Scorer
 
 
 def score_file(
@@ -24,6 +27,7 @@ def score_file(
     temperature: float,
     progress: ScoringProgress,
     top_logprobs: int = 0,
+    advantages: AdvantageColumns | None = None,
     limit: int | None = None,
     on_error: ErrorHandler | None = None,
     unique_ids: bool = False,
@@ -38,6 +42,7 @@ def score_file(
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
         progress: Told of every batch that is computed.
         top_logprobs: How many of the likeliest tokens are wanted at each position.
+        advantages: Which columns of advantages and returns are wanted besides; None: none.
         limit: Only the first so many records, those that an earlier run finished among them; None: all.
         on_error: Told of each record that cannot be scored or written, which is then left out; None: the first one is
             raised, after everything before it has been written.
@@ -50,6 +55,9 @@ def score_file(
         OSError: Reading or writing failed.
     """
     asked = scorer.asked(returns, temperature, top_logprobs)
+    kept = [column.name for column in asked.columns]
+    if advantages is not None:
+        asked = replace(asked, returns=check_returns((*asked.returns, *advantages.needed)))
     ids = IdRegistry() if unique_ids else None
     rows = RemainingRows(reader, limit, output.journal, ids)
 
@@ -59,8 +67,33 @@ def score_file(
         progress.advance(rollouts, tokens, computed)
 
     for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids):
-        output.write(chunk.sources, chunk.scores, chunk.last, on_error)
-    output.publish(rows.last, scorer.nothing(asked))
+        if advantages is None:
+            output.write(chunk.sources, chunk.scores, chunk.last, on_error)
+        else:
+            _write_with(advantages, kept, chunk, output, on_error)
+    nothing = scorer.nothing(asked)
+    output.publish(rows.last, nothing if advantages is None else advantages.added([], nothing, kept)[0])
+
+
+def _write_with(
+    advantages: AdvantageColumns,
+    kept: Sequence[str],
+    chunk: ScoredChunk[Row],
+    output: Output,
+    on_error: ErrorHandler | None,
+) -> None:
+    """Writes a chunk with its advantages. Records without a reward go to `on_error`, or the first one is raised."""
+    scores, errors = advantages.added(chunk.sources, chunk.scores, kept)
+    if errors and on_error is None:
+        place = min(errors)
+        if place:
+            output.write(chunk.sources[:place], scores[:place], chunk.sources[place - 1])
+        raise errors[place]
+    for error in errors.values():
+        if on_error is not None:
+            on_error(error)
+    good = [row for place, row in enumerate(chunk.sources) if place not in errors]
+    output.write(good, scores.without(errors), chunk.last, on_error)
 
 
 class RemainingRows:

@@ -184,7 +184,7 @@ class Scorer:
             dtype=dtype,
             device=device,
             head=head,
-            allow_random_head=allow_random_head,
+            allow_random_head=allow_random_head or bool(options.get("heads")),
             trust_remote_code=trust_remote_code,
         )
         if normalize_rewards:

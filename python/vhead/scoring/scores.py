@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vhead.errors import MissingFieldError
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
+from vhead.scoring.advantages import advantages
 from vhead.scoring.fields import COLUMNS, Unit, is_per
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class _Fields:
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of the fields that the model computed."""
-        return tuple(name for name, column in COLUMNS.items() if name in self.computed and column.origin != "rollout")
+        return tuple(
+            name for name, column in COLUMNS.items() if name in self.computed and column.origin in ("head", "logits")
+        )
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -123,17 +126,17 @@ class Score(_Fields):
     @property
     def reward(self) -> float:
         """The head's output at the last completion token that the model wrote; float32 `[K]` where K > 1."""
-        return _one(self._field("reward"))
+        return _number(self._field("reward"))
 
     @property
     def prompt_value(self) -> float:
         """The head's output at the prompt's last token; float32 `[K]` where K > 1."""
-        return _one(self._field("prompt_value"))
+        return _number(self._field("prompt_value"))
 
     @property
     def bootstrap(self) -> float:
         """The head's output after the last token, for rollouts that were cut off; float32 `[K]` where K > 1."""
-        return _one(self._field("bootstrap"))
+        return _number(self._field("bootstrap"))
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -145,9 +148,9 @@ class Score(_Fields):
         return self._field("token_offsets")
 
 
-def _one(number: NDArray[Any]) -> Any:
-    """A number, or the K numbers of a head with several outputs, which types do not tell apart."""
-    return float(number) if np.ndim(number) == 0 else number
+def _number(number: NDArray[Any]) -> float:
+    """A number; of a head with several outputs its K numbers, which no type tells apart."""
+    return float(number) if np.ndim(number) == 0 else number  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -184,7 +187,7 @@ class Scores(_Fields, Sequence[Score]):
     offsets: NDArray[np.int64]
     computed: Computed
     truncated: NDArray[np.bool_] | None = None
-    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
+    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[arg-type]  # made below
     step_offsets: NDArray[np.int64] | None = None
     heads: tuple[str, ...] = ()
 
@@ -293,6 +296,39 @@ class Scores(_Fields, Sequence[Score]):
             for name, array in self.computed.items()
         }
         return replace(self, computed=computed, heads=())
+
+    def advantages(
+        self,
+        reward: Any = None,
+        *,
+        ref_logprobs: Any = None,
+        kl_coef: float = 0.0,
+        kl: Literal["k1", "k2", "k3", "abs"] = "k1",
+        **options: Any,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Advantages and returns of every token, by `vhead.returns.gae` from these values, offsets and masks.
+
+        Args:
+            reward: A number for each rollout `[N]`, which stands at its last token of the model's, or one for each
+                token `[T]`. None: the head's own rewards, which have to be among these scores.
+            ref_logprobs: Log-probabilities of the tokens by a reference model, `[T]`, for a penalty on the divergence.
+            kl_coef: The penalty's coefficient; with it, `logprobs` has to be among these scores.
+            kl: Which estimate of the divergence it is.
+            **options: `gamma`, `lam`, `value_lam`, `bootstrap` and `convention`, as `vhead.returns.gae` takes them; for
+                rollouts that were cut off, `bootstrap=scores.bootstrap`.
+
+        Returns:
+            Float32 `[T]` each, where the offsets are these scores'.
+
+        Raises:
+            MissingFieldError: Values, rewards or log-probabilities that are needed were not asked for.
+            VheadError: The head has several outputs.
+            ValueError: An argument does not fit.
+        """
+        divergence: dict[str, Any] = {}
+        if ref_logprobs is not None:
+            divergence = {"logprobs": self.logprobs, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl}
+        return advantages(self, reward, divergence, options)
 
     def __len__(self) -> int:
         return len(self.ids)

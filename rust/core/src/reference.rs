@@ -2,6 +2,7 @@
 use crate::reduce::OCTET;
 use crate::returns::Kl;
 use crate::{Dropout, Element, Head, Rows, TwoLayerHead};
+use std::cmp::Ordering;
 
 /// [`crate::value_head`] in float64: `[N, K]`.
 #[must_use]
@@ -130,4 +131,27 @@ fn keep(dropout: Option<&Dropout>, row: usize, column: usize) -> bool {
 fn row<T: Element>(hidden: &Rows<'_, T>, n: usize, dropout: Option<&Dropout>) -> Vec<f64> {
     let element = |h| f64::from(hidden.get(n, h).to_f32()) * f64::from(u8::from(keep(dropout, n, h)));
     (0..hidden.columns()).map(element).collect()
+}
+
+/// What a row says about tokens that are asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selected {
+    /// Of the candidates, in their order.
+    pub candidate_logprobs: Vec<f64>,
+    /// The likeliest first, of equals the smaller id first.
+    pub top_tokens: Vec<usize>,
+    /// Of those.
+    pub top_logprobs: Vec<f64>,
+}
+
+/// [`crate::LogitStatistics::select`] in float64, by sorting a row's logits.
+#[must_use]
+pub fn selected(logits: &[f64], candidates: &[usize], top: usize) -> Selected {
+    let peak = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = logits.iter().fold(0.0, |sum, z| sum + (z - peak).exp()).ln();
+    let logprobs = |tokens: &[usize]| tokens.iter().map(|token| logits[*token] - peak - log_sum).collect();
+    let mut top_tokens: Vec<usize> = (0..logits.len()).collect();
+    top_tokens.sort_by(|a, b| logits[*b].partial_cmp(&logits[*a]).unwrap_or(Ordering::Equal));
+    top_tokens.truncate(top);
+    Selected { candidate_logprobs: logprobs(candidates), top_logprobs: logprobs(&top_tokens), top_tokens }
 }
