@@ -1,4 +1,6 @@
-"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
+"""The compiled extension: kernels on torch's tensors and on numpy's arrays.
+
+Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
 
 A function looks at the device of its first tensor (the hidden states or targets) and runs there; on a CUDA device the
 work goes to torch's current stream.
