@@ -10,6 +10,7 @@ says how natural a text looks so far, so its numbers show how things are done an
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def score(rollouts: list[Rollout], rewards: list[float], cut_off: list[bool]) ->
 def turns(mask: np.ndarray) -> list[tuple[int, int]]:
     """Divides a completion into runs of tokens that the model wrote, and runs that it read."""
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(pairwise(borders))
 
 
 def print_table(rollout: Rollout, columns: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerBase) -> None:
