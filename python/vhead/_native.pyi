@@ -1,4 +1,6 @@
-"""The compiled extension: kernels on torch's tensors. Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
+"""The compiled extension: kernels on torch's tensors and on numpy's arrays.
+
+Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
 
 A function looks at the device of its first tensor (the hidden states or targets) and runs there; on a CUDA device the
 work goes to torch's current stream.
@@ -189,9 +191,12 @@ class LogitStatistics:
         scale: float,
         softcap: float | None,
         temperature: float,
+        candidates: Tensor | None = None,
+        top: int = 0,
     ) -> LogitStatistics: ...
     def fold(self, products: Tensor, row: int, column: int) -> None: ...
     def finish(self) -> list[Tensor]: ...
+    def finish_selected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 @final
 class LogitGradients:

@@ -15,12 +15,14 @@ from tests.ops.conftest import DTYPES, HALVES, rms, same_bits
 from vhead import _native
 from vhead.ops import (
     TokenStatistics,
+    statistics_in_chunks,
     statistics_of_logits,
     token_logprobs,
     token_statistics,
     token_statistics_plain,
 )
 from vhead.ops.token_statistics import operator
+from vhead.ops.token_statistics import twin as plain_torch
 from vhead.ops.token_statistics.cpu import CpuTiling
 
 OPERATOR = torch.ops.vhead.token_statistics.default
@@ -172,7 +174,7 @@ def test_small_sizes(rows, vocabulary) -> None:
     case = tokens(rows, 5, vocabulary)
     for dtype in (torch.float32, torch.float64):
         given = case if dtype == torch.float32 else case.double()
-        for ours, twin in zip(given.run(), given.run(token_statistics_plain), strict=True):
+        for ours, twin in zip(given.run()[:4], given.run(token_statistics_plain)[:4], strict=True):
             assert ours.shape == (rows,)
             torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-6)
     assert same_bits(case.run().logprobs, replace(case, targets=case.targets.int()).run().logprobs)
@@ -195,7 +197,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_there(dtype) -> None:
     case = tokens(1280, 8, 4000, dtype, bias=False)
     with Largest() as largest:  # inside the operator, which a dispatch mode does not look into
-        operator.forward(case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False)
+        operator.forward(case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False, None, 0)
     assert 3 << 20 < largest.bytes <= 6 << 20
     with Largest() as largest:
         case.run(token_statistics_plain)
@@ -238,7 +240,7 @@ def test_gradients_by_finite_differences(rule) -> None:
 def test_double_backward_is_the_twin_s() -> None:
     def twice(case: Tokens, function) -> list[Tensor]:
         case = case.leaves()
-        logprobs, entropy, _, _ = case.run(function, softcap=10.0)
+        logprobs, entropy = case.run(function, softcap=10.0)[:2]
         first = torch.autograd.grad((logprobs.sin() + entropy).sum(), case.parameters, create_graph=True)
         sum(g.square().sum() for g in first).backward()
         return [t.grad for t in case.parameters]
@@ -280,14 +282,14 @@ def test_autocast_changes_nothing(dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype) -> None:
     case = tokens(6, 9, 40, dtype).leaves()
-    torch.library.opcheck(OPERATOR, (case.hidden, case.weight, case.targets, case.bias, 0.7, 5.0, 1.0, False))
-    torch.library.opcheck(OPERATOR, (case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, True))
+    given, rule = (case.hidden, case.weight, case.targets), (0.7, 5.0, 1.0)
+    torch.library.opcheck(OPERATOR, (*given, case.bias, *rule, False, None, 0))
+    torch.library.opcheck(OPERATOR, (*given, None, 1.0, None, 1.0, True, None, 0))
+    torch.library.opcheck(OPERATOR, (*given, case.bias, *rule, False, torch.randint(40, (6, 5)), 3))
     with torch.no_grad():
-        _, entropy, _, _, peak, log_sum = OPERATOR(
-            case.hidden, case.weight, case.targets, case.bias, 0.7, 5.0, 1.0, False
-        )
+        _, entropy, _, _, peak, log_sum, *_ = OPERATOR(*given, case.bias, *rule, False, None, 0)
     saved = [t.detach() for t in (case.hidden, case.weight, case.targets, case.bias)]
-    arguments = (torch.randn(6), torch.randn(6), *saved, peak, log_sum, entropy, 0.7, 5.0, 1.0)
+    arguments = (torch.randn(6), torch.randn(6), *saved, peak, log_sum, entropy, *rule)
     for needed in ([True] * 3, [False, True, False]):
         torch.library.opcheck(BACKWARD_OPERATOR, (*arguments, needed))
 
@@ -296,7 +298,7 @@ def test_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(token_statistics, backend="aot_eager", fullgraph=True)
     case = tokens(10, 9, 40)
-    for mine, eager in zip(case.run(compiled, temperature=0.7), case.run(temperature=0.7), strict=True):
+    for mine, eager in zip(case.run(compiled, temperature=0.7)[:4], case.run(temperature=0.7)[:4], strict=True):
         torch.testing.assert_close(mine, eager)
     for mine, eager in zip(gradients(case, compiled), gradients(case), strict=True):
         torch.testing.assert_close(mine, eager)
@@ -318,7 +320,7 @@ def test_fake_and_meta_tensors_have_shapes() -> None:
     with FakeTensorMode():
         fakes = [torch.randn(6, 9, requires_grad=True), torch.randn(40, 9, requires_grad=True)]
         found = token_statistics(*fakes, torch.zeros(6, dtype=torch.int64))
-        assert [t.shape for t in found] == [(6,)] * 4
+        assert [t.shape for t in found[:4]] == [(6,)] * 4
         found.logprobs.sum().backward()
         assert fakes[1].grad.shape == (40, 9)
 
@@ -329,7 +331,7 @@ def test_logits_that_are_there(dtype) -> None:
     kept = logits.clone()
     ours = statistics_of_logits(logits, targets, temperature=0.7)
     exact = statistics_of_logits(logits.double(), targets, temperature=0.7)
-    for mine, true in zip(ours, exact, strict=True):
+    for mine, true in zip(ours[:4], exact[:4], strict=True):
         torch.testing.assert_close(mine, true if mine.dtype == torch.bool else true.to(mine.dtype))
     assert same_bits(logits.view(-1).float(), kept.view(-1).float())
     view = statistics_of_logits(logits.t().contiguous().t()[::2], targets[::2].int(), temperature=0.7)
@@ -346,6 +348,201 @@ def test_logits_that_need_a_gradient() -> None:
         statistics_of_logits(logits[0], targets)
     with pytest.raises(ValueError, match=r"^targets: expected token ids below 30, got 30 in row 0$"):
         statistics_of_logits(logits.detach(), targets * 0 + 30)
+
+
+def candidates_of(case: Tokens, count: int) -> Tensor:
+    """Candidates of each row: its target, one token twice, the first and the last, and others."""
+    rows, vocabulary = len(case.targets), len(case.weight)
+    found = torch.randint(vocabulary, (rows, count))
+    found[:, 0], found[:, 1], found[:, 2] = case.targets, 0, vocabulary - 1
+    found[:, 4] = found[:, 3]
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_and_the_likeliest_tokens_are_as_exact_as_the_twin(dtype, rule) -> None:
+    case = tokens(60, 130, 3000, dtype)
+    asked = {"candidates": candidates_of(case, 32), "top": 20}
+    ours, plain = case.run(**rule, **asked), case.run(token_statistics_plain, **rule, **asked)
+    exact = case.double().run(**rule, **asked)
+    assert (ours.top_tokens.dtype, ours.top_tokens.shape) == (torch.int64, (60, 20))
+    for mine, twin, true in zip(ours[4::2], plain[4::2], exact[4::2], strict=True):
+        assert mine.dtype == torch.float32
+        assert rms(mine - true) <= 2 * rms(twin - true) + 2e-7 * rms(true)
+        assert rms(mine.roll(1, 1) - true) > 100 * rms(twin - true), "the check can fail"
+    assert torch.equal(ours.top_tokens, exact.top_tokens)
+    assert same_bits(ours.candidate_logprobs[:, 0], ours.logprobs)
+    assert all(same_bits(a, b) for a, b in zip(ours[:3], case.run(**rule)[:3], strict=True)), "asking changes nothing"
+
+
+def test_the_likeliest_tokens_are_those_of_a_sort() -> None:
+    case = tokens(20, 30, 500)
+    found = case.run(temperature=0.7, top=128)
+    logp = torch.log_softmax((case.hidden @ case.weight.t() + case.bias) / 0.7, -1)
+    largest, order = logp.sort(dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(found.top_logprobs, largest[:, :128], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.top_tokens, order[:, :128])
+    assert found.candidate_logprobs is None
+    only = case.run(candidates=case.targets[:, None].int())
+    assert same_bits(only.candidate_logprobs[:, 0], only.logprobs)
+    assert only.top_tokens is only.top_logprobs is None
+
+
+@pytest.mark.parametrize("function", [token_statistics, token_statistics_plain])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equally_likely_tokens_come_by_their_ids(function, dtype) -> None:
+    hidden, weight = torch.tensor([[2.0], [-1.0]], dtype=dtype), torch.zeros(2100, 1, dtype=dtype)
+    weight[[2099, 1500, 17, 16]] = 1.5
+    found = function(hidden, weight, torch.tensor([16, 17]), top=6)
+    assert found.top_tokens.tolist() == [[16, 17, 1500, 2099, 0, 1], [0, 1, 2, 3, 4, 5]]
+    assert found.is_top1.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("function", [token_statistics, token_statistics_plain])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_selected_tokens_of_a_row_that_is_not_finite(function, poison) -> None:
+    case = tokens(20, 30, 1100)
+    case.hidden[7, 3] = poison
+    found = case.run(function, candidates=candidates_of(case, 5), top=3)
+    for numbers in (found.candidate_logprobs, found.top_logprobs):
+        assert numbers.isnan().any(1).nonzero().tolist() == [[7]]
+        assert numbers[7].isnan().all()
+    assert (found.top_tokens < 0).any(1).nonzero().tolist() == [[7]]
+    assert found.top_tokens[7].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("function", [token_statistics, token_statistics_plain])
+def test_selected_tokens_that_cannot_come(function) -> None:
+    case = tokens(4, 30, 1100)
+    case.bias[:] = -math.inf
+    case.bias[[5, 1050]] = 0.0
+    case.targets[:] = 5
+    found = case.run(function, candidates=torch.tensor([[5, 3]] * 4), top=4)
+    assert found.top_tokens[:, 2:].tolist() == [[0, 1]] * 4
+    assert found.top_logprobs[:, 2:].isinf().all()
+    torch.testing.assert_close(found.top_logprobs[:, :2].exp().sum(1), torch.ones(4))
+    assert found.candidate_logprobs[:, 1].tolist() == [-math.inf] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("two_threads")
+def test_batch_invariant_selections_do_not_depend_on_other_rows(dtype) -> None:
+    case = tokens(70, 300, 2100, dtype)
+    candidates = candidates_of(case, 6)
+    together = case.run(batch_invariant=True, candidates=candidates, top=7)
+    torch.set_num_threads(1)
+    for rows in (slice(0, 1), slice(5, 40), slice(69, 70)):
+        part = Tokens(case.hidden[rows], case.weight, case.targets[rows], case.bias)
+        alone = part.run(batch_invariant=True, candidates=candidates[rows], top=7)
+        assert same_bits(alone.candidate_logprobs, together.candidate_logprobs[rows])
+        assert same_bits(alone.top_logprobs, together.top_logprobs[rows])
+        assert torch.equal(alone.top_tokens, together.top_tokens[rows])
+
+
+@pytest.mark.parametrize("size", [0, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_selections_of_small_sizes(size, dtype) -> None:
+    weight = torch.randn(3, 5, dtype=dtype)
+    hidden, targets = torch.randn(size, 5, dtype=dtype), torch.randint(3, (size,))
+    for function in (token_statistics, token_statistics_plain):
+        found = function(hidden, weight, targets, candidates=torch.empty(size, 0, dtype=torch.int64), top=3)
+        assert [t.shape for t in found[4:]] == [(size, 0), (size, 3), (size, 3)]
+        assert torch.equal(found.top_tokens.sort()[0], torch.arange(3).expand(size, 3))
+
+
+def test_candidates_in_any_layout() -> None:
+    case = tokens(20, 30, 1100)
+    candidates = candidates_of(case, 8)
+    expected = case.run(candidates=candidates).candidate_logprobs
+    assert same_bits(case.run(candidates=candidates.t().contiguous().t()).candidate_logprobs, expected)
+    assert same_bits(case.run(candidates=candidates[:, ::2]).candidate_logprobs, expected[:, ::2].contiguous())
+    order = torch.randperm(8)
+    assert same_bits(case.run(candidates=candidates[:, order]).candidate_logprobs, expected[:, order])
+    one = case.run(candidates=candidates[:1].expand(20, -1)).candidate_logprobs
+    assert same_bits(one[0], expected[0])
+
+
+def test_selections_have_no_gradient_and_leave_the_others_theirs() -> None:
+    case = tokens(10, 9, 40)
+    every, candidates = gradients(case), candidates_of(case, 6)
+    for function in (token_statistics, token_statistics_plain):
+        leaves = case.leaves()
+        found = leaves.run(function, candidates=candidates, top=3)
+        assert not found.candidate_logprobs.requires_grad
+        assert not found.top_logprobs.requires_grad
+        upstream = [torch.linspace(-1, 2, 10), torch.linspace(3, -2, 10)]
+        for mine, true in zip(torch.autograd.grad(found[:2], leaves.parameters, upstream), every, strict=True):
+            torch.testing.assert_close(mine, true)
+    logits = torch.randn(4, 30, requires_grad=True)
+    found = statistics_of_logits(logits, torch.zeros(4, dtype=torch.int64), candidates=torch.ones(4, 2).long(), top=2)
+    assert found.logprobs.requires_grad
+    assert not found.candidate_logprobs.requires_grad
+    assert not found.top_logprobs.requires_grad
+
+
+def test_selections_under_compile_and_fake_tensors() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(token_statistics, backend="aot_eager", fullgraph=True)
+    case = tokens(10, 9, 40)
+    candidates = candidates_of(case, 5)
+    for mine, eager in zip(
+        *(case.run(f, candidates=candidates, top=3) for f in (compiled, token_statistics)), strict=True
+    ):
+        torch.testing.assert_close(mine, eager)
+    with FakeTensorMode():
+        fakes = [torch.randn(6, 9), torch.randn(40, 9), torch.zeros(6, dtype=torch.int64)]
+        found = token_statistics(*fakes, candidates=torch.zeros(6, 2, dtype=torch.int64), top=3)
+        assert [(t.shape, t.dtype) for t in found[4:]] == [
+            ((6, 2), torch.float32),
+            ((6, 3), torch.int64),
+            ((6, 3), torch.float32),
+        ]
+
+
+def test_selections_under_transforms() -> None:
+    case = tokens(10, 9, 40)
+    candidates = candidates_of(case, 5)
+
+    def of_row(hidden: Tensor, target: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        found = token_statistics(
+            hidden[None], case.weight, target[None], bias=case.bias, candidates=tokens[None], top=3
+        )
+        return tuple(t[0] for t in found)
+
+    for mine, eager in zip(
+        vmap(of_row)(case.hidden, case.targets, candidates), case.run(candidates=candidates, top=3), strict=True
+    ):
+        torch.testing.assert_close(mine, eager)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_selections_of_logits_that_are_there(dtype, monkeypatch) -> None:
+    logits, targets = (torch.randn(40, 3000) * 4).to(dtype), torch.randint(3000, (40,))
+    candidates = torch.cat((targets[:, None], torch.randint(3000, (40, 5))), 1)
+    asked = {"temperature": 0.7, "top": 6}
+    ours = statistics_of_logits(logits, targets, candidates=candidates, **asked)
+    logp = torch.log_softmax(logits.double() / 0.7, -1)
+    torch.testing.assert_close(ours.candidate_logprobs.double(), logp.gather(1, candidates), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.top_logprobs.double(), logp.topk(6).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.top_logprobs, logp.gather(1, ours.top_tokens).to(ours.top_logprobs.dtype))
+    monkeypatch.setattr(plain_torch, "_LOGITS_BYTES", 4 * 3000 * 7)
+    chunked = statistics_in_chunks(lambda rows: logits[rows], targets, 3000, candidates=candidates, **asked)
+    for mine, whole in zip(chunked, ours, strict=True):
+        torch.testing.assert_close(mine, whole)
+    assert statistics_in_chunks(lambda rows: logits[rows], targets, 3000).candidate_logprobs is None
+    with pytest.raises(ValueError, match=r"^candidates: expected \[40, M\], got \[41, 6\]$"):
+        statistics_in_chunks(lambda rows: logits[rows], targets, 3000, candidates=candidates[[*range(40), 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_selection_never_holds_the_logits(dtype) -> None:
+    case = tokens(1280, 8, 4000, dtype, bias=False)
+    with Largest() as largest:
+        operator.forward(
+            case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False, candidates_of(case, 32), 8
+        )
+    assert largest.bytes <= 6 << 20
 
 
 H, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.tensor([0, 4, 2])
@@ -365,6 +562,33 @@ WRONG = [
     ((H, W, T), {"softcap": -1.0}, ValueError, "softcap: expected a finite number above zero, got -1.0"),
     ((H, W, T), {"scale": math.inf}, ValueError, "scale: expected a finite number, got inf"),
 ]
+C = torch.zeros(3, 2, dtype=torch.int64)
+WRONG_SELECTIONS = [
+    ({"candidates": [[0]] * 3}, TypeError, "candidates: expected a torch.Tensor, got list"),
+    ({"candidates": C.float()}, TypeError, "candidates: expected int64 or int32, got float32"),
+    ({"candidates": C[:, 0]}, ValueError, "candidates: expected [3, M], got [3]"),
+    ({"candidates": C[:2]}, ValueError, "candidates: expected [3, M], got [2, 2]"),
+    ({"candidates": C.to("meta")}, ValueError, "candidates: expected a tensor on cpu like hidden, got one on meta"),
+    ({"candidates": C + 5}, ValueError, "candidates: expected token ids below 5, got 5 in row 0"),
+    ({"candidates": C - T[:, None]}, ValueError, "candidates: expected token ids below 5, got -4 in row 1"),
+    ({"top": -1}, ValueError, "top: expected at least 0 and at most 5, got -1"),
+    ({"top": 6}, ValueError, "top: expected at least 0 and at most 5, got 6"),
+    ({"top": 2.0}, TypeError, "top: expected an int, got float"),
+    ({"top": True}, TypeError, "top: expected an int, got bool"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "error", "message"), WRONG_SELECTIONS, ids=[row[2] for row in WRONG_SELECTIONS])
+def test_wrong_selections(keywords, error, message) -> None:
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(error) as caught:
+            token_statistics(H.to(dtype), W.to(dtype), T, **keywords)
+        assert str(caught.value) == message
+
+
+def test_more_than_128_likeliest_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^top: expected at least 0 and at most 128, got 129$"):
+        token_statistics(H, torch.ones(500, 8), T, top=129)
 
 
 @pytest.mark.parametrize(("arguments", "keywords", "error", "message"), WRONG, ids=[row[3] for row in WRONG])

@@ -232,8 +232,9 @@ class TestErrors:
         with pytest.raises(FieldError, match="shows the assistant's content as it is, got one that changes "):
             encode(tokenizer, Rollout.from_messages(chat))
 
-    def test_a_template_that_leaves_calls_out(self, tokenizer):
-        tokenizer.chat_template = CHATML.replace(CALLS, "")
+    @pytest.mark.parametrize("template", [CHATML, BLOCKS], ids=["prefixes", "blocks"])
+    def test_a_template_that_leaves_calls_out(self, tokenizer, template):
+        tokenizer.chat_template = template.replace(CALLS, "")
         with pytest.raises(FieldError, match="shows the message's `tool_calls`, got one that leaves it out"):
             encode(tokenizer, Rollout.from_messages(TRACE))
 

@@ -78,9 +78,7 @@ class TestInPython:
         np.testing.assert_allclose((cut - plain)[last], 0.9 * scores.bootstrap, atol=1e-5)
 
     def test_rewards_of_another_length_are_refused(self, scores):
-        with pytest.raises(
-            ValueError, match=r"reward: expected one number for each .*, got shape \[8\]"
-        ):
+        with pytest.raises(ValueError, match=r"reward: expected one number for each .*, got shape \[8\]"):
             scores.advantages(scores.reward[:8])
 
     def test_what_was_not_scored_is_named(self, model):

@@ -15,6 +15,7 @@ from vhead.errors import InputChangedError, RecordError
 
 if TYPE_CHECKING:
     from vhead.rollouts.files import Reader
+    from vhead.scoring.options import ScorerOptions
     from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
@@ -163,8 +164,8 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
     from vhead.scoring.conventions import Conventions  # imports numpy
     from vhead.scoring.scorer import Scorer  # imports torch
 
-    conventions = Conventions(step_separator=request.step_separator)
-    return Scorer.from_pretrained(request.model, **request.loading, **request.options, conventions=conventions)
+    options: ScorerOptions = {**request.options, "conventions": Conventions(step_separator=request.step_separator)}
+    return Scorer.from_pretrained(request.model, **request.loading, **options)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from vhead.errors import FieldError, FileFormatError
-from vhead.rollouts.arrow import pa, pq
+from vhead.rollouts.arrow import pa, pc, pq
 from vhead.rollouts.arrow_values import exact, seconds
 from vhead.rollouts.fields import Fields, columns_of_fields
 from vhead.rollouts.records import rollout_of
@@ -188,6 +188,8 @@ class ParquetReader:
         for group in range(self._file.metadata.num_row_groups):
             rows = _rows_at_once(self._file, group)
             for batch in self._file.iter_batches(rows, row_groups=[group]):
+                for column in batch.columns:
+                    _check_dictionaries(column)
                 yield batch if self.schema.names == batch.schema.names else batch.select(self.schema.names)
 
     def _unreadable(self, error: Exception) -> FileFormatError:
@@ -267,6 +269,23 @@ class ParquetReaders:
 def _name(field: pa.Field) -> str:
     name: str = field.name
     return name
+
+
+def _check_dictionaries(array: pa.Array) -> None:
+    """Looks at the indices of dictionaries: pyarrow follows broken ones out of its memory, and the process ends.
+
+    Raises:
+        ValueError: An index leads out of its dictionary.
+    """
+    if pa.types.is_dictionary(array.type):
+        ends = pc.min_max(array.indices).as_py()
+        if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < len(array.dictionary):
+            raise ValueError(f"an index out of a dictionary of {len(array.dictionary)}: {ends['min']} to {ends['max']}")
+    elif pa.types.is_struct(array.type):
+        for at in range(array.type.num_fields):
+            _check_dictionaries(array.field(at))
+    elif pa.types.is_nested(array.type) and hasattr(array, "values"):
+        _check_dictionaries(array.values)
 
 
 def _place(status: os.stat_result) -> tuple[int, ...]:

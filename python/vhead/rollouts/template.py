@@ -68,12 +68,21 @@ class Template:
             raise self.error("a chat template that shows the message's `content`", "one that leaves it out")
         return before, ending
 
-    def check_nothing_is_left_out(self, prompt: Sequence[Message], answer: Message, whole: str) -> None:
-        """Raises `FieldError` where the template does not show what a message holds beside its content."""
+    def check_nothing_is_left_out(
+        self, prompt: Sequence[Message], answer: Message, whole: str, behind: Sequence[Message] = ()
+    ) -> None:
+        """Raises `FieldError` where the template does not show what a message holds beside its content.
+
+        Args:
+            prompt: What stands before it.
+            answer: The message.
+            whole: All of them as text.
+            behind: What stands behind it.
+        """
         for key in SHOWN_BESIDE:
             if answer.get(key):
                 without = {name: value for name, value in answer.items() if name != key}
-                if self.rendered([*prompt, without]) == whole:
+                if self.rendered([*prompt, without, *behind]) == whole:
                     raise self.error(f"a chat template that shows the message's `{key}`", "one that leaves it out")
 
     def error(self, expected: str, got: str) -> FieldError:

@@ -21,16 +21,11 @@ def turns_passage(template: Template, prompt: Sequence[Message], completion: Seq
     """
     messages = [*prompt, *completion]
     whole = template.rendered(messages)
-    ranges = template.generated(messages)
-    if ranges is None:
-        ranges = [
-            _turn(template, messages[:at], messages[at], whole)
-            for at in range(len(prompt), len(messages))
-            if messages[at]["role"] == "assistant"
-        ]
-    elif any(message["role"] == "assistant" for message in prompt):
-        floor = len(_beginning(template, template.rendered(prompt), whole, len(prompt)))
-        ranges = [(start, stop) for start, stop in ranges if start >= floor]
+    generated = template.generated(messages)
+    if generated is None:
+        ranges = _by_prefixes(template, messages, len(prompt), whole)
+    else:
+        ranges = _by_blocks(template, messages, len(prompt), whole, generated)
     ranges = [(start, stop) for start, stop in ranges if start < stop]
     if not ranges:
         raise template.error("a chat template that shows what the assistant wrote", "one that shows nothing of it")
@@ -38,6 +33,23 @@ def turns_passage(template: Template, prompt: Sequence[Message], completion: Seq
     text = whole[: max(ranges[-1][1], len(whole.rstrip()))]
     border = ranges[0][0]
     return Passage(text, border, border, len(text) - border, tuple(ranges))
+
+
+def _by_prefixes(template: Template, messages: Sequence[Message], first: int, whole: str) -> Ranges:
+    """The assistant's turns from a message on, each from two renderings of what comes up to it."""
+    places = [at for at in range(first, len(messages)) if messages[at]["role"] == "assistant"]
+    return [_turn(template, messages[:at], messages[at], whole) for at in places]
+
+
+def _by_blocks(template: Template, messages: Sequence[Message], first: int, whole: str, generated: Ranges) -> Ranges:
+    """Those of the generation blocks that lie behind the first messages, if they show all of the later ones."""
+    for at in range(first, len(messages)):
+        if messages[at]["role"] == "assistant":
+            template.check_nothing_is_left_out(messages[:at], messages[at], whole, messages[at + 1 :])
+    if all(message["role"] != "assistant" for message in messages[:first]):
+        return generated
+    floor = len(_beginning(template, template.rendered(messages[:first]), whole, first))
+    return [(start, stop) for start, stop in generated if start >= floor]
 
 
 def _turn(template: Template, before: Sequence[Message], answer: Message, whole: str) -> tuple[int, int]:

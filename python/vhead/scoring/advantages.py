@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from vhead.errors import FieldError, RecordError, VheadError
 from vhead.rollouts.rows import Row
 from vhead.rollouts.wording import Id, named
 from vhead.scoring.fields import ADVANTAGES
-from vhead.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    from vhead.scoring.scores import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class AdvantageColumns:
         """What has to be scored for them."""
         return ("values",) if self.reward_field else ("values", "reward")
 
-    def added(self, rows: Sequence[Row], scores: Scores, kept: Sequence[str]) -> tuple[Scores, dict[int, RecordError]]:
+    def added(
+        self, rows: Sequence[Row], scores: "Scores", kept: Sequence[str]
+    ) -> tuple["Scores", dict[int, RecordError]]:
         """The scores with these columns, and without those that only these needed.
 
         Args:
@@ -64,7 +68,7 @@ class AdvantageColumns:
         return replace(scores, computed=computed), errors
 
 
-def advantages(scores: Scores, reward: Any, kl: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """What `Scores.advantages` gives, with the arguments that `token_rewards` and `gae` take beside the rewards."""
     values = scores.values
     if values.ndim > 1:

@@ -133,9 +133,9 @@ class Statistics:
         fields = {"logprobs": found.logprobs.float()}
         if self.entropy:
             fields["entropy"] = found.entropy.float()
-        if getattr(found, "candidate_logprobs", None) is not None:
+        if found.candidate_logprobs is not None:
             fields["candidate_logprobs"] = found.candidate_logprobs.float()
-        if getattr(found, "top_tokens", None) is not None:
+        if found.top_tokens is not None and found.top_logprobs is not None:
             fields |= {"top_tokens": found.top_tokens, "top_logprobs": found.top_logprobs.float()}
         return fields
 
@@ -161,14 +161,8 @@ def token_statistics(states: Tensor, rule: LogitsRule, asked: Statistics) -> dic
             temperature=asked.temperature,
             softcap=rule.softcap,
             scale=rule.scale,
-            **(
-                {}
-                if asked.candidates is None and not asked.top
-                else dict(
-                    candidates=None if asked.candidates is None else to_device(asked.candidates, states.device),
-                    top=asked.top,
-                )
-            ),
+            candidates=None if asked.candidates is None else to_device(asked.candidates, states.device),
+            top=asked.top,
         )
     else:
         # An adapter, a quantised layer, or one on another device: its module alone knows what its weights mean.
@@ -187,5 +181,6 @@ def _in_chunks(logits_of: Callable[[slice], Tensor], vocabulary: int, asked: Sta
         asked.targets,
         vocabulary,
         temperature=asked.temperature,
-        **({} if asked.candidates is None and not asked.top else dict(candidates=asked.candidates, top=asked.top)),
+        candidates=asked.candidates,
+        top=asked.top,
     )

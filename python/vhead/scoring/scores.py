@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vhead.errors import MissingFieldError
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
+from vhead.scoring.advantages import advantages
 from vhead.scoring.fields import COLUMNS, Unit, is_per
 
 if TYPE_CHECKING:
@@ -125,17 +126,17 @@ class Score(_Fields):
     @property
     def reward(self) -> float:
         """The head's output at the last completion token that the model wrote; float32 `[K]` where K > 1."""
-        return _one(self._field("reward"))
+        return _number(self._field("reward"))
 
     @property
     def prompt_value(self) -> float:
         """The head's output at the prompt's last token; float32 `[K]` where K > 1."""
-        return _one(self._field("prompt_value"))
+        return _number(self._field("prompt_value"))
 
     @property
     def bootstrap(self) -> float:
         """The head's output after the last token, for rollouts that were cut off; float32 `[K]` where K > 1."""
-        return _one(self._field("bootstrap"))
+        return _number(self._field("bootstrap"))
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -147,9 +148,9 @@ class Score(_Fields):
         return self._field("token_offsets")
 
 
-def _one(number: NDArray[Any]) -> Any:
-    """A number, or the K numbers of a head with several outputs, which types do not tell apart."""
-    return float(number) if np.ndim(number) == 0 else number
+def _number(number: NDArray[Any]) -> float:
+    """A number; of a head with several outputs its K numbers, which no type tells apart."""
+    return float(number) if np.ndim(number) == 0 else number  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -186,7 +187,7 @@ class Scores(_Fields, Sequence[Score]):
     offsets: NDArray[np.int64]
     computed: Computed
     truncated: NDArray[np.bool_] | None = None
-    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
+    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[arg-type]  # made below
     step_offsets: NDArray[np.int64] | None = None
     heads: tuple[str, ...] = ()
 
@@ -324,8 +325,6 @@ class Scores(_Fields, Sequence[Score]):
             VheadError: The head has several outputs.
             ValueError: An argument does not fit.
         """
-        from vhead.scoring.advantages import advantages  # it imports this module
-
         divergence: dict[str, Any] = {}
         if ref_logprobs is not None:
             divergence = {"logprobs": self.logprobs, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl}

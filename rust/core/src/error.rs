@@ -19,13 +19,15 @@ pub enum Error {
     /// A standard deviation that is negative or not finite.
     #[error("standard deviation must be finite and not negative, got {0}")]
     StandardDeviation(f32),
-    /// A target token outside the vocabulary.
-    #[error("targets: expected token ids below {vocabulary}, got {target} in row {row}")]
-    Target {
+    /// A token outside the vocabulary.
+    #[error("{what}: expected token ids below {vocabulary}, got {token} in row {row}")]
+    Token {
+        /// Which argument.
+        what: &'static str,
         /// Its row.
         row: usize,
         /// The token id.
-        target: i64,
+        token: i64,
         /// Tokens of the vocabulary.
         vocabulary: usize,
     },

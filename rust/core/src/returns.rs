@@ -82,7 +82,7 @@ impl<'a> Rollouts<'a> {
     fn first_not_finite(&self, arrays: &[(&'static str, &[f32])], everywhere: bool) -> Result<()> {
         for rollout in 0..self.count() {
             for token in self.range(rollout).filter(|&token| everywhere || self.is_of_model(token)) {
-                for (what, array) in arrays.iter().filter(|(_, array)| !array[token].is_finite()) {
+                if let Some((what, array)) = arrays.iter().find(|(_, array)| !array[token].is_finite()) {
                     let place = Place::Token { position: token - self.offset(rollout), rollout };
                     return Err(Error::NotFinite { what, value: array[token], place });
                 }

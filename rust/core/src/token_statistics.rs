@@ -8,6 +8,9 @@
 //! * `log_sum_p_squared = ln sum exp(d)^2 - 2 ln sum exp(d)`;
 //! * `is_top1`: the target is the first of the largest.
 //!
+//! A row may ask for more tokens: the log-probabilities of `M` candidates, and the `k` likeliest tokens with theirs, which
+//! come from the same pass ([`LogitStatistics::select`]).
+//!
 //! The order of additions: columns are cut into blocks of [`BLOCK`] = 1024. In a block, column `v` belongs to lane `v % 16`;
 //! a lane takes its columns in rising order, in float32, relative to the largest logit so far. The 16 lanes are then added
 //! in float64, one after the other, and the blocks in rising order, rescaled where a larger logit comes. A logit more than
@@ -16,6 +19,7 @@
 use crate::row_state::RowState;
 use crate::simd::token_statistics::{Differentiate, Fold, RowGradient, Tile};
 use crate::threads::{Shared, for_each_chunk};
+use crate::token_selection::Selection;
 use crate::{Error, Executor, Level, LogitsRule, Result, Rows, allocation};
 
 pub use crate::row_state::BLOCK;
@@ -40,6 +44,17 @@ pub struct Statistics<'a> {
     pub log_sum: &'a mut [f32],
 }
 
+/// Where the log-probabilities of candidates and of the likeliest tokens go, contiguous.
+#[derive(Debug)]
+pub struct Selected<'a> {
+    /// `[N, M]`, in the candidates' order.
+    pub candidate_logprobs: &'a mut [f32],
+    /// `[N, k]`: the likeliest first, of equals the smaller id first; -1 where the row's statistics are NaN.
+    pub top_tokens: &'a mut [i64],
+    /// `[N, k]`.
+    pub top_logprobs: &'a mut [f32],
+}
+
 /// Statistics of `N` rows, a tile of logits at a time.
 #[derive(Debug, Clone)]
 pub struct LogitStatistics {
@@ -48,19 +63,44 @@ pub struct LogitStatistics {
     bias: Option<Vec<f32>>,
     vocabulary: usize,
     states: Vec<RowState>,
+    /// Candidates of a row, and how many of the likeliest tokens.
+    selected: [usize; 2],
 }
 
 impl LogitStatistics {
     /// Nothing known yet; `bias` has a number for each token of the vocabulary.
     ///
     /// # Errors
-    /// [`Error::Target`] for the first target outside the vocabulary, [`Error::Length`] where `bias` does not fit.
+    /// [`Error::Token`] for the first target outside the vocabulary, [`Error::Length`] where `bias` does not fit.
     pub fn new(rule: LogitsRule, targets: &[i64], bias: Option<Vec<f32>>, vocabulary: usize) -> Result<Self> {
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
             return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
         }
         let states = allocation::filled(RowState::NEW, targets.len())?;
-        Ok(Self { rule, targets: checked(targets, vocabulary)?, bias, vocabulary, states })
+        Ok(Self { rule, targets: checked(targets, vocabulary)?, bias, vocabulary, states, selected: [0; 2] })
+    }
+
+    /// Asks for more tokens of each row, before the first tile: `candidates` are `[N, M]`, and `top` is how many of the
+    /// likeliest.
+    ///
+    /// # Errors
+    /// [`Error::Token`] for the first candidate outside the vocabulary, [`Error::Length`] where `candidates` are not as many
+    /// for each row or `top` is more than the vocabulary, [`Error::Allocation`].
+    pub fn select(&mut self, candidates: &[i64], top: usize) -> Result<()> {
+        let (rows, vocabulary) = (self.states.len(), self.vocabulary);
+        let each = candidates.len().checked_div(rows).unwrap_or(0);
+        if each * rows != candidates.len() {
+            return Err(Error::Length { what: "candidates", expected: each * rows, actual: candidates.len() });
+        }
+        if top > vocabulary {
+            return Err(Error::Length { what: "top", expected: vocabulary, actual: top });
+        }
+        for (row, state) in self.states.iter_mut().enumerate() {
+            let selection = Selection::new(row, &candidates[row * each..][..each], top, vocabulary)?;
+            state.selection = Some(Box::new(selection));
+        }
+        self.selected = [each, top];
+        Ok(())
     }
 
     /// `N`.
@@ -128,6 +168,32 @@ impl LogitStatistics {
             (to.logprobs[n], to.entropy[n]) = (row.logprob, row.entropy);
             (to.log_sum_p_squared[n], to.is_top1[n]) = (row.log_sum_p_squared, f32::from(u8::from(row.is_top1)));
             (to.peak[n], to.log_sum[n]) = (row.peak, row.log_sum);
+        }
+        Ok(())
+    }
+
+    /// Writes what the tiles so far amount to for the tokens that [`LogitStatistics::select`] asked for.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where an output does not have a number for each of them.
+    pub fn finish_selected(&self, to: Selected<'_>) -> Result<()> {
+        let [candidates, top] = self.selected;
+        for (what, each, actual) in [
+            ("candidate_logprobs", candidates, to.candidate_logprobs.len()),
+            ("top_tokens", top, to.top_tokens.len()),
+            ("top_logprobs", top, to.top_logprobs.len()),
+        ] {
+            let expected = self.states.len() * each;
+            if actual != expected {
+                return Err(Error::Length { what, expected, actual });
+            }
+        }
+        for (n, state) in self.states.iter().enumerate() {
+            let Some(selection) = &state.selection else { continue };
+            let row = state.finish();
+            selection.write_candidates(&row, &mut to.candidate_logprobs[n * candidates..][..candidates]);
+            let (tokens, logprobs) = (&mut to.top_tokens[n * top..][..top], &mut to.top_logprobs[n * top..][..top]);
+            selection.write_likeliest(&row, tokens, logprobs);
         }
         Ok(())
     }
@@ -229,7 +295,7 @@ fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
     let mut places = allocation::reserved(targets.len())?;
     for (row, &target) in targets.iter().enumerate() {
         let place = usize::try_from(target).ok().filter(|place| *place < vocabulary);
-        places.push(place.ok_or(Error::Target { row, target, vocabulary })?);
+        places.push(place.ok_or(Error::Token { what: "targets", row, token: target, vocabulary })?);
     }
     Ok(places)
 }

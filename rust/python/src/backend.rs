@@ -57,6 +57,25 @@ pub(crate) struct TokenArguments<'a, 'py> {
     pub(crate) rule: LogitsRule,
 }
 
+/// Tokens of each row that are asked for besides its target, as Python gave them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SelectionArguments<'a, 'py> {
+    /// `[N, M]`, int64.
+    pub(crate) candidates: Option<&'a Bound<'py, PyAny>>,
+    /// How many of the likeliest tokens.
+    pub(crate) top: usize,
+}
+
+impl SelectionArguments<'_, '_> {
+    /// Whether there is nothing to select.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.candidates.is_none() && self.top == 0
+    }
+}
+
+/// Log-probabilities of candidates, and the likeliest tokens and theirs, each where it was asked for.
+pub(crate) type Selected<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
+
 /// Gradients of hidden states, weight and bias, each where it was asked for.
 pub(crate) type HeadGradients<'py> = (Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
 
@@ -98,7 +117,11 @@ pub(crate) trait Backend: Sync {
     ) -> PyResult<HeadGradients<'py>>;
 
     /// Statistics of tokens of which nothing is known yet.
-    fn token_statistics(&self, tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>>;
+    fn token_statistics(
+        &self,
+        tokens: TokenArguments<'_, '_>,
+        selection: SelectionArguments<'_, '_>,
+    ) -> PyResult<Box<dyn TokenStatistics>>;
 
     /// Gradients by the products, from `statistics` (peak, `log_sum`, entropy) and the gradients of log-probability and
     /// entropy, `[N]` each.
@@ -117,6 +140,9 @@ pub(crate) trait TokenStatistics: Send + Sync {
 
     /// Six tensors, float32 `[N]` each.
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>>;
+
+    /// What was selected: float32 `[N, M]`, int64 `[N, k]` and float32 `[N, k]`.
+    fn finish_selected<'py>(&self, py: Python<'py>) -> PyResult<Selected<'py>>;
 }
 
 /// Gradients of log-probabilities and entropies by the products, a tile at a time.

@@ -1,6 +1,7 @@
 //! The CPU: `vhead_core`'s kernels on torch's memory.
 use crate::backend::{
-    Backend, DropoutArguments, HeadArguments, HeadGradients, TokenArguments, TokenGradients, TokenStatistics, is_true,
+    Backend, DropoutArguments, HeadArguments, HeadGradients, SelectionArguments, TokenArguments, TokenGradients,
+    TokenStatistics, is_true,
 };
 use crate::threads::Threads;
 use crate::torch::Torch;
@@ -65,8 +66,12 @@ impl Backend for Cpu {
         value_head::value_head_backward(grad, head, dropout, needed)
     }
 
-    fn token_statistics(&self, tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>> {
-        token_statistics::statistics(tokens)
+    fn token_statistics(
+        &self,
+        tokens: TokenArguments<'_, '_>,
+        selection: SelectionArguments<'_, '_>,
+    ) -> PyResult<Box<dyn TokenStatistics>> {
+        token_statistics::statistics(tokens, selection)
     }
 
     fn token_gradients<'py>(

@@ -1,6 +1,7 @@
 //! CUDA devices: `vhead_cuda`'s kernels on torch's memory and torch's current stream.
 use crate::backend::{
-    Backend, DropoutArguments, HeadArguments, HeadGradients, TokenArguments, TokenGradients, TokenStatistics, is_true,
+    Backend, DropoutArguments, HeadArguments, HeadGradients, SelectionArguments, TokenArguments, TokenGradients,
+    TokenStatistics, is_true,
 };
 use crate::gate;
 use pyo3::intern;
@@ -86,8 +87,12 @@ impl Backend for Cuda {
         value_head::value_head_backward(grad, head, dropout, needed)
     }
 
-    fn token_statistics(&self, tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>> {
-        token_statistics::statistics(tokens)
+    fn token_statistics(
+        &self,
+        tokens: TokenArguments<'_, '_>,
+        selection: SelectionArguments<'_, '_>,
+    ) -> PyResult<Box<dyn TokenStatistics>> {
+        token_statistics::statistics(tokens, selection)
     }
 
     fn token_gradients<'py>(

@@ -66,7 +66,7 @@ pub(crate) fn saying(error: &vhead_core::Error, text: String) -> PyErr {
     match error {
         Error::Length { .. }
         | Error::Layout { .. }
-        | Error::Target { .. }
+        | Error::Token { .. }
         | Error::Offsets { .. }
         | Error::NotFinite { .. }
         | Error::NoModelToken { .. }

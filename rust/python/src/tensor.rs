@@ -1,7 +1,7 @@
 //! A checked view of a CPU tensor: the only place where a pointer of torch's becomes a slice.
 use crate::backend::DropoutArguments;
 use crate::description::{Description, Place, unsigned};
-use crate::dtype::{Float32, Int64, Kind};
+use crate::dtype::{Float32, Int64, Kind, Scalar};
 use crate::gate;
 use crate::torch::Torch;
 use half::{bf16, f16};
@@ -193,7 +193,24 @@ impl<'py, T: Element> Output<'py, T> {
     /// # Errors
     /// What torch raises when it cannot allocate.
     pub(crate) fn new(py: Python<'py>, sizes: &[i64]) -> PyResult<Self> {
-        let object = Torch::get(py)?.empty(py, sizes, T::DTYPE.scalar())?;
+        Self::allocate(py, sizes, T::DTYPE.scalar())
+    }
+}
+
+impl<'py> Output<'py, i64> {
+    /// [`Output::new`] in int64.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn integers(py: Python<'py>, sizes: &[i64]) -> PyResult<Self> {
+        Self::allocate(py, sizes, Scalar::Int64)
+    }
+}
+
+impl<'py, T> Output<'py, T> {
+    /// `scalar` is what `T` is to torch.
+    fn allocate(py: Python<'py>, sizes: &[i64], scalar: Scalar) -> PyResult<Self> {
+        let object = Torch::get(py)?.empty(py, sizes, scalar)?;
         let address: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let count = sizes.iter().map(|&size| unsigned(size)).product();
         let data = std::ptr::with_exposed_provenance_mut(address);

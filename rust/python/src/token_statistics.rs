@@ -1,5 +1,5 @@
 //! Token statistics from tiles of products that torch computes.
-use crate::backend::{self, TokenArguments};
+use crate::backend::{self, Selected, SelectionArguments, TokenArguments};
 use crate::backends::backend_of;
 use pyo3::prelude::*;
 use vhead_core::LogitsRule;
@@ -11,7 +11,8 @@ pub(crate) struct LogitStatistics(Box<dyn backend::TokenStatistics>);
 #[pymethods]
 impl LogitStatistics {
     #[new]
-    #[pyo3(signature = (targets, vocabulary, bias, scale, softcap, temperature))]
+    #[pyo3(signature = (targets, vocabulary, bias, scale, softcap, temperature, candidates=None, top=0))]
+    #[expect(clippy::too_many_arguments, reason = "the targets' and their logits', and the selection's")]
     fn new(
         targets: &Bound<'_, PyAny>,
         vocabulary: usize,
@@ -19,9 +20,11 @@ impl LogitStatistics {
         scale: f64,
         softcap: Option<f64>,
         temperature: f64,
+        candidates: Option<&Bound<'_, PyAny>>,
+        top: usize,
     ) -> PyResult<Self> {
-        let rule = LogitsRule::new(scale, softcap, temperature);
-        backend_of("targets", targets)?.token_statistics(TokenArguments { targets, vocabulary, bias, rule }).map(Self)
+        let tokens = TokenArguments { targets, vocabulary, bias, rule: LogitsRule::new(scale, softcap, temperature) };
+        backend_of("targets", targets)?.token_statistics(tokens, SelectionArguments { candidates, top }).map(Self)
     }
 
     /// Adds float32 products `[n, v]` of the rows from `row` on with the tokens from `column` on; each row's columns come in
@@ -35,6 +38,12 @@ impl LogitStatistics {
     /// log-probability of a target that no tile held is NaN.
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         self.0.finish(py)
+    }
+
+    /// Log-probabilities of the candidates, float32 `[N, M]`, and the `top` likeliest tokens and their log-probabilities,
+    /// int64 and float32 `[N, top]`; `None` for what was not asked for.
+    fn finish_selected<'py>(&self, py: Python<'py>) -> PyResult<Selected<'py>> {
+        self.0.finish_selected(py)
     }
 }
 

@@ -1,5 +1,6 @@
 """torch, Rust, cudarc, driver, kernel: token statistics have the CPU's bits where the tiles are the same."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -172,6 +173,37 @@ def test_no_rows_in_half_precision(dtype) -> None:
     assert not found[1].any()
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("same_tiles")
+def test_candidates_and_the_likeliest_tokens_are_the_cpu_s(request, monkeypatch, driver, dtype, rule) -> None:
+    monkeypatch.setattr(CpuTiling, "COLUMNS", 1024)
+    case = tokens(37, 24, 2500, dtype)
+    candidates = torch.cat((case.targets[:, None], torch.randint(2500, (37, 6))), 1)
+    expected = case.run(**rule, candidates=candidates, top=20)
+    request.getfixturevalue("on_device")
+    found = case.run(**rule, candidates=candidates, top=20)
+    torch.testing.assert_close(found.candidate_logprobs, expected.candidate_logprobs, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(found.top_logprobs, expected.top_logprobs, rtol=1e-6, atol=2e-6)
+    assert torch.equal(found.top_tokens, expected.top_tokens)
+    torch.testing.assert_close(found.candidate_logprobs[:, 0], found.logprobs, rtol=1e-6, atol=2e-6)
+    assert driver.kernels().count("fold_logits") == 9, "tiles of rows and of columns"
+    assert not torch.allclose(found.candidate_logprobs.roll(1, 0), expected.candidate_logprobs), "the check can fail"
+
+
+@pytest.mark.usefixtures("on_device", "same_tiles")
+def test_selected_tokens_of_rows_that_are_not_finite_and_of_equals() -> None:
+    logits = torch.full((4, 3000), -torch.inf)
+    logits[:, [9, 2500, 2000]] = 1.5
+    logits[1, 7], logits[2, 7] = torch.nan, torch.inf
+    logits[3] = -torch.inf
+    found = statistics_of_logits(logits, torch.full((4,), 9), candidates=torch.tensor([[9, 0]] * 4), top=4)
+    assert found.top_tokens.tolist() == [[9, 2000, 2500, 0], *[[-1] * 4] * 3]
+    assert found.candidate_logprobs[0].tolist() == [found.logprobs[0].item(), -math.inf]
+    assert found.top_logprobs[1:].isnan().all()
+    assert found.candidate_logprobs[1:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_that_are_there(request, dtype) -> None:
     logits, targets = (torch.randn(40, 6000) * 4).to(dtype)[::2, :3000], torch.randint(3000, (20,), dtype=torch.int32)
@@ -202,9 +234,10 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "at
 def test_nothing_waits_for_the_device(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "check_range", lambda *_: None)  # on a CPU it waits; the next test is its own
     case = tokens(9, 16, 3000, torch.float16)
-    rule, above = (1.0, None, 1.0), torch.randn(2, 9)
+    rule, above, candidates = (1.0, None, 1.0), torch.randn(2, 9), torch.randint(3000, (9, 4))
     with Operations() as seen:  # inside the operators, which a dispatch mode does not look into
-        _, entropy, _, _, peak, log_sum = operator.forward(case.hidden, case.weight, case.targets, None, *rule, False)
+        found = operator.forward(case.hidden, case.weight, case.targets, None, *rule, False, candidates, 5)
+        _, entropy, _, _, peak, log_sum, *_ = found
         statistics = (peak, log_sum, entropy)
         tensors = (case.hidden, case.weight, case.targets, None)
         operator.backward(*above, *tensors, *statistics, *rule, (True, True, False))
@@ -234,6 +267,8 @@ def test_targets_are_checked_on_the_device() -> None:
 @pytest.mark.usefixtures("on_device")
 def test_targets_outside_the_vocabulary() -> None:
     case = tokens(3, 5, 40)
+    with pytest.raises(ValueError, match=r"^candidates: expected token ids below 40, got -1 in row 2$"):
+        case.run(candidates=torch.tensor([[0, 1], [2, 39], [3, -1]]))
     case.targets[1] = 40
     with pytest.raises(ValueError, match=r"^targets: expected token ids below 40, got 40 in row 1$"):
         case.run(token_logprobs)

@@ -13,8 +13,28 @@ from vhead.ops.devices import SETTINGS
 Rule: TypeAlias = tuple[float, float | None, float]
 
 
+# Most tokens that `top` may ask for.
+MAX_TOP = 128
+
+
+class Selection(NamedTuple):
+    """What is asked for besides the target: candidates, int64 `[N, M]`, and how many of the likeliest tokens."""
+
+    candidates: Tensor | None = None
+    top: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked for."""
+        return self.candidates is None and not self.top
+
+    def of_rows(self, rows: slice) -> "Selection":
+        """The same of some of the rows."""
+        return Selection(None if self.candidates is None else self.candidates[rows], self.top)
+
+
 class Inputs(NamedTuple):
-    """Arguments of the operator `token_statistics`, in the order of its schema, with the targets as int64."""
+    """Arguments of the operator `token_statistics`, in the order of its schema, with token ids as int64."""
 
     hidden: Tensor
     weight: Tensor
@@ -24,6 +44,13 @@ class Inputs(NamedTuple):
     softcap: float | None
     scale: float
     batch_invariant: bool
+    candidates: Tensor | None
+    top: int
+
+    @property
+    def selection(self) -> Selection:
+        """What is asked for besides the targets."""
+        return Selection(self.candidates, self.top)
 
     @property
     def rule(self) -> Rule:
@@ -55,7 +82,8 @@ class BackwardInputs(NamedTuple):
     def forward(self) -> Inputs:
         """Arguments of the forward pass."""
         tensors = (self.hidden, self.weight, self.targets, self.bias)
-        return Inputs(*tensors, self.temperature, self.softcap, self.scale, batch_invariant=False)
+        numbers = (self.temperature, self.softcap, self.scale)
+        return Inputs(*tensors, *numbers, batch_invariant=False, candidates=None, top=0)
 
 
 def checked(
@@ -67,6 +95,8 @@ def checked(
     softcap: float | None,
     scale: float | None,
     batch_invariant: bool,  # noqa: FBT001
+    candidates: Tensor | None,
+    top: int,
 ) -> Inputs:
     """The public functions' arguments as the operator's.
 
@@ -92,7 +122,29 @@ def checked(
         got = f"{bare(torch.promote_types(hidden.dtype, lm_head_weight.dtype))} on {hidden.device.type}"
         raise ValueError(f"batch_invariant: expected float32, bfloat16 or float16 on cpu, got {got}")
     numbers = (temperature, softcap, factor, batch_invariant)
-    return Inputs(hidden, lm_head_weight, targets.long(), bias, *numbers)
+    selection = checked_selection(candidates, top, hidden, len(lm_head_weight))
+    return Inputs(hidden, lm_head_weight, targets.long(), bias, *numbers, *selection)
+
+
+def checked_selection(candidates: Tensor | None, top: int, rows: Tensor, vocabulary: int) -> Selection:
+    """Candidates as int64, and `top`; `rows` are hidden states or logits `[N, ...]`.
+
+    Raises:
+        TypeError: Candidates are no integer tensor, or `top` is no integer.
+        ValueError: Shapes do not fit, devices differ, or `top` is out of range.
+    """
+    if isinstance(top, bool) or not isinstance(top, (int, torch.SymInt)):
+        raise TypeError(f"top: expected an int, got {type(top).__qualname__}")
+    most = min(MAX_TOP, vocabulary)
+    if not 0 <= top <= most:
+        raise ValueError(f"top: expected at least 0 and at most {most}, got {top}")
+    if candidates is None:
+        return Selection(None, top)
+    _check_integers("candidates", candidates)
+    if candidates.dim() != 2 or len(candidates) != len(rows):
+        raise ValueError(f"candidates: expected [{len(rows)}, M], got {list(candidates.shape)}")
+    check_device("candidates", candidates, rows)
+    return Selection(candidates.long(), top)
 
 
 def checked_rule(temperature: float, softcap: float | None, scale: float | None) -> Rule:
@@ -112,13 +164,17 @@ def checked_rule(temperature: float, softcap: float | None, scale: float | None)
 
 def check_targets(targets: Tensor, hidden: Tensor) -> None:
     """Raises unless `targets` are `[N]` integers where the hidden states are."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a torch.Tensor, got {type(targets).__qualname__}")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets: expected int64 or int32, got {bare(targets.dtype)}")
+    _check_integers("targets", targets)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets: expected [{hidden.shape[0]}], got {list(targets.shape)}")
     check_device("targets", targets, hidden)
+
+
+def _check_integers(name: str, tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tokens).__qualname__}")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32, got {bare(tokens.dtype)}")
 
 
 def _check_positive(name: str, number: float) -> None:
@@ -126,20 +182,24 @@ def _check_positive(name: str, number: float) -> None:
         raise ValueError(f"{name}: expected a finite number above zero, got {number}")
 
 
-def check_range(targets: Tensor, vocabulary: int) -> None:
-    """Raises unless each target is a token of the vocabulary.
+def check_range(targets: Tensor, vocabulary: int, candidates: Tensor | None = None) -> None:
+    """Raises unless each target and candidate is a token of the vocabulary.
 
     On a CUDA device the check is a device-side assertion, as in torch's own indexing: nothing waits for its outcome,
     and the error comes up where the host next waits for the device.
     """
-    inside = (targets >= 0) & (targets < vocabulary)
-    if targets.is_cuda:
-        torch._assert_async(inside.all(), f"targets: expected token ids below {vocabulary}")
-        return
-    outside = (~inside).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(f"targets: expected token ids below {vocabulary}, got {int(targets[row])} in row {row}")
+    for name, tokens in (("targets", targets), ("candidates", candidates)):
+        if tokens is None:
+            continue
+        inside = (tokens >= 0) & (tokens < vocabulary)
+        if tokens.is_cuda:
+            torch._assert_async(inside.all(), f"{name}: expected token ids below {vocabulary}")
+            continue
+        outside = (~inside).nonzero()
+        if len(outside):
+            place = tuple(outside[0].tolist())
+            got = f"{int(tokens[place])} in row {place[0]}"
+            raise ValueError(f"{name}: expected token ids below {vocabulary}, got {got}")
 
 
 def precision(hidden: Tensor, weight: Tensor) -> torch.dtype:

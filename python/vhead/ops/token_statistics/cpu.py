@@ -16,8 +16,9 @@ class CpuTiling:
     ROWS = 1280
     # Bytes of hidden states that are upcast at once.
     UPCAST_BYTES = 16 << 20
-    # The kernel checks targets as it reads them.
+    # The kernel checks tokens as it reads them.
     CHECKS_TARGETS = True
+    SELECTS = True
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Torch multiplies float32 only: half precisions are upcast, a chunk of rows and a tile's weight at a time."""

@@ -1,6 +1,7 @@
 """The public functions, and which way a call of them takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -8,11 +9,20 @@ from torch.compiler import is_dynamo_compiling
 
 from vhead.ops.arguments import check_kind
 from vhead.ops.dispatch import forward_mode, in_functorch, intercepted, is_plain, is_traced
-from vhead.ops.token_statistics.arguments import Inputs, check_targets, checked, checked_rule, precision
-from vhead.ops.token_statistics.kernels import statistics, tiling_for
+from vhead.ops.token_statistics.arguments import (
+    Inputs,
+    Selection,
+    check_targets,
+    checked,
+    checked_rule,
+    checked_selection,
+    precision,
+)
+from vhead.ops.token_statistics.kernels import TileStatistics, tiling_for
 from vhead.ops.token_statistics.operator import OPERATOR, Differentiable, forward
 from vhead.ops.token_statistics.results import TokenStatistics
-from vhead.ops.token_statistics.twin import of_logits, over_temperature, row_chunks, twin
+from vhead.ops.token_statistics.tiles import over_temperature
+from vhead.ops.token_statistics.twin import of_logits, row_chunks, twin
 
 
 def token_logprobs(
@@ -27,9 +37,8 @@ def token_logprobs(
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution: `token_statistics`, the first two of them."""
-    inputs = checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, batch_invariant)
-    logprobs, entropy, _, _ = _compute(inputs)
-    return logprobs, entropy
+    inputs = checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, batch_invariant, None, 0)
+    return _compute(inputs)[:2]
 
 
 def token_statistics(
@@ -42,6 +51,8 @@ def token_statistics(
     softcap: float | None = None,
     scale: float | None = None,
     batch_invariant: bool = False,
+    candidates: Tensor | None = None,
+    top: int = 0,
 ) -> TokenStatistics:
     """What the distributions `softmax(logits / temperature)` say about the targets, without ever holding the logits.
 
@@ -49,6 +60,10 @@ def token_statistics(
     Products are accumulated in float32 from any dtype. The memory needed beside the results is some 10 MiB on a CPU,
     for half precisions 16 MiB and `4 KiB * H` more, and 64 MiB on a CUDA device. Log-probabilities and entropies are
     differentiable in hidden states, weight and bias; gradients are summed in float32, which takes another `[V, H]`.
+
+    Candidates and the `top` likeliest tokens come from the same pass, and have no gradient, whatever needs one. While
+    the call lasts they take 24 bytes a candidate and 16 a token of `top` beside the results on a CPU. On a CUDA device
+    torch picks them from each tile, which takes several times the tile's memory.
 
     A row's statistics are a function of its logits alone. Its logits come from torch's matrix multiplication, which may
     give other last bits with another number of rows or threads; with `batch_invariant` they come from this package's
@@ -63,16 +78,21 @@ def token_statistics(
         softcap: Above zero, as Gemma 2's `final_logit_softcapping`.
         scale: As Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`; None is 1.
         batch_invariant: Whether a row's result must not depend on the other rows, bit for bit. CPU only.
+        candidates: Further token ids `[N, M]`, int64 or int32, each in [0, V), in any order and also more than once.
+        top: How many of the likeliest tokens are wanted: at most 128, and at most V.
 
     Returns:
-        Float32 `[N]` (float64 as above); `is_top1` is bool. A row whose logits hold NaN or +infinity gives NaN.
+        Float32 `[N]` (float64 as above); `is_top1` is bool. With candidates also `candidate_logprobs` `[N, M]`, with
+        `top` also `top_tokens` and `top_logprobs`, `[N, top]`. In a row whose logits hold NaN or +infinity, all of it
+        is NaN, and `top_tokens` are -1.
 
     Raises:
         TypeError: An argument is no tensor or has a dtype that is not listed.
-        ValueError: Shapes do not fit, devices differ, a target is outside the vocabulary, or a number out of range. On
-            a CUDA device a target outside the vocabulary is a device-side assertion instead, as in torch's indexing.
+        ValueError: Shapes do not fit, devices differ, a token is outside the vocabulary, or a number out of range. On
+            a CUDA device a token outside the vocabulary is a device-side assertion instead, as in torch's indexing.
     """
-    return _compute(checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, batch_invariant))
+    numbers = (temperature, softcap, scale, batch_invariant)
+    return _compute(checked(hidden, lm_head_weight, targets, bias, *numbers, candidates, top))
 
 
 def token_statistics_plain(
@@ -84,9 +104,12 @@ def token_statistics_plain(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float | None = None,
+    candidates: Tensor | None = None,
+    top: int = 0,
 ) -> TokenStatistics:
-    """`token_statistics` in plain torch operations, all logits at once; here every floating output has a gradient."""
-    return twin(checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, False))  # noqa: FBT003
+    """`token_statistics` in plain torch operations, all logits at once; here every floating `[N]` has a gradient."""
+    numbers = (temperature, softcap, scale, False)
+    return twin(checked(hidden, lm_head_weight, targets, bias, *numbers, candidates, top))
 
 
 def _compute(inputs: Inputs) -> TokenStatistics:
@@ -96,10 +119,24 @@ def _compute(inputs: Inputs) -> TokenStatistics:
     if forward_mode() or in_functorch() or not all(is_plain(x) or is_traced(x) for x in tensors):
         return twin(inputs)
     if is_dynamo_compiling() or intercepted():
-        return TokenStatistics(*OPERATOR(*inputs)[:4])
+        return _named(OPERATOR(*inputs), inputs.selection)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return TokenStatistics(*Differentiable.apply(*inputs)[:4])
-    return TokenStatistics(*forward(*inputs)[:4])
+        return _named(Differentiable.apply(*inputs), inputs.selection)
+    return _named(forward(*inputs), inputs.selection)
+
+
+def _named(outputs: Sequence[Tensor], selection: Selection) -> TokenStatistics:
+    """The operator's results, without what was not asked for."""
+    logprobs, entropy, log_sum_p_squared, is_top1, _, _, of_candidates, tokens, of_tokens = outputs
+    return TokenStatistics(
+        logprobs,
+        entropy,
+        log_sum_p_squared,
+        is_top1,
+        None if selection.candidates is None else of_candidates,
+        tokens if selection.top else None,
+        of_tokens if selection.top else None,
+    )
 
 
 def statistics_of_logits(
@@ -109,6 +146,8 @@ def statistics_of_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float | None = None,
+    candidates: Tensor | None = None,
+    top: int = 0,
 ) -> TokenStatistics:
     """`token_statistics` where the logits are there already, in one pass over them; they stay as they are.
 
@@ -119,29 +158,33 @@ def statistics_of_logits(
         temperature: Above zero.
         softcap: As `token_statistics`, where the logits have not been capped yet.
         scale: Likewise.
+        candidates: As `token_statistics`.
+        top: As `token_statistics`.
 
     Returns:
         As `token_statistics`.
 
     Raises:
         TypeError: An argument is no tensor or has a dtype that is not listed.
-        ValueError: Shapes do not fit, devices differ, a target is outside the vocabulary, or a number out of range.
+        ValueError: Shapes do not fit, devices differ, a token is outside the vocabulary, or a number out of range.
     """
     check_kind("logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits: expected [N, V] with V >= 1, got {list(logits.shape)}")
     check_targets(targets, logits)
     rule = checked_rule(temperature, softcap, scale)
-    traced = is_dynamo_compiling() or intercepted() or not (is_plain(logits) and is_plain(targets))
+    selection = checked_selection(candidates, top, logits, logits.shape[1])
+    given = [x for x in (logits, targets, candidates) if x is not None]
+    traced = is_dynamo_compiling() or intercepted() or not all(is_plain(x) for x in given)
     tiling = None if traced or (torch.is_grad_enabled() and logits.requires_grad) else tiling_for(logits)
     if tiling is None:
-        return of_logits(over_temperature(logits.to(precision(logits, logits)), rule), targets.long())
+        return of_logits(over_temperature(logits.to(precision(logits, logits)), rule), targets.long(), selection)
     logits = logits.detach().resolve_neg()
-    known = statistics(tiling, targets.long(), logits.shape[1], None, rule)
+    known = TileStatistics(tiling, targets.long(), logits.shape[1], None, rule, selection)
     for rows in row_chunks(*logits.shape):
         known.fold(logits[rows].float(), rows.start, 0)
-    logprobs, entropy, log_sum_p_squared, is_top1, _, _ = known.finish()
-    return TokenStatistics(logprobs, entropy, log_sum_p_squared, is_top1.bool())
+    (logprobs, entropy, log_sum_p_squared, is_top1, _, _), selected = known.finish()
+    return TokenStatistics(logprobs, entropy, log_sum_p_squared, is_top1.bool(), *selected)
 
 
 def statistics_in_chunks(
@@ -152,6 +195,8 @@ def statistics_in_chunks(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float | None = None,
+    candidates: Tensor | None = None,
+    top: int = 0,
 ) -> TokenStatistics:
     """`statistics_of_logits` where logits are made some rows at a time, such that 32 MiB of them are there at once.
 
@@ -162,6 +207,8 @@ def statistics_in_chunks(
         temperature: As `statistics_of_logits`.
         softcap: As `statistics_of_logits`.
         scale: As `statistics_of_logits`.
+        candidates: As `token_statistics`, on any device.
+        top: As `statistics_of_logits`.
 
     Returns:
         As `token_statistics`, where the logits are.
@@ -174,8 +221,15 @@ def statistics_in_chunks(
     def chunk(rows: slice) -> TokenStatistics:
         logits = logits_of(rows)
         here = targets[rows].to(logits.device)
-        return statistics_of_logits(logits, here, temperature=temperature, softcap=softcap, scale=scale)
+        of_rows = None if candidates is None else candidates[rows].to(logits.device)
+        return statistics_of_logits(
+            logits, here, temperature=temperature, softcap=softcap, scale=scale, candidates=of_rows, top=top
+        )
+
+    if candidates is not None and len(candidates) != len(targets):
+        raise ValueError(f"candidates: expected [{len(targets)}, M], got {list(candidates.shape)}")
 
     # Without rows the logits still say where the results are, and of which dtype.
     parts = [chunk(rows) for rows in row_chunks(len(targets), vocabulary)] or [chunk(slice(0, 0))]
-    return TokenStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    whole = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenStatistics(*cast("Any", whole))

@@ -7,16 +7,19 @@ from torch import Tensor
 
 from vhead import _native
 from vhead.ops.devices import has_kernels
-from vhead.ops.token_statistics.arguments import BackwardInputs, Rule, are_of_kernels, check_range
+from vhead.ops.token_statistics.arguments import BackwardInputs, Rule, Selection, are_of_kernels, check_range
 from vhead.ops.token_statistics.cpu import CpuTiling
 from vhead.ops.token_statistics.cuda import CudaTiling
+from vhead.ops.token_statistics.results import Selected
+from vhead.ops.token_statistics.selection import TileSelection
 from vhead.ops.token_statistics.tiles import Plan
 
 
 class Tiling(Protocol):
     """How products are cut into tiles on a type of device."""
 
-    CHECKS_TARGETS: bool  # whether the kernel there refuses targets outside the vocabulary
+    CHECKS_TARGETS: bool  # whether the kernel there refuses tokens outside the vocabulary
+    SELECTS: bool  # whether the kernel there knows candidates and the likeliest tokens
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """For these hidden states and this weight."""
@@ -33,13 +36,37 @@ def tiling_for(first: Tensor, *others: Tensor | None) -> Tiling | None:
     return TILINGS[first.device.type]
 
 
-def statistics(
-    tiling: Tiling, targets: Tensor, vocabulary: int, bias: Tensor | None, rule: Rule
-) -> _native.LogitStatistics:
-    """Statistics of `[N]` int64 targets of which nothing is known yet."""
-    if not tiling.CHECKS_TARGETS:
-        check_range(targets, vocabulary)
-    return _native.LogitStatistics(targets, vocabulary, bias, *rule)
+class TileStatistics:
+    """Statistics of `[N]` int64 targets, and what is selected, a tile of products at a time."""
+
+    def __init__(
+        self,
+        tiling: Tiling,
+        targets: Tensor,
+        vocabulary: int,
+        bias: Tensor | None,
+        rule: Rule,
+        selection: Selection,
+    ) -> None:
+        if not tiling.CHECKS_TARGETS:
+            check_range(targets, vocabulary, selection.candidates)
+        self._beside, native = None, selection
+        if not (tiling.SELECTS or selection.is_empty):
+            self._beside, native = TileSelection(selection, len(targets), bias, rule, targets.device), Selection()
+        self._native = _native.LogitStatistics(targets, vocabulary, bias, *rule, *native)
+
+    def fold(self, products: Tensor, row: int, column: int) -> None:
+        """Adds products `[n, v]`; each row's columns come in rising order."""
+        self._native.fold(products, row, column)
+        if self._beside is not None:
+            self._beside.fold(products, row, column)
+
+    def finish(self) -> tuple[list[Tensor], Selected]:
+        """The kernel's six tensors, and what was selected."""
+        found = self._native.finish()
+        if self._beside is not None:
+            return found, self._beside.finish(*found[4:])
+        return found, Selected(*self._native.finish_selected())
 
 
 class TileGradients:

@@ -8,26 +8,30 @@ from torch.compiler import is_dynamo_compiling
 
 from vhead.ops.dispatch import intercepted, is_plain, own_precision
 from vhead.ops.token_statistics.arguments import BackwardInputs, Inputs, precision
-from vhead.ops.token_statistics.kernels import TileGradients, statistics, tiling_for
+from vhead.ops.token_statistics.kernels import TileGradients, TileStatistics, tiling_for
 from vhead.ops.token_statistics.results import Gradients
 from vhead.ops.token_statistics.tiles import Sums
-from vhead.ops.token_statistics.twin import backward_again, backward_in_rows, forward_in_rows
+from vhead.ops.token_statistics.twin import backward_again, backward_in_rows, empty_results, forward_in_rows
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The four statistics, and for backward the largest logits and the logarithms of the sums relative to them."""
+    """The four statistics, the largest logits and the logarithms of the sums for backward, and what is selected.
+
+    Of the last three, those that are not asked for are `[N, 0]`.
+    """
     inputs = Inputs(*arguments)
     hidden, weight = inputs.hidden, inputs.weight
     tiling = tiling_for(hidden, weight, inputs.bias)
     if tiling is None:
         return forward_in_rows(inputs)
-    known = statistics(tiling, inputs.targets, len(weight), inputs.bias, inputs.rule)
+    known = TileStatistics(tiling, inputs.targets, len(weight), inputs.bias, inputs.rule, inputs.selection)
     with torch.no_grad(), own_precision(hidden):
         plan = tiling.plan(hidden, weight, batch_invariant=inputs.batch_invariant)
         for tile in plan.tiles(hidden.resolve_neg(), weight.resolve_neg()):
             known.fold(tile.products, tile.row, tile.column)
-    logprobs, entropy, log_sum_p_squared, is_top1, peak, log_sum = known.finish()
-    return logprobs, entropy, log_sum_p_squared, is_top1.bool(), peak, log_sum
+        (logprobs, entropy, log_sum_p_squared, is_top1, peak, log_sum), selected = known.finish()
+    further = selected.whole(len(hidden), logprobs)
+    return logprobs, entropy, log_sum_p_squared, is_top1.bool(), peak, log_sum, *further
 
 
 def backward(*arguments: Any) -> Gradients:
@@ -47,9 +51,9 @@ def backward(*arguments: Any) -> Gradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *ctx.numbers, _ = inputs
-    _, entropy, log_sum_p_squared, is_top1, peak, log_sum = output
-    ctx.mark_non_differentiable(log_sum_p_squared, is_top1, peak, log_sum)
+    hidden, weight, targets, bias, *ctx.numbers, _, _, _ = inputs
+    entropy, peak, log_sum = output[1], output[4], output[5]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(hidden, weight, targets, bias, peak, log_sum, entropy)
 
 
@@ -64,7 +68,7 @@ def _differentiate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: An
     else:
         gradients = backward(*arguments)
     grad_hidden, grad_weight, grad_bias = gradients
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 6
 
 
 class Differentiable(torch.autograd.Function):
@@ -81,12 +85,6 @@ class Differentiable(torch.autograd.Function):
 
 
 # --- The dispatcher --------------------------------------------------------------------------------------------------
-
-
-def _fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = precision(hidden, weight)
-    kinds = (dtype, dtype, dtype, torch.bool, dtype, dtype)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=kind) for kind in kinds)
 
 
 def _whole_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -108,7 +106,9 @@ def _register() -> tuple[Any, Any, Any]:
     tensors = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
     numbers = "float temperature, float? softcap, float scale"
     library.define(
-        f"token_statistics({tensors}, {numbers}, bool batch_invariant) -> ({', '.join(['Tensor'] * 6)})", tags=tags
+        f"token_statistics({tensors}, {numbers}, bool batch_invariant, Tensor? candidates, int top) -> "
+        f"({', '.join(['Tensor'] * 9)})",
+        tags=tags,
     )
     tensors = f"Tensor grad_logprobs, Tensor grad_entropy, {tensors}, Tensor peak, Tensor log_sum, Tensor entropy"
     library.define(
@@ -117,7 +117,7 @@ def _register() -> tuple[Any, Any, Any]:
     library.impl("token_statistics", forward, "CompositeExplicitAutograd")
     library.impl("token_statistics_backward", _whole_backward, "CompositeExplicitAutograd")
     name = "vhead::token_statistics"
-    torch.library.register_fake(name, _fake, lib=library)
+    torch.library.register_fake(name, empty_results, lib=library)
     torch.library.register_fake(f"{name}_backward", _fake_backward, lib=library)
     torch.library.register_autograd(name, _differentiate, setup_context=_save, lib=library)
     operators = torch.ops.vhead

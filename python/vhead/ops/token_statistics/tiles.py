@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from vhead.ops.token_statistics.arguments import BackwardInputs, precision
+from vhead.ops.token_statistics.arguments import BackwardInputs, Rule, precision
 from vhead.ops.token_statistics.results import Gradients
 
 Multiply: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,6 +68,15 @@ def multiply(hidden: Tensor, weight: Tensor, products: Tensor) -> Tensor:
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, weight.t(), out=products)
     return cast("Tensor", _mm(hidden, weight.t(), out_dtype=torch.float32, out=products))
+
+
+def over_temperature(products: Tensor, rule: Rule) -> Tensor:
+    """What a rule makes of products with their biases, in plain torch: logits over temperature."""
+    scale, softcap, temperature = rule
+    logits = products * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits / temperature
 
 
 def can_widen(hidden: Tensor, weight: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """The same in plain torch operations: the twin, and the way of devices and dtypes without a kernel."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from vhead.ops.dispatch import own_precision
-from vhead.ops.token_statistics.arguments import BackwardInputs, Inputs, Rule, check_range, precision
-from vhead.ops.token_statistics.results import Gradients, TokenStatistics
-from vhead.ops.token_statistics.tiles import Sums, Tile
+from vhead.ops.token_statistics.arguments import BackwardInputs, Inputs, Selection, check_range, precision
+from vhead.ops.token_statistics.results import Gradients, Selected, TokenStatistics
+from vhead.ops.token_statistics.selection import selected_of
+from vhead.ops.token_statistics.tiles import Sums, Tile, over_temperature
 
 # Bytes of logits that are there at once.
 _LOGITS_BYTES = 32 << 20
@@ -19,11 +20,11 @@ _NEVER = -200.0
 
 
 def twin(inputs: Inputs) -> TokenStatistics:
-    """All logits at once; every floating output has a gradient."""
-    return of_logits(_logits(inputs, inputs.hidden), inputs.targets)
+    """All logits at once; every floating `[N]` has a gradient."""
+    return of_logits(_logits(inputs, inputs.hidden), inputs.targets, inputs.selection)
 
 
-def of_logits(z: Tensor, targets: Tensor) -> TokenStatistics:
+def of_logits(z: Tensor, targets: Tensor, selection: Selection) -> TokenStatistics:
     """Statistics of logits over temperature, `[N, V]`."""
     logp = z.log_softmax(-1)
     clamped = logp.clamp(min=_NEVER)
@@ -33,6 +34,7 @@ def of_logits(z: Tensor, targets: Tensor) -> TokenStatistics:
         -(p * clamped).sum(-1),
         torch.logsumexp(2 * logp, -1),
         (z.argmax(-1) == targets) & ~logp.isnan().any(-1),
+        *selected_of(z, logp, selection),
     )
 
 
@@ -45,17 +47,25 @@ def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 def forward_in_rows(inputs: Inputs) -> tuple[Tensor, ...]:
     """The operator's results, so many rows at a time that their logits are few."""
     hidden, weight, targets = inputs[:3]
-    check_range(targets, len(weight))
+    check_range(targets, len(weight), inputs.candidates)
     parts = []
     with torch.no_grad():
         for rows in row_chunks(len(hidden), len(weight)):
             z = _logits(inputs, hidden[rows])
             peak = z.amax(-1) if z.numel() else z.new_empty(len(z))
-            parts.append((*of_logits(z, targets[rows]), peak, torch.logsumexp(z, -1) - peak))
-    if parts:
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    empty = hidden.new_empty(0, dtype=precision(hidden, weight))
-    return empty, empty.clone(), empty.clone(), empty.bool(), empty.clone(), empty.clone()
+            found = of_logits(z, targets[rows], inputs.selection.of_rows(rows))
+            log_sum = torch.logsumexp(z, -1) - peak
+            parts.append((*found[:4], peak, log_sum, *Selected(*found[4:]).whole(len(z), z)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else empty_results(*inputs)
+
+
+def empty_results(hidden: Tensor, weight: Tensor, *numbers: Any) -> tuple[Tensor, ...]:
+    """Tensors of the shapes and dtypes of the operator's results, from its arguments."""
+    *_, candidates, top = numbers
+    rows, dtype = hidden.shape[0], precision(hidden, weight)
+    of_rows = (hidden.new_empty(rows, dtype=kind) for kind in (dtype, dtype, dtype, torch.bool, dtype, dtype))
+    columns = ((0 if candidates is None else candidates.shape[1], dtype), (top, torch.int64), (top, dtype))
+    return (*of_rows, *(hidden.new_empty((rows, width), dtype=kind) for width, kind in columns))
 
 
 def backward_in_rows(inputs: BackwardInputs) -> Gradients:
@@ -79,7 +89,7 @@ def backward_in_rows(inputs: BackwardInputs) -> Gradients:
 def backward_again(inputs: BackwardInputs) -> Gradients:
     """Gradients by the twin, as a graph of their own: somebody differentiates them once more."""
     with torch.enable_grad():
-        logprobs, entropy, _, _ = twin(inputs.forward)
+        logprobs, entropy = twin(inputs.forward)[:2]
         leaves = (inputs.hidden, inputs.weight, inputs.bias)
         asked = [x for x, need in zip(leaves, inputs.needed, strict=True) if need and x is not None]
         upstream = (inputs.grad_logprobs, inputs.grad_entropy)
@@ -93,12 +103,3 @@ def _logits(inputs: Inputs, hidden: Tensor) -> Tensor:
     with own_precision(hidden):
         products = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return over_temperature(products, inputs.rule)
-
-
-def over_temperature(products: Tensor, rule: Rule) -> Tensor:
-    """What a rule makes of products with their biases."""
-    scale, softcap, temperature = rule
-    logits = products * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits / temperature

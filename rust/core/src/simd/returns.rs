@@ -138,24 +138,25 @@ impl Advantages<'_> {
     #[inline(always)]
     fn mixed(&mut self, start: usize, end: usize, behind: &mut Behind) {
         let Rollout { rewards, values, mask, gamma, lam, value_lam, carry, .. } = self.rollout;
-        let mut finite = true;
+        let (mut finite, mut state) = (true, *behind);
         for t in (start..end).rev() {
             let is_of_model = mask.is_none_or(|mask| mask[t] != 0);
             let value = values.map_or(0.0, |values| f64::from(values[t]));
-            let delta = f64::from(rewards[t]) + gamma * behind.value - value;
-            let advantage = delta + gamma * lam * behind.advantage;
-            let value_advantage = value_lam.map_or(advantage, |lam| delta + gamma * lam * behind.value_advantage);
-            behind.value = select_unpredictable(is_of_model, value, behind.value);
-            behind.advantage = select_unpredictable(is_of_model, advantage, behind.advantage);
-            behind.value_advantage = select_unpredictable(is_of_model, value_advantage, behind.value_advantage);
+            let delta = f64::from(rewards[t]) + gamma * state.value - value;
+            let advantage = delta + gamma * lam * state.advantage;
+            let value_advantage = value_lam.map_or(advantage, |lam| delta + gamma * lam * state.value_advantage);
+            state.value = select_unpredictable(is_of_model, value, state.value);
+            state.advantage = select_unpredictable(is_of_model, advantage, state.advantage);
+            state.value_advantage = select_unpredictable(is_of_model, value_advantage, state.value_advantage);
             let shown = is_of_model || carry;
-            self.advantages[t] = select_unpredictable(shown, behind.advantage as f32, 0.0);
+            self.advantages[t] = select_unpredictable(shown, state.advantage as f32, 0.0);
             if let Some(returns) = self.returns.as_deref_mut() {
-                returns[t] = select_unpredictable(shown, (behind.value_advantage + value) as f32, 0.0);
+                returns[t] = select_unpredictable(shown, (state.value_advantage + value) as f32, 0.0);
             }
             finite &= !shown | value.is_finite();
         }
         *self.finite &= finite;
+        *behind = state;
     }
 
     #[inline(always)]

@@ -100,7 +100,7 @@ impl Kernel for Fold<'_> {
                     *z = logit(tile.rule, tile.products.get(row, start + i), tile.bias(start + i));
                 }
                 let peak = largest(&line.0);
-                let reference = state.meet(peak, &line.0, tile.first + start, *target);
+                let reference = state.meet(peak, &line.0[..count], tile.first + start, *target);
                 let mut sums = [[0.0_f32; WIDTH]; 3];
                 for group in line.0[..count.next_multiple_of(WIDTH)].as_chunks::<WIDTH>().0 {
                     for (lane, z) in group.iter().enumerate() {
@@ -130,15 +130,15 @@ impl Fold<'_> {
         for ((row, state), target) in self.rows.clone().zip(self.states).zip(self.targets) {
             for start in (0..self.tile.products.columns()).step_by(BLOCK) {
                 // SAFETY: the row has the columns from `start` on.
-                let (groups, peak) = unsafe { fill::<S, RULE>(simd, self.tile, row, start, &mut line.0) };
-                let reference = state.meet(peak, &line.0, self.tile.first + start, *target);
-                state.add(&sums(simd, &line.0[..groups * WIDTH], reference));
+                let (count, peak) = unsafe { fill::<S, RULE>(simd, self.tile, row, start, &mut line.0) };
+                let reference = state.meet(peak, &line.0[..count], self.tile.first + start, *target);
+                state.add(&sums(simd, &line.0[..count.next_multiple_of(WIDTH)], reference));
             }
         }
     }
 }
 
-/// Writes a block's logits to `line`; how many vectors they are, and their largest.
+/// Writes a block's logits to `line`, -infinity up to a whole vector; how many they are, and their largest.
 ///
 /// # Safety
 /// `start` is a column of the tile.
@@ -174,7 +174,7 @@ unsafe fn fill<S: Simd, const RULE: bool>(
     }
     // SAFETY: 16 lanes.
     unsafe { simd.store_f32(lanes.as_mut_ptr(), simd.maximum(peaks[0], peaks[1])) };
-    (count.div_ceil(WIDTH), largest(&lanes))
+    (count, largest(&lanes))
 }
 
 /// Sums of `e`, `e * d` and `e * e` in 16 lanes each, with `d = z - reference` and `e = exp(d)`.

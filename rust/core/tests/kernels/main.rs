@@ -8,6 +8,7 @@ mod layouts;
 mod levels;
 mod model;
 mod nonfinite;
+mod returns;
 mod support;
 mod token_statistics;
 mod two_layer;

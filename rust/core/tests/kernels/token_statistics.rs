@@ -2,7 +2,8 @@
 use crate::support::{noises, same};
 use vhead_core::token_statistics::BLOCK;
 use vhead_core::{
-    Error, Executor, Level, LogitGradients, LogitStatistics, LogitsRule, Pool, Result, Rows, Serial, Statistics,
+    Error, Executor, Level, LogitGradients, LogitStatistics, LogitsRule, Pool, Result, Rows, Selected, Serial,
+    Statistics, reference,
 };
 
 /// Statistics of all rows, in the order of [`Statistics`]' fields.
@@ -39,9 +40,39 @@ impl Case {
         LogitsRule::new(self.scale, self.softcap, self.temperature)
     }
 
-    fn run(&self, level: Level, executor: &dyn Executor, [rows, columns]: [usize; 2]) -> Result<Outcome> {
+    fn run(&self, level: Level, executor: &dyn Executor, tile: [usize; 2]) -> Result<Outcome> {
+        finish(&self.folded(level, executor, tile, (&[], 0))?)
+    }
+
+    /// Log-probabilities of candidates, and the likeliest tokens and theirs.
+    fn select(
+        &self,
+        level: Level,
+        executor: &dyn Executor,
+        tile: [usize; 2],
+        asked: (&[i64], usize),
+    ) -> Result<(Vec<f32>, Vec<i64>, Vec<f32>)> {
+        let statistics = self.folded(level, executor, tile, asked)?;
+        let count = self.targets.len() * asked.1;
+        let (mut candidates, mut tokens, mut logprobs) = (vec![7.0; asked.0.len()], vec![7; count], vec![7.0; count]);
+        statistics.finish_selected(Selected {
+            candidate_logprobs: &mut candidates,
+            top_tokens: &mut tokens,
+            top_logprobs: &mut logprobs,
+        })?;
+        Ok((candidates, tokens, logprobs))
+    }
+
+    fn folded(
+        &self,
+        level: Level,
+        executor: &dyn Executor,
+        [rows, columns]: [usize; 2],
+        (candidates, top): (&[i64], usize),
+    ) -> Result<LogitStatistics> {
         let count = self.targets.len();
         let mut statistics = LogitStatistics::new(self.rule(), &self.targets, self.bias.clone(), self.vocabulary)?;
+        statistics.select(candidates, top)?;
         for column in (0..self.vocabulary).step_by(columns) {
             for row in (0..count).step_by(rows) {
                 let size = [rows.min(count - row), columns.min(self.vocabulary - column)];
@@ -51,7 +82,7 @@ impl Case {
                 statistics.fold_with(level, &tile, row, column, executor)?;
             }
         }
-        finish(&statistics)
+        Ok(statistics)
     }
 
     /// Logit over temperature in float64.
@@ -197,6 +228,127 @@ fn no_possible_token_gives_nan() -> Result<()> {
     Ok(())
 }
 
+/// `each` candidates of a row, with repetitions: the first and the last token, the target, and others.
+fn candidates(case: &Case, each: usize) -> Vec<i64> {
+    let of_row = |(n, target): (usize, &i64)| {
+        let others = (0..each).map(move |m| (n * 31 + m * 7919) % case.vocabulary);
+        let mut tokens: Vec<i64> = others.map(|token| token as i64).collect();
+        tokens[0] = case.vocabulary as i64 - 1;
+        tokens[each / 2] = 0;
+        tokens[each - 1] = *target;
+        tokens
+    };
+    case.targets.iter().enumerate().flat_map(of_row).collect()
+}
+
+#[test]
+fn selected_tokens_have_the_same_bits_on_every_level_and_tiling() -> Result<()> {
+    for vocabulary in [1, 15, 17, 1023, 1024, 1025, 3000] {
+        for case in Case::new(35, vocabulary).rules() {
+            let (candidates, top) = (candidates(&case, 5), vocabulary.min(20));
+            let whole = [35, vocabulary.next_multiple_of(BLOCK)];
+            let expected = case.select(Level::Scalar, &Serial, whole, (&candidates, top))?;
+            let logprobs = &case.run(Level::Scalar, &Serial, whole)?[0];
+            let of_targets: Vec<f32> = expected.0.chunks(5).map(|row| row[4]).collect();
+            assert!(same(&of_targets, logprobs), "a candidate that is the target has its log-probability's bits");
+            for level in Level::available() {
+                for tile in [[35, BLOCK], [4, 2 * BLOCK], [17, 4 * BLOCK]] {
+                    let found = case.select(level, &Pool::new(2), tile, (&candidates, top))?;
+                    let is_same = same(&found.0, &expected.0) && found.1 == expected.1 && same(&found.2, &expected.2);
+                    assert!(is_same, "{} {vocabulary}", level.name());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn selected_tokens_are_those_of_the_twin() -> Result<()> {
+    const TOP: usize = 50;
+    for case in Case::new(20, 5000).rules() {
+        let asked = candidates(&case, 32);
+        let found = case.select(Level::best(), &Serial, [20, BLOCK], (&asked, TOP))?;
+        for row in 0..20 {
+            let logits: Vec<f64> = (0..5000).map(|token| case.logit(row, token)).collect();
+            let asked: Vec<usize> = asked[row * 32..][..32].iter().map(|token| *token as usize).collect();
+            let twin = reference::selected(&logits, &asked, TOP);
+            let close = |ours: &[f32], exact: &[f64]| {
+                ours.iter().zip(exact).all(|(a, b)| (f64::from(*a) - b).abs() <= 4e-7 * b.abs().max(2.0))
+            };
+            assert!(close(&found.0[row * 32..][..32], &twin.candidate_logprobs), "{row}");
+            assert!(close(&found.2[row * TOP..][..TOP], &twin.top_logprobs), "{row}");
+            assert!(!close(&found.2[row * TOP + 1..][..TOP - 1], &twin.top_logprobs), "the check can fail");
+            // Where float32 rounds two logits to one, their order is another than the twin's, but not their logits.
+            for (ours, exact) in found.1[row * TOP..][..TOP].iter().zip(&twin.top_tokens) {
+                assert!((logits[*ours as usize] - logits[*exact]).abs() <= 4e-6, "{row} {ours}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn equally_likely_tokens_come_in_the_order_of_their_ids() -> Result<()> {
+    let mut case = Case::new(2, 2100);
+    case.products.iter_mut().for_each(|x| *x = x.min(3.0));
+    case.products[..2100].fill(-0.0);
+    [5, 9, 1500].into_iter().for_each(|token| case.products[token] = 0.0);
+    [2099, 1500, 17, 16].into_iter().for_each(|token| case.products[2100 + token] = 4.0);
+    case.products[2100 + 1200] = 4.5;
+    for level in Level::available() {
+        let (_, tokens, logprobs) = case.select(level, &Serial, [2, BLOCK], (&[], 5))?;
+        assert_eq!(tokens, [0, 1, 2, 3, 4, 1200, 16, 17, 1500, 2099], "{}", level.name());
+        assert!(logprobs[6..].iter().all(|x| *x == logprobs[6]) && logprobs[5] > logprobs[6]);
+    }
+    Ok(())
+}
+
+#[test]
+fn tokens_that_cannot_come_and_rows_that_say_nothing() -> Result<()> {
+    const NEVER: f32 = f32::NEG_INFINITY;
+    let mut case = Case::new(5, 1500);
+    for (row, products) in case.products.chunks_mut(1500).enumerate() {
+        products.fill(NEVER);
+        products[1100] = 2.0;
+        products[3] = [0.0, f32::NAN, f32::INFINITY, NEVER, 5.0][row];
+    }
+    case.products[4 * 1500 + 1100] = NEVER;
+    case.products[4 * 1500 + 3] = NEVER;
+    let candidates: Vec<i64> = [1100, 7].repeat(5);
+    for level in Level::available() {
+        let (found, tokens, logprobs) = case.select(level, &Serial, [5, BLOCK], (&candidates, 3))?;
+        assert_eq!(tokens[..3], [1100, 3, 0]);
+        assert_eq!([found[1], logprobs[2]], [NEVER; 2]);
+        assert!(found[0].is_finite() && logprobs[..2].iter().all(|x| x.is_finite()));
+        for row in [1, 2, 4] {
+            assert_eq!(tokens[row * 3..][..3], [-1; 3], "{row}");
+            let numbers = found[row * 2..][..2].iter().chain(&logprobs[row * 3..][..3]);
+            assert!(numbers.into_iter().all(|x| x.is_nan()), "{row}");
+        }
+        assert_eq!((&tokens[9..12], logprobs[9], logprobs[10]), (&[1100, 0, 1][..], 0.0, NEVER));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_selection_that_does_not_fit_is_refused() -> Result<()> {
+    let case = Case::new(4, 2000);
+    let mut statistics = LogitStatistics::new(case.rule(), &case.targets, None, 2000)?;
+    let outside = |row, token| Err(Error::Token { what: "candidates", row, token, vocabulary: 2000 });
+    assert_eq!(statistics.select(&[0, 1, 2, 3, 2000, 5, 6, 7], 0), outside(2, 2000));
+    assert_eq!(statistics.select(&[0, -1, 2, 3], 0), outside(1, -1));
+    let wrong = |what, expected, actual| Err(Error::Length { what, expected, actual });
+    assert_eq!(statistics.select(&[0; 6], 0), wrong("candidates", 4, 6));
+    assert_eq!(statistics.select(&[], 2001), wrong("top", 2000, 2001));
+    statistics.select(&[0; 8], 3)?;
+    let (mut numbers, mut tokens) = ([0.0; 12], [0; 11]);
+    let (candidate_logprobs, top_logprobs) = numbers.split_at_mut(8);
+    let to = Selected { candidate_logprobs, top_tokens: &mut tokens, top_logprobs };
+    assert_eq!(statistics.finish_selected(to), wrong("top_tokens", 12, 11));
+    Ok(())
+}
+
 /// Gradients of `sum(grad_logprob * logprob + grad_entropy * entropy)` by the products.
 fn gradients(case: &Case, level: Level, upstream: [&[f32]; 2], columns: usize) -> Result<Vec<f32>> {
     let outcome = case.run(level, &Serial, [case.targets.len(), BLOCK])?;
@@ -251,7 +403,7 @@ fn gradients_are_those_of_float64() -> Result<()> {
 fn what_does_not_fit_is_refused() -> Result<()> {
     let case = Case::new(4, 2000);
     let rule = case.rule();
-    let target = |row, target| Err(Error::Target { row, target, vocabulary: 2000 });
+    let target = |row, token| Err(Error::Token { what: "targets", row, token, vocabulary: 2000 });
     assert_eq!(LogitStatistics::new(rule, &[0, 2000], None, 2000).map(|_| ()), target(1, 2000));
     assert_eq!(LogitStatistics::new(rule, &[-100], None, 2000).map(|_| ()), target(0, -100));
     let wrong = |what, expected, actual| Err(Error::Length { what, expected, actual });

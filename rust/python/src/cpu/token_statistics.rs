@@ -1,5 +1,5 @@
 //! Token statistics from tiles of products in the CPU's memory.
-use crate::backend::{TokenArguments, TokenGradients, TokenStatistics};
+use crate::backend::{Selected, SelectionArguments, TokenArguments, TokenGradients, TokenStatistics};
 use crate::dtype::{Float32, Int64};
 use crate::gate;
 use crate::tensor::{Output, TensorView};
@@ -21,26 +21,41 @@ fn read(tokens: &TokenArguments<'_, '_>) -> PyResult<(Vec<i64>, Option<Vec<f32>>
     Ok((TensorView::<Int64>::new("targets", tokens.targets)?.integers()?, bias))
 }
 
-/// [`crate::backend::Backend::token_statistics`].
-pub(super) fn statistics(tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>> {
-    let (targets, bias) = read(&tokens)?;
-    match LogitStatistics::new(tokens.rule, &targets, bias, tokens.vocabulary) {
-        Ok(statistics) => Ok(Box::new(statistics)),
-        Err(error) => Err(gate::to_python(error)),
-    }
+/// Statistics, and what else is asked for of each row.
+struct CpuStatistics {
+    of: LogitStatistics,
+    /// Candidates of each row, where there are some.
+    candidates: Option<i64>,
+    top: i64,
 }
 
-impl TokenStatistics for LogitStatistics {
+/// [`crate::backend::Backend::token_statistics`].
+pub(super) fn statistics(
+    tokens: TokenArguments<'_, '_>,
+    selection: SelectionArguments<'_, '_>,
+) -> PyResult<Box<dyn TokenStatistics>> {
+    let (targets, bias) = read(&tokens)?;
+    let mut of = LogitStatistics::new(tokens.rule, &targets, bias, tokens.vocabulary).map_err(gate::to_python)?;
+    let candidates = selection.candidates.map(|given| TensorView::<Int64>::new("candidates", given)).transpose()?;
+    if !selection.is_empty() {
+        let given = candidates.as_ref().map_or(Ok(Vec::new()), TensorView::integers)?;
+        of.select(&given, selection.top).map_err(gate::to_python)?;
+    }
+    let candidates = candidates.map(|candidates| candidates.columns() as i64);
+    Ok(Box::new(CpuStatistics { of, candidates, top: i64::try_from(selection.top)? }))
+}
+
+impl TokenStatistics for CpuStatistics {
     fn fold(&mut self, products: &Bound<'_, PyAny>, row: usize, column: usize) -> PyResult<()> {
         let py = products.py();
         let products = TensorView::<Float32>::new("products", products)?.with_contiguous_rows()?;
         let cost = products.count() * LOGIT_COST;
         let (rows, threads) = (products.rows(), Threads::worth(py, cost)?);
-        gate::run(py, cost, || Self::fold(self, &rows, row, column, threads.executor()))
+        gate::run(py, cost, || self.of.fold(&rows, row, column, threads.executor()))
     }
 
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let sizes = [self.rows() as i64];
+        let sizes = [self.of.rows() as i64];
         let mut outputs = (0..6).map(|_| Output::<f32>::new(py, &sizes)).collect::<PyResult<Vec<_>>>()?;
         if let [logprobs, entropy, log_sum_p_squared, is_top1, peak, log_sum] = &mut outputs[..] {
             let to = Statistics {
@@ -51,9 +66,28 @@ impl TokenStatistics for LogitStatistics {
                 peak: peak.elements(),
                 log_sum: log_sum.elements(),
             };
-            gate::run(py, 0, || Self::finish(self, to))?;
+            gate::run(py, 0, || self.of.finish(to))?;
         }
         Ok(outputs.into_iter().map(Output::into_tensor).collect())
+    }
+
+    fn finish_selected<'py>(&self, py: Python<'py>) -> PyResult<Selected<'py>> {
+        let rows = self.of.rows() as i64;
+        let mut candidates = Output::<f32>::new(py, &[rows, self.candidates.unwrap_or(0)])?;
+        let mut tokens = Output::<i64>::integers(py, &[rows, self.top])?;
+        let mut logprobs = Output::<f32>::new(py, &[rows, self.top])?;
+        let to = vhead_core::Selected {
+            candidate_logprobs: candidates.elements(),
+            top_tokens: tokens.elements(),
+            top_logprobs: logprobs.elements(),
+        };
+        gate::run(py, 0, || self.of.finish_selected(to))?;
+        let (has_candidates, has_top) = (self.candidates.is_some(), self.top > 0);
+        Ok((
+            has_candidates.then(|| candidates.into_tensor()),
+            has_top.then(|| tokens.into_tensor()),
+            has_top.then(|| logprobs.into_tensor()),
+        ))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Token statistics from tiles of products in the memory of a CUDA device.
 use super::view::CudaView;
-use crate::backend::{TokenArguments, TokenGradients, TokenStatistics};
+use crate::backend::{Selected, SelectionArguments, TokenArguments, TokenGradients, TokenStatistics};
 use crate::description::unsigned;
 use crate::dtype::{Float32, Int64};
 use crate::gate;
@@ -86,7 +86,14 @@ struct Statistics {
 }
 
 /// [`crate::backend::Backend::token_statistics`].
-pub(super) fn statistics(tokens: TokenArguments<'_, '_>) -> PyResult<Box<dyn TokenStatistics>> {
+pub(super) fn statistics(
+    tokens: TokenArguments<'_, '_>,
+    selection: SelectionArguments<'_, '_>,
+) -> PyResult<Box<dyn TokenStatistics>> {
+    if !selection.is_empty() {
+        let message = "candidates, top: expected None and 0 on a CUDA device, which has no kernel for them";
+        return Err(PyValueError::new_err(message));
+    }
     let vocabulary = Vocabulary::new(&tokens)?;
     let sizes = [i64::try_from(vocabulary.rows)?, (ROW_STATE_BYTES / 8).cast_signed()];
     let states = vocabulary.targets(tokens.targets.py())?.new_empty("states", &sizes, Int64)?;
@@ -123,6 +130,10 @@ impl TokenStatistics for Statistics {
             unsafe { device.finish_statistics(stream, from, rows, to) }
         })?;
         Ok(outputs.into_iter().map(CudaView::into_tensor).collect())
+    }
+
+    fn finish_selected<'py>(&self, _py: Python<'py>) -> PyResult<Selected<'py>> {
+        Ok((None, None, None))
     }
 }
 
