@@ -18,6 +18,7 @@ from vhead.packing.attention import interface, visibility
 from vhead.packing.attention import segments as segment_attention
 from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring import engine
+from vhead.scoring.chunks import Outputs
 from vhead.scoring.fields import FIELDS, Asked
 from vhead.scoring.logits import LogitsRule, token_statistics
 
@@ -242,7 +243,7 @@ class TestOnCuda:
             body = strategies.Body(model, plan_for(model))
             strategy = TreePacking(body) if way == "TreePacking" else MaskedTreePacking(body, None)
             own = object.__new__(engine.Engine)
-            own._head = head
+            own._head, own.outputs = head, Outputs(1)
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
             states = strategy.states(batch)
             asked = Asked(FIELDS)
