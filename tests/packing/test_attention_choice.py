@@ -249,16 +249,12 @@ class TestOnCuda:
             asked = Asked(FIELDS)
             read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None, asked)
             computed = own._head_outputs(states, read, asked)
-            computed |= token_statistics(
-                states[to_device(read.predicting, states.device)],
-                LogitsRule(model.lm_head),
-                read.targets,
-                temperature=1.0,
-                entropy=True,
-            )
+            rows = states[to_device(read.written, states.device)]
+            computed |= token_statistics(rows, LogitsRule(model.lm_head), read.statistics(asked))
             assert {(tensor.device.type, tensor.shape) for tensor in computed.values()} == {
                 ("cuda", (sum(read.counts),)),
                 ("cuda", (len(encoded),)),
+                ("cuda", (len(encoded), 1)),
             }
             with pytest.raises(DataDependentOutputException):
                 computed["values"].sum().item()
