@@ -366,10 +366,27 @@ def _ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def returns(data: Data) -> Iterator[str]:
+    """`returns.py`."""
+    times, p = {row["implementation"]: row["seconds"] for row in data["times"]}, data["provenance"]
+    yield f"{source(p)} [B, T] = {p['shape']}, float32, with a mask."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+    for name, goal in (("loop in torch", 100.0), ("chunked scan in torch", 5.0)):
+        yield at_least(f"speed over the {name}", goal, _ratio(times[name], times["vhead"]))
+    over = _ratio(times["vhead"], times["read"])
+    yield judged("time over reading the inputs once", "<= 1.5x", f"{over:.2f}x", reached=over <= 1.5)
+    error = median(data["errors"], "max_error", implementation="vhead")
+    yield judged("largest error against float64", "<= 1e-6", f"{error:.1e}", reached=error <= 1e-6)
+    yield from ("", *table("| | median ms |"))
+    for name, seconds in times.items():
+        yield f"| {name} | {statistics.median(seconds) * 1e3:.2f} |"
+
+
 PAGES: dict[str, Page] = {
     "generation": generation,
     "head": head,
     "loading": loading,
+    "returns": returns,
     "scoring": scoring_peers,
     "scoring-growth": scoring_growth,
     "scoring-overhead": scoring_overhead,

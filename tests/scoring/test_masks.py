@@ -52,6 +52,24 @@ def test_observations_cost_no_logits_and_have_values(model):
             assert not got[~record.mask].any()
 
 
+def test_a_trace_of_twenty_turns_in_one_pass_equals_turn_by_turn():
+    model = critic(max_position_embeddings=512)
+    rng = np.random.default_rng(6)
+    prompt, turns = rng.integers(3, VOCABULARY, 11), rng.integers(3, VOCABULARY, (20, 2, 9))
+    written = np.array([True] * 9 + [False] * 9)
+    whole = Rollout(prompt, turns.reshape(-1), mask=np.tile(written, 20))
+    scorer = Scorer(model)
+    (score,) = scorer.score([whole], ["values", "logprobs", "entropy"])
+    for at, (turn, observation) in enumerate(turns):
+        before = np.concatenate([prompt, turns[:at].reshape(-1)])
+        (alone,) = scorer.score([Rollout(before, turn)], ["values", "logprobs", "entropy"])
+        for name in ("values", "logprobs", "entropy"):
+            got = getattr(score, name)[18 * at : 18 * (at + 1)]
+            np.testing.assert_allclose(got[written], getattr(alone, name), rtol=0, atol=1e-5)
+        (read,) = scorer.score([Rollout(np.concatenate([before, turn]), observation)], ["values"])
+        np.testing.assert_allclose(score.values[18 * at + 9 : 18 * (at + 1)], read.values, rtol=0, atol=1e-5)
+
+
 def test_the_reward_is_read_at_the_last_token_that_the_model_wrote(model):
     record = Rollout([5, 6, 7], [8, 9, 10, 11, 12], mask=[True, False, True, False, False])
     (score,) = Scorer(model).score([record], ["reward", "bootstrap", "prompt_value", "values"])

@@ -65,7 +65,7 @@ FieldsOption = Annotated[
     typer.Option(
         "--fields",
         metavar="FIELD=COLUMN,...",
-        help="Columns that hold fields under other names, such as prompt=question,completion=response.",
+        help="Columns that hold fields under other names: prompt=question, or several with commas between.",
     ),
 ]
 Model = Annotated[

@@ -149,6 +149,11 @@ def number(value: object) -> float | None:
     return None
 
 
+def nothing_stated(_checkpoint: Checkpoint, _outputs: int) -> HeadSettings:
+    """No settings: what a format states that has nothing beside a head's weights."""
+    return HeadSettings()
+
+
 @dataclass(frozen=True)
 class Format:
     """One framework's way to store a head.
@@ -176,7 +181,7 @@ class Format:
     intermediate: int | None = None
     body: Body | None = None
     statistics: Callable[[Checkpoint], tuple[float | None, float | None]] = stated_statistics
-    settings: Callable[[Checkpoint, int], HeadSettings] = lambda _checkpoint, _outputs: HeadSettings()
+    settings: Callable[[Checkpoint, int], HeadSettings] = nothing_stated
     extras: tuple[str, ...] = ()
     notes: str = ""
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vhead import returns
 from vhead.errors import FieldError, RecordError, VheadError
 from vhead.rollouts.rows import Row
+from vhead.rollouts.wording import Id, named
 from vhead.scoring.fields import ADVANTAGES
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class AdvantageColumns:
             rewards = np.zeros(len(rows), np.float32)
             for place, row in enumerate(rows):
                 try:
-                    rewards[place] = _reward(row, self.reward_field)
+                    rewards[place] = _reward(row, self.reward_field, scores.ids[place])
                 except RecordError as error:
                     errors[place] = error
         found = scores.advantages(rewards, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
@@ -87,9 +88,9 @@ def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[
     return returns.gae(rewards, values, mask=scores.mask, offsets=scores.offsets, **options)
 
 
-def _reward(row: Row, field: str) -> float:
+def _reward(row: Row, field: str, id: Id) -> float:
     value = row.members((field,)).get(field)
     if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
         got = "nothing" if value is None else repr(value)[:40]
-        raise FieldError(row.where, field, expected="a finite number, which is the reward", got=got)
+        raise FieldError(named(row.where, id), field, expected="a finite number, which is the reward", got=got)
     return float(value)

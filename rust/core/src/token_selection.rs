@@ -3,7 +3,6 @@
 //! Both are read from a block's logits while they are in the cache. Candidates are sorted once, so that a block looks at
 //! those that lie in it and at no others. The likeliest are a short sorted list; a block whose largest logit is not above
 //! the list's smallest, which is most of them, costs one comparison.
-use crate::row_state::Row;
 use crate::simd::WIDTH;
 use crate::{Error, Result, allocation};
 
@@ -100,22 +99,19 @@ impl Selection {
         self.likeliest.insert(place, ranked);
     }
 
-    /// Writes the candidates' log-probabilities in their order; NaN where the row's are, or no block held one.
-    pub(crate) fn write_candidates(&self, row: &Row, logprobs: &mut [f32]) {
+    /// Writes the candidates' logits, in the order in which they were given; NaN where no block held one.
+    pub(crate) fn write_candidates(&self, logits: &mut [f32]) {
         for candidate in &self.candidates {
-            logprobs[candidate.place] = row.logprob_of(candidate.logit);
+            logits[candidate.place] = candidate.logit;
         }
     }
 
-    /// Writes the likeliest tokens and their log-probabilities; -1 and NaN where the row's are NaN, and where there are fewer.
-    pub(crate) fn write_likeliest(&self, row: &Row, tokens: &mut [i64], logprobs: &mut [f32]) {
+    /// Writes the likeliest tokens and their logits; -1 and NaN where there are fewer.
+    pub(crate) fn write_likeliest(&self, tokens: &mut [i64], logits: &mut [f32]) {
         tokens.fill(-1);
-        logprobs.fill(f32::NAN);
-        if row.log_sum.is_nan() {
-            return;
-        }
-        for ((token, logprob), ranked) in tokens.iter_mut().zip(logprobs).zip(&self.likeliest) {
-            (*token, *logprob) = (ranked.token as i64, row.logprob_of(ranked.logit));
+        logits.fill(f32::NAN);
+        for ((token, logit), ranked) in tokens.iter_mut().zip(logits).zip(&self.likeliest) {
+            (*token, *logit) = (ranked.token as i64, ranked.logit);
         }
     }
 }

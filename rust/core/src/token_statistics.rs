@@ -190,10 +190,17 @@ impl LogitStatistics {
         }
         for (n, state) in self.states.iter().enumerate() {
             let Some(selection) = &state.selection else { continue };
+            let of_candidates = &mut to.candidate_logprobs[n * candidates..][..candidates];
+            let (tokens, of_tokens) = (&mut to.top_tokens[n * top..][..top], &mut to.top_logprobs[n * top..][..top]);
+            selection.write_candidates(of_candidates);
+            selection.write_likeliest(tokens, of_tokens);
             let row = state.finish();
-            selection.write_candidates(&row, &mut to.candidate_logprobs[n * candidates..][..candidates]);
-            let (tokens, logprobs) = (&mut to.top_tokens[n * top..][..top], &mut to.top_logprobs[n * top..][..top]);
-            selection.write_likeliest(&row, tokens, logprobs);
+            for number in of_candidates.iter_mut().chain(of_tokens) {
+                *number = row.logprob_of(*number);
+            }
+            if row.log_sum.is_nan() {
+                tokens.fill(-1);
+            }
         }
         Ok(())
     }
