@@ -102,7 +102,7 @@ class TestOutput:
     def test_a_head_of_several_outputs_has_a_margin_of_each(self, source, tmp_path, suffix, critic):
         torch.manual_seed(5)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(critic)
-        model.v_head = ValueHead(model.config, num_outputs=3, init_strategy="normal")
+        model.v_head = ValueHead(model.config, num_outputs=3)
         output = tmp_path / f"out.{suffix}"
         write_scores(Scorer(model, ByT5Tokenizer(extra_ids=0)), source, output)
         for row in rows_of(output):
