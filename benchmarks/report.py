@@ -352,6 +352,10 @@ def _statistics_goals(data: Data) -> Iterator[str]:
             faster = _ratio(rows["trl"][clock], rows["vhead"][clock])
             name = f"speed over TRL 1.16's function, by {of}"
             yield judged(name, ">= 1.7x", f"{faster:.2f}x", reached=faster >= 1.7)
+        for name, goal in (("vhead, 32 candidates", 1.15), ("vhead, top 8", 1.25)):
+            if name in rows:
+                over = _ratio(rows[name][clock], rows["vhead"][clock])
+                yield judged(f"{of} of {name}, over vhead", f"<= {goal}x", f"{over:.2f}x", reached=over <= goal)
     mib = median(data["memory"], "mib", implementation="vhead")
     yield judged("memory", "<= 64 MiB", f"{mib:.0f} MiB", reached=mib <= 64)
 

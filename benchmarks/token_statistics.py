@@ -24,6 +24,7 @@ from vhead.benchmark.document import Row, dtype_name
 from vhead.benchmark.timing import Work, clocked, load_average, turns
 
 ROWS, COLUMNS, VOCABULARY = 2343, 896, 151_936
+CANDIDATES, TOP = 32, 8
 TRL_MODULE = Path("trl", "kernels", "chunked_logprob.py")
 TRL_COLUMNS = 8192
 # Tiles of the bare products; the fastest is the limit.
@@ -100,9 +101,22 @@ def _ours(case: Case, **arguments: object) -> Outcome:
     return ops.token_logprobs(case.hidden, case.weight, case.targets, **arguments)
 
 
+def _selecting(case: Case, *, candidates: int = 0, top: int = 0) -> Outcome:
+    given = torch.arange(candidates * len(case.targets)).view(len(case.targets), candidates) * 7919 % len(case.weight)
+    found = ops.token_statistics(
+        case.hidden, case.weight, case.targets, candidates=given if candidates else None, top=top
+    )
+    return found.logprobs, found.entropy
+
+
 def peers(trl: Path | None) -> dict[str, Callable[[Case], Outcome]]:
     """Everyone who computes the statistics."""
-    found = {"vhead": _ours, "vhead, batch invariant": partial(_ours, batch_invariant=True)}
+    found = {
+        "vhead": _ours,
+        f"vhead, {CANDIDATES} candidates": partial(_selecting, candidates=CANDIDATES),
+        f"vhead, top {TOP}": partial(_selecting, top=TOP),
+        "vhead, batch invariant": partial(_ours, batch_invariant=True),
+    }
     theirs = {"trl": trl_chunked(trl)} if trl else {}
     return {**found, **theirs, "torch chunked": torch_chunked, "naive": naive}
 
