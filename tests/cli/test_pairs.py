@@ -13,9 +13,11 @@ import torch
 from transformers import ByT5Tokenizer
 
 from tests.cli.test_cli_score import bad_line, read_jsonl, run
+from tests.scoring.score_file_cases import scores_of
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, ValueHead
 from vhead.rollouts.files import open_reader
 from vhead.scoring.output_files import open_output
+from vhead.scoring.pairs import PairScores
 from vhead.scoring.pipeline import score_file
 from vhead.scoring.progress import ScoringProgress
 
@@ -123,6 +125,21 @@ class TestOutput:
     def test_no_records_are_an_output_of_rollouts(self, critic, tmp_path, suffix):
         (tmp_path / "in.jsonl").write_text("")
         assert run(tmp_path / "in.jsonl", "-m", critic, "-o", tmp_path / f"out.{suffix}").exit_code == 0
+
+
+@FORMATS
+def test_masks_of_either_side_stand_behind_the_scores_whichever_chunk_has_them(source, tmp_path, suffix):
+    output = tmp_path / f"out.{suffix}"
+    with closing(open_reader(str(source))) as reader, open_output(str(output), suffix="") as out:
+        out.begin({}, reader.schema)
+        rows = list(reader)[:3]
+        for place, row in enumerate(rows):
+            scores = scores_of(3, 3, seed=place)
+            scores.mask[[1, 4][place - 1]] = place == 0
+            out.write([row], PairScores.of(scores), row)
+        out.publish(rows[-1], PairScores.of(scores[:0]))
+    found = [[row.get(f"completion_mask_{side}") for side in ("chosen", "rejected")] for row in rows_of(output)]
+    assert found == [[None, None], [[True, False, True], None], [None, [True, False, True]]]
 
 
 class TestBadRecords:
