@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from vhead.errors import FieldError
-from vhead.rollouts.parquet import ParquetRow
+from vhead.rollouts.parquet import ParquetRow, _check_dictionaries
 
 # 2023-11-14T22:13:20 and 123,456,789 nanoseconds.
 POINT = 1_700_000_000_123_456_789
@@ -48,3 +48,20 @@ def test_a_time_span_that_seconds_would_round_is_refused(value, unit, nested):
     given = ([value], pa.list_(pa.duration(unit))) if nested else (value, pa.duration(unit))
     with pytest.raises(FieldError, match=rf"row 1: x: .* time span of {value} {unit}, .*; a Parquet output keeps it"):
         to_json(*given)
+
+
+def wrong_dictionary(*indices):
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(["x", "y"]), safe=False)
+
+
+def test_an_index_out_of_its_dictionary_is_noticed_before_it_is_followed():
+    for array in (
+        wrong_dictionary(0, 2),
+        wrong_dictionary(-1, 1),
+        pa.StructArray.from_arrays([wrong_dictionary(7, 0)], ["tag"]),
+        pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), wrong_dictionary(1, 2)),
+    ):
+        with pytest.raises(ValueError, match="an index out of a dictionary of 2"):
+            _check_dictionaries(array)
+    for array in (wrong_dictionary(0, 1), wrong_dictionary(), pa.array([None, "x"]).dictionary_encode(), pa.array([1])):
+        _check_dictionaries(array)
