@@ -16,7 +16,8 @@ from vhead.benchmark.trl_head import trl_model
 from vhead.packing.caching import PrefixCache
 from vhead.packing.strategies import OneByOne, PaddedBatches
 from vhead.packing.tree_packing import MaskedTreePacking
-from vhead.scoring.engine import Read, Work, needs_logits
+from vhead.scoring.engine import Read, Work
+from vhead.scoring.fields import Asked
 from vhead.scoring.logits import token_statistics
 
 TRL_BATCH = 8
@@ -135,7 +136,7 @@ class ModelOnly:
     """
 
     def __init__(self, scorer: Scorer, rollouts: Sequence[Rollout], fields: tuple[str, ...]) -> None:
-        self._engine, self._fields = scorer._engine, fields
+        self._engine, self._asked = scorer._engine, Asked(fields)
         self._ready: list[tuple[Work, Read]] = []
         # Stands in front of the class's method while this one engine is watched.
         self._engine.score = self._noting
@@ -148,7 +149,7 @@ class ModelOnly:
 
     def _noting(self, chunk: Sequence[object], work: Work, *rest: object) -> object:
         engine, rollouts = self._engine, [chunk[place] for place in work.batch.places]
-        self._ready.append((work, Read.of(rollouts, work.batch, engine._conventions, engine._pad_token)))
+        self._ready.append((work, Read.of(rollouts, work.batch, engine._conventions, engine._pad_token, self._asked)))
         return type(engine).score(engine, chunk, work, *rest)
 
     def as_scored(self) -> None:
@@ -166,7 +167,7 @@ class ModelOnly:
                 self._finish(self._engine._body.states(tokens, position_ids=positions), read)
 
     def _finish(self, states: Tensor, read: Read) -> None:
-        self._engine._head_outputs(states, read, self._fields)
-        rule, entropy = self._engine._rule, "entropy" in self._fields
-        if rule is not None and needs_logits(self._fields):
-            token_statistics(states[read.predicting], rule, read.targets, temperature=1.0, entropy=entropy)
+        self._engine._head_outputs(states, read, self._asked)
+        rule = self._engine._rule
+        if rule is not None and self._asked.needs_logits:
+            token_statistics(states[read.written], rule, read.statistics(self._asked))

@@ -166,7 +166,7 @@ def test_the_quickstart_s_file_can_be_written(command: typer.Typer, tmp_path: Pa
     assert (result.exit_code, result.stdout) == (0, "")
     assert f"27 rollouts written to {path}" in result.stderr
     rows = list(JsonlReader(io.BytesIO(path.read_bytes())))
-    assert [row.rollout().kind for row in rows] == ["text"] * 27
+    assert [row.rollouts()[0].kind for row in rows] == ["text"] * 27
 
 
 def test_a_file_that_is_there_stays(command: typer.Typer, tmp_path: Path) -> None:

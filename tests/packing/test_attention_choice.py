@@ -18,6 +18,7 @@ from vhead.packing.attention import interface, visibility
 from vhead.packing.attention import segments as segment_attention
 from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring import engine
+from vhead.scoring.chunks import Outputs
 from vhead.scoring.fields import FIELDS, Asked
 from vhead.scoring.logits import LogitsRule, token_statistics
 
@@ -242,22 +243,18 @@ class TestOnCuda:
             body = strategies.Body(model, plan_for(model))
             strategy = TreePacking(body) if way == "TreePacking" else MaskedTreePacking(body, None)
             own = object.__new__(engine.Engine)
-            own._head = head
+            own._head, own.outputs = head, Outputs(1)
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
             states = strategy.states(batch)
             asked = Asked(FIELDS)
             read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None, asked)
             computed = own._head_outputs(states, read, asked)
-            computed |= token_statistics(
-                states[to_device(read.predicting, states.device)],
-                LogitsRule(model.lm_head),
-                read.targets,
-                temperature=1.0,
-                entropy=True,
-            )
+            rows = states[to_device(read.written, states.device)]
+            computed |= token_statistics(rows, LogitsRule(model.lm_head), read.statistics(asked))
             assert {(tensor.device.type, tensor.shape) for tensor in computed.values()} == {
                 ("cuda", (sum(read.counts),)),
                 ("cuda", (len(encoded),)),
+                ("cuda", (len(encoded), 1)),
             }
             with pytest.raises(DataDependentOutputException):
                 computed["values"].sum().item()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -21,26 +22,40 @@ SAY = {"role": "assistant", "content": "four"}
 TRACE = [ASK, CALL, TOLD, SAY]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"required": ["a"]}}}]
 IDS = {"prompt_ids": [1, 2], "completion_ids": [3, 4, 5]}
+MORE = {"role": "assistant", "content": "5"}
+PAIR_OF_IDS = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
 
 
 def from_mappings(record, fields, folder):
-    return next(from_records([record], fields=fields))
+    return tuple(from_records([record], fields=fields))
 
 
 def from_jsonl(record, fields, folder):
     (row,) = JsonlReader(io.BytesIO(json.dumps(record).encode() + b"\n"), fields=fields)
-    return row.rollout()
+    return row.rollouts()
 
 
 def from_parquet(record, fields, folder):
     pq.write_table(pa.Table.from_pylist([record]), folder / "a.parquet")
     (row,) = open_reader(str(folder / "a.parquet"), fields=fields)
-    return row.rollout()
+    return row.rollouts()
 
 
 @pytest.fixture(params=[from_mappings, from_jsonl, from_parquet], ids=["mappings", "jsonl", "parquet"])
-def read(request, tmp_path):
+def read_all(request, tmp_path):
+    """All rollouts of a record."""
     return lambda record, fields=None: request.param(record, fields, tmp_path)
+
+
+@pytest.fixture
+def read(read_all):
+    """The rollout of a record that is one."""
+
+    def read(record, fields=None):
+        (rollout,) = read_all(record, fields)
+        return rollout
+
+    return read
 
 
 class TestForms:
@@ -106,6 +121,73 @@ class TestForms:
 def test_what_is_no_rollout_names_the_field(read, record, message):
     with pytest.raises(FieldError, match=message):
         read(record)
+
+
+class TestPairs:
+    def test_text(self, read_all):
+        chosen, rejected = read_all({"prompt": "a", "chosen": "b", "rejected": "c", "id": "r"})
+        assert (chosen.prompt, chosen.completion, chosen.id) == ("a", "b", "r")
+        assert (rejected.prompt, rejected.completion, rejected.id) == ("a", "c", "r")
+
+    def test_messages_after_a_prompt(self, read_all):
+        sides = read_all({"prompt": [ASK], "chosen": [SAY], "rejected": [MORE], "tools": TOOLS})
+        assert [(list(side.prompt), list(side.completion)) for side in sides] == [([ASK], [SAY]), ([ASK], [MORE])]
+        assert [list(side.tools) for side in sides] == [TOOLS, TOOLS]
+
+    @pytest.mark.parametrize("prompt", [None, [ASK], ASK["content"]], ids=["none", "messages", "text"])
+    def test_whole_conversations_have_their_common_beginning_as_the_prompt(self, read_all, prompt):
+        sides = read_all({"prompt": prompt, "chosen": [ASK, SAY], "rejected": [ASK, MORE]})
+        assert [(list(side.prompt), list(side.completion)) for side in sides] == [([ASK], [SAY]), ([ASK], [MORE])]
+
+    def test_the_common_beginning_goes_as_far_as_it_can_and_leaves_each_side_a_message(self, read_all):
+        sides = read_all({"chosen": [ASK, SAY, ASK, MORE], "rejected": [ASK, SAY, ASK, SAY]})
+        assert [len(side.prompt) for side in sides] == [3, 3]
+        sides = read_all({"chosen": [ASK, SAY], "rejected": [ASK, SAY]})
+        assert [(len(side.prompt), len(side.completion)) for side in sides] == [(1, 1), (1, 1)]
+
+    def test_token_ids(self, read_all):
+        sides = read_all(PAIR_OF_IDS)
+        assert [side.completion.tolist() for side in sides] == [[3], [4, 5]]
+        assert [side.prompt.tolist() for side in sides] == [[1, 2], [1, 2]]
+
+    def test_a_completion_makes_a_record_one_rollout(self, read_all):
+        (rollout,) = read_all({"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"})
+        assert rollout.completion == "b"
+
+    def test_a_pair_counts_before_messages_and_one_side_beside_messages_does_not(self, read_all):
+        assert len(read_all({"messages": [ASK, SAY], "chosen": [ASK, SAY], "rejected": [ASK, MORE]})) == 2
+        (rollout,) = read_all({"messages": [ASK, SAY], "rejected": False})
+        assert list(rollout.completion) == [SAY]
+
+    def test_columns_of_other_names(self, read_all):
+        fields = {"prompt": "question", "chosen": "better"}
+        sides = read_all({"question": "a", "better": "b", "rejected": "c", "messages": [ASK, SAY]}, fields)
+        assert [(side.prompt, side.completion) for side in sides] == [("a", "b"), ("a", "c")]
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ({"prompt": "a", "chosen": "b"}, "rejected: expected the field that goes with `chosen`, got nothing"),
+            ({"prompt": "a", "rejected": "b"}, "chosen: expected the field that goes with `rejected`, got nothing"),
+            ({"chosen": "ab", "rejected": "ac"}, "prompt: expected the text before `chosen` and `rejected`, because"),
+            ({"chosen": [SAY, SAY], "rejected": [MORE, SAY]}, "prompt: expected the messages before `chosen`"),
+            (
+                {"prompt": "else", "chosen": [ASK, SAY], "rejected": [ASK, MORE]},
+                "prompt: expected messages, as `chosen` and `rejected` are, or the text of one with which both begin",
+            ),
+            ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen: expected text, got an empty text"),
+            ({"prompt": "a", "chosen": "b", "rejected": [1]}, "rejected: expected text or a list of messages"),
+            ({"prompt": "a", "chosen": "b", "rejected": [SAY]}, "rejected: expected text, as the prompt is"),
+            (PAIR_OF_IDS | {"rejected_ids": None}, "rejected_ids: expected the field that goes with `chosen_ids`"),
+            (PAIR_OF_IDS | {"prompt_ids": None}, "prompt_ids: expected the field that goes with `chosen_ids`"),
+            (PAIR_OF_IDS | {"rejected_ids": []}, "rejected_ids: expected"),
+            (PAIR_OF_IDS | {"completion_mask": [1]}, "completion_mask: expected none beside `chosen_ids`"),
+            (PAIR_OF_IDS | {"candidates": [[1]]}, "candidates: expected none beside `chosen_ids`"),
+        ],
+    )
+    def test_what_is_no_pair_names_the_field(self, read_all, record, message):
+        with pytest.raises(FieldError, match=re.escape(message)):
+            read_all(record)
 
 
 class TestOtherNames:
@@ -178,6 +260,6 @@ def test_parquet_gives_tools_no_members_that_they_had_not(tmp_path):
     others = [{"type": "function", "function": {"name": "b", "parameters": {"properties": {"x": {"type": "text"}}}}}]
     table = pa.Table.from_pylist([{"messages": TRACE, "tools": TOOLS}, {"messages": TRACE, "tools": others}])
     pq.write_table(table, tmp_path / "a.parquet")
-    first, second = (row.rollout() for row in open_reader(str(tmp_path / "a.parquet")))
+    first, second = (row.rollouts()[0] for row in open_reader(str(tmp_path / "a.parquet")))
     assert (list(first.tools), list(second.tools)) == (TOOLS, others)
     assert list(first.completion) == TRACE[1:]

@@ -27,7 +27,7 @@ def write(path, records):
 
 
 def ids(rows):
-    return [row.rollout().id for row in rows]
+    return [row.rollouts()[0].id for row in rows]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -61,7 +61,7 @@ class TestCompressed:
         content = compressed("".join(json.dumps(record) + "\n" for record in noise).encode(), path.suffix)
         path.write_bytes(content[: len(content) * 3 // 4])
         rows = iter(open_reader(str(path)))
-        assert next(rows).rollout().id == 0
+        assert next(rows).rollouts()[0].id == 0
         with pytest.raises(FileFormatError, match=rf"{path.name}: the compressed file is broken"):
             list(rows)
 
@@ -77,7 +77,7 @@ class TestCompressed:
         path.write_bytes(b"".join([compressed(b" " * 2**22 + b"x" * 2**22, suffix), compressed(b"\n" + LINES, suffix)]))
         rows = list(open_reader(str(path)))
         with pytest.raises(FieldError, match="line 1: text: expected a line of less than 65,536 bytes"):
-            rows[0].rollout()
+            rows[0].rollouts()[0]
         assert len(rows[0].line) <= 2**16
         assert ids(rows[1:]) == list(range(40))
 

@@ -41,7 +41,7 @@ class TestFields:
     )
     def test_what_makes_a_rollout(self, record, kind):
         (row,) = read(json.dumps(record))
-        assert row.rollout().kind == kind
+        assert row.rollouts()[0].kind == kind
 
     @pytest.mark.parametrize(
         ("record", "message"),
@@ -85,46 +85,46 @@ class TestFields:
     def test_what_does_not(self, record, message):
         (row,) = read(json.dumps(record))
         with pytest.raises(FieldError, match=message):
-            row.rollout()
+            row.rollouts()[0]
 
 
 class TestJsonl:
     def test_a_broken_line_harms_no_other(self):
         rows = read(f"{GOOD}\n{{broken\n\n  \n[1]\n{GOOD}\n")
         assert [row.where for row in rows] == ["line 1", "line 2", "line 5", "line 6"]
-        assert rows[0].rollout().completion == rows[3].rollout().completion == "b"
+        assert rows[0].rollouts()[0].completion == rows[3].rollouts()[0].completion == "b"
         with pytest.raises(FieldError, match=r"^line 2: text: expected a JSON object, got broken JSON at column 2"):
-            rows[1].rollout()
+            rows[1].rollouts()[0]
         with pytest.raises(FieldError, match=r"^line 5: text: expected a JSON object, got \[1\] \(list\)"):
-            rows[2].rollout()
+            rows[2].rollouts()[0]
 
     def test_a_line_that_stops_short_is_faulted_at_its_end(self):
         (row,) = read('{"prompt": "a"\n')
         with pytest.raises(FieldError, match=r"broken JSON at column 15 "):
-            row.rollout()
+            row.rollouts()[0]
 
     def test_a_half_written_last_line(self):
         rows = read(f'{GOOD}\n{{"prompt": "a", "comp')
         with pytest.raises(
             FieldError, match=r"line 2: .* got only half of one, because the file ends in the middle of this line"
         ):
-            rows[1].rollout()
+            rows[1].rollouts()[0]
 
     def test_a_whole_last_line_needs_no_line_break(self):
-        assert read(f"{GOOD}\n{GOOD}")[1].rollout().prompt == "a"
+        assert read(f"{GOOD}\n{GOOD}")[1].rollouts()[0].prompt == "a"
 
     def test_bytes_that_are_no_utf8(self):
         with pytest.raises(FieldError, match="line 1: text: expected UTF-8, got invalid start byte at byte 12"):
-            read(b'{"prompt": "\xff"}\n')[0].rollout()
+            read(b'{"prompt": "\xff"}\n')[0].rollouts()
 
     def test_a_byte_order_mark_and_carriage_returns(self):
         rows = read(b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode())
-        assert [row.rollout().prompt for row in rows] == ["a", "a"]
+        assert [row.rollouts()[0].prompt for row in rows] == ["a", "a"]
         assert rows[1].json_object() == GOOD
 
     def test_deep_nesting(self):
         with pytest.raises(FieldError, match="line 1: text: expected a JSON object"):
-            read("[" * 100_000)[0].rollout()
+            read("[" * 100_000)[0].rollouts()
 
     def test_positions_are_bytes(self):
         text = f"{GOOD}\n\n{GOOD}\n"
@@ -133,7 +133,7 @@ class TestJsonl:
     def test_no_column_is_overwritten_unasked(self):
         (row,) = read('{"prompt": "a", "completion": "b", "reward": 1}', reserved=("values", "reward"))
         with pytest.raises(FieldError, match=r"line 1: reward: expected no such .*--suffix.*--overwrite"):
-            row.rollout()
+            row.rollouts()[0]
 
     @pytest.mark.parametrize(
         ("line", "left"),
@@ -149,7 +149,7 @@ class TestJsonl:
     )
     def test_columns_are_replaced_when_asked_and_the_others_stay_to_the_byte(self, line, left):
         (row,) = read(line, reserved=("values", "reward"), replaces=True)
-        assert row.rollout().completion == "b"
+        assert row.rollouts()[0].completion == "b"
         assert row.json_object() == left
         assert row.columns().keys() == json.loads(left).keys()
 
@@ -160,8 +160,8 @@ class TestJsonl:
         assert [row.position for row in rows] == [35, 36 + len(long), 71 + len(long)]
         assert len(rows[1].line) == 64
         with pytest.raises(FieldError, match="line 2: text: expected a line of less than 64 bytes, got a longer one"):
-            rows[1].rollout()
-        assert rows[2].rollout().prompt == "a"
+            rows[1].rollouts()[0]
+        assert rows[2].rollouts()[0].prompt == "a"
 
     def test_each_digest_stands_for_all_records_before(self):
         lines = [GOOD.replace("a", letter) for letter in "abcd"]
@@ -218,7 +218,7 @@ class TestParquet:
         rows = list(reader)
         assert reader.size == 3
         assert [row.position for row in rows] == [1, 2, 3]
-        rollouts = [row.rollout() for row in rows]
+        rollouts = [row.rollouts()[0] for row in rows]
         assert [(r.id, r.prompt.tolist(), r.completion.tolist()) for r in rollouts] == [
             ("a", [1, 2], [7]),
             ("b", [3], [8, 9]),
@@ -309,13 +309,13 @@ class TestParquet:
     def test_bad_rows_are_named(self, tmp_path, columns, message):
         pq.write_table(pa.table(columns), tmp_path / "in.parquet")
         with pytest.raises(FieldError, match=message):
-            [row.rollout() for row in open_reader(str(tmp_path / "in.parquet"))]
+            [row.rollouts()[0] for row in open_reader(str(tmp_path / "in.parquet"))]
 
     def test_messages(self, tmp_path):
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         pq.write_table(pa.table({"messages": [chat]}), tmp_path / "in.parquet")
         (row,) = open_reader(str(tmp_path / "in.parquet"))
-        assert row.rollout().completion == (chat[1],)
+        assert row.rollouts()[0].completion == (chat[1],)
 
     def test_no_column_is_overwritten(self, file):
         with pytest.raises(FieldError, match=r"^tag: expected no such column in the input"):
@@ -338,7 +338,7 @@ class TestParquet:
         assert (tmp_path / "in.parquet").stat().st_size < 4096
         before, most = pa.total_allocated_bytes(), 0
         for row in open_reader(str(tmp_path / "in.parquet")):
-            row.rollout()
+            row.rollouts()[0]
             most = max(most, pa.total_allocated_bytes() - before)
         assert most < whole / 2
 
@@ -346,9 +346,9 @@ class TestParquet:
         prompts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
         pq.write_table(pa.table({"prompt": prompts, "completion": ["x", "y", "z"]}), tmp_path / "in.parquet")
         rows = list(open_reader(str(tmp_path / "in.parquet")))
-        assert [rows[0].rollout().prompt, rows[2].rollout().prompt] == ["a", "c"]
+        assert [rows[0].rollouts()[0].prompt, rows[2].rollouts()[0].prompt] == ["a", "c"]
         with pytest.raises(FieldError, match=r"row 2: prompt: expected a value that can be read, got .*utf-8"):
-            rows[1].rollout()
+            rows[1].rollouts()[0]
 
     @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all, but long enough to hold a footer"])
     def test_a_file_that_is_no_parquet(self, tmp_path, content):

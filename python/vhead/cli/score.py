@@ -224,7 +224,7 @@ def _summarise(progress: "ScoringProgress", output: "Output", skipped: int, name
     counts = (("skipped", skipped), ("truncated", output.truncated))
     others = "".join(f", {count:,} {what}" for what, count in counts if count)
     target = "" if name == option.STANDARD_STREAM else f", written to {name}"
-    say(f"{output.written:,} rollouts scored{others}{target}")
+    say(f"{output.written:,} {output.unit} scored{others}{target}")
     # Without a batch the model computed nothing, as with `--returns tokens`, and there is no speed to speak of.
     if progress.tokens:
         shared = f", {progress.shared:.0%} shared" if progress.shared else ""

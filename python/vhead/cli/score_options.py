@@ -57,7 +57,7 @@ Source = Annotated[
         metavar="INPUT",
         help="Rollouts: .jsonl (also .gz or .zst), .parquet, a folder or a pattern of Parquet files, "
         "hf://datasets/..., or - for JSON Lines on standard input. Each record has prompt and completion (text or "
-        "messages), prompt_ids and completion_ids, or messages; other fields are carried through.",
+        "messages), prompt_ids and completion_ids, messages, or chosen and rejected; other fields are carried through.",
     ),
 ]
 FieldsOption = Annotated[

@@ -56,8 +56,7 @@ def gae(
     carry: bool,
 ) -> tuple[Floats, Floats]:
     """Advantages and returns; masked places are 0, or carry what the next model token has."""
-    # One allocation, which is large enough for huge pages sooner.
-    advantages, returns = np.empty((2, *rewards.shape), np.float32)
+    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
     arguments = (rewards, values, mask, offsets, gamma, lam, value_lam, bootstrap, carry, advantages, returns)
     _native.gae(*arguments, _threads())
     return advantages, returns

@@ -7,9 +7,13 @@ from vhead.errors import FieldError
 
 IDS, TEXT = ("prompt_ids", "completion_ids"), ("prompt", "completion")
 PAIRS = (IDS, TEXT)
+# The two completions of one prompt that a preference pair has.
+SIDES_OF_IDS, SIDES = ("chosen_ids", "rejected_ids"), ("chosen", "rejected")
 MESSAGES, TOOLS = "messages", "tools"
 MASK, CANDIDATES = "completion_mask", "candidates"
-INPUT_FIELDS = ("id", MESSAGES, TOOLS, MASK, CANDIDATES, *(name for pair in PAIRS for name in pair))
+INPUT_FIELDS = ("id", MESSAGES, TOOLS, MASK, CANDIDATES, *IDS, *TEXT, *SIDES_OF_IDS, *SIDES)
+# The fields of each form that a record may have.
+_FORMS = ({MESSAGES}, set(IDS), set(TEXT), {IDS[0], *SIDES_OF_IDS}, {TEXT[0], *SIDES})
 
 Fields = Mapping[str, str]
 
@@ -62,9 +66,8 @@ def present_fields(record: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
 
 
 def _ignored(fields: Fields) -> set[str]:
-    forms = ({MESSAGES}, set(IDS), set(TEXT))
-    mapped = [form for form in forms if not form.isdisjoint(fields)]
-    return set().union(*(form for form in forms if form not in mapped)) if mapped else set()
+    mapped = [form for form in _FORMS if not form.isdisjoint(fields)]
+    return set().union(*_FORMS).difference(*mapped) if mapped else set()
 
 
 def listed(names: Iterable[str]) -> str:

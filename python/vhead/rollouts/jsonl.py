@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from vhead.errors import FieldError, VheadError, naming
 from vhead.rollouts.fields import Fields
-from vhead.rollouts.records import rollout_of
+from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.rows import Row, chained, check_reserved
 from vhead.rollouts.wording import shown
@@ -56,12 +56,12 @@ class JsonRow:
         """A short text that stands for all records up to this one."""
         return self.chain.hex()
 
-    def rollout(self) -> Rollout:
-        """What is to be scored; `RecordError` when the line is not a JSON object that holds a rollout."""
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """What is to be scored; `RecordError` when the line is not a JSON object that holds a rollout or a pair."""
         record = self._parsed()
         if not self.replaces:
             check_reserved(record, self.reserved, self.where)
-        return rollout_of(record, self.where, self.fields)
+        return rollouts_of(record, self.where, self.fields)
 
     def json_object(self) -> str:
         """The line as it came: numbers, key order and unknown fields survive to the byte."""

@@ -19,7 +19,7 @@ from vhead.errors import FieldError, FileFormatError
 from vhead.rollouts.arrow import pa, pc, pq
 from vhead.rollouts.arrow_values import exact, seconds
 from vhead.rollouts.fields import Fields, columns_of_fields
-from vhead.rollouts.records import rollout_of
+from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.rows import Row, chained, check_reserved
 
@@ -66,10 +66,10 @@ class ParquetRow:
         """The digest of the whole file: nobody mends a Parquet file in its middle, as lines of text are mended."""
         return self.reader.digest
 
-    def rollout(self) -> Rollout:
+    def rollouts(self) -> tuple[Rollout, ...]:
         """What is to be scored; token ids are read from the batch without a Python object each."""
         names = [name for name in columns_of_fields(self.reader.fields) if name in self.batch.schema.names]
-        return rollout_of({name: self._read(name, _plain) for name in names}, self.where, self.reader.fields)
+        return rollouts_of({name: self._read(name, _plain) for name in names}, self.where, self.reader.fields)
 
     def columns(self) -> dict[str, Any]:
         """The row as Python objects; where those would lose digits, what `exact` gives.

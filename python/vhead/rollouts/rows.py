@@ -27,11 +27,11 @@ class Row(Protocol):
     def digest(self) -> str:
         """A short text that stands for all records up to this one: another record, or another order, gives another."""
 
-    def rollout(self) -> Rollout:
-        """What is to be scored.
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """What is to be scored: one rollout, or the chosen and the rejected one of a preference pair.
 
         Raises:
-            RecordError: The record does not hold a rollout.
+            RecordError: The record holds neither.
         """
 
     def json_object(self) -> str:

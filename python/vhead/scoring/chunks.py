@@ -52,14 +52,14 @@ class Outputs:
 
 
 class Source(Protocol):
-    """Where a rollout comes from: a record of a file, or a place in a list."""
+    """Where rollouts come from: a record of a file, or a place in a list."""
 
     @property
     def where(self) -> str:
         """What errors call the place."""
 
-    def rollout(self) -> Rollout:
-        """The rollout.
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """The rollout, or the two of a pair.
 
         Raises:
             RecordError: There is none.
@@ -70,18 +70,18 @@ Sourced = TypeVar("Sourced", bound=Source)
 
 
 def chunks(
-    encoded: Iterable[tuple[Sourced, Encoded]], tokens: int
-) -> Iterator[tuple[list[tuple[Sourced, Encoded]], Exception | None]]:
+    encoded: Iterable[tuple[Sourced, Sequence[Encoded]]], tokens: int
+) -> Iterator[tuple[list[tuple[Sourced, Sequence[Encoded]]], Exception | None]]:
     """Groups consecutive rollouts of about `tokens` tokens, with the exception that ended the input early, if any.
 
-    So what was read before the exception is still scored.
+    So what was read before the exception is still scored. The rollouts of one source stay together.
     """
-    chunk: list[tuple[Sourced, Encoded]] = []
+    chunk: list[tuple[Sourced, Sequence[Encoded]]] = []
     total = 0
     try:
-        for source, rollout in encoded:
-            chunk.append((source, rollout))
-            total += len(rollout)
+        for source, rollouts in encoded:
+            chunk.append((source, rollouts))
+            total += sum(map(len, rollouts))
             if total >= tokens or len(chunk) >= _ROLLOUTS:
                 yield chunk, None
                 chunk, total = [], 0

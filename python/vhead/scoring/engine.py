@@ -161,9 +161,7 @@ class Engine:
 
     def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token, asked)
-        wanted = Statistics(
-            read.targets, read.candidates, temperature=asked.temperature, entropy="entropy" in asked, top=asked.top
-        )
+        wanted = read.statistics(asked)
         statistics: dict[str, Tensor] = {}
         if self._rule is None and asked.needs_logits:
             states, logits = work.strategy.states_and_logits(work.batch)
@@ -275,6 +273,11 @@ class Read:
             places=places,
             counts=tuple(map(len, targets)),
         )
+
+    def statistics(self, asked: Asked) -> Statistics:
+        """What is asked about the distributions of the rows in `written`."""
+        entropy = "entropy" in asked
+        return Statistics(self.targets, self.candidates, asked.temperature, entropy=entropy, top=asked.top)
 
     def aligned(self, computed: Fields, conventions: Conventions) -> Fields:
         """Brings computed columns into the form that the conventions ask for, with nothing at observations."""

@@ -9,6 +9,7 @@ import numpy as np
 from vhead.errors import RecordError
 from vhead.rollouts.fields import MASK
 from vhead.rollouts.rows import Row
+from vhead.scoring.pairs import MARGIN, PairScores, sides_of
 from vhead.scoring.part import Sink
 from vhead.scoring.scores import TRUNCATED, Score, Scores
 
@@ -45,24 +46,36 @@ class JsonlWriter:
                     break
         return objects, errors
 
-    def append(self, objects: Sequence[str], scores: Scores) -> None:
+    def append(self, objects: Sequence[str], scores: Scores | PairScores) -> None:
         """Appends one line per record and hands them to the operating system."""
-        columns = {name: f"{name}{self._suffix}" for name in scores.columns}
+        parts = [self._side(objects, side, f"{suffix}{self._suffix}") for suffix, side in sides_of(scores).items()]
+        if isinstance(scores, PairScores) and scores.margin is not None:
+            name = json.dumps(f"{MARGIN}{self._suffix}")
+            parts.append([f"{name}: {_json(margin)}" for margin in scores.margin])
         lines = [
-            f"{record[:-1].rstrip()}, {_members(score, columns)}{self._mask(record, score)}}}\n"
-            for record, score in zip(objects, scores, strict=True)
+            f"{record[:-1].rstrip()}, {', '.join(members)}}}\n"
+            for record, *members in zip(objects, *parts, strict=True)
         ]
         self._stream.write("".join(lines).encode())
         self._stream.flush()
 
-    def _mask(self, record: str, score: Score) -> str:
-        """Which tokens are the model's, where it did not write all and the record does not say so itself."""
-        if score.mask.all():
-            return ""
-        name = json.dumps(f"{MASK}{self._suffix}")
-        if name in record and f"{MASK}{self._suffix}" in json.loads(record):
-            return ""
-        return f", {name}: {json.dumps(score.mask.tolist())}"
+    def _side(self, objects: Sequence[str], scores: Scores, suffix: str) -> list[str]:
+        """The members that each record gets for its rollout, or for one of the two of a pair."""
+        columns = {name: f"{name}{suffix}" for name in scores.columns}
+        return [
+            f"{_members(score, columns)}{_mask(record, score, f'{MASK}{suffix}')}"
+            for record, score in zip(objects, scores, strict=True)
+        ]
+
+
+def _mask(record: str, score: Score, column: str) -> str:
+    """Which tokens are the model's, where it did not write all and the record does not say so itself."""
+    if score.mask.all():
+        return ""
+    name = json.dumps(column)
+    if name in record and column in json.loads(record):
+        return ""
+    return f", {name}: {json.dumps(score.mask.tolist())}"
 
 
 def _members(score: Score, names: dict[str, str]) -> str:

@@ -29,6 +29,7 @@ from vhead.rollouts.compressed import compressed
 from vhead.rollouts.rows import Row
 from vhead.scoring.journal import START_ANEW, Journal, Published, Run
 from vhead.scoring.jsonl_output import JsonlWriter
+from vhead.scoring.pairs import PairScores
 from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
 from vhead.scoring.scores import Scores
 
@@ -45,7 +46,7 @@ class Writer(Protocol):
     def held(self, rows: Sequence[Row], *, skips: bool) -> tuple[Any, dict[int, RecordError]]:
         """What `append` takes of the rows, and by its place what is wrong with each that the format cannot hold."""
 
-    def append(self, held: Any, scores: Scores) -> None:
+    def append(self, held: Any, scores: Scores | PairScores) -> None:
         """Appends records with their scores."""
 
 
@@ -57,20 +58,23 @@ class Output:
         suffix: Added to the names of the scores' columns.
 
     Attributes:
+        suffix: As given.
         journal: What is done, and with which settings; None where nothing is noted, and before `begin`.
         finished: Whether an earlier run with the same settings has finished the output.
         written: How many records this run has written.
         truncated: How many of them lost tokens, as they had too many.
+        unit: What they are.
     """
 
     def __init__(self, stream: Sink, suffix: str = "") -> None:
         self._stream = stream
-        self._suffix = suffix
+        self.suffix = suffix
         self._writer: Writer | None = None
         self.journal: Journal | None = None
         self.finished = False
         self.written = 0
         self.truncated = 0
+        self.unit = "rollouts"
 
     @property
     def kept(self) -> Path | None:
@@ -88,10 +92,14 @@ class Output:
             ResumeError: The earlier run had other settings, or its part is damaged.
             FieldError: The format cannot hold one of these columns.
         """
-        self._writer = JsonlWriter(self._stream, self._suffix)
+        self._writer = JsonlWriter(self._stream, self.suffix)
 
     def write(
-        self, rows: Sequence[Row], scores: Scores, last: Row | None = None, on_error: ErrorHandler | None = None
+        self,
+        rows: Sequence[Row],
+        scores: Scores | PairScores,
+        last: Row | None = None,
+        on_error: ErrorHandler | None = None,
     ) -> None:
         """Appends records with their scores.
 
@@ -121,7 +129,7 @@ class Output:
             for error in errors.values():
                 on_error(error)
 
-    def publish(self, last: Row | None, nothing: Scores) -> None:
+    def publish(self, last: Row | None, nothing: Scores | PairScores) -> None:
         """Says that the output is complete.
 
         Args:
@@ -129,9 +137,11 @@ class Output:
             nothing: The scores of no rollouts, whose columns an output without records has.
         """
 
-    def _append(self, writer: Writer, held: Any, scores: Scores) -> None:
+    def _append(self, writer: Writer, held: Any, scores: Scores | PairScores) -> None:
         writer.append(held, scores)
         self.written += len(scores)
+        if isinstance(scores, PairScores):
+            self.unit = "pairs"
         if scores.truncated is not None:
             self.truncated += int(scores.truncated.sum())
 
@@ -203,7 +213,7 @@ class OutputFile(Output):
             self.journal = replace(journal, run=self._run, published=None)
             self._save()
 
-    def publish(self, last: Row | None, nothing: Scores) -> None:
+    def publish(self, last: Row | None, nothing: Scores | PairScores) -> None:
         """Gives the complete output its name; as `Output.publish` says."""
         self._done(last)
         self._part.sync()
@@ -211,9 +221,9 @@ class OutputFile(Output):
         sync_folder(self.path)
 
     def _make_writer(self, schema: Any) -> Writer:
-        return JsonlWriter(self._part, self._suffix)
+        return JsonlWriter(self._part, self.suffix)
 
-    def _complete(self, nothing: Scores) -> None:
+    def _complete(self, nothing: Scores | PairScores) -> None:
         """Gives the part the output's name: lines are complete as they are."""
         self._note_published(self._part)
         self.partial.replace(self.path)
@@ -341,7 +351,7 @@ class CompressedOutput(OutputFile):
     """
 
     def _make_writer(self, schema: Any) -> Writer:
-        return JsonlWriter(_Compressing(self._part, self.path.suffix.lower()), self._suffix)
+        return JsonlWriter(_Compressing(self._part, self.path.suffix.lower()), self.suffix)
 
 
 class _Compressing:

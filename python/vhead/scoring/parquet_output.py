@@ -12,9 +12,11 @@ from vhead.rollouts.fields import MASK
 from vhead.rollouts.parquet import ParquetRow
 from vhead.rollouts.rows import Row
 from vhead.scoring.output import OutputFile
+from vhead.scoring.pairs import MARGIN, SUFFIXES, PairScores, sides_of
 from vhead.scoring.part import Sink, new_file
 from vhead.scoring.schema import Kind, Shape, shape_of, united
 from vhead.scoring.scores import Scores
+from vhead.scoring.views import nested
 
 _ROW_GROUP_BYTES = 64 * 2**20
 # Where a part of the file says what the columns of JSON records hold, once that is more than before.
@@ -161,12 +163,12 @@ class ParquetOutput(OutputFile):
     """A Parquet file of scores; the arguments are those of `OutputFile`."""
 
     def _make_writer(self, schema: pa.Schema | None) -> "ParquetWriter":
-        writer = ParquetWriter(self._part, self._suffix, schema)
+        writer = ParquetWriter(self._part, self.suffix, schema)
         with self._part.read_back() as grown:
             writer.go_on(grown, self._part.tell())
         return writer
 
-    def _complete(self, nothing: Scores) -> None:
+    def _complete(self, nothing: Scores | PairScores) -> None:
         """Writes the Parquet file beside its place and moves it there."""
         with new_file(self.path.with_name(f".{self.path.name}.unfinished")) as target, self._part.read_back() as grown:
             try:
@@ -199,8 +201,9 @@ class ParquetWriter:
     def __init__(self, stream: Sink, suffix: str = "", schema: pa.Schema | None = None) -> None:
         self._stream = stream
         self._suffix = suffix
-        self._mask = f"{MASK}{suffix}"
-        self._has_masks = False
+        # In the order in which they stand behind the scores.
+        self._mask_names = [f"{MASK}{side}{suffix}" for side in ("", *SUFFIXES)]
+        self._masks: set[str] = set()
         self._columns: Columns = RecordColumns() if schema is None else TableColumns(schema)
 
     def go_on(self, grown: BinaryIO, length: int) -> None:
@@ -212,7 +215,7 @@ class ParquetWriter:
         """
         for batches in _streams(grown, length):
             self._columns.last(batches.schema.metadata or {})
-            self._has_masks |= self._mask in batches.schema.names
+            self._masks.update(set(self._mask_names) & set(batches.schema.names))
             for _ in batches:
                 pass
 
@@ -225,13 +228,13 @@ class ParquetWriter:
         """
         return self._columns.held(rows, skips=skips)
 
-    def append(self, table: pa.Table, scores: Scores) -> None:
+    def append(self, table: pa.Table, scores: Scores | PairScores) -> None:
         """Appends records with their scores."""
         table = self._with_scores(table, scores)
         with pa.ipc.new_stream(self._stream, table.schema) as stream:
             stream.write_table(table)
 
-    def finish(self, grown: BinaryIO, length: int, target: Sink, nothing: Scores) -> None:
+    def finish(self, grown: BinaryIO, length: int, target: Sink, nothing: Scores | PairScores) -> None:
         """Writes the Parquet file from the streams.
 
         Args:
@@ -241,7 +244,7 @@ class ParquetWriter:
             nothing: The scores of no rollouts, whose columns a file without records has.
         """
         carried = self._columns.schema
-        tables = (self._with_mask(_of_types(table, carried)) for table in _grown_tables(grown, length))
+        tables = (self._with_masks(_of_types(table, carried), carried) for table in _grown_tables(grown, length))
         first = next(tables, None)
         if first is None:
             first = self._with_scores(carried.empty_table(), nothing)
@@ -249,22 +252,30 @@ class ParquetWriter:
             for table in _row_groups(chain([first], tables)):
                 writer.write_table(table)
 
-    def _with_scores(self, table: pa.Table, scores: Scores) -> pa.Table:
-        # Ids are among the columns as they came; as one column of their own they need not have one type.
-        computed = replace(scores, ids=(None,) * len(scores)).to_arrow()
-        for name in scores.columns:
-            table = table.append_column(f"{name}{self._suffix}", computed.column(name))
-        # Records that came with a mask keep it.
-        if self._mask not in table.column_names and not scores.mask.all():
-            self._has_masks = True
-            table = table.append_column(self._mask, _masks(scores))
+    def _with_scores(self, table: pa.Table, scores: Scores | PairScores) -> pa.Table:
+        sides = sides_of(scores)
+        for suffix, side in sides.items():
+            # Ids are among the columns as they came; as one column of their own they need not have one type.
+            computed = replace(side, ids=(None,) * len(side)).to_arrow()
+            for name in side.columns:
+                table = table.append_column(f"{name}{suffix}{self._suffix}", computed.column(name))
+        if isinstance(scores, PairScores) and scores.margin is not None:
+            table = table.append_column(f"{MARGIN}{self._suffix}", nested(pa, scores.margin))
+        for suffix, side in sides.items():
+            mask = f"{MASK}{suffix}{self._suffix}"
+            # Records that came with a mask keep it.
+            if mask not in table.column_names and not side.mask.all():
+                self._masks.add(mask)
+                table = table.append_column(mask, _masks(side))
         return table
 
-    def _with_mask(self, table: pa.Table) -> pa.Table:
-        """The table with a column for masks, if any part has one."""
-        if not self._has_masks or self._mask in table.column_names:
-            return table
-        return table.append_column(self._mask, pa.nulls(table.num_rows, _MASKS))
+    def _with_masks(self, table: pa.Table, carried: pa.Schema) -> pa.Table:
+        """The table with a column for each kind of masks that any part has, in one order."""
+        masks = [name for name in self._mask_names if name in self._masks and name not in carried.names]
+        for name in masks:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows, _MASKS))
+        return table.select([name for name in table.column_names if name not in masks] + masks) if masks else table
 
 
 def _masks(scores: Scores) -> pa.Array:

@@ -7,6 +7,7 @@ from itertools import islice
 
 from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
+from vhead.rollouts.fields import SIDES
 from vhead.rollouts.files import Reader
 from vhead.rollouts.rows import Row
 from vhead.rollouts.wording import named
@@ -14,6 +15,7 @@ from vhead.scoring.advantages import AdvantageColumns
 from vhead.scoring.fields import check_returns
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
+from vhead.scoring.pairs import Pairing, PairScores
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scorer import ErrorHandler, ScoredChunk, Scorer
 
@@ -59,20 +61,24 @@ def score_file(
     if advantages is not None:
         asked = replace(asked, returns=check_returns((*asked.returns, *advantages.needed)))
     ids = IdRegistry() if unique_ids else None
-    rows = RemainingRows(reader, limit, output.journal, ids)
+    nothing = scorer.nothing(asked)
+    reserved = [f"{name}{output.suffix}" for name in PairScores.of(nothing).columns]
+    pairing = Pairing(reserved, () if advantages is None else advantages.columns)
+    rows = RemainingRows(reader, limit, output.journal, ids, pairing)
 
     def on_batch(rollouts: int, tokens: int, computed: int) -> None:
         if rows.expected is not None:
-            progress.expect(rows.expected)
+            progress.expect(rows.expected * (len(SIDES) if pairing.is_of_pairs else 1))
         progress.advance(rollouts, tokens, computed)
 
-    for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids):
-        if advantages is None:
-            output.write(chunk.sources, chunk.scores, chunk.last, on_error)
-        else:
+    for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids, check=pairing.add):
+        if advantages is not None:
             _write_with(advantages, kept, chunk, output, on_error)
-    nothing = scorer.nothing(asked)
-    output.publish(rows.last, nothing if advantages is None else advantages.added([], nothing, kept)[0])
+        else:
+            output.write(chunk.sources, pairing.paired(chunk.scores), chunk.last, on_error)
+    if advantages is not None:
+        nothing = advantages.added([], nothing, kept)[0]
+    output.publish(rows.last, pairing.paired(nothing))
 
 
 def _write_with(
@@ -104,6 +110,7 @@ class RemainingRows:
         limit: Only the first so many records; None: all.
         journal: What an earlier run finished; None: nothing.
         ids: Told of the ids that are passed over; None: they are not read.
+        pairing: Told of the records that are passed over, until it knows whether they are pairs.
 
     Attributes:
         last: The last row that was given.
@@ -112,11 +119,14 @@ class RemainingRows:
         ResumeError: The limit is below what an earlier run finished.
     """
 
-    def __init__(self, reader: Reader, limit: int | None, journal: Journal | None, ids: IdRegistry | None) -> None:
+    def __init__(
+        self, reader: Reader, limit: int | None, journal: Journal | None, ids: IdRegistry | None, pairing: Pairing
+    ) -> None:
         self._reader = reader
         self._limit = limit
         self._journal = journal
         self._ids = ids
+        self._pairing = pairing
         self._done = 0 if journal is None else journal.records
         if limit is not None and self._done > limit:
             raise ResumeError(f"limit: expected at least the {self._done:,} records that are done, got {limit:,}")
@@ -142,8 +152,11 @@ class RemainingRows:
             yield row
 
     def _remember(self, row: Row) -> None:
-        """Remembers the id of a record that is done, if it has one that can be read."""
-        if self._ids is not None:
-            with suppress(RecordError):
-                rollout = row.rollout()
-                self._ids.add(rollout.id, named(row.where, rollout.id))
+        """Remembers the id of a record that is done, if it has one that can be read, and whether it is a pair."""
+        if self._ids is None and self._pairing.is_of_pairs is not None:
+            return
+        with suppress(RecordError):
+            rollouts = row.rollouts()
+            self._pairing.add(row, rollouts)
+            if self._ids is not None:
+                self._ids.add(rollouts[0].id, named(row.where, rollouts[0].id))

@@ -13,6 +13,7 @@ from torch import nn
 from vhead.errors import FieldError, HeadError, RecordError, loading
 from vhead.packing.plan import ScorerPlan
 from vhead.rollouts.encoding import Encoded, Encoder, IdRegistry, LengthLimit
+from vhead.rollouts.fields import SIDES
 from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.wording import named
 from vhead.scoring.ahead import Ahead
@@ -35,6 +36,7 @@ _BATCHES_PER_CHUNK = 8
 
 ErrorHandler = Callable[[RecordError], None]
 BatchHandler = Callable[[int, int, int], None]
+SourceCheck = Callable[[Any, Sequence[Rollout]], None]
 
 
 class Scorer:
@@ -300,19 +302,21 @@ class Scorer:
         on_error: ErrorHandler | None = None,
         on_batch: BatchHandler | None = None,
         ids: IdRegistry | None = None,
+        check: SourceCheck | None = None,
     ) -> Iterator["ScoredChunk[Sourced]"]:
         """Scores what `sources` give, a chunk at a time, and gives each chunk's scores with the sources they are of.
 
         The other arguments are those of `chunks`.
 
         Args:
-            sources: Each gives its rollout when it is asked, in the thread that reads.
+            sources: Each gives its rollouts when it is asked, in the thread that reads: as many as all others.
             asked: What is asked for, as `Scorer.asked` has checked it.
             on_error: Told of each rollout that cannot be scored.
             on_batch: Told of each batch that is computed.
             ids: Refuses an id that it knows; None: ids need not differ.
+            check: Called with each source and its rollouts, and raises `RecordError` if they cannot be scored.
         """
-        with Ahead(self._prepared(sources, asked, on_error, ids)) as ready:
+        with Ahead(self._prepared(sources, asked, on_error, ids, check)) as ready:
             for chunk in ready:
                 yield from _report(chunk, self._score(chunk, asked, on_batch), on_error)
                 if chunk.failure is not None:
@@ -328,11 +332,12 @@ class Scorer:
         asked: Asked,
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
+        check: SourceCheck | None,
     ) -> Iterator["_Chunk[Sourced]"]:
         """Chunks with all that can be done before the model is needed."""
-        encoded = self._encoded(sources, asked, on_error, ids)
+        encoded = self._encoded(sources, asked, on_error, ids, check)
         for chunk, failure in chunks(encoded, self._chunk_tokens):
-            rollouts = [rollout for _, rollout in chunk]
+            rollouts = [rollout for _, sides in chunk for rollout in sides]
             work = self._engine.work(rollouts, self.token_budget, asked) if asked.computed else []
             yield _Chunk([source for source, _ in chunk], rollouts, work, failure)
 
@@ -342,17 +347,25 @@ class Scorer:
         asked: Asked,
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
-    ) -> Iterator[tuple[Sourced, Encoded]]:
+        check: SourceCheck | None,
+    ) -> Iterator[tuple[Sourced, list[Encoded]]]:
         """The rollouts that can be scored. Errors about the others go to `on_error`, or the first one is raised."""
         fits = _Fitting(asked, self._conventions)
         for index, source in enumerate(sources):
             try:
-                rollout = source.rollout()
-                name = named(source.where, getattr(rollout, "id", None))
+                rollouts = source.rollouts()
+                if check is not None:
+                    check(source, rollouts)
+                name = named(source.where, getattr(rollouts[0], "id", None))
                 if ids is not None:
-                    ids.add(rollout.id, name)
-                encoded = self._encoder.encode(index, rollout, name, with_spans="token_ids" in asked)
-                fits.check(encoded)
+                    ids.add(rollouts[0].id, name)
+                names = [name] if len(rollouts) == 1 else [f"{name}, {side}" for side in SIDES]
+                encoded = [
+                    self._encoder.encode(index, rollout, own, with_spans="token_ids" in asked)
+                    for rollout, own in zip(rollouts, names, strict=True)
+                ]
+                for each in encoded:
+                    fits.check(each)
             except RecordError as error:
                 if on_error is None:
                     raise
@@ -429,8 +442,8 @@ class _Given:
     def where(self) -> str:
         return f"record {self.index}"
 
-    def rollout(self) -> Rollout:
-        return self.given
+    def rollouts(self) -> tuple[Rollout]:
+        return (self.given,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -439,7 +452,7 @@ class _Chunk(Generic[Sourced]):
 
     Attributes:
         sources: Where they come from.
-        rollouts: In input order.
+        rollouts: In input order, those of a source one after the other.
         work: Their batches.
         failure: What ended the input after them.
     """
@@ -456,7 +469,7 @@ class ScoredChunk(Generic[Sourced]):
 
     Attributes:
         sources: Where they come from.
-        scores: Their scores, in the same order.
+        scores: Their scores, in the same order; where each source gives two rollouts, one after the other.
         last: Where the last one comes from that is done with them, whether or not it could be scored.
     """
 
@@ -467,13 +480,17 @@ class ScoredChunk(Generic[Sourced]):
 
 def _report(chunk: _Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
     """Yields the good scores. Errors between them go to `on_error`, or the first one is raised."""
-    errors, scores, sources = results.errors, results.scores, chunk.sources
-    for place in sorted(errors):
+    scores, sources = results.scores, chunk.sources
+    each = len(chunk.rollouts) // max(len(sources), 1)
+    # Of a source with two bad rollouts, the first one is told of.
+    errors = {place // each: results.errors[place] for place in sorted(results.errors, reverse=True)}
+    for place, error in sorted(errors.items()):
         if on_error is None:
             if place:
-                yield ScoredChunk(sources[:place], scores[:place], sources[place - 1])
-            raise errors[place]
-        on_error(errors[place])
+                yield ScoredChunk(sources[:place], scores[: place * each], sources[place - 1])
+            raise error
+        on_error(error)
     if sources:
         good = [source for place, source in enumerate(sources) if place not in errors]
-        yield ScoredChunk(good, scores.without(errors), sources[-1])
+        bad = {place * each + side for place in errors for side in range(each)}
+        yield ScoredChunk(good, scores.without(bad), sources[-1])

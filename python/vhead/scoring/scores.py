@@ -109,8 +109,8 @@ class Score(_Fields):
         id: The rollout's id.
         prompt_length: Tokens of the prompt.
         computed: The fields that were asked for, by name.
-        mask: True where the model wrote the completion's token, bool `[C]`.
         truncated: Whether the rollout lost tokens, as it had too many.
+        mask: True where the model wrote the completion's token, bool `[C]`; None: everywhere.
 
     Raises:
         MissingFieldError: A field is read that was not asked for.
@@ -120,8 +120,13 @@ class Score(_Fields):
     id: Id
     prompt_length: int
     computed: Computed
-    mask: NDArray[np.bool_]
     truncated: bool = False
+    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[arg-type]  # made below
+
+    def __post_init__(self) -> None:
+        if self.mask is None:
+            lengths = [len(array) for name, array in self.computed.items() if is_per("token", name)]
+            object.__setattr__(self, "mask", np.ones(max(lengths, default=0), np.bool_))
 
     @property
     def reward(self) -> float:

@@ -31,7 +31,7 @@ def arrow_table(scores: "Scores") -> "pyarrow.Table":
     columns: dict[str, Any] = {"id": pa.array(_one_type(scores.ids))}
     for name in scores.columns:
         flat, offsets = scores.flat(name)
-        columns[name] = _nested(pa, flat) if offsets is None else _list_column(pa, flat, offsets)
+        columns[name] = nested(pa, flat) if offsets is None else _list_column(pa, flat, offsets)
     return pa.table(columns)
 
 
@@ -77,13 +77,13 @@ def _list_column(pa: Any, flat: NDArray[Any], offsets: NDArray[np.int64]) -> "py
         fitting = int(np.searchsorted(offsets, offsets[start] + _ARROW_LIST_LIMIT, side="right")) - 1
         stop = min(max(fitting, start + 1), count)
         own = offsets[start : stop + 1] - offsets[start]
-        values = _nested(pa, flat[offsets[start] : offsets[stop]])
+        values = nested(pa, flat[offsets[start] : offsets[stop]])
         chunks.append(pa.ListArray.from_arrays(pa.array(own.astype(np.int32)), values))
         start = stop
     return pa.chunked_array(chunks)
 
 
-def _nested(pa: Any, flat: NDArray[Any]) -> Any:
+def nested(pa: Any, flat: NDArray[Any]) -> Any:
     """An array `[N]`, or `[N, K]` as lists of K."""
     values = pa.array(flat.reshape(-1))
     return values if flat.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
