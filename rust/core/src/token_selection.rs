@@ -86,10 +86,11 @@ impl Selection {
         }
     }
 
-    /// Tokens come in rising order, so that one which equals those in the list stands behind them. NaN never enters.
+    /// Tokens come in rising order, so that one which equals those in the list stands behind them. Where NaN stands
+    /// does not matter: it makes the whole row NaN.
     fn insert(&mut self, ranked: Ranked) {
         let is_full = self.likeliest.len() == self.top;
-        if ranked.logit.is_nan() || is_full && ranked.logit <= self.least() {
+        if is_full && ranked.logit <= self.least() {
             return;
         }
         if is_full {
