@@ -59,23 +59,6 @@ __all__ = [
     "scoring",
 ]
 
-_SUBMODULES = frozenset(
-    {
-        "candle",
-        "errors",
-        "formats",
-        "heads",
-        "modeling",
-        "native",
-        "ops",
-        "pretrained",
-        "report",
-        "returns",
-        "rollouts",
-        "scoring",
-    }
-)
-
 _HOME = {
     "AutoModelForCausalLMWithValueHead": "modeling",
     "AutoModelForSeq2SeqLMWithValueHead": "modeling",
@@ -93,6 +76,9 @@ _HOME = {
     "backends": "ops",
     "create_reference_model": "modeling",
 }
+
+
+_SUBMODULES = {*__all__, "native"} - {*_HOME, "__version__"}
 
 
 def __getattr__(name: str) -> object:

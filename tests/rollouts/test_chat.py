@@ -6,8 +6,9 @@ import pytest
 from tests.rollouts.tokenizers_for_tests import byte_level
 from vhead import Rollout
 from vhead.errors import FieldError
-from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.chat import chat_passage
 from vhead.rollouts.encoding import Encoder, LengthLimit
+from vhead.rollouts.template import Template
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,7 +51,7 @@ def parts(tokenizer, template, *messages, **answer):
     """The text that the model read and the text that it wrote."""
     tokenizer.chat_template = TEMPLATES[template]
     rollout = Rollout([*(messages or [QUESTION])], [{"role": "assistant", **answer}])
-    passage = ChatTemplate(tokenizer, "record 0").passage(rollout.prompt, rollout.completion)
+    passage = chat_passage(Template(tokenizer, "record 0"), rollout.prompt, rollout.completion)
     return passage.text[: passage.border], passage.text[passage.border :]
 
 
@@ -147,7 +148,7 @@ class TestToolCalls:
 def test_a_template_that_changes_the_prompt(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}: {{ messages[-1]['content'] }}"
     with pytest.raises(FieldError, match="messages: expected a chat template that leaves the prompt as it is when the"):
-        ChatTemplate(tokenizer, "record 0").passage([QUESTION], [{"role": "assistant", "content": "four"}])
+        chat_passage(Template(tokenizer, "record 0"), [QUESTION], [{"role": "assistant", "content": "four"}])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vhead.rollouts.messages import Message, Tool
+from vhead.rollouts.messages import Message
 from vhead.rollouts.template import SHOWN_BESIDE, Template, end_of_turn
 from vhead.rollouts.text import Passage
 from vhead.rollouts.turns import turns_passage
@@ -14,35 +13,20 @@ from vhead.rollouts.turns import turns_passage
 _OPENED = re.compile(r"<(\w+)>(\s*)$")
 
 
-@dataclass(frozen=True, slots=True)
-class ChatTemplate:
-    """A tokenizer's chat template, asked about one record.
+def chat_passage(template: Template, prompt: Sequence[Message], completion: Sequence[Message]) -> Passage:
+    """The chat as text: the prompt up to where the model began to write, and the completion behind it.
 
-    Attributes:
-        tokenizer: Any tokenizer of transformers.
-        name: What errors call the record.
-        tools: The functions that the model may call.
+    Raises:
+        FieldError: The tokenizer has no template, the completion does not begin with a message of the assistant's, or
+            the template refuses the chat, changes what came before, or leaves out what a message holds.
     """
-
-    tokenizer: Any
-    name: str
-    tools: Sequence[Tool] | None = None
-
-    def passage(self, prompt: Sequence[Message], completion: Sequence[Message]) -> Passage:
-        """The chat as text: the prompt up to where the model began to write, and the completion behind it.
-
-        Raises:
-            FieldError: The tokenizer has no template, the completion does not begin with a message of the assistant's,
-                or the template refuses the chat, changes what came before, or leaves out what a message holds.
-        """
-        template = Template(self.tokenizer, self.name, self.tools)
-        template.check()
-        if completion[0]["role"] != "assistant":
-            got = f"the role {completion[0]['role']!r}"
-            raise template.error("a completion that begins with a message of the assistant's", got)
-        if len(completion) == 1:
-            return _OneTurn(template).passage(prompt, completion[0])
-        return turns_passage(template, prompt, completion)
+    template.check()
+    if completion[0]["role"] != "assistant":
+        got = f"the role {completion[0]['role']!r}"
+        raise template.error("a completion that begins with a message of the assistant's", got)
+    if len(completion) == 1:
+        return _OneTurn(template).passage(prompt, completion[0])
+    return turns_passage(template, prompt, completion)
 
 
 @dataclass(frozen=True, slots=True)

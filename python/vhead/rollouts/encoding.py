@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import FieldError, VheadError
-from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.chat import chat_passage
 from vhead.rollouts.messages import Message
 from vhead.rollouts.rollout import Rollout
+from vhead.rollouts.template import Template
 from vhead.rollouts.text import Passage, Spans, TextTokenizer, Tokens, no_spans
 from vhead.rollouts.wording import Id
 
@@ -191,8 +192,8 @@ class Encoder:
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))
             tokens = self._text.plain(passage, with_spans=with_spans)
         else:
-            chat = ChatTemplate(self._tokenizer, name, rollout.tools)
-            passage = chat.passage(cast("Messages", prompt), cast("Messages", completion))
+            template = Template(self._tokenizer, name, rollout.tools)
+            passage = chat_passage(template, cast("Messages", prompt), cast("Messages", completion))
             tokens = self._text.rendered(passage, with_spans=with_spans)
         spans = passage.within_completion(tokens.spans) if with_spans and tokens.spans is not None else None
         return Tokens(tokens.ids, tokens.prompt_length, spans, tokens.mask)

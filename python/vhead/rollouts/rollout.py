@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError
 from vhead.rollouts.arrays import candidate_ids, token_ids, token_mask
-from vhead.rollouts.chat import ChatTemplate
+from vhead.rollouts.chat import chat_passage
 from vhead.rollouts.messages import Message, Tool, check_unicode, checked_messages, checked_tools
+from vhead.rollouts.template import Template
 from vhead.rollouts.text import TextTokenizer
 from vhead.rollouts.wording import Id, record_of, shown
 
@@ -110,7 +111,7 @@ class Rollout:
         rollout = cls(prompt, completion, id, tools=tools)
         if tokenizer is None:
             return rollout
-        passage = ChatTemplate(tokenizer, record or "chat", rollout.tools).passage(prompt, completion)
+        passage = chat_passage(Template(tokenizer, record or "chat", rollout.tools), prompt, completion)
         tokens = TextTokenizer(tokenizer).rendered(passage)
         count = tokens.prompt_length
         return cls(tokens.ids[:count], tokens.ids[count:], id, mask=tokens.mask)

@@ -20,7 +20,7 @@ from vhead.packing.strategies import Batch, Body, Strategy
 from vhead.rollouts.encoding import Encoded
 from vhead.scoring.chunks import Outputs
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.fields import COLUMNS, NOTHING, Asked
+from vhead.scoring.fields import COLUMNS, NOTHING, Asked, empty
 from vhead.scoring.logits import Statistics, find_logits_rule, statistics_of_logits, token_statistics
 from vhead.scoring.options import ScorerOptions
 
@@ -247,12 +247,14 @@ class Read:
         first = [conventions.first_scored(rollout) for rollout in rollouts]
         predicting = np.concatenate([rows[start - 1 : -1] for rows, start in zip(batch.rows, first, strict=True)])
         targets = [rollout.tokens[start:] for rollout, start in zip(rollouts, first, strict=True)]
-        ends = {
-            "reward": [rows[conventions.rewarded(rollout, pad_token)] for rows, rollout in pairs],
-            "prompt_value": [rows[rollout.prompt_length - 1] for rows, rollout in pairs],
-            "bootstrap": [rows[-1] for rows, _ in pairs],
-        }
-        of_head = {name: np.asarray(rows, np.int64) for name, rows in ends.items()} | {"values": predicting}
+        of_head = {"values": predicting}
+        if "reward" in asked:
+            rewarded = [rows[conventions.rewarded(rollout, pad_token)] for rows, rollout in pairs]
+            of_head["reward"] = np.asarray(rewarded, np.int64)
+        if "prompt_value" in asked:
+            of_head["prompt_value"] = np.asarray([rows[rollout.prompt_length - 1] for rows, rollout in pairs], np.int64)
+        if "bootstrap" in asked:
+            of_head["bootstrap"] = np.asarray([rows[-1] for rows in batch.rows], np.int64)
         if "steps" in asked:
             steps = [rows[rollout.prompt_length + conventions.step_ends(rollout)] for rows, rollout in pairs]
             of_head["steps"] = np.concatenate(steps)
@@ -287,7 +289,7 @@ class Read:
         for name, found in computed.items():
             column = COLUMNS[name]
             if column.origin == "logits" and self.places is not None:
-                whole = np.full((sum(self.counts), *found.shape[1:]), NOTHING.get(name, 0), found.dtype)
+                whole = empty(name, sum(self.counts), found.shape[1:])
                 whole[self.places] = found
                 computed[name] = whole
             if column.unit == "token" and conventions.leading_zeros:

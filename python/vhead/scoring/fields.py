@@ -91,11 +91,7 @@ class Asked:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns that this becomes, in order."""
-        return tuple(
-            column
-            for name, column in COLUMNS.items()
-            if column.returned_as in self.returns or (self.top and name in TOP)
-        )
+        return tuple(column for name, column in COLUMNS.items() if name in self)
 
     @property
     def computed(self) -> tuple[str, ...]:
@@ -109,7 +105,7 @@ class Asked:
 
     def __contains__(self, name: str) -> bool:
         """Whether a column, by its name, is among what is asked for."""
-        return any(column.name == name for column in self.columns)
+        return (self.top > 0 and name in TOP) or (name in COLUMNS and COLUMNS[name].returned_as in self.returns)
 
 
 def check_returns(names: Sequence[str]) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from vhead.rollouts.files import Reader
 from vhead.rollouts.rows import Row
 from vhead.rollouts.wording import named
 from vhead.scoring.advantages import AdvantageColumns
-from vhead.scoring.fields import check_returns
 from vhead.scoring.journal import Journal
 from vhead.scoring.output import Output
 from vhead.scoring.pairs import Pairing, PairScores
@@ -59,7 +58,7 @@ def score_file(
     asked = scorer.asked(returns, temperature, top_logprobs)
     kept = [column.name for column in asked.columns]
     if advantages is not None:
-        asked = replace(asked, returns=check_returns((*asked.returns, *advantages.needed)))
+        asked = replace(asked, returns=(*asked.returns, *advantages.needed))
     ids = IdRegistry() if unique_ids else None
     nothing = scorer.nothing(asked)
     reserved = [f"{name}{output.suffix}" for name in PairScores.of(nothing).columns]

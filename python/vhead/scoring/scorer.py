@@ -140,7 +140,7 @@ class Scorer:
             ValueError: A name is unknown, there is none, or a number is out of range.
         """
         default = self.default_returns
-        asked = Asked(tuple(default if returns is None else check_returns(returns)), temperature, top_logprobs)
+        asked = Asked(default if returns is None else check_returns(returns), temperature, top_logprobs)
         self._engine.check(asked)
         if returns is None and default != DEFAULT_RETURNS and not self._has_said_what_is_left_out:
             self._has_said_what_is_left_out = True
