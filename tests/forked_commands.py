@@ -16,7 +16,7 @@ RECORD = json.dumps({"prompt": "Why? ", "completion": "so be it"}).encode() + b"
 
 _SERVER = """
 import json, os, socket, sys
-import torch, transformers, vhead.cli.app, vhead.scoring.pipeline, vhead.scoring.scorer
+import torch, transformers, vhead.cli.app, vhead.scoring.files.pipeline, vhead.scoring.scorer
 from vhead import Scorer
 server = socket.socket(fileno=int(sys.argv[1]))
 server.send(b"ready")

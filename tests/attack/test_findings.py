@@ -20,8 +20,8 @@ from vhead.demo import demo_model_path
 from vhead.errors import FieldError, FileFormatError, HeadFileError, LoadError
 from vhead.formats import find_head
 from vhead.modeling.adapters import find_adapter
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.jsonl import JsonlReader
+from vhead.rollouts.files.jsonl import JsonlReader
+from vhead.rollouts.files.opening import open_reader
 
 
 @pytest.fixture

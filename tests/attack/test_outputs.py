@@ -17,15 +17,15 @@ import pytest
 
 from tests.attack.killing import killed_at
 from tests.attack.scale import scaled
-from tests.scoring.score_file_cases import content, scores_of
+from tests.scoring.files.score_file_cases import content, scores_of
 from tests.typer_runner import RUNNER
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
 from vhead.errors import VheadError
-from vhead.rollouts.files import open_reader
-from vhead.scoring import output as outputs
-from vhead.scoring.output_files import open_output
-from vhead.scoring.part import GrowingFile
+from vhead.rollouts.files.opening import open_reader
+from vhead.scoring.files import output as outputs
+from vhead.scoring.files.opening import open_output
+from vhead.scoring.files.part import GrowingFile
 
 # A field whose type widens on the way, three records to a chunk.
 CHUNK = 3
@@ -209,8 +209,8 @@ def wait_until_begun(process: subprocess.Popen, target: Path) -> None:
 RACER = """
 import sys, time
 from vhead.errors import VheadError
-from vhead.scoring.output_files import open_output
-from tests.scoring.score_file_cases import lines_of, scores_of, write_in_chunks
+from vhead.scoring.files.opening import open_output
+from tests.scoring.files.score_file_cases import lines_of, scores_of, write_in_chunks
 
 rows = lines_of(*({{"tag": {tag!r}, "n": n}} for n in range(50)))
 while time.time() < {start}:

@@ -19,11 +19,11 @@ from tests.attack.scale import scaled
 from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.errors import RecordError, VheadError
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.jsonl import JsonlReader
-from vhead.scoring.output import Output
-from vhead.scoring.output_files import open_output
-from vhead.scoring.pipeline import score_file
+from vhead.rollouts.files.jsonl import JsonlReader
+from vhead.rollouts.files.opening import open_reader
+from vhead.scoring.files.opening import open_output
+from vhead.scoring.files.output import Output
+from vhead.scoring.files.pipeline import score_file
 from vhead.scoring.progress import ScoringProgress
 
 TOLERANCE = 1e-4

@@ -312,7 +312,7 @@ class TestBadData:
             raise pa.ArrowNotImplementedError(f"{table.column_names[0]} has no such type")
 
         pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "in.parquet")
-        monkeypatch.setattr("vhead.scoring.parquet_output._try_out", refuse)
+        monkeypatch.setattr("vhead.scoring.files.parquet._try_out", refuse)
         done = run(tmp_path / "in.parquet", "-m", critic, "-o", tmp_path / "out.parquet")
         message = f"{tmp_path / 'in.parquet'}: prompt: expected a column of a type that can be written to Parquet"
         assert message in done.stderr

@@ -13,12 +13,12 @@ import torch
 from transformers import ByT5Tokenizer
 
 from tests.cli.test_cli_score import bad_line, read_jsonl, run
-from tests.scoring.score_file_cases import scores_of
+from tests.scoring.files.score_file_cases import scores_of
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, ValueHead
-from vhead.rollouts.files import open_reader
-from vhead.scoring.output_files import open_output
-from vhead.scoring.pairs import PairScores
-from vhead.scoring.pipeline import score_file
+from vhead.rollouts.files.opening import open_reader
+from vhead.scoring.files.opening import open_output
+from vhead.scoring.files.pairs import PairScores
+from vhead.scoring.files.pipeline import score_file
 from vhead.scoring.progress import ScoringProgress
 
 FORMATS = pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

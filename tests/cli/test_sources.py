@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.test_cli_score import run
-from vhead.rollouts.compressed import DecompressedFile, compressed
+from vhead.rollouts.files.compressed import DecompressedFile, compressed
 
 
 def text(path):

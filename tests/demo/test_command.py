@@ -18,7 +18,7 @@ from vhead.cli.demo import demo
 from vhead.cli.demo_table import FEW_STYLES, PAPER, TITLE, coloured, fitting, marked, shade, show
 from vhead.demo.judgement import Judged
 from vhead.demo.rollouts import DemoRollout
-from vhead.rollouts.jsonl import JsonlReader
+from vhead.rollouts.files.jsonl import JsonlReader
 
 WIDTHS = [80, 100, 140]
 COLOUR = re.compile(r"\x1b\[[\d;]*m")

@@ -12,8 +12,8 @@ import pytest
 from vhead.errors import FieldError
 from vhead.rollouts import from_records
 from vhead.rollouts.fields import parsed_fields
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.jsonl import JsonlReader
+from vhead.rollouts.files.jsonl import JsonlReader
+from vhead.rollouts.files.opening import open_reader
 
 ASK = {"role": "user", "content": "2 and 2?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}

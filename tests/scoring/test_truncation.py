@@ -11,9 +11,9 @@ from tests.scoring.scoring_models import CONTEXT, critic, reference, worst
 from vhead import Rollout, Scorer, Scores
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.encoding import LengthLimit
-from vhead.rollouts.jsonl import JsonlReader
+from vhead.rollouts.files.jsonl import JsonlReader
 from vhead.scoring.fields import FIELDS
-from vhead.scoring.jsonl_output import JsonlWriter
+from vhead.scoring.files.jsonl import JsonlWriter
 
 TOLERANCE = 1e-4
 

@@ -14,9 +14,9 @@ from vhead.cli.terminal import escaped, say
 from vhead.errors import InputChangedError, RecordError
 
 if TYPE_CHECKING:
-    from vhead.rollouts.files import Reader
+    from vhead.rollouts.files.opening import Reader
+    from vhead.scoring.files.output import Output
     from vhead.scoring.options import ScorerOptions
-    from vhead.scoring.output import Output
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
 
@@ -110,8 +110,8 @@ def score(
 
 
 def _run(request: option.ScoreRequest) -> None:
-    from vhead.rollouts.files import open_reader  # for a fast --help
-    from vhead.scoring.output_files import open_output  # for a fast --help
+    from vhead.rollouts.files.opening import open_reader  # for a fast --help
+    from vhead.scoring.files.opening import open_output  # for a fast --help
     from vhead.scoring.progress import ScoringProgress  # for a fast --help
 
     progress = ScoringProgress(shown=request.shows_progress)
@@ -132,7 +132,7 @@ def _run(request: option.ScoreRequest) -> None:
         if output.finished:
             _check_finished(output, reader, request)
             return
-        from vhead.scoring.pipeline import score_file  # imports torch
+        from vhead.scoring.files.pipeline import score_file  # imports torch
 
         with progress:
             score_file(

@@ -387,7 +387,7 @@ def _checked_fields(text: str | None) -> dict[str, str]:
 
 
 def _check_paths(source: str, output: str) -> None:
-    from vhead.rollouts.files import format_of  # for a fast --help
+    from vhead.rollouts.files.opening import format_of  # for a fast --help
 
     sources = _checked_sources(source)
     try:
@@ -404,8 +404,8 @@ def _check_paths(source: str, output: str) -> None:
 
 def _checked_sources(source: str) -> list[Path]:
     """The input's files where they are on this machine; those of the hub are looked for when they are read."""
-    from vhead.rollouts.files import format_of  # for a fast --help
-    from vhead.rollouts.sources import HUB, input_files  # for a fast --help
+    from vhead.rollouts.files.opening import format_of  # for a fast --help
+    from vhead.rollouts.files.sources import HUB, input_files  # for a fast --help
 
     if source == STANDARD_STREAM or source.startswith(HUB):
         return []

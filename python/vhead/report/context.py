@@ -6,7 +6,7 @@ from typing import Any
 
 from vhead.errors import FieldError
 from vhead.report.differences import WorstToken
-from vhead.rollouts.files import open_reader
+from vhead.rollouts.files.opening import open_reader
 
 _TEXT, _OFFSETS, _IDS = "completion", "token_offsets", ("token_ids", "completion_ids")
 _CHARACTERS_AROUND = 60

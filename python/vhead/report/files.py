@@ -11,8 +11,8 @@ from vhead.errors import FieldError, FileFormatError
 from vhead.report.comparison import WORST, Comparison, of_records
 from vhead.report.context import in_context
 from vhead.report.records import ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Problems, Record, matched
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.rows import Row
+from vhead.rollouts.files.opening import open_reader
+from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import named, shown
 
 OLD_LOGPROBS = "old_logprobs"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vhead import returns
 from vhead.errors import FieldError, RecordError, VheadError
-from vhead.rollouts.rows import Row
+from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import Id, named
 from vhead.scoring.fields import ADVANTAGES
 

@@ -7,14 +7,14 @@ from itertools import chain
 from typing import Any, BinaryIO, Protocol, cast
 
 from vhead.errors import FieldError, RecordError
-from vhead.rollouts.arrow import pa, pc, pq
 from vhead.rollouts.fields import MASK
-from vhead.rollouts.parquet import ParquetRow
-from vhead.rollouts.rows import Row
-from vhead.scoring.output import OutputFile
-from vhead.scoring.pairs import MARGIN, SUFFIXES, PairScores, sides_of
-from vhead.scoring.part import Sink, new_file
-from vhead.scoring.schema import Kind, Shape, shape_of, united
+from vhead.rollouts.files.arrow import pa, pc, pq
+from vhead.rollouts.files.parquet import ParquetRow
+from vhead.rollouts.files.rows import Row
+from vhead.scoring.files.output import OutputFile
+from vhead.scoring.files.pairs import MARGIN, SUFFIXES, PairScores, sides_of
+from vhead.scoring.files.part import Sink, new_file
+from vhead.scoring.files.schema import Kind, Shape, shape_of, united
 from vhead.scoring.scores import Scores
 from vhead.scoring.views import nested
 

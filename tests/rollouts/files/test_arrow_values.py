@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from vhead.errors import FieldError
-from vhead.rollouts.parquet import ParquetRow, _check_dictionaries
+from vhead.rollouts.files.parquet import ParquetRow, _check_dictionaries
 
 # 2023-11-14T22:13:20 and 123,456,789 nanoseconds.
 POINT = 1_700_000_000_123_456_789

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from vhead.errors import FieldError, FileFormatError
-from vhead.rollouts.arrow import pa, pc, pq
-from vhead.rollouts.arrow_values import exact, seconds
 from vhead.rollouts.fields import Fields, columns_of_fields
+from vhead.rollouts.files.arrow import pa, pc, pq
+from vhead.rollouts.files.arrow_values import exact, seconds
+from vhead.rollouts.files.rows import Row, chained, check_reserved
 from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import Row, chained, check_reserved
 
 Result = TypeVar("Result")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from vhead.errors import InputChangedError, ResumeError
-from vhead.rollouts.rows import Row
-from vhead.scoring.part import new_file, open_regular
+from vhead.rollouts.files.rows import Row
+from vhead.scoring.files.part import new_file, open_regular
 
 # It names both options, because together they would continue the earlier run or be refused.
 START_ANEW = "start anew with --overwrite and without --resume"

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.scoring.score_file_cases import (
+from tests.scoring.files.score_file_cases import (
     GOOD,
     Stopped,
     begun,
@@ -25,7 +25,7 @@ from tests.scoring.score_file_cases import (
     write_in_chunks,
 )
 from vhead.errors import FieldError, OutputBusyError, OutputError, ResumeError
-from vhead.scoring.output_files import open_output
+from vhead.scoring.files.opening import open_output
 
 ROWS = lines_of(*({"n": number} for number in range(6)))
 both_formats = pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
@@ -300,7 +300,9 @@ class TestLock:
 
     def test_the_lock_ends_with_the_process(self, tmp_path):
         path = tmp_path / "out.jsonl"
-        code = f"import os; from vhead.scoring.output_files import open_output; open_output({str(path)!r}); os._exit(9)"
+        code = (
+            f"import os; from vhead.scoring.files.opening import open_output; open_output({str(path)!r}); os._exit(9)"
+        )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
         put(path, ROWS)
 

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.fields import SIDES
+from vhead.rollouts.files.rows import Row
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import Row
 from vhead.rollouts.wording import named
 from vhead.scoring.scores import Scores
 

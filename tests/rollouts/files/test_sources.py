@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from vhead.errors import FieldError, FileFormatError
-from vhead.rollouts import jsonl
-from vhead.rollouts.compressed import compressed
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.sources import input_files
+from vhead.rollouts.files import jsonl
+from vhead.rollouts.files.compressed import compressed
+from vhead.rollouts.files.opening import open_reader
+from vhead.rollouts.files.sources import input_files
 
 RECORDS = [{"id": at, "prompt": f"{random.Random(at).random()}", "completion": "b" * (1 + at)} for at in range(40)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

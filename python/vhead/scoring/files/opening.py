@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vhead.rollouts.files import STANDARD_STREAM, format_of
-from vhead.rollouts.standard_streams import standard_output
-from vhead.scoring.output import CompressedOutput, Output, OutputFile
+from vhead.rollouts.files.opening import STANDARD_STREAM, format_of
+from vhead.rollouts.files.standard_streams import standard_output
+from vhead.scoring.files.output import CompressedOutput, Output, OutputFile
 
 
 def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suffix: str = "") -> Output:
@@ -26,7 +26,7 @@ def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suf
     if name == STANDARD_STREAM:
         return Output(standard_output(), suffix)
     if suffix_of_name == ".parquet":
-        from vhead.scoring.parquet_output import ParquetOutput  # pyarrow only when used
+        from vhead.scoring.files.parquet import ParquetOutput  # pyarrow only when used
 
         return ParquetOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
     if suffix_of_name != ".jsonl":

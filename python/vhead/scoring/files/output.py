@@ -25,12 +25,12 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vhead.errors import OutputBusyError, OutputError, RecordError, ResumeError
-from vhead.rollouts.compressed import compressed
-from vhead.rollouts.rows import Row
-from vhead.scoring.journal import START_ANEW, Journal, Published, Run
-from vhead.scoring.jsonl_output import JsonlWriter
-from vhead.scoring.pairs import PairScores
-from vhead.scoring.part import GrowingFile, Sink, check_name, open_regular, sync_folder
+from vhead.rollouts.files.compressed import compressed
+from vhead.rollouts.files.rows import Row
+from vhead.scoring.files.journal import START_ANEW, Journal, Published, Run
+from vhead.scoring.files.jsonl import JsonlWriter
+from vhead.scoring.files.pairs import PairScores
+from vhead.scoring.files.part import GrowingFile, Sink, check_name, open_regular, sync_folder
 from vhead.scoring.scores import Scores
 
 # A run that is killed has to compute this much again.

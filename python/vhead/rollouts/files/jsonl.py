@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from vhead.errors import FieldError, VheadError, naming
 from vhead.rollouts.fields import Fields
+from vhead.rollouts.files.rows import Row, chained, check_reserved
 from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
-from vhead.rollouts.rows import Row, chained, check_reserved
 from vhead.rollouts.wording import shown
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.scoring.score_file_cases import GOOD, begun, content, put, read, scores_of
+from tests.scoring.files.score_file_cases import GOOD, begun, content, put, read, scores_of
 from vhead import Scores
 from vhead.errors import FieldError, FileFormatError, MissingExtraError
-from vhead.rollouts import jsonl
-from vhead.rollouts.files import open_reader
-from vhead.rollouts.parquet import ParquetRow
-from vhead.scoring.output_files import open_output
+from vhead.rollouts.files import jsonl
+from vhead.rollouts.files.opening import open_reader
+from vhead.rollouts.files.parquet import ParquetRow
+from vhead.scoring.files.opening import open_output
 
 
 def write(lines, scores, path):
@@ -364,7 +364,7 @@ class TestParquet:
             list(open_reader(str(file)))
 
     def test_without_pyarrow(self, monkeypatch, tmp_path):
-        for name in ("rollouts.arrow", "rollouts.parquet", "scoring.parquet_output"):
+        for name in ("rollouts.files.arrow", "rollouts.files.parquet", "scoring.files.parquet"):
             monkeypatch.delitem(sys.modules, f"vhead.{name}", raising=False)
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(MissingExtraError, match=r"pip install 'vhead\[data\]'"):

@@ -8,13 +8,13 @@ from itertools import islice
 from vhead.errors import RecordError, ResumeError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.fields import SIDES
-from vhead.rollouts.files import Reader
-from vhead.rollouts.rows import Row
+from vhead.rollouts.files.opening import Reader
+from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import named
 from vhead.scoring.advantages import AdvantageColumns
-from vhead.scoring.journal import Journal
-from vhead.scoring.output import Output
-from vhead.scoring.pairs import Pairing, PairScores
+from vhead.scoring.files.journal import Journal
+from vhead.scoring.files.output import Output
+from vhead.scoring.files.pairs import Pairing, PairScores
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scorer import ErrorHandler, ScoredChunk, Scorer
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vhead.errors import FileFormatError
-from vhead.rollouts.compressed import COMPRESSIONS, DecompressedFile
 from vhead.rollouts.fields import Fields
-from vhead.rollouts.jsonl import JsonlReader
-from vhead.rollouts.rows import Row
-from vhead.rollouts.sources import input_files
-from vhead.rollouts.standard_streams import standard_input
+from vhead.rollouts.files.compressed import COMPRESSIONS, DecompressedFile
+from vhead.rollouts.files.jsonl import JsonlReader
+from vhead.rollouts.files.rows import Row
+from vhead.rollouts.files.sources import input_files
+from vhead.rollouts.files.standard_streams import standard_input
 
 STANDARD_STREAM = "-"
 _BYTES_AT_ONCE = 2**20
@@ -70,7 +70,7 @@ def open_reader(
         return JsonlReader(standard_input(), None, reserved, replaces=replaces, fields=fields)
     paths = input_files(name)
     if {format_of(str(path)) for path in paths} == {".parquet"}:
-        from vhead.rollouts.parquet import ParquetReader, ParquetReaders  # pyarrow only when used
+        from vhead.rollouts.files.parquet import ParquetReader, ParquetReaders  # pyarrow only when used
 
         if len(paths) == 1:
             return ParquetReader(paths[0], reserved, replaces=replaces, fields=fields)

@@ -8,9 +8,9 @@ import numpy as np
 
 from vhead.errors import RecordError
 from vhead.rollouts.fields import MASK
-from vhead.rollouts.rows import Row
-from vhead.scoring.pairs import MARGIN, PairScores, sides_of
-from vhead.scoring.part import Sink
+from vhead.rollouts.files.rows import Row
+from vhead.scoring.files.pairs import MARGIN, PairScores, sides_of
+from vhead.scoring.files.part import Sink
 from vhead.scoring.scores import TRUNCATED, Score, Scores
 
 

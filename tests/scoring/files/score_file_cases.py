@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from vhead import Scores
 from vhead.errors import RecordError
-from vhead.rollouts.jsonl import JsonlReader
-from vhead.rollouts.rows import Row
-from vhead.scoring.output import Output
-from vhead.scoring.output_files import open_output
+from vhead.rollouts.files.jsonl import JsonlReader
+from vhead.rollouts.files.rows import Row
+from vhead.scoring.files.opening import open_output
+from vhead.scoring.files.output import Output
 from vhead.scoring.scores import offsets_of
 
 GOOD = '{"prompt": "a", "completion": "b"}'

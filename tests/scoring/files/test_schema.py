@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.scoring.score_file_cases import begun, content, lines_of, put, read, scores_of, stop_after, write_in_chunks
+from tests.scoring.files.score_file_cases import (
+    begun,
+    content,
+    lines_of,
+    put,
+    read,
+    scores_of,
+    stop_after,
+    write_in_chunks,
+)
 from vhead.errors import FieldError
-from vhead.scoring.schema import Shape, shape_of, united
+from vhead.scoring.files.schema import Shape, shape_of, united
 
 ABSENT = object()
 

@@ -72,7 +72,7 @@ class DecompressedFile(io.RawIOBase):
 def _decompressing(file: BinaryIO, suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file, mode="rb")
-    from vhead.rollouts.arrow import pa  # pyarrow only when used
+    from vhead.rollouts.files.arrow import pa  # pyarrow only when used
 
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
 
@@ -85,7 +85,7 @@ def compressed(data: bytes, suffix: str) -> bytes:
     """
     if suffix == ".gz":
         return gzip.compress(data, mtime=0)
-    from vhead.rollouts.arrow import pa  # pyarrow only when used
+    from vhead.rollouts.files.arrow import pa  # pyarrow only when used
 
     stream: bytes = pa.Codec("zstd").compress(data, asbytes=True)
     return stream

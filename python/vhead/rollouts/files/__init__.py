@@ -1,0 +1,1 @@
+"""Files of rollouts: where they are, how they are read, and the records that they hold."""
