@@ -501,6 +501,12 @@ class TestFinished:
         expected = "expected an input of the 12 records that are finished, got more: line 13; to score them too, "
         assert f"{expected}start anew with --overwrite and without --resume" in done.stderr
 
+    def test_a_limit_below_what_is_finished_is_named_and_not_the_input(self, critic, source, output):
+        done = run(source, "-m", critic, "-o", output, "--resume", "--limit", 2)
+        assert done.exit_code == 1
+        assert "limit: expected at least the 12 records that are done, got 2" in done.stderr
+        assert "input" not in done.stderr
+
     def test_it_is_overwritten_when_asked(self, critic, source, output):
         assert run(source, "-m", critic, "-o", output, "--overwrite", "--limit", 3).exit_code == 0
         rows = read_jsonl(output) if output.suffix == ".jsonl" else pq.read_table(output).to_pylist()

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from itertools import islice
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -155,7 +154,7 @@ def _run(request: option.ScoreRequest) -> None:
 def _check_finished(output: "Output", reader: "Reader", request: option.ScoreRequest) -> None:
     """Checks that the finished output belongs to this input, and says that there is nothing to do."""
     if output.journal is not None:
-        output.journal.check_whole(islice(reader, request.limit), request.output)
+        output.journal.check_whole(reader, request.output, request.limit)
         if not request.quiet:
             say(f"{request.output} is finished already with {output.journal.records:,} records, so nothing was scored")
 

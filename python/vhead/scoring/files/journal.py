@@ -4,8 +4,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -163,15 +164,26 @@ class Journal:
                 f"{last.where}; give the same input again, or {START_ANEW}"
             )
 
-    def check_whole(self, rows: Iterator[Row], output: str) -> None:
-        """Checks that a finished output is of these records.
+    def check_limit(self, limit: int | None) -> None:
+        """Checks that a run that scores only the first so many records may continue.
 
         Raises:
-            ResumeError: The input has others, or more.
+            ResumeError: More are done than the limit allows.
         """
-        for _ in self.pass_over(rows):
+        if limit is not None and self.records > limit:
+            raise ResumeError(f"limit: expected at least the {self.records:,} records that are done, got {limit:,}")
+
+    def check_whole(self, rows: Iterable[Row], output: str, limit: int | None = None) -> None:
+        """Checks that a finished output is of the first so many of these records, or of all where there is no limit.
+
+        Raises:
+            ResumeError: The input has others or more, or more are done than the limit allows.
+        """
+        self.check_limit(limit)
+        remaining = islice(rows, limit)
+        for _ in self.pass_over(remaining):
             pass
-        if (more := next(rows, None)) is not None:
+        if (more := next(remaining, None)) is not None:
             raise ResumeError(
                 f"{output}: expected an input of the {self.records:,} records that are finished, got more: "
                 f"{more.where}; to score them too, {START_ANEW}"

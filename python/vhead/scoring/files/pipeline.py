@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
-from vhead.errors import RecordError, ResumeError
+from vhead.errors import RecordError
 from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.fields import SIDES
 from vhead.rollouts.files.opening import Reader
@@ -126,9 +126,9 @@ class RemainingRows:
         self._journal = journal
         self._ids = ids
         self._pairing = pairing
+        if journal is not None:
+            journal.check_limit(limit)
         self._done = 0 if journal is None else journal.records
-        if limit is not None and self._done > limit:
-            raise ResumeError(f"limit: expected at least the {self._done:,} records that are done, got {limit:,}")
         self.last: Row | None = None
 
     @property
