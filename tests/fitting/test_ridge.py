@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-
 import vhead
 from tests.fitting.examples import grouped, last_state, relative, token_states
 from tests.scoring.scoring_models import critic

@@ -110,6 +110,7 @@ class Fitting:
         self._moments: FoldMoments | None = None
         self._store: StateStore | None = None
         self._bounds: NDArray[np.float64] | None = None
+        self._weights = np.zeros(options.folds)
         self._is_binary = options.target == "reward" and options.loss != "squared"
         self.rollouts = 0
         self.tokens = 0
@@ -131,16 +132,19 @@ class Fitting:
         rows = rows or self._rollout_rows(examples, scores)
         if not len(rows.states):
             return
-        found = bounds(rows.targets)
-        if self._bounds is not None:
-            found = bounds(np.concatenate([self._bounds, found]))
-        self._bounds = found
+        self._weights += np.bincount(rows.folds, rows.weights, len(self._weights))
+        self._widen(rows.targets[rows.weights > 0])
         self._heed_outcomes(rows.targets)
         if self._needs_moments:
             self._own_moments(rows.targets.shape[1]).add(rows.states, rows.targets, rows.weights, rows.folds)
         if self._needs_store:
             self._own_store(rows.targets.shape[1]).append(rows.states, rows.targets, rows.weights, rows.folds)
         self.tokens += len(rows.states)
+
+    def _widen(self, targets: NDArray[np.float64]) -> None:
+        before = [] if self._bounds is None else [self._bounds]
+        if len(targets):
+            self._bounds = bounds(np.concatenate([*before, targets]))
 
     @property
     def _needs_store(self) -> bool:
@@ -217,7 +221,7 @@ class Fitting:
         Raises:
             FitError: There are no rollouts, fewer prompts than folds, constant targets, or no solution.
         """
-        if self._bounds is None:
+        if not self.rollouts:
             raise FitError("rollouts: expected at least one to fit to, got none")
         if len(self._folds.first) < self._options.folds:
             count = len(self._folds.first)
@@ -225,43 +229,39 @@ class Fitting:
                 f"folds: expected rollouts of at least {self._options.folds} prompts, one for each fold, got "
                 f"{count} different {'prompt' if count == 1 else 'prompts'}; give more prompts, or ask for fewer folds"
             )
+        if self._bounds is None or (self._weights == 0).any():
+            raise FitError("weights: expected some above 0 in each fold of prompts, got a fold without any")
         lowest, highest = self._bounds
         if self._options.target != "pairs" and (lowest == highest).any():
             output = int((lowest == highest).argmax())
             which = "" if len(lowest) == 1 else f" in output {output}"
             raise FitError(f"targets: expected numbers that vary, got {lowest[output]:g} everywhere{which}")
         loss: Loss = "logistic" if self._options.target == "pairs" or self._is_binary else "squared"
-        fitted = self._solved(loss).fitted(source=source, loss=loss, rollouts=self.rollouts, tokens=self.tokens)
+        fitted = self._solved(loss, len(lowest)).fitted(
+            source=source, loss=loss, rollouts=self.rollouts, tokens=self.tokens
+        )
         if not all(
             layer.weight.isfinite().all() and layer.bias_or_zeros.isfinite().all() for layer in fitted.head.layers
         ):
             raise FitError("strengths: expected larger ones, with which the weights are finite, got these")
         return fitted
 
-    def _solved(self, loss: Loss) -> Solution:
+    def _solved(self, loss: Loss, outputs: int) -> Solution:
         options = self._options
         if options.intermediate_size is None and loss == "squared":
-            if self._moments is None or (self._weights() > 0).sum() < 2:
-                raise FitError("weights: expected some above 0 in at least two folds of prompts, got none there")
-            return fit_ridge(self._moments, options.strengths)
-        if self._store is None:
-            raise FitError("rollouts: expected at least one to fit to, got none")
+            return fit_ridge(self._own_moments(outputs), options.strengths)
+        store = self._own_store(outputs)
         is_pairs = options.target == "pairs"
         common: dict[str, Any] = {"is_pairs": is_pairs, "folds": options.folds, "strengths": options.strengths}
         if options.intermediate_size is None:
-            return fit_logistic(self._store, **common)
+            return fit_logistic(store, **common)
         return fit_two_layer(
-            self._store,
+            store,
             loss=loss,
             intermediate_size=options.intermediate_size,
             max_iterations=options.max_iterations,
             **common,
         )
-
-    def _weights(self) -> Tensor:
-        if self._moments is None:
-            return torch.zeros(0)
-        return torch.stack([self._moments[fold].weight for fold in range(len(self._moments))])
 
     def notes(self) -> dict[str, Any]:
         """All that has been found so far but the sums and the stored states, as JSON has it."""
@@ -270,8 +270,9 @@ class Fitting:
             "tokens": self.tokens,
             "prompts": self._folds.first,
             "bounds": None if self._bounds is None else self._bounds.tolist(),
+            "weights": self._weights.tolist(),
             "is_binary": self._is_binary,
-            "stored": None if self._store is None else [self._store.rows, self._store.dtype],
+            "stored": None if self._store is None else [self._store.rows, self._store.dtype, self._store.outputs],
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -283,14 +284,14 @@ class Fitting:
         self.rollouts, self.tokens = notes["rollouts"], notes["tokens"]
         self._folds = Folds(self._options.folds, notes["prompts"])
         self._bounds = None if notes["bounds"] is None else np.array(notes["bounds"])
+        self._weights = np.array(notes["weights"])
         self._is_binary = notes["is_binary"]
         if tensors:
             self._own_moments(tensors["y"].shape[1]).restore(tensors)
-        if notes["stored"] is None or self._bounds is None:
+        if notes["stored"] is None:
             return True
-        rows, dtype = notes["stored"]
-        outputs, budget = self._bounds.shape[1], self._options.cache_bytes
-        self._store = StateStore(self._folder, self._hidden_size, outputs, dtype, budget)
+        rows, dtype, outputs = notes["stored"]
+        self._store = StateStore(self._folder, self._hidden_size, outputs, dtype, self._options.cache_bytes)
         return self._store.cut(rows)
 
 

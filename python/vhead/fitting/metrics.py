@@ -95,7 +95,7 @@ class Verdicts:
         loss = torch.nn.functional.softplus(z) - y * z
         right = torch.where(z == 0, 0.5, ((z > 0) == (y > 0.5)).double())
         p, outcome = (z.abs().sigmoid(), right) if is_pair else (z.sigmoid(), y)
-        place = (p * _BINS).long().clamp(max=_BINS - 1)
+        place = (p.nan_to_num() * _BINS).long().clamp(max=_BINS - 1)
         bins = torch.zeros(3, _BINS, z.shape[1], dtype=torch.float64, device=z.device)
         for sums, added in zip(bins, (w, w * p, w * outcome), strict=True):
             sums.scatter_add_(0, place, added)

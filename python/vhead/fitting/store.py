@@ -49,11 +49,13 @@ class StateStore:
     Attributes:
         rows: How many rows there are.
         dtype: As given.
+        outputs: As given.
     """
 
     def __init__(self, folder: Path, hidden_size: int, outputs: int, dtype: str, budget: int) -> None:
         self.dtype = dtype if dtype in _DTYPES else "float32"
         self.rows = 0
+        self.outputs = outputs
         self._paths = (folder / "states", folder / "targets")
         self._widths = (hidden_size, outputs + 2)
         self._row_bytes = (hidden_size * _DTYPES[self.dtype].itemsize, (outputs + 2) * _FLOAT64_BYTES)
