@@ -30,9 +30,11 @@ class Example(Protocol):
         prompt: The digest of its prompt, once it has been checked.
         target: Its target, once it has been checked: `[K]` for the whole rollout, `[C, K]` for its tokens.
         weight: Its weight: `[]` for the whole rollout, `[C]` for its tokens.
+        field: What errors call its target.
     """
 
     prompt: str
+    field: str
     target: NDArray[np.float64]
     weight: NDArray[np.float64]
 
@@ -51,6 +53,7 @@ class _Checked:
     """Holds what the check has found."""
 
     prompt: str
+    field: str
     target: NDArray[np.float64]
     weight: NDArray[np.float64]
 
@@ -151,9 +154,9 @@ class Checks:
             expected = f"the prompt of the {SIDES[0]} side, whose partner it is"
             raise FieldError(f"{name}, {SIDES[1]}", "prompt", expected=expected, got="another one")
         example.prompt = digests[0]
-        target, weight, field = example.said()
+        target, weight, example.field = example.said()
         example.weight = self._weight(weight, name)
-        example.target = np.ones(1) if self._target == "pairs" else self._checked(target, field, name)
+        example.target = np.ones(1) if self._target == "pairs" else self._checked(target, example.field, name)
 
     def _check_form(self, name: str, rollouts: Sequence[Rollout]) -> None:
         if self._target == "pairs" and len(rollouts) != len(SIDES):

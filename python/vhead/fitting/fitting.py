@@ -302,12 +302,12 @@ def _per_token(
     weight = example.weight if example.weight.ndim else np.full(len(mask), float(example.weight))
     weight = _fitting(weight, mask, example, "weights", is_cut=is_cut)
     if example.target.ndim == 2:
-        found = _fitting(example.target, mask, example, "targets", is_cut=is_cut)
+        found = _fitting(example.target, mask, example, example.field, is_cut=is_cut)
         wrong = np.argwhere(~np.isfinite(found))
         if len(wrong):
             token = int(np.flatnonzero(mask)[wrong[0][0]])
             got = f"{found[tuple(wrong[0])]} at completion token {token}"
-            raise FieldError(example.where, "targets", expected="finite numbers where the model wrote", got=got)
+            raise FieldError(example.where, example.field, expected="finite numbers where the model wrote", got=got)
         return found, weight
     columns = []
     for reward in example.target:
