@@ -2,8 +2,8 @@
 
     python benchmarks/fitting.py
 
-Time: fit and score take turns in one process, on the group workload with Qwen2-0.5B's shape and four layers. Memory: the
-process's peak after 10^4, 10^5 and 10^6 completion tokens, by a small model.
+Time: fit and score take turns in one process, on the group workload with Qwen2-0.5B's shape and four layers.
+Memory: the process's peak after 10^4, 10^5 and 10^6 completion tokens, by a small model.
 """
 
 import json
