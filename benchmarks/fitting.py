@@ -1,87 +1,72 @@
-"""Measures `vhead.fit` beside scoring the same rollouts, and how its memory grows: about three minutes.
+"""Measures `vhead.fit` beside scoring the same rollouts, and how its memory grows: see README.md."""
 
-    python benchmarks/fitting.py
-
-Time: fit and score take turns in one process, on the group workload with Qwen2-0.5B's shape and four layers.
-Memory: the process's peak after 10^4, 10^5 and 10^6 completion tokens, by a small model.
-"""
-
-import json
-import resource
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import argparse
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
+import report
 import torch
+from measure import Figures, add_options, in_fresh_process, memory
 from workloads import log_normal, qwen2, small_llama
 
 import vhead
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
-from vhead.benchmark.machine import provenance
-from vhead.benchmark.timing import load_average
+from vhead.benchmark.document import Row
+from vhead.benchmark.timing import Work, interleaved, load_average
 
-ROUNDS = 5
-RESULTS = Path(__file__).parent / "results" / "fitting.json"
+LAYERS, PROMPTS, COMPLETIONS = 4, 4, 8
 SIZES = (10**4, 10**5, 10**6)
-COMPLETION = 100
+BYTES, PROMPT, COMPLETION = 256, 10, 100
 
 
-def timed(dtype: torch.dtype) -> dict[str, object]:
-    """Seconds of scoring values alone and of fitting, and their ratio, round by round."""
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(qwen2(4).to(dtype)).eval()
-    scorer, rollouts = Scorer(model), log_normal(4, 8)
+def _times(options: argparse.Namespace) -> Iterator[Row]:
+    """Seconds of scoring values alone and of fitting, in turns."""
+    torch.set_num_threads(options.threads)
+    rollouts = log_normal(PROMPTS, COMPLETIONS)
     rewards = np.random.default_rng(0).normal(size=len(rollouts)).tolist()
-    times: dict[str, list[float]] = {"score": [], "fit": []}
-    for _ in range(ROUNDS + 1):
-        times["score"].append(seconds(lambda: scorer.score(rollouts, ("values",))))
-        times["fit"].append(seconds(lambda: vhead.fit(scorer, rollouts, rewards, folds=2, strengths=1.0)))
-    scored, fitted = (times[name][1:] for name in ("score", "fit"))
-    ratio = statistics.median(b / a for a, b in zip(scored, fitted, strict=True))
-    return {"dtype": str(dtype), "score": scored, "fit": fitted, "ratio": ratio}
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """How long a call takes."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+    for dtype in (torch.float32, torch.bfloat16):
+        scorer = Scorer(AutoModelForCausalLMWithValueHead.from_pretrained(qwen2(LAYERS).to(dtype)).eval())
+        before = load_average()
+        works: dict[str, Work] = {
+            "score": partial(scorer.score, rollouts, ("values",)),
+            "fit": partial(vhead.fit, scorer, rollouts, rewards, folds=PROMPTS),
+        }
+        for name, seconds in interleaved(works, options.rounds).items():
+            about = {"load_before": before, "load_after": load_average()}
+            yield {"implementation": name, "dtype": str(dtype), "seconds": seconds, **about}
 
 
 def drawn(tokens: int) -> Iterator[Rollout]:
     """Rollouts with so many completion tokens, made one by one."""
     rng = np.random.default_rng(0)
     for _ in range(tokens // COMPLETION):
-        yield Rollout(rng.integers(0, 256, 10), rng.integers(0, 256, COMPLETION))
+        yield Rollout(rng.integers(0, BYTES, PROMPT), rng.integers(0, BYTES, COMPLETION))
 
 
-def peaks() -> list[dict[str, float]]:
-    """Peak MiB of the process after fits of growing size."""
-    scorer = Scorer(AutoModelForCausalLMWithValueHead.from_pretrained(small_llama(256)).eval())
-    found = []
+def peak(tokens: int, threads: int) -> int:
+    """Peak bytes of a process that fits a head of a small model to so many tokens."""
+    torch.set_num_threads(threads)
+    rng = np.random.default_rng(1)
+    scorer = Scorer(AutoModelForCausalLMWithValueHead.from_pretrained(small_llama(BYTES)).eval())
+    vhead.fit(scorer, drawn(tokens), (float(rng.normal()) for _ in range(tokens // COMPLETION)))
+    return memory("VmHWM")
+
+
+def _peaks(options: argparse.Namespace) -> Iterator[Row]:
     for tokens in SIZES:
-        rng = np.random.default_rng(1)
-        vhead.fit(scorer, drawn(tokens), (float(rng.normal()) for _ in range(tokens // COMPLETION)))
-        found.append({"tokens": tokens, "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
-        print(f"{tokens:>9,} tokens: peak {found[-1]['MiB']:,.0f} MiB", flush=True)
-    return found
+        yield {"tokens": tokens, "bytes": in_fresh_process(peak, tokens, options.threads)}
 
 
-def main() -> None:
-    """Measures, prints and stores."""
-    document: dict[str, object] = {
-        **provenance(torch.get_num_threads(), ROUNDS),
-        "load": load_average(),
-        "memory": peaks(),
-    }
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        row = timed(dtype)
-        rows.append(row)
-        print(f"{dtype}: fit takes {row['ratio']:.3f} times as long as scoring values", flush=True)
-    RESULTS.write_text(json.dumps(document | {"time": rows}, indent=1) + "\n")
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, "fitting", rounds=5)
+    options = parser.parse_args()
+    figures = Figures(options, layers=LAYERS, prompts=PROMPTS, completions=COMPLETIONS)
+    figures.add("times", _times(options))
+    figures.add("memory", _peaks(options))
+    figures.close(report.fitting)
 
 
 if __name__ == "__main__":
-    main()
+    _main()
