@@ -110,6 +110,17 @@ def test_the_default_strengths_do_not_depend_on_the_unit_of_the_states():
     assert relative(one.layers[0][0], other.layers[0][0] * 64) < 1e-9
 
 
+@pytest.mark.parametrize("noise", [0.01, 3.0, 100.0, 1e5])
+def test_the_default_strength_is_the_best_of_the_whole_range(noise):
+    rng = np.random.default_rng(7)
+    states, targets, folds = data(rows=80, width=40, condition=1e3, outputs=2)
+    targets = targets + noise * rng.normal(size=targets.shape)
+    moments = added(states, targets, folds)
+    scale = moments.total().centred()[0].diagonal().mean().item()
+    everywhere = fit_ridge(moments, [scale * 10.0**exponent for exponent in range(-9, 3)])
+    assert fit_ridge(moments, None).strengths == everywhere.strengths
+
+
 def test_the_gram_matrix_is_a_whole_one():
     rows = torch.randn(50, 9, dtype=torch.float64)
     assert torch.allclose(gram(rows), rows.T @ rows, rtol=1e-13)

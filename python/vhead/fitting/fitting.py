@@ -128,8 +128,10 @@ class Fitting:
                 None.
             FitError: The states take too much room on the disk, or an outcome is neither 0 nor 1.
         """
-        rows = self._token_rows(examples, scores, on_error) if self._options.reads == "values" else None
-        rows = rows or self._rollout_rows(examples, scores)
+        if self._options.reads == "values":
+            rows = self._token_rows(examples, scores, on_error)
+        else:
+            rows = self._rollout_rows(examples, scores)
         if not len(rows.states):
             return
         self._weights += np.bincount(rows.folds, rows.weights, len(self._weights))

@@ -1,6 +1,6 @@
 """Ridge regression in closed form, with a strength that held-out folds choose from the same sums."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from vhead.fitting.moments import FoldMoments, Moments
 
 # Times the mean of the eigenvalues of the centred sums.
 _RELATIVE = tuple(10.0**exponent for exponent in range(-9, 3))
+# Of these, every third is tried first, from the second on, and then the neighbours of the best: none is out of reach.
+_COARSE = slice(1, None, 3)
 
 
 def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Solution:
@@ -22,7 +24,7 @@ def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Soluti
 
     Args:
         moments: The sums.
-        strengths: What to choose from; None: 12 of them, from 1e-9 to 1e2 times the states' mean variance.
+        strengths: What to choose from; None: powers of ten from 1e-9 to 1e2 times the mean sum of squares.
 
     Raises:
         FitError: The states are linearly dependent, and no strength makes up for that.
@@ -30,13 +32,16 @@ def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Soluti
     total = moments.total()
     xx, xy = total.centred()
     candidates = tuple(strengths or (xx.diagonal().mean().item() * factor for factor in _RELATIVE))
-    held_out = _held_out(moments, total, candidates)
-    errors = torch.stack([torch.nan_to_num(each.squared_error, nan=torch.inf) for each in held_out])
-    chosen = errors.argmin(0).tolist()
+    tried = range(len(candidates)) if strengths else range(len(candidates))[_COARSE]
+    held_out = _held_out(moments, total, {place: candidates[place] for place in tried})
+    if not strengths:
+        nearby = {place + step for place in _best(held_out) for step in (-1, 1)} & set(range(len(candidates)))
+        held_out |= _held_out(moments, total, {place: candidates[place] for place in sorted(nearby - held_out.keys())})
+    chosen = _best(held_out)
     weight = torch.empty_like(xy.T)
     for output, place in enumerate(chosen):
         found = solved(xx, xy[:, output : output + 1], candidates[place])
-        if found is None or not errors[place, output].isfinite():
+        if found is None or not held_out[place].squared_error[output].isfinite():
             raise FitError(
                 f"strengths: expected one that is large enough for hidden states that depend on each other linearly, "
                 f"got {', '.join(f'{strength:g}' for strength in candidates)}"
@@ -55,21 +60,25 @@ def solved(xx: Tensor, xy: Tensor, strength: float) -> Tensor | None:
     return None if info else torch.cholesky_solve(xy, factor)
 
 
-def _held_out(moments: FoldMoments, total: Moments, strengths: Sequence[float]) -> list[Agreement]:
+def _best(held_out: Mapping[int, Agreement]) -> list[int]:
+    """The place of the strength that does best, for each output."""
+    places = sorted(held_out)
+    errors = torch.stack([held_out[place].squared_error.nan_to_num(torch.inf) for place in places])
+    return [places[at] for at in errors.argmin(0).tolist()]
+
+
+def _held_out(moments: FoldMoments, total: Moments, strengths: Mapping[int, float]) -> dict[int, Agreement]:
     """For each strength, how the maps of the other folds do on each fold, all folds together."""
-    sums: list[Agreement | None] = [None] * len(strengths)
+    sums: dict[int, Agreement] = {}
     for fold in range(len(moments)):
         held = moments[fold]
-        if not held.weight:
-            continue
         others = total - held
         xx, xy = others.centred()
-        for place, strength in enumerate(strengths):
+        for place, strength in strengths.items():
             weight = solved(xx, xy, strength)
             found = _agreement(held, others, torch.full_like(xy, torch.nan) if weight is None else weight)
-            before = sums[place]
-            sums[place] = found if before is None else before + found
-    return [each for each in sums if each is not None]
+            sums[place] = sums[place] + found if place in sums else found
+    return sums
 
 
 def _agreement(held: Moments, others: Moments, weight: Tensor) -> Agreement:
@@ -86,7 +95,7 @@ def _agreement(held: Moments, others: Moments, weight: Tensor) -> Agreement:
     )
 
 
-def _of_outputs(held_out: Sequence[Agreement], chosen: Sequence[int]) -> Agreement:
+def _of_outputs(held_out: Mapping[int, Agreement], chosen: Sequence[int]) -> Agreement:
     """Each output's sums at the strength that was chosen for it."""
     names = Agreement.__dataclass_fields__
     parts = {
