@@ -176,10 +176,10 @@ def test_the_file_that_the_hostile_ones_were_made_from_loads(tmp_path):
     "options", [{"support": Support(-1.0, 1.0, bins=5)}, {"num_outputs": 3, "activation": "softmax"}], ids=str
 )
 def test_heads_whose_outputs_are_no_values_are_refused_rather_than_read_as_logits(tmp_path, options):
-    file = save(ValueHead(hidden_size=16, **options).weights(), tmp_path / "head.safetensors", "vhead")
+    file = save(ValueHead(None, hidden_size=16, **options).weights(), tmp_path / "head.safetensors", "vhead")
     with pytest.raises(
         HeadMismatchError, match=r"metadata `v_head`: expected a head whose outputs are its values, found"
     ):
         CandleValueHead.load(file)
-    file = save(ValueHead(hidden_size=16, num_outputs=5).weights(), tmp_path / "plain.safetensors", "vhead")
+    file = save(ValueHead(None, hidden_size=16, num_outputs=5).weights(), tmp_path / "plain.safetensors", "vhead")
     assert CandleValueHead.load(file).out_features == 5

@@ -56,14 +56,12 @@ def with_parsed_arguments(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         calls = []
         for call in message.get("tool_calls") or ():
-            own = dict(call) if isinstance(call, Mapping) else call
-            for function in _functions(own):
+            for function in _functions(call):
                 arguments = _parsed(function.get("arguments"))
-                if arguments is not None and function is own:
-                    own["arguments"] = arguments
-                elif arguments is not None:
-                    own["function"] = {**function, "arguments": arguments}
-            calls.append(own)
+                if arguments is not None:
+                    whole = {**function, "arguments": arguments}
+                    call = whole if function is call else {**call, "function": whole}  # noqa: PLW2901
+            calls.append(call)
         parsed.append({**message, "tool_calls": calls} if calls else message)
     return parsed
 

@@ -69,8 +69,7 @@ class AdvantageColumns:
             rewards = np.array([_reward(row, self.reward_field, id) for row, id in records], np.float32)
         if self.cut_off_field is not None:
             cut_off = np.array([_is_cut_off(row, self.cut_off_field, id) for row, id in records], bool)
-        lambdas = {"lam": self.lam, "value_lam": self.value_lam}
-        found = scores.advantages(rewards, cut_off=cut_off, gamma=self.gamma, **lambdas)
+        found = scores.advantages(rewards, cut_off=cut_off, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
         computed = {name: array for name, array in scores.computed.items() if name in kept}
         computed |= {name: array for name, array in zip(ADVANTAGES, found, strict=True) if name in self.columns}
         return replace(scores, computed=computed)

@@ -77,7 +77,7 @@ def score_file(
         if advantages is not None:
             advantages.check(row, rollouts[0].id)
 
-    def finished(sources: Sequence[Row], scores: Scores) -> Scores:
+    def finished(sources: Sequence[Row], scores: Scores) -> Scores | PairScores:
         return pairing.paired(scores if advantages is None else advantages.added(sources, scores, kept))
 
     for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids, check=check):
