@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vhead import Support, ValueHead
 from vhead.candle import CandleValueHead
 from vhead.errors import HeadFileError, HeadMismatchError
+from vhead.formats import save
 
 from .conftest import bits, make_head, random_floats
 
@@ -168,3 +170,16 @@ def test_a_truncated_or_hostile_file_is_an_error(tmp_path, content):
 def test_the_file_that_the_hostile_ones_were_made_from_loads(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(GOOD)
     assert CandleValueHead.load(tmp_path / "head.safetensors").weight.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"support": Support(-1.0, 1.0, bins=5)}, {"num_outputs": 3, "activation": "softmax"}], ids=str
+)
+def test_heads_whose_outputs_are_no_values_are_refused_rather_than_read_as_logits(tmp_path, options):
+    file = save(ValueHead(None, hidden_size=16, **options).weights(), tmp_path / "head.safetensors", "vhead")
+    with pytest.raises(
+        HeadMismatchError, match=r"metadata `v_head`: expected a head whose outputs are its values, found"
+    ):
+        CandleValueHead.load(file)
+    file = save(ValueHead(None, hidden_size=16, num_outputs=5).weights(), tmp_path / "plain.safetensors", "vhead")
+    assert CandleValueHead.load(file).out_features == 5

@@ -270,3 +270,80 @@ class TestContents:
     def test_what_is_no_part(self, part):
         with pytest.raises(FieldError, match=r"messages: expected parts like .* at position 0"):
             Rollout.from_messages([{"role": "user", "content": [part]}, FINAL])
+
+
+# Qwen2.5's way: the template encodes arguments itself. Another shows them as they come, and another looks into them.
+ENCODING = CHATML.replace("{{ call['function'] | tojson }}", "{{ call['function']['arguments'] | tojson }}")
+AS_THEY_COME = CHATML.replace("{{ call['function'] | tojson }}", "{{ call['function']['arguments'] }}")
+LOOKING = CHATML.replace(
+    "{{ call['function'] | tojson }}",
+    "{% for name, value in call['function']['arguments'].items() %}{{ name }}={{ value }};{% endfor %}",
+)
+
+
+def with_arguments(arguments, *, flat: bool = False):
+    function = {"name": "add", "arguments": arguments}
+    calls = [function if flat else {"id": "c1", "type": "function", "function": function}]
+    return [USER, {"role": "assistant", "content": "I add.", "tool_calls": calls}, ANSWER, FINAL]
+
+
+def decoded(tokenizer, messages):
+    return tokenizer.decode(encode(tokenizer, Rollout.from_messages(messages)).tokens)
+
+
+@pytest.mark.parametrize("template", [CHATML, ENCODING, LOOKING], ids=["whole calls", "arguments", "their items"])
+@pytest.mark.parametrize("arguments", [{"a": 2, "b": "é\n"}, {}], ids=str)
+def test_arguments_as_json_text_are_not_quoted_once_more(tokenizer, template, arguments):
+    tokenizer.chat_template = template
+    found = decoded(tokenizer, with_arguments(json.dumps(arguments)))
+    assert found == decoded(tokenizer, with_arguments(arguments))
+    assert found != decoded(tokenizer, with_arguments({"a": 3})), "the check can fail"
+
+
+def test_arguments_of_calls_without_a_function_are_parsed_as_well(tokenizer):
+    tokenizer.chat_template = CHATML.replace("call['function'] | tojson", "call['arguments'] | tojson")
+    text, given = with_arguments('{"a": 2}', flat=True), with_arguments({"a": 2}, flat=True)
+    assert decoded(tokenizer, text) == decoded(tokenizer, given)
+
+
+def test_a_template_that_shows_text_gets_the_text(tokenizer):
+    tokenizer.chat_template = AS_THEY_COME
+    assert '<call>{"a":  2}</call>' in decoded(tokenizer, with_arguments('{"a":  2}'))
+
+
+@pytest.mark.parametrize("arguments", ["{broken", "[1, 2]", "3", '"text"', "[" * 100000], ids=lambda text: text[:8])
+def test_arguments_that_are_no_object_stay_as_they_are(tokenizer, arguments):
+    tokenizer.chat_template = ENCODING
+    assert f"<call>{json.dumps(arguments)[:2000]}" in decoded(tokenizer, with_arguments(arguments))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_template_that_ignores_the_tools_is_an_error(tokenizer, length):
+    tokenizer.chat_template = LLAMA
+    with pytest.raises(FieldError, match=r"tools: expected a chat template that shows the tools, got one that leaves"):
+        encode(tokenizer, Rollout.from_messages(TRACE[:length], tools=TOOLS))
+    encode(tokenizer, Rollout.from_messages(TRACE[:length], tools=[]))
+
+
+@pytest.mark.parametrize("role", ["human", "gpt", "Assistant", "ipython", " user"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_unknown_role_is_named_with_its_place(role, place):
+    messages = [{**message, "role": role} if at == place else message for at, message in enumerate(TRACE)]
+    expected = rf"messages with a role of system, developer, .*, got the role {role!r}.* at position"
+    with pytest.raises(FieldError, match=expected):
+        Rollout.from_messages(messages)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "function"])
+def test_known_roles_are_taken(tokenizer, role):
+    tokenizer.chat_template = CHATML
+    encode(tokenizer, Rollout.from_messages([{"role": role, "content": "a"}, USER, FINAL]))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_chat_that_is_too_long_is_an_error_about_messages(tokenizer, length):
+    tokenizer.chat_template = CHATML
+    encoder = Encoder(tokenizer, 10**6, LengthLimit(7))
+    expected = r"record 0: messages: expected at most the model's 7 tokens, got \d+ \+ \d+ = \d+, before and from"
+    with pytest.raises(FieldError, match=expected):
+        encoder.encode(0, Rollout.from_messages(TRACE[:length]), "record 0")

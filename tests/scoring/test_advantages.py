@@ -1,6 +1,7 @@
 """Advantages and returns of scores, in Python and in files."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -77,6 +78,31 @@ class TestInPython:
         last = [start + np.flatnonzero(s.mask)[-1] for start, s in zip(scores.offsets, scores, strict=False)]
         np.testing.assert_allclose((cut - plain)[last], 0.9 * scores.bootstrap, atol=1e-5)
 
+    def test_only_those_that_were_cut_off_go_on(self, scores):
+        cut_off = np.arange(len(scores)) % 3 == 1
+        found = scores.advantages(gamma=0.9, lam=0.8, cut_off=cut_off)
+        plain = scores.advantages(gamma=0.9, lam=0.8)
+        going_on = scores.advantages(gamma=0.9, lam=0.8, bootstrap=scores.bootstrap)
+        for place, cut in enumerate(cut_off):
+            own = slice(*scores.offsets[place : place + 2])
+            for numbers, expected, other in zip(found, *((going_on, plain) if cut else (plain, going_on)), strict=True):
+                np.testing.assert_array_equal(numbers[own], expected[own])
+                assert not np.array_equal(numbers[own], other[own])
+
+    @pytest.mark.parametrize("cut_off", [[True] * 8, [0.0] * 9, [1] * 9, True, "yes"], ids=str)
+    def test_what_does_not_say_which_were_cut_off_is_refused(self, scores, cut_off):
+        with pytest.raises(ValueError, match="cut_off: expected a bool for each of 9 rollouts, got "):
+            scores.advantages(cut_off=cut_off)
+
+    def test_cut_off_and_bootstrap_together_are_refused(self, scores):
+        with pytest.raises(ValueError, match="cut_off: expected None beside bootstrap"):
+            scores.advantages(cut_off=[True] * 9, bootstrap=scores.bootstrap)
+
+    def test_cut_off_without_bootstrap_values_is_named(self, model):
+        scores = Scorer(model).score(traces(2), ["values", "reward"])
+        with pytest.raises(MissingFieldError, match="bootstrap"):
+            scores.advantages(cut_off=[True, False])
+
     def test_rewards_of_another_length_are_refused(self, scores):
         with pytest.raises(ValueError, match=r"reward: expected one number for each .*, got shape \[8\]"):
             scores.advantages(scores.reward[:8])
@@ -147,6 +173,70 @@ class TestInFiles:
         assert "2 skipped" in done.stderr
         written = [json.loads(line)["id"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
         assert written == ["r0", "r1", "r3", "r5"]
+
+    def test_nothing_is_scored_before_a_missing_reward_is_found(self, folder, source, tmp_path, monkeypatch):
+        path, records = source
+        records[2]["earned"] = None
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        scored = []
+        original = Scorer._score
+
+        def noting(scorer, chunk, *rest):
+            scored.append(len(chunk.rollouts))
+            return original(scorer, chunk, *rest)
+
+        monkeypatch.setattr(Scorer, "_score", noting)
+        options = ("--returns", "advantages", "--reward-field", "earned", "--on-error", "skip")
+        assert self.run(path, "-m", folder, "-o", tmp_path / "a.jsonl", *options).exit_code == 0
+        assert sum(scored) == 5, "the record without a reward is not computed"
+
+    @pytest.mark.parametrize(
+        ("name", "endings"),
+        [
+            ("out.jsonl", [True, False, "length", "stop", "tool_calls", "eos"]),
+            ("out.parquet", ["length", "stop", "length", "stop", "tool_calls", "function_call"]),
+        ],
+        ids=["JSON Lines", "Parquet"],
+    )
+    def test_records_say_which_of_them_were_cut_off(self, folder, source, tmp_path, name, endings):
+        path, records = source
+        for record, ended in zip(records, endings, strict=True):
+            record["ended"] = ended
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        options = ("-m", folder, "--reward-field", "earned", "--gamma", "0.9", "--cut-off-field", "ended")
+        done = self.run(path, "-o", tmp_path / name, "--returns", "values,bootstrap,advantages", *options)
+        assert done.exit_code == 0, done.stderr
+        if name.endswith("jsonl"):
+            written = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        else:
+            written = pq.read_table(tmp_path / name).to_pylist()
+        for place, (record, line) in enumerate(zip(records, written, strict=True)):
+            values, mask = np.float32(line["values"]), np.array(record["completion_mask"])
+            last = np.flatnonzero(mask)[-1]
+            behind = line["bootstrap"] if place in (0, 2) else 0.0
+            expected = np.float32(record["earned"]) + 0.9 * behind - values[last]
+            np.testing.assert_allclose(line["advantages"][last], expected, atol=1e-5)
+
+    def test_bootstrap_is_written_only_where_it_is_asked_for(self, folder, source, tmp_path):
+        path, records = source
+        path.write_text("".join(f"{json.dumps(record | {'ended': True})}\n" for record in records))
+        options = ("-m", folder, "--returns", "advantages", "--cut-off-field", "ended")
+        assert self.run(path, "-o", tmp_path / "b.jsonl", *options).exit_code == 0
+        assert "bootstrap" not in json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])
+
+    @pytest.mark.parametrize(
+        ("ended", "got"), [(None, "nothing"), ("abort", "'abort'"), (1, "1"), ([True], r"\[True\]")], ids=str
+    )
+    def test_a_record_that_does_not_say_whether_it_was_cut_off_is_named(self, folder, source, tmp_path, ended, got):
+        path, records = source
+        for place, record in enumerate(records):
+            record["ended"] = ended if place == 3 else False
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        options = ("-m", folder, "--returns", "advantages", "--cut-off-field", "ended")
+        failed = self.run(path, "-o", tmp_path / "a.jsonl", *options)
+        assert failed.exit_code == 1
+        expected = r"line 4 \(id 'r3'\): ended: expected true or false, or one of the finish reasons length, stop, .*"
+        assert re.search(f"{expected}, got {got}", failed.stderr)
 
     @pytest.mark.parametrize("arguments", [("--gamma", "1.5"), ("--lam", "-0.1"), ("--value-lam", "2")])
     def test_numbers_outside_their_range_are_wrong_usage(self, folder, source, tmp_path, arguments):

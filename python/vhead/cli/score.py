@@ -30,6 +30,7 @@ def score(
     lam: option.Lam = 0.95,
     value_lam: option.ValueLam = None,
     reward_field: option.RewardField = None,
+    cut_off_field: option.CutOffField = None,
     temperature: option.Temperature = 1.0,
     dtype: option.ModelDtype = None,
     device: option.Device = None,

@@ -111,6 +111,13 @@ RewardField = Annotated[
         metavar="NAME", help="The field with each record's reward, for advantages. Default: the head's own reward."
     ),
 ]
+CutOffField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The field that says whether a record was cut off (true, or the finish reason length), for advantages.",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(metavar="T", help="Divides the logits before log-probabilities and entropy.")
 ]
@@ -373,7 +380,7 @@ def _returns_and_advantages(plain: Mapping[str, Any]) -> dict[str, Any]:
         return {"returns": returns, "advantages": None}
     from vhead.scoring.advantages import AdvantageColumns  # for a fast --help
 
-    numbers = {name: plain[name] for name in ("gamma", "lam", "value_lam", "reward_field")}
+    numbers = {name: plain[name] for name in ("gamma", "lam", "value_lam", "reward_field", "cut_off_field")}
     return {"returns": returns, "advantages": AdvantageColumns(derived, **numbers)}
 
 

@@ -24,6 +24,9 @@ def chat_passage(template: Template, prompt: Sequence[Message], completion: Sequ
     if completion[0]["role"] != "assistant":
         got = f"the role {completion[0]['role']!r}"
         raise template.error("a completion that begins with a message of the assistant's", got)
+    template.check_tools([*prompt, *completion])
+    messages = template.taken([*prompt, *completion])
+    prompt, completion = messages[: len(prompt)], messages[len(prompt) :]
     if len(completion) == 1:
         return _OneTurn(template).passage(prompt, completion[0])
     return turns_passage(template, prompt, completion)

@@ -1,5 +1,6 @@
 """From a rollout to token ids that the model can take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast, get_args
 
@@ -49,7 +50,7 @@ class LengthLimit:
             raise VheadError(f"max_length: expected at most the model's {context_length} tokens, got {max_length}")
         return cls(max_length, truncation, is_context=False)
 
-    def kept(self, prompt: int, completion: int, name: str) -> tuple[int, int]:
+    def kept(self, prompt: int, completion: int, name: str, *, is_chat: bool = False) -> tuple[int, int]:
         """Which tokens stay, as the first one and the one past the last; at least one of each part is among them.
 
         Raises:
@@ -64,13 +65,16 @@ class LengthLimit:
             return excess, length
         if self.truncation == "completion" and excess < completion:
             return 0, length - excess
-        raise self._error(prompt, completion, name)
+        raise self._error(prompt, completion, name, is_chat=is_chat)
 
-    def _error(self, prompt: int, completion: int, name: str) -> FieldError:
+    def _error(self, prompt: int, completion: int, name: str, *, is_chat: bool) -> FieldError:
         if self.truncation is None:
             limit = f"the model's {self.tokens}" if self.is_context else f"{self.tokens}"
-            expected = f"at most {limit} tokens together with the prompt"
             got = f"{prompt} + {completion} = {prompt + completion}"
+            if is_chat:
+                got = f"{got}, before and from the assistant's first scored turn on"
+                return FieldError(name, "messages", expected=f"at most {limit} tokens", got=got)
+            expected = f"at most {limit} tokens together with the prompt"
             return FieldError(name, "completion", expected=expected, got=got)
         kept, cut, length = "completion", "prompt", completion
         if self.truncation == "completion":
@@ -156,13 +160,17 @@ class Encoder:
                 together are longer than they may be and are not to be truncated, or no token of the model's is left.
         """
         if not isinstance(rollout, Rollout):
-            raise FieldError(name, "rollout", expected="a Rollout", got=type(rollout).__name__)
+            expected = "a Rollout"
+            if isinstance(rollout, Mapping):
+                expected = "a Rollout; `vhead.rollouts.from_records` makes them from records and data sets"
+            raise FieldError(name, "rollout", expected=expected, got=type(rollout).__name__)
         tokens = self._tokens(rollout, name, with_spans=with_spans)
         count, length = tokens.prompt_length, len(tokens.ids)
         if not 0 < count < length or tokens.ids.max() >= self._vocabulary_size:
             raise self._error(tokens, name)
         self._check_candidates(rollout.candidates, name)
-        first, stop = self._limit.kept(count, length - count, name)
+        is_chat = rollout.kind == "messages"
+        first, stop = self._limit.kept(count, length - count, name, is_chat=is_chat)
         mask = None if tokens.mask is None else tokens.mask[: stop - count]
         if mask is not None and not mask.any():
             expected = f"a token of the model's among the {stop - count} that stay when the completion is truncated"

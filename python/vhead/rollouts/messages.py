@@ -1,5 +1,6 @@
 """Chat messages as they come in: checked, and without what is null."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ from vhead.rollouts.wording import shown
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 
 def checked_messages(value: Sequence[Message], field: str, record: str | None) -> tuple[Message, ...]:
     """Messages without what is null in them, their contents as text.
 
     Raises:
-        FieldError: One has no text role, no content that is text or text parts, or half a surrogate pair.
+        FieldError: One has no role that is known, no content that is text or text parts, or half a surrogate pair.
     """
     checked = []
     for position, message in enumerate(value):
@@ -34,8 +37,56 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
             )
         for text in _texts(message):
             check_unicode(text, record, field)
+        if present["role"] not in ROLES:
+            got = f"the role {shown(present['role'])} at position {position}"
+            raise FieldError(record, field, expected=f"messages with a role of {', '.join(ROLES)}", got=got)
         checked.append(present)
     return tuple(checked)
+
+
+def argument_texts(messages: Sequence[Message]) -> list[str]:
+    """The arguments of calls that come as JSON text of an object, as OpenAI's interface gives them."""
+    calls = (call for message in messages for call in _calls(message))
+    return [call["arguments"] for call in calls if _parsed(call["arguments"]) is not None]
+
+
+def with_parsed_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages, and in the place of such texts the objects."""
+    parsed = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            for function in _functions(call):
+                arguments = _parsed(function.get("arguments"))
+                if arguments is not None:
+                    whole = {**function, "arguments": arguments}
+                    call = whole if function is call else {**call, "function": whole}  # noqa: PLW2901
+            calls.append(call)
+        parsed.append({**message, "tool_calls": calls} if calls else message)
+    return parsed
+
+
+def _calls(message: Message) -> Iterator[Mapping[str, Any]]:
+    for call in message.get("tool_calls") or ():
+        yield from (function for function in _functions(call) if isinstance(function.get("arguments"), str))
+
+
+def _functions(call: object) -> list[Mapping[str, Any]]:
+    """What of a call holds its name and arguments: the call, or its `function`."""
+    if not isinstance(call, Mapping):
+        return []
+    function = call.get("function")
+    return [function] if isinstance(function, Mapping) else [call]
+
+
+def _parsed(arguments: object) -> dict[str, Any] | None:
+    if not isinstance(arguments, str):
+        return None
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _joined(parts: Sequence[object], position: int, field: str, record: str | None) -> str:

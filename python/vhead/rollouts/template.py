@@ -1,12 +1,13 @@
 """A tokenizer's chat template, asked about the chat of one record."""
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from vhead.errors import FieldError
-from vhead.rollouts.messages import Message, Tool
+from vhead.rollouts.messages import Message, Tool, argument_texts, with_parsed_arguments
 
 # What a message can hold beside its content that templates know how to show.
 SHOWN_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
@@ -34,6 +35,28 @@ class Template:
         """Raises `FieldError` where the tokenizer has no template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise self.error("a tokenizer with a chat template", "one without")
+
+    def check_tools(self, messages: Sequence[Message]) -> None:
+        """Raises `FieldError` where the record has tools and the template shows nothing of them."""
+        if self.tools and self.rendered(messages) == replace(self, tools=None).rendered(messages):
+            got = "one that leaves them out; use a template that shows them, or leave the field out"
+            raise FieldError(self.name, "tools", expected="a chat template that shows the tools", got=got)
+
+    def taken(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with the arguments of calls as the template wants them.
+
+        OpenAI's interface gives arguments as JSON text. Most templates encode arguments themselves, which makes a text
+        in a text of it, or look into them; these get the object. A template that shows text as it is gets the text.
+        """
+        texts = argument_texts(messages)
+        if not texts:
+            return messages
+        try:
+            shown = self.rendered(messages)
+        except FieldError:
+            return with_parsed_arguments(messages)
+        twice = any(json.dumps(text, ensure_ascii=False) in shown for text in texts)
+        return with_parsed_arguments(messages) if twice else messages
 
     def rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The messages as text; `FieldError` where the template refuses them."""

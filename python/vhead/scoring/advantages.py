@@ -9,13 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead import returns
-from vhead.errors import FieldError, RecordError, VheadError
+from vhead.errors import FieldError, VheadError
 from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import Id, named
 from vhead.scoring.fields import ADVANTAGES
 
 if TYPE_CHECKING:
     from vhead.scoring.scores import Scores
+
+# Why an engine says that it stopped, and whether the rollout would have gone on.
+_FINISH_REASONS = {"length": True, "stop": False, "eos": False, "tool_calls": False, "function_call": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class AdvantageColumns:
         lam: Lambda of the advantages.
         value_lam: Lambda of the returns; None: `lam`.
         reward_field: The field of the records that holds the reward; None: the head's own is taken.
+        cut_off_field: The field of the records that says whether the rollout was cut off, so that the value behind its
+            last token counts; None: none was.
     """
 
     columns: tuple[str, ...]
@@ -35,37 +40,53 @@ class AdvantageColumns:
     lam: float = 0.95
     value_lam: float | None = None
     reward_field: str | None = None
+    cut_off_field: str | None = None
 
     @property
     def needed(self) -> tuple[str, ...]:
         """What has to be scored for them."""
-        return ("values",) if self.reward_field else ("values", "reward")
+        reward = () if self.reward_field else ("reward",)
+        return ("values", *reward, *(("bootstrap",) if self.cut_off_field else ()))
 
-    def added(
-        self, rows: Sequence[Row], scores: "Scores", kept: Sequence[str]
-    ) -> tuple["Scores", dict[int, RecordError]]:
+    def check(self, row: Row, id: Id) -> None:
+        """Raises `FieldError` where the record's reward is none, or where it does not say whether it was cut off."""
+        if self.reward_field is not None:
+            _reward(row, self.reward_field, id)
+        if self.cut_off_field is not None:
+            _is_cut_off(row, self.cut_off_field, id)
+
+    def added(self, rows: Sequence[Row], scores: "Scores", kept: Sequence[str]) -> "Scores":
         """The scores with these columns, and without those that only these needed.
 
         Args:
-            rows: The records, in the scores' order.
+            rows: The records, in the scores' order, each of which `check` has taken.
             scores: Their scores.
             kept: The columns that are asked for besides.
-
-        Returns:
-            The scores, and by its place what is wrong with each record whose reward is none; its numbers mean nothing.
         """
-        rewards, errors = scores.computed.get("reward"), dict[int, RecordError]()
+        records = list(zip(rows, scores.ids, strict=True))
+        rewards, cut_off = scores.computed.get("reward"), None
         if self.reward_field is not None:
-            rewards = np.zeros(len(rows), np.float32)
-            for place, row in enumerate(rows):
-                try:
-                    rewards[place] = _reward(row, self.reward_field, scores.ids[place])
-                except RecordError as error:
-                    errors[place] = error
-        found = scores.advantages(rewards, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
+            rewards = np.array([_reward(row, self.reward_field, id) for row, id in records], np.float32)
+        if self.cut_off_field is not None:
+            cut_off = np.array([_is_cut_off(row, self.cut_off_field, id) for row, id in records], bool)
+        found = scores.advantages(rewards, cut_off=cut_off, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
         computed = {name: array for name, array in scores.computed.items() if name in kept}
         computed |= {name: array for name, array in zip(ADVANTAGES, found, strict=True) if name in self.columns}
-        return replace(scores, computed=computed), errors
+        return replace(scores, computed=computed)
+
+
+def bootstrap_of(scores: "Scores", cut_off: Any) -> NDArray[np.float32]:
+    """The value behind the last token of each rollout that was cut off, and 0 behind the others'.
+
+    Raises:
+        MissingFieldError: `bootstrap` is not among the scores.
+        ValueError: `cut_off` is not a bool for each rollout.
+    """
+    array = np.asarray(cut_off)
+    if array.dtype != bool or array.shape != (len(scores),):
+        expected = f"a bool for each of {len(scores)} rollouts"
+        raise ValueError(f"cut_off: expected {expected}, got {array.dtype} of shape {list(array.shape)}")
+    return np.where(array, scores.bootstrap, np.float32(0))
 
 
 def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -94,3 +115,15 @@ def _reward(row: Row, field: str, id: Id) -> float:
         got = "nothing" if value is None else repr(value)[:40]
         raise FieldError(named(row.where, id), field, expected="a finite number, which is the reward", got=got)
     return float(value)
+
+
+def _is_cut_off(row: Row, field: str, id: Id) -> bool:
+    """From true or false, or from the reason that the engine gives for the end."""
+    value = row.members((field,)).get(field)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in _FINISH_REASONS:
+        return _FINISH_REASONS[value]
+    expected = f"true or false, or one of the finish reasons {', '.join(_FINISH_REASONS)}"
+    got = "nothing" if value is None else repr(value)[:40]
+    raise FieldError(named(row.where, id), field, expected=expected, got=got)

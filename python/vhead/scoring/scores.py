@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vhead.errors import MissingFieldError
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
-from vhead.scoring.advantages import advantages
+from vhead.scoring.advantages import advantages, bootstrap_of
 from vhead.scoring.fields import COLUMNS, Unit, is_per
 
 if TYPE_CHECKING:
@@ -306,6 +306,7 @@ class Scores(_Fields, Sequence[Score]):
         self,
         reward: Any = None,
         *,
+        cut_off: Any = None,
         ref_logprobs: Any = None,
         kl_coef: float = 0.0,
         kl: Literal["k1", "k2", "k3", "abs"] = "k1",
@@ -316,23 +317,30 @@ class Scores(_Fields, Sequence[Score]):
         Args:
             reward: A number for each rollout `[N]`, which stands at its last token of the model's, or one for each
                 token `[T]`. None: the head's own rewards, which have to be among these scores.
+            cut_off: A bool for each rollout `[N]`, true where it would have gone on: the value behind its last token
+                counts, for which `bootstrap` has to be among these scores. None: no rollout was cut off.
             ref_logprobs: Log-probabilities of the tokens by a reference model, `[T]`, for a penalty on the divergence.
             kl_coef: The penalty's coefficient; with it, `logprobs` has to be among these scores.
             kl: Which estimate of the divergence it is.
-            **options: `gamma`, `lam`, `value_lam`, `bootstrap` and `convention`, as `vhead.returns.gae` takes them; for
-                rollouts that were cut off, `bootstrap=scores.bootstrap`.
+            **options: `gamma`, `lam`, `value_lam`, `bootstrap` and `convention`, as `vhead.returns.gae` takes them.
 
         Returns:
             Float32 `[T]` each, where the offsets are these scores'.
 
         Raises:
-            MissingFieldError: Values, rewards or log-probabilities that are needed were not asked for.
+            MissingFieldError: Values, rewards, bootstraps or log-probabilities that are needed were not asked for.
             VheadError: The head has several outputs.
             ValueError: An argument does not fit.
         """
         divergence: dict[str, Any] = {}
         if ref_logprobs is not None:
             divergence = {"logprobs": self.logprobs, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl}
+        if cut_off is not None:
+            if options.get("bootstrap") is not None:
+                raise ValueError(
+                    "cut_off: expected None beside bootstrap, which already says what counts behind the end"
+                )
+            options = {**options, "bootstrap": bootstrap_of(self, cut_off)}
         return advantages(self, reward, divergence, options)
 
     def __len__(self) -> int:

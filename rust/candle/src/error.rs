@@ -66,6 +66,14 @@ pub enum Error {
         /// Its shape or dtype here.
         found: String,
     },
+    /// The head in a file is more than a projection.
+    #[error(
+        "metadata `v_head`: expected a head whose outputs are its values, found one with {found}; vhead.ValueHead reads it"
+    )]
+    Settings {
+        /// The settings, as the file states them.
+        found: String,
+    },
     /// Bytes that are not a whole safetensors file.
     #[error("not a safetensors file: {0}")]
     Format(#[from] safetensors::SafeTensorError),

@@ -17,6 +17,9 @@ const PREFIXES: [(&str, bool); 3] = [("v_head.summary.", true), ("summary.", tru
 const EXPECTED: &str = "one head: v_head.summary.weight and v_head.summary.bias, summary.weight and summary.bias, or weight \
                         (and perhaps bias)";
 
+/// Where a file's metadata has what belongs to a head and is no weight.
+const SETTINGS: &str = "v_head";
+
 /// A head as it lies in a file, widened to float32.
 pub(crate) struct Parameters {
     pub(crate) weight: Vec<f32>,
@@ -48,6 +51,7 @@ pub(crate) fn map(path: &Path) -> Result<Mmap> {
 /// The one head among the tensors of a safetensors file.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Parameters> {
     check_header(bytes)?;
+    check_settings(bytes)?;
     let tensors = SafeTensors::deserialize(bytes)?;
     let present: Vec<_> = PREFIXES.iter().filter(|(prefix, _)| holds_part(&tensors, prefix)).collect();
     let &[&(prefix, needs_bias)] = present.as_slice() else { return Err(keys(&tensors)) };
@@ -108,6 +112,16 @@ fn check_header(bytes: &[u8]) -> Result<()> {
     match bytes.first_chunk().map(|length| u64::from_le_bytes(*length)) {
         Some(actual) if actual > MOST_HEADER => Err(Error::Header { actual, most: MOST_HEADER }),
         _ => Ok(()),
+    }
+}
+
+/// A head whose outputs need more than its weights, a distributional one or a classifier, is none of this crate's: it would
+/// give logits for values. `vhead` states that in the file's metadata.
+fn check_settings(bytes: &[u8]) -> Result<()> {
+    let (_, header) = SafeTensors::read_metadata(bytes)?;
+    match header.metadata().as_ref().and_then(|metadata| metadata.get(SETTINGS)) {
+        Some(found) => Err(Error::Settings { found: found.clone() }),
+        None => Ok(()),
     }
 }
 

@@ -49,7 +49,7 @@ impl ValueHead {
     ///
     /// # Errors
     /// [`Error::File`], around what is wrong: [`Error::Io`], [`Error::Format`], [`Error::Header`], [`Error::Keys`],
-    /// [`Error::Tensor`], or [`Error::Kernel`] where there is no memory for the head.
+    /// [`Error::Settings`], [`Error::Tensor`], or [`Error::Kernel`] where there is no memory for the head.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         file::map(path).and_then(|bytes| Self::from_bytes(&bytes, device)).map_err(Error::in_file(path))

@@ -366,8 +366,13 @@ mod tests {
 
     #[test]
     fn a_list_has_room_for_128() {
-        let asked = |candidate_count, top| {
-            DeviceSelection { candidates: 0, candidate_logits: 0, top_tokens: 0, top_logits: 0, candidate_count, top }
+        let asked = |candidate_count, top| DeviceSelection {
+            candidates: 0,
+            candidate_logits: 0,
+            top_tokens: 0,
+            top_logits: 0,
+            candidate_count,
+            top,
         };
         assert_eq!(asked(5, 128).checked().map(|ours| (ours.candidate_count, ours.top)), Ok((5, 128)));
         assert_eq!(asked(5, 129).checked().unwrap_err().to_string(), "top: expected at most 128, got 129");

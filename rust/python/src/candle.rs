@@ -74,7 +74,8 @@ impl CandleValueHead {
     ///     OSError: The file cannot be read; FileNotFoundError where there is none.
     ///     HeadFileError: It is no whole safetensors file.
     ///     AllocationError: There is no memory for the head that it holds.
-    ///     HeadMismatchError: It holds no head, half a head, several heads, or one that does not fit together.
+    ///     HeadMismatchError: It holds no head, half a head, several heads, or one that does not fit together; or its
+    ///         metadata says that the head is distributional or a classifier, whose outputs are no values.
     #[classmethod]
     #[pyo3(signature = (path, device = "cpu", *, num_threads = None))]
     fn load(
@@ -265,7 +266,7 @@ fn to_python(error: Error) -> PyErr {
 fn to_python_with(error: Error, text: String) -> PyErr {
     match error {
         Error::Format(_) | Error::Header { .. } => HeadFileError::new_err(text),
-        Error::Keys { .. } | Error::Tensor { .. } => HeadMismatchError::new_err(text),
+        Error::Keys { .. } | Error::Settings { .. } | Error::Tensor { .. } => HeadMismatchError::new_err(text),
         Error::Dtype { .. } => PyTypeError::new_err(text),
         Error::Shape { .. } | Error::Strides { .. } | Error::Device { .. } => PyValueError::new_err(text),
         Error::Kernel(error) => gate::saying(&error, text),

@@ -10,13 +10,15 @@ from vhead.rollouts.encoding import IdRegistry
 from vhead.rollouts.fields import SIDES
 from vhead.rollouts.files.opening import Reader
 from vhead.rollouts.files.rows import Row
+from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.wording import named
 from vhead.scoring.advantages import AdvantageColumns
 from vhead.scoring.files.journal import Journal
 from vhead.scoring.files.output import Output
 from vhead.scoring.files.pairs import Pairing, PairScores
 from vhead.scoring.progress import ScoringProgress
-from vhead.scoring.scorer import ErrorHandler, ScoredChunk, Scorer
+from vhead.scoring.scorer import ErrorHandler, Scorer
+from vhead.scoring.scores import Scores
 
 
 def score_file(
@@ -70,35 +72,17 @@ def score_file(
             progress.expect(rows.expected * (len(SIDES) if pairing.is_of_pairs else 1))
         progress.advance(rollouts, tokens, computed)
 
-    for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids, check=pairing.add):
+    def check(row: Row, rollouts: Sequence[Rollout]) -> None:
+        pairing.add(row, rollouts)
         if advantages is not None:
-            _write_with(advantages, kept, chunk, output, on_error)
-        else:
-            output.write(chunk.sources, pairing.paired(chunk.scores), chunk.last, on_error)
-    if advantages is not None:
-        nothing = advantages.added([], nothing, kept)[0]
-    output.publish(rows.last, pairing.paired(nothing))
+            advantages.check(row, rollouts[0].id)
 
+    def finished(sources: Sequence[Row], scores: Scores) -> Scores | PairScores:
+        return pairing.paired(scores if advantages is None else advantages.added(sources, scores, kept))
 
-def _write_with(
-    advantages: AdvantageColumns,
-    kept: Sequence[str],
-    chunk: ScoredChunk[Row],
-    output: Output,
-    on_error: ErrorHandler | None,
-) -> None:
-    """Writes a chunk with its advantages. Records without a reward go to `on_error`, or the first one is raised."""
-    scores, errors = advantages.added(chunk.sources, chunk.scores, kept)
-    if errors and on_error is None:
-        place = min(errors)
-        if place:
-            output.write(chunk.sources[:place], scores[:place], chunk.sources[place - 1])
-        raise errors[place]
-    for error in errors.values():
-        if on_error is not None:
-            on_error(error)
-    good = [row for place, row in enumerate(chunk.sources) if place not in errors]
-    output.write(good, scores.without(errors), chunk.last, on_error)
+    for chunk in scorer.scored(rows, asked, on_error=on_error, on_batch=on_batch, ids=ids, check=check):
+        output.write(chunk.sources, finished(chunk.sources, chunk.scores), chunk.last, on_error)
+    output.publish(rows.last, finished([], nothing))
 
 
 class RemainingRows:

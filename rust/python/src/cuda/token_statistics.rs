@@ -122,8 +122,10 @@ impl Selection {
     /// The same for the rows from `row` on.
     fn of_rows(&self, py: Python<'_>, row: u64) -> PyResult<DeviceSelection> {
         let (candidate_count, top) = (self.candidate_count.cast_unsigned(), self.top.cast_unsigned());
-        let floats = |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Float32>::new("logits", tensor.bind(py))?.address());
-        let integers = |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Int64>::new("tokens", tensor.bind(py))?.address());
+        let floats =
+            |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Float32>::new("logits", tensor.bind(py))?.address());
+        let integers =
+            |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Int64>::new("tokens", tensor.bind(py))?.address());
         let candidates = self.candidates.as_ref().map_or(Ok(0), integers)?;
         Ok(DeviceSelection {
             candidates: candidates + 8 * row * candidate_count,
@@ -192,8 +194,7 @@ impl TokenStatistics for Statistics {
     fn finish_selected<'py>(&self, py: Python<'py>) -> PyResult<Selected<'py>> {
         let Some(selection) = &self.selection else { return Ok((None, None, None)) };
         let (states, rows) = (self.states(py)?, i64::try_from(self.vocabulary.rows)?);
-        let candidate_logprobs =
-            states.new_empty("candidate_logprobs", &[rows, selection.candidate_count], Float32)?;
+        let candidate_logprobs = states.new_empty("candidate_logprobs", &[rows, selection.candidate_count], Float32)?;
         let top_tokens = states.new_empty("top_tokens", &[rows, selection.top], Int64)?;
         let top_logprobs = states.new_empty("top_logprobs", &[rows, selection.top], Float32)?;
         let to = DeviceSelected {
