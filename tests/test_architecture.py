@@ -38,6 +38,7 @@ LAYERS = [
     {"native", "rollouts"},
     {"packing"},
     {"scoring"},
+    {"training"},
     {"report"},
     {"demo", "benchmark"},
     {"cli"},

@@ -11,7 +11,20 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring
+    from vhead import (
+        candle,
+        errors,
+        formats,
+        heads,
+        modeling,
+        ops,
+        pretrained,
+        report,
+        returns,
+        rollouts,
+        scoring,
+        training,
+    )
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -26,6 +39,7 @@ if TYPE_CHECKING:
     from vhead.rollouts import Rollout
     from vhead.scoring import Score, Scorer, Scores
     from vhead.support import Support
+    from vhead.training import TrainingPass, freeze, losses
 
     __version__: str
 
@@ -39,6 +53,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Support",
+    "TrainingPass",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadModel",
@@ -49,7 +64,9 @@ __all__ = [
     "create_reference_model",
     "errors",
     "formats",
+    "freeze",
     "heads",
+    "losses",
     "modeling",
     "ops",
     "pretrained",
@@ -57,6 +74,7 @@ __all__ = [
     "returns",
     "rollouts",
     "scoring",
+    "training",
 ]
 
 _HOME = {
@@ -69,12 +87,15 @@ _HOME = {
     "Scorer": "scoring",
     "Scores": "scoring",
     "Support": "support",
+    "TrainingPass": "training",
     "ValueHead": "heads",
     "ValueHeadConfig": "pretrained",
     "ValueHeadModel": "pretrained",
     "VheadError": "errors",
     "backends": "ops",
     "create_reference_model": "modeling",
+    "freeze": "training",
+    "losses": "training",
 }
 
 
