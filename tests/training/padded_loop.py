@@ -89,7 +89,7 @@ def of_loop(model, given, weights, size=1):
 
 
 def difference(found, expected):
-    """The largest difference of each gradient, as a part of that gradient's largest number, or of all if that is tiny."""
+    """The largest difference of each gradient, as a part of its largest number, or of all if that is tiny."""
     assert found.keys() == expected.keys()
     everything = max(float(gradient.abs().max()) for gradient in expected.values())
     return {

@@ -57,7 +57,7 @@ def test_any_budget_and_attention_gives_the_same_gradients(given, weights, atten
 
 def test_tokens_that_are_shared_go_through_the_model_once(given):
     batches = TrainingPass(with_head(language_model()), token_budget=1000).batches(given)
-    whole = [tuple([*each.prompt, *each.completion]) for each in given]
+    whole = [(*each.prompt, *each.completion) for each in given]
     assert sum(batch.tokens for batch in batches) == len({row[:end] for row in whole for end in range(1, len(row) + 1)})
 
 
@@ -136,8 +136,7 @@ def test_a_model_in_bfloat16_is_no_further_from_float64_than_a_padded_loop(given
     training_pass = TrainingPass(model)
     assert training_pass.plan.packing.attention == "segments", str(training_pass.plan)
     _, found = of_pass(training_pass, given, weights)
-    far = {name: error for name, error in difference(found, truth).items()}
-    padded_far = difference(padded, truth)
+    far, padded_far = difference(found, truth), difference(padded, truth)
     assert sum(far.values()) <= 1.1 * sum(padded_far.values())
 
 

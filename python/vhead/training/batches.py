@@ -135,7 +135,7 @@ class TrainingBatch:
             expected = f"one array for each of the {len(lengths)} rollouts that were given to batches()"
             raise ValueError(f"per_rollout: expected {expected}, got {len(arrays)}")
         for array, length, name in zip(arrays, lengths, self.given.names, strict=True):
-            if not np.shape(array)[:1] == (length,):
+            if np.shape(array)[:1] != (length,):
                 got = f"an array of shape {list(np.shape(array))}"
                 raise FieldError(name, "per_rollout", expected=f"{length} numbers, one a completion token", got=got)
         like = _tensor(arrays[0]) if arrays else torch.empty(0)
@@ -143,7 +143,7 @@ class TrainingBatch:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The way back: what each of this batch's rollouts has of `[T, ...]`, as views, in the order of `places`."""
-        return list(flat.split(np.diff(self.offsets).tolist()))
+        return list(torch.split(flat, np.diff(self.offsets).tolist()))
 
     def _joined(self, chosen: Sequence[Tensor], *, like: Tensor) -> Tensor:
         joined = torch.cat(list(chosen)) if chosen else like[:0]

@@ -19,7 +19,7 @@ def watch(batch: TrainingBatch, name: str, tensor: Tensor) -> None:
         GradientError: From backward; it names the rollouts.
     """
     if tensor.requires_grad:
-        tensor.register_hook(partial(_check, batch, name))
+        tensor.register_hook(partial(_check, batch, name))  # type: ignore[no-untyped-call]  # torch's
 
 
 def _check(batch: TrainingBatch, name: str, gradient: Tensor) -> None:

@@ -38,7 +38,7 @@ def freeze(model: nn.Module, part: Part) -> list[str]:
         name for name, parameter in model.named_parameters() if id(parameter) in chosen and parameter.requires_grad
     ]
     for parameter in parameters:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
     return frozen
 
 

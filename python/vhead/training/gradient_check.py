@@ -173,7 +173,7 @@ class GradientCheck:
             embedded.append(first.flatten(0, 1).double())
             for total, gradient in zip(sums, others, strict=True):
                 if gradient is not None:
-                    total += gradient
+                    total.add_(gradient)
         return embedded, sums
 
 

@@ -84,7 +84,9 @@ def _in_chunks(
     return Statistics(
         torch.cat([part.logprobs for part in parts]),
         torch.cat([part.entropy for part in parts]),
-        None if candidates is None else torch.cat([part.candidate_logprobs for part in parts]),
+        None
+        if candidates is None
+        else torch.cat([part.candidate_logprobs for part in parts if part.candidate_logprobs is not None]),
     )
 
 

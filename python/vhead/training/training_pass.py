@@ -94,6 +94,19 @@ class TrainingPass(nn.Module):
     ) -> None:
         super().__init__()
         _check_numbers(token_budget, temperature, keep_states)
+        # What a copy, in another process for instance, is made from.
+        self._arguments = {
+            "tokenizer": tokenizer,
+            "token_budget": token_budget,
+            "temperature": temperature,
+            "returns": returns,
+            "attention": attention,
+            "policy_adapter": policy_adapter,
+            "value_adapter": value_adapter,
+            "keep_states": keep_states,
+            "states_folder": states_folder,
+            "check_finite": check_finite,
+        }
         self.model = model
         self.training = model.training
         self._temperature, self._check_finite = temperature, check_finite
@@ -106,6 +119,10 @@ class TrainingPass(nn.Module):
         self.token_budget, self._takes_longer = token_budget or usual, token_budget is None
         self._vocabulary = limits.vocabulary_size(body.model)
         self._encoder = Encoder(tokenizer, self._vocabulary, LengthLimit(limits.context_length(body.model)))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy tries anew what its model can take."""
+        return _made_again, (type(self), self.model, self._arguments)
 
     @property
     def plan(self) -> TrainingPlan:
@@ -246,6 +263,10 @@ class TrainingPass(nn.Module):
             content=content,
             read=Read.of(rollouts, content.rows),
         )
+
+
+def _made_again(cls: type[TrainingPass], model: nn.Module, arguments: dict[str, Any]) -> TrainingPass:
+    return cls(model, **arguments)
 
 
 def _aligned(found: statistics.Statistics, read: Read) -> dict[str, Tensor | None]:

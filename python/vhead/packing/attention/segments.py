@@ -220,12 +220,13 @@ class _Differentiable(torch.autograd.Function):
         return _attend(calls, _States(query, key, value, *ctx.numbers))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]  # torch has no types for it
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of queries, keys and values, summed over calls in float32 at least."""
         inputs = ctx.saved_tensors
         states = _States(*inputs, *ctx.numbers)
-        sums = _States(*(_zeros_like(tensor) for tensor in inputs), None, None)
+        query, key, value = map(_zeros_like, inputs)
+        sums = _States(query, key, value, None, None)
         # Padding's results go to a row of their own, and nothing comes back from there.
         padded = torch.cat([grad_output[0], grad_output.new_zeros(1, *grad_output.shape[2:])])
         for call in ctx.calls:
@@ -282,10 +283,10 @@ class _States:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_output: Tensor
     ) -> tuple[Tensor, ...]:
         """The gradients of what `attend` takes, from those of what it gives."""
-        inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
-            output = self.attend(*inputs, mask)
-        return torch.autograd.grad(output, inputs, grad_output)
+            output = self.attend(query, key, value, mask)
+        return torch.autograd.grad(output, (query, key, value), grad_output)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -423,7 +424,7 @@ def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
 
 def _add_rows(total: Tensor, ranges: Sequence[Range], added: Tensor) -> None:
     """Adds `[N, heads, D]` to these rows of `[T, heads, D]`."""
-    parts = added.split([stop - start for start, stop in ranges])
+    parts = torch.split(added, [stop - start for start, stop in ranges])
     for (start, stop), part in zip(ranges, parts, strict=True):
         total[start:stop] += part
 
