@@ -39,6 +39,7 @@ LAYERS = [
     {"packing"},
     {"scoring"},
     {"training"},
+    {"fitting"},
     {"report"},
     {"demo", "benchmark"},
     {"cli"},

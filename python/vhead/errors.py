@@ -181,6 +181,10 @@ def _gradient_error(message: str, rollouts: tuple[int, ...]) -> GradientError:
     return GradientError(message, rollouts=rollouts)
 
 
+class FitError(VheadError, ValueError):
+    """A head cannot be fitted to these rollouts and targets, or not in this way."""
+
+
 class BenchmarkError(VheadError, ValueError):
     """A measurement is not possible: the device is not there or too small, or torch.compile does not work."""
 
