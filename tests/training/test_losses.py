@@ -1,5 +1,6 @@
 """Losses against plain loops in float64, with masks that hide nonsense, and what they refuse."""
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def arrays():
 def of_sequences(arrays, one):
     """What a plain loop gives for each token, sequence by sequence, masked ones left out."""
     rows = []
-    for start, stop in zip(OFFSETS, OFFSETS[1:], strict=False):
+    for start, stop in itertools.pairwise(OFFSETS):
         tokens = [at for at in range(start, stop) if arrays["mask"][at]]
         rows.append([one({name: array[at].item() for name, array in arrays.items()}) for at in tokens])
     return rows
@@ -222,7 +223,7 @@ class TestBadInput:
             losses.policy(arrays["logprobs"], arrays["old_logprobs"], arrays["advantages"], **changed)
 
     def test_a_mask_of_numbers(self, arrays):
-        with pytest.raises(TypeError, match="mask: expected a bool tensor, got torch.float32"):
+        with pytest.raises(TypeError, match=r"mask: expected a bool tensor, got torch\.float32"):
             losses.value(arrays["values"], arrays["returns"], mask=torch.ones(14))
 
     def test_a_clip_without_old_values(self, arrays):
