@@ -22,7 +22,10 @@ def watch(batch: TrainingBatch, name: str, tensor: Tensor) -> None:
         tensor.register_hook(partial(_check, batch, name))  # type: ignore[no-untyped-call]  # torch's
 
 
-def _check(batch: TrainingBatch, name: str, gradient: Tensor) -> None:
+def _check(batch: TrainingBatch, name: str, gradient: Tensor | None) -> None:
+    # DDP asks for the gradients of all outputs, also of those that no loss was made of.
+    if gradient is None:
+        return
     finite = torch.isfinite(gradient)
     if bool(finite.all()):
         return
