@@ -1,0 +1,1 @@
+//! Weights in the form that slime's delta synchronisation reads, and the checksums that it knows.
