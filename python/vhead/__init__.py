@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring
+    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring, sync
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
@@ -57,6 +57,7 @@ __all__ = [
     "returns",
     "rollouts",
     "scoring",
+    "sync",
 ]
 
 _HOME = {

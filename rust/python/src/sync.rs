@@ -114,6 +114,11 @@ impl SyncStage {
     }
 
     #[getter]
+    fn digests(&self) -> Vec<String> {
+        self.0.digests().map(|digest| digest.to_string()).collect()
+    }
+
+    #[getter]
     fn is_over_weights_in_use(&self) -> bool {
         self.0.is_over_weights_in_use()
     }

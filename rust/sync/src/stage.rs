@@ -129,6 +129,11 @@ impl Stage {
         self.tensors.iter().map(|tensor| &tensor.description)
     }
 
+    /// The digests of the tensors, in the same order.
+    pub fn digests(&self) -> impl Iterator<Item = Digest> {
+        self.tensors.iter().map(|tensor| tensor.digest)
+    }
+
     /// Whether it is changes to the weights in use: [`Self::verify_next`] then needs these.
     #[must_use]
     pub fn is_over_weights_in_use(&self) -> bool {
