@@ -8,14 +8,15 @@ from vhead.sync import Publisher
 
 
 class Small(nn.Module):
-    """Tensors of several dtypes, one of them tied, one not contiguous, one empty, and a buffer."""
+    """Tensors of several dtypes, one of them tied, one not contiguous unless that is asked for, one empty, and a buffer."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, *, contiguous=False):
         torch.manual_seed(seed)
         super().__init__()
         self.first = nn.Linear(96, 64)
         self.half = nn.Linear(64, 7, bias=False, dtype=torch.bfloat16)
-        self.turned = nn.Parameter(torch.randn(3, 5).t())
+        turned = torch.randn(3, 5).t()
+        self.turned = nn.Parameter(turned.contiguous() if contiguous else turned)
         self.empty = nn.Parameter(torch.empty(0, 4))
         self.tied = self.first.weight
         self.register_buffer("count", torch.randint(1000, ()))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.sync.conftest import Small, bits, train
-from vhead import AutoModelForCausalLMWithValueHead, demo
+from vhead import AutoModelForCausalLMWithValueHead
+from vhead.demo import demo_model_path
 from vhead.errors import (
     PublicationMismatchError,
     PublicationMissingError,
     PublisherConflictError,
     SyncFileError,
     SyncStepError,
+    WrongBaseError,
 )
 from vhead.sync import Follower, Publisher, collect, publications, verify
 
@@ -41,7 +44,7 @@ def test_autograd_notices_weights_that_change_between_forward_and_backward(publi
 
 
 def test_a_full_publication_is_a_checkpoint_that_others_read(tmp_path):
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(demo.MODEL)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path())
     torch.nn.init.normal_(model.v_head.summary.weight)
     Publisher(tmp_path).publish(model, step=7, metadata={"reward": 0.25})
     again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "step-00000007")
@@ -51,7 +54,7 @@ def test_a_full_publication_is_a_checkpoint_that_others_read(tmp_path):
 
 
 def test_a_head_alone_reaches_a_whole_model(tmp_path):
-    model, other = (AutoModelForCausalLMWithValueHead.from_pretrained(demo.MODEL) for _ in range(2))
+    model, other = (AutoModelForCausalLMWithValueHead.from_pretrained(demo_model_path()) for _ in range(2))
     torch.nn.init.normal_(model.v_head.summary.weight)
     before = bits(other.pretrained_model)
     published = Publisher(tmp_path).publish(model.v_head, step=1)
@@ -69,16 +72,17 @@ def test_tensors_by_name_with_odd_characters(tmp_path):
     assert bits(others) == bits(tensors)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("full_every", [1, 4, 1000])
-def test_changes_add_up_to_the_full_weights_for_early_and_late_followers(tmp_path, full_every):
-    model, early = Small(1), Small(2)
+def test_changes_add_up_to_the_full_weights_for_early_and_late_followers(tmp_path, full_every, contiguous):
+    model, early = Small(1, contiguous=contiguous), Small(2, contiguous=contiguous)
     publisher, follower = Publisher(tmp_path, delta=True, full_every=full_every, keep=2), Follower(tmp_path)
     for step in range(1, 12):
         train(model, step)
         publisher.publish(model, step=step)
         assert follower.apply(early) == step
         assert bits(early) == bits(model)
-        late = Small(3)
+        late = Small(3, contiguous=contiguous)
         Follower(tmp_path).apply(late)
         assert bits(late) == bits(model)
     assert verify(tmp_path).step == 11
@@ -96,7 +100,7 @@ def test_a_hundred_deltas_equal_the_full_weights(tmp_path):
 
 
 def test_changes_to_weights_that_somebody_has_touched_are_not_put_over_them(tmp_path, caplog):
-    model, other = Small(1), Small(2)
+    model, other = Small(1, contiguous=True), Small(2, contiguous=True)
     publisher, follower = Publisher(tmp_path, delta=True), Follower(tmp_path)
     publisher.publish(model, step=1)
     follower.apply(other)
@@ -106,6 +110,20 @@ def test_changes_to_weights_that_somebody_has_touched_are_not_put_over_them(tmp_
     assert follower.apply(other) == 2
     assert bits(other) == bits(model)
     assert "all weights are read instead" in caplog.text
+
+
+def test_changes_are_put_over_the_weights_in_use_and_read_nothing_else(tmp_path):
+    model, other = Small(1, contiguous=True), Small(2, contiguous=True)
+    publisher, follower = Publisher(tmp_path, delta=True), Follower(tmp_path)
+    publisher.publish(model, step=1)
+    follower.apply(other)
+    train(model, 2)
+    publisher.publish(model, step=2)
+    shutil.rmtree(tmp_path / "step-00000001")
+    assert follower.apply(other) == 2
+    assert bits(other) == bits(model)
+    with pytest.raises(WrongBaseError, match="step-00000001"):
+        Follower(tmp_path).apply(Small(3))
 
 
 def test_steps_go_back_only_where_that_is_asked_for(tmp_path):
@@ -289,4 +307,4 @@ def test_a_reader_in_another_thread_never_meets_a_swap(published):
 def test_manifests_are_json(published):
     manifest = json.loads((published[0] / "step-00000001" / "manifest.json").read_text())
     assert manifest["schema"] == "vhead.sync/1"
-    assert manifest["tensors"]["first.weight"]["shape"] == [64, 96]
+    assert manifest["tensors"]["tied"]["shape"] == [64, 96]
