@@ -11,7 +11,20 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring, sync
+    from vhead import (
+        candle,
+        errors,
+        formats,
+        heads,
+        modeling,
+        ops,
+        pretrained,
+        report,
+        returns,
+        rollouts,
+        scoring,
+        sync,
+    )
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
     from vhead.heads import ValueHead
