@@ -61,7 +61,7 @@ def test_without_a_publication_the_scorer_s_own_weights_score(tmp_path):
 def test_min_step_refuses_or_waits(tmp_path):
     publisher, model = Publisher(tmp_path), critic(1)
     publisher.publish(model.v_head, step=1)
-    with pytest.raises(SyncStepError, match="step 2 or later in .*, got step 1"):
+    with pytest.raises(SyncStepError, match="step 2 or later in"):
         Scorer(critic(2), follow=tmp_path, min_step=2).score(rollouts(1))
     scorer = Scorer(critic(2), follow=tmp_path, min_step=2, patience=60)
 

@@ -8,7 +8,7 @@ from vhead.sync import Publisher
 
 
 class Small(nn.Module):
-    """Tensors of several dtypes, one of them tied, one not contiguous unless that is asked for, one empty, and a buffer."""
+    """Tensors of several dtypes, one tied, one not contiguous unless asked for, one empty, and a buffer."""
 
     def __init__(self, seed, *, contiguous=False):
         torch.manual_seed(seed)

@@ -59,9 +59,9 @@ impl SyncPublisher {
         Ok(order.iter().map(describe).collect())
     }
 
-    fn append(&mut self, py: Python<'_>, bytes: PyBuffer<u8>) -> PyResult<()> {
-        let (publisher, bytes) = (&mut self.0, elements("bytes", &bytes)?);
-        gate::sync(py, || publisher.append(bytes))
+    fn append(&mut self, py: Python<'_>, piece: PyBuffer<u8>) -> PyResult<()> {
+        let (publisher, piece) = (&mut self.0, elements("piece", &piece)?);
+        gate::sync(py, || publisher.append(piece))
     }
 
     fn finish(&mut self, py: Python<'_>, attachments: Vec<(String, Vec<u8>)>) -> PyResult<Summary> {
