@@ -1,4 +1,4 @@
-"""A trainer that publishes its weights, and two workers that score with them: python examples/trainer_and_workers.py
+"""A trainer that publishes its weights, and two workers that score with them.
 
 The trainer changes the value head step by step, as PPO's value loss does, and publishes after each step. The workers
 score rollouts all the while. Between two batches they take over what has been published, and each score says with

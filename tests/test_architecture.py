@@ -39,6 +39,7 @@ LAYERS = [
     {"packing"},
     {"sync"},
     {"scoring"},
+    {"fitting"},
     {"report"},
     {"demo", "benchmark"},
     {"cli"},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vhead import (
         candle,
         errors,
+        fitting,
         formats,
         heads,
         modeling,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
+    from vhead.fitting import FittedHead, fit
     from vhead.heads import ValueHead
     from vhead.modeling import (
         AutoModelForCausalLMWithValueHead,
@@ -46,6 +48,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "CandleValueHead",
+    "FittedHead",
     "PreTrainedModelWrapper",
     "Rollout",
     "Score",
@@ -61,6 +64,8 @@ __all__ = [
     "candle",
     "create_reference_model",
     "errors",
+    "fit",
+    "fitting",
     "formats",
     "heads",
     "modeling",
@@ -77,6 +82,7 @@ _HOME = {
     "AutoModelForCausalLMWithValueHead": "modeling",
     "AutoModelForSeq2SeqLMWithValueHead": "modeling",
     "CandleValueHead": "candle",
+    "FittedHead": "fitting",
     "PreTrainedModelWrapper": "modeling",
     "Rollout": "rollouts",
     "Score": "scoring",
@@ -89,6 +95,7 @@ _HOME = {
     "VheadError": "errors",
     "backends": "ops",
     "create_reference_model": "modeling",
+    "fit": "fitting",
 }
 
 

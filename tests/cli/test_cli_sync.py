@@ -1,6 +1,7 @@
 """`vhead sync`."""
 
 import subprocess
+
 import torch
 
 from vhead.sync import Publisher
