@@ -14,7 +14,9 @@ def run(vhead, *arguments):
 def test_show_verify_and_gc(vhead, tmp_path):
     publisher = Publisher(tmp_path, delta=True, full_every=2)
     for step in range(1, 5):
-        publisher.publish({"weight": torch.full((100,), float(step))}, step=step, metadata={"n": step})
+        weight = torch.arange(100.0)
+        weight[0] = 1000 + step
+        publisher.publish({"weight": weight}, step=step, metadata={"n": step})
     shown = run(vhead, "show", tmp_path)
     assert "step 3: full, model" in shown.stdout
     assert "step 4 (latest): changes to step 3" in shown.stdout
