@@ -26,7 +26,7 @@ unexport PYTHONPATH
 # The tests start hundreds of processes; without kept bytecode each of them compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-newest attack lock build lint rust-format rust-lint python-format python-lint python-types stubs \
+.PHONY: demo test test-newest attack soak lock build lint rust-format rust-lint python-format python-lint python-types stubs \
 	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
 	model-types format clean
 
@@ -102,6 +102,10 @@ test-newest: toolchain
 # The attackers in their long form, for hours: mutated heads, folders and records, kills, races, signals.
 attack: $(VENV)/.test $(VENV)/.built
 	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/attack
+
+# Handing weights over, in the long form: kills, corruptions, interrupts; a part of `make attack`.
+soak: $(VENV)/.test $(VENV)/.built
+	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/attack/test_handing_over.py
 
 # Moves every pin to today's newest release; what the demo and the build need has the same pins as the whole.
 lock: $(VENV)/.python

@@ -37,6 +37,7 @@ LAYERS = [
     {"pretrained", "compat"},
     {"native", "rollouts"},
     {"packing"},
+    {"sync"},
     {"scoring"},
     {"training"},
     {"fitting"},
@@ -46,8 +47,8 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-# `returns` works on numpy arrays without torch, as `candle` does; `ops` imports torch.
-NATIVE_IMPORTERS = {"ops", "candle", "env", "returns"}
+# `returns` works on numpy arrays without torch, as `candle` does, and `sync` on bytes; `ops` imports torch.
+NATIVE_IMPORTERS = {"ops", "candle", "env", "returns", "sync"}
 # Measures TRL's own head where somebody has installed a release that has one.
 TRL_IMPORTER = PACKAGE / "benchmark" / "trl_head.py"
 # A runner whose own words go to the terminal: its usage, and that it has no program to run.
@@ -257,7 +258,7 @@ def test_circle_rule_can_fail() -> None:
     assert circles(module_imports(sources | hints | {"d": ""})) == []
 
 
-def test_only_ops_candle_env_and_returns_import_the_extension(source: Path) -> None:
+def test_only_ops_candle_env_returns_and_sync_import_the_extension(source: Path) -> None:
     assert native_imports(module_of(source), source.read_text()) == []
 
 
@@ -308,7 +309,7 @@ def test_length_rule_can_fail() -> None:
     assert function_lengths(f'def long():\n    """Doc."""\n{body}') == {"long:1": 71}
 
 
-@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "python"])
+@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "sync", "python"])
 def test_every_rust_file_is_compiled(crate: str) -> None:
     assert unnamed_rust_files(ROOT / "rust" / crate) == set()
 
@@ -328,6 +329,7 @@ def test_core_knows_neither_python_nor_candle() -> None:
     assert crates_below("vhead-core") & foreign == set()
     assert crates_below("vhead-candle") & {"pyo3", "vhead-python"} == set()
     assert crates_below("vhead-cuda") & foreign == set()
+    assert crates_below("vhead-sync") & foreign == set()
 
 
 def test_crate_rule_can_fail() -> None:
@@ -379,7 +381,7 @@ def test_version_is_written_once() -> None:
     workspace = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
     assert version("vhead") == workspace
     manifests = [tomllib.loads(path.read_text())["package"] for path in (ROOT / "rust").glob("*/Cargo.toml")]
-    assert [package["version"] for package in manifests] == [{"workspace": True}] * 4
+    assert [package["version"] for package in manifests] == [{"workspace": True}] * 5
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert [path.name for path in SOURCES if workspace in path.read_text()] == []
 
@@ -448,7 +450,7 @@ def module_path(file: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] in {"lib", "mod"} else parts
 
 
-@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "python"])
+@pytest.mark.parametrize("crate", ["core", "cuda", "candle", "sync", "python"])
 def test_no_rust_files_import_each_other(crate: str) -> None:
     assert rust_import_circles(ROOT / "rust" / crate) == set()
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         returns,
         rollouts,
         scoring,
+        sync,
         training,
     )
     from vhead.candle import CandleValueHead
@@ -79,6 +80,7 @@ __all__ = [
     "returns",
     "rollouts",
     "scoring",
+    "sync",
     "training",
 ]
 

@@ -1,6 +1,6 @@
 """The compiled extension: kernels on torch's tensors and on numpy's arrays.
 
-Only `vhead.ops`, `vhead.candle`, `vhead.env` and `vhead.returns` import it.
+Only `vhead.ops`, `vhead.candle`, `vhead.env`, `vhead.returns` and `vhead.sync` import it.
 
 A function looks at the device of its first tensor (the hidden states or targets) and runs there; on a CUDA device the
 work goes to torch's current stream.
@@ -18,6 +18,8 @@ __all__ = [
     "CandleValueHead",
     "LogitGradients",
     "LogitStatistics",
+    "SyncPublisher",
+    "SyncStage",
     "apply_dropout",
     "available_cores",
     "backends",
@@ -31,6 +33,8 @@ __all__ = [
     "kernel_absence",
     "linear",
     "panic_on_purpose",
+    "sync_collect",
+    "sync_list",
     "token_rewards",
     "try_value_head",
     "value_head",
@@ -248,3 +252,47 @@ class CandleValueHead:
     def weight(self) -> NDArray[np.float32]: ...
     @property
     def bias(self) -> NDArray[np.float32] | None: ...
+
+_Described = tuple[str, str, list[int]]
+_Summary = tuple[int, bool, int | None, list[str], str, str, int]
+
+@final
+class SyncPublisher:
+    """Publishes weights: `begin`, then the bytes of each tensor in the order that it gives, then `finish`."""
+
+    def __new__(
+        cls, directory: PathLike[str], delta: bool, full_every: int, keep: int, staging: PathLike[str]
+    ) -> SyncPublisher: ...
+    @property
+    def last_step(self) -> int | None: ...
+    def begin(
+        self, step: int, tensors: Sequence[tuple[str, str, Sequence[int], str]], parts: Sequence[str], metadata: str
+    ) -> list[_Described]: ...
+    def append(self, piece: NDArray[np.uint8]) -> None: ...
+    def finish(self, attachments: Sequence[tuple[str, bytes]]) -> _Summary: ...
+    def abandon(self) -> None: ...
+
+@final
+class SyncStage:
+    """A publication on its way into a model: `verify_next` until `next` is None, then `install` or `copy`."""
+
+    @staticmethod
+    def open(
+        directory: PathLike[str], step: int | None, have: tuple[int, str] | None, staging: PathLike[str]
+    ) -> SyncStage | None: ...
+    @property
+    def summary(self) -> _Summary: ...
+    @property
+    def tensors(self) -> list[_Described]: ...
+    @property
+    def digests(self) -> list[str]: ...
+    @property
+    def is_over_weights_in_use(self) -> bool: ...
+    @property
+    def next(self) -> int | None: ...
+    def verify_next(self, in_use: NDArray[np.uint8] | None) -> None: ...
+    def install(self, targets: Sequence[tuple[int, NDArray[np.uint8]]]) -> None: ...
+    def copy(self, tensor: int, start: int, into: NDArray[np.uint8]) -> None: ...
+
+def sync_list(directory: PathLike[str]) -> list[tuple[int, _Summary | None, str, bool]]: ...
+def sync_collect(directory: PathLike[str], keep: int) -> tuple[list[int], list[str]]: ...

@@ -193,6 +193,38 @@ class CudaError(VheadError, RuntimeError):
     """The CUDA driver or a device refused a call, so the result was not computed."""
 
 
+class SyncError(VheadError):
+    """Weights could not be handed over. The weights in use are those from before, bit for bit."""
+
+
+class PublicationError(SyncError, ValueError):
+    """A publication of weights is damaged, hostile, or of another release; nothing of it was installed."""
+
+
+class WrongBaseError(PublicationError):
+    """A publication holds changes to weights that the follower does not have and cannot get."""
+
+
+class PublicationMismatchError(PublicationError):
+    """A publication's tensors are not those of the model; the message names them."""
+
+
+class PublicationMissingError(SyncError, FileNotFoundError):
+    """A directory or a publication is not there, or was removed while it was read."""
+
+
+class PublisherConflictError(SyncError, RuntimeError):
+    """Another publisher publishes in the same directory."""
+
+
+class SyncStepError(SyncError, ValueError):
+    """A step is not above the last one, or not the one that was waited for."""
+
+
+class SyncFileError(SyncError, OSError):
+    """The file system refused a call: the disk is full, or a directory cannot be written."""
+
+
 @contextmanager
 def loading(what: str | Path) -> Iterator[None]:
     """Turns whatever another package raises while it loads something into a `LoadError` of one line.

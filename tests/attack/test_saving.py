@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -39,17 +38,6 @@ def head_of(writer, number):
 def is_whole(weight, bias):
     writer, number = divmod(int(bias), 1000)
     return writer in range(WRITERS) and torch.equal(weight, head_of(writer, number).weight)
-
-
-@pytest.fixture
-def quick_folder(tmp_path):
-    """A folder in memory where there is one: what is raced for is names, not the disk."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
 
 
 # Races

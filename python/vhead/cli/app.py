@@ -14,6 +14,7 @@ from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.fit import fit
 from vhead.cli.score import score
+from vhead.cli.sync import sync
 from vhead.cli.terminal import escaped, show
 
 # What `BadParameter` is a kind of: click's class, or typer's own where typer no longer needs click.
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "fit": fit,
     "compare": compare,
     "convert": convert,
+    "sync": sync,
     "demo": demo,
     "bench": bench,
     "env": environment,

@@ -209,6 +209,19 @@ AppendEos = Annotated[
         "--append-eos", help="Add the end-of-sequence token to completions of plain text that do not end in it."
     ),
 ]
+Follow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="Take over the weights that a trainer publishes there, between two batches; weights_step says which.",
+    ),
+]
+MinStep = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="With --follow: score with no weights of an earlier step.")
+]
+Patience = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="With --min-step: how long to wait for such weights.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Score only the first N records.")]
 OnErrorOption = Annotated[
     OnError,
@@ -283,12 +296,17 @@ class ScoreRequest:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns that scoring adds, which columns of the input may therefore not have."""
-        from vhead.scoring.fields import DEFAULT_RETURNS, Asked  # for a fast --help
+        from vhead.scoring.fields import (  # for a fast --help
+            DEFAULT_RETURNS,
+            WEIGHTS_STEP,  # for a fast --help
+            Asked,
+        )
         from vhead.scoring.scores import TRUNCATED  # for a fast --help
 
         asked = Asked(self.returns or DEFAULT_RETURNS, top=self.top_logprobs)
         names = [column.name for column in asked.columns]
         names += [] if self.advantages is None else self.advantages.columns
+        names += [] if self.options["follow"] is None else [WEIGHTS_STEP]
         names += [] if self.options["truncation"] is None else [TRUNCATED]
         return tuple(f"{name}{self.suffix}" for name in names)
 

@@ -12,7 +12,7 @@ from vhead.errors import FieldError
 from vhead.rollouts.encoding import Encoded
 from vhead.rollouts.rollout import Rollout
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.fields import COLUMNS, TOP, Asked, empty
+from vhead.scoring.fields import COLUMNS, TOP, WEIGHTS_STEP, Asked, empty
 from vhead.scoring.scores import Scores, offsets_of
 
 # A chunk is what is sorted by length: large enough to fill batches evenly, small enough to keep memory flat.
@@ -101,6 +101,7 @@ class Results:
         conventions: How many entries a rollout has in a per-token field.
         outputs: What the head gives.
         truncates: Whether the scores say which rollouts were truncated.
+        follows: Whether they say which step's weights each rollout was scored with.
 
     Attributes:
         scores: The scores of all rollouts.
@@ -115,6 +116,7 @@ class Results:
         *,
         outputs: Outputs,
         truncates: bool = False,
+        follows: bool = False,
     ) -> None:
         self._chunk = chunk
         lengths = np.fromiter((conventions.entries(rollout) for rollout in chunk), np.int64, len(chunk))
@@ -133,6 +135,8 @@ class Results:
             computed["step_positions"] = np.concatenate([np.empty(0, np.int64), *steps])
         if "token_ids" in asked:
             computed |= _tokens(chunk, lengths)
+        if follows:
+            computed[WEIGHTS_STEP] = empty(WEIGHTS_STEP, len(chunk))
         masks = [conventions.mask(rollout) for rollout in chunk]
         self.scores = Scores(
             ids=tuple(rollout.id for rollout in chunk),
@@ -161,6 +165,10 @@ class Results:
                     at += len(own)
             if not np.isfinite(flat).all():
                 self._note_nonfinite(name, places)
+
+    def stamp(self, places: Sequence[int], step: int) -> None:
+        """Says which step's weights the rollouts at `places` were scored with."""
+        self.scores.flat(WEIGHTS_STEP)[0][list(places)] = step
 
     def _note_nonfinite(self, name: str, places: Sequence[int]) -> None:
         for place in places:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 Unit = Literal["token", "rollout", "step"]
-Origin = Literal["head", "logits", "rollout", "returns"]
+Origin = Literal["head", "logits", "rollout", "returns", "weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class Column:
     Attributes:
         name: What it is called everywhere.
         unit: What it has an entry for: each completion token, each rollout, or each step of a rollout.
-        origin: What its entries come from: the head's outputs, the logits, the rollout itself, or `vhead.returns`.
+        origin: What its entries come from: the head's outputs, the logits, the rollout itself, `vhead.returns`, or
+            the weights that are followed.
         returned_as: The name among `returns` that stands for it; None: another argument asks for it.
         dtype: Of its entries.
         width: The shape of an entry; None: a number or several, as the head, the candidates or the request have it.
@@ -31,6 +32,9 @@ class Column:
     dtype: type[np.generic] = np.float32
     width: tuple[int, ...] | None = None
 
+
+# Beside the others where a scorer follows a directory.
+WEIGHTS_STEP = "weights_step"
 
 # In the order in which they are written.
 COLUMNS = {
@@ -51,6 +55,7 @@ COLUMNS = {
         Column("returns", "token", "returns", None, width=()),
         Column("token_ids", "token", "rollout", "tokens", np.int64, ()),
         Column("token_offsets", "token", "rollout", "tokens", np.int64, (2,)),
+        Column(WEIGHTS_STEP, "rollout", "weights", None, np.int64, ()),
     )
 }
 RETURNS = tuple(dict.fromkeys(column.returned_as for column in COLUMNS.values() if column.returned_as))

@@ -8,6 +8,7 @@ from vhead.env import MOST_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from vhead.heads import ValueHead
     from vhead.packing.plan import Attention
@@ -32,12 +33,15 @@ class ScorerOptions(TypedDict, total=False):
     separate_tokens: bool
     append_eos: bool
     heads: "Mapping[str, ValueHead] | None"
+    follow: "str | Path | None"
+    min_step: int | None
+    patience: float
 
 
 _WHOLE = (Integral, "a whole number")
-_KINDS = dict.fromkeys(("token_budget", "chunk_tokens", "num_threads", "max_length"), _WHOLE) | dict.fromkeys(
-    ("batch_invariant", "separate_tokens", "append_eos"), (bool, "True or False")
-)
+_KINDS = dict.fromkeys(
+    ("token_budget", "chunk_tokens", "num_threads", "max_length", "min_step"), _WHOLE
+) | dict.fromkeys(("batch_invariant", "separate_tokens", "append_eos"), (bool, "True or False"))
 
 
 def checked_options(options: ScorerOptions) -> ScorerOptions:
@@ -62,6 +66,10 @@ def checked_options(options: ScorerOptions) -> ScorerOptions:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    if options.get("follow") is None and options.get("min_step") is not None:
+        raise ValueError("min_step: expected a directory to follow as well (follow), got none")
+    if options.get("follow") is not None and options.get("heads"):
+        raise ValueError("follow: expected a model with its own head, whose weights are followed, got several heads")
     threads = options.get("num_threads")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"num_threads: expected 1 to {MOST_THREADS}, got {threads}")

@@ -21,10 +21,12 @@ from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.engine import Engine, Work, candidate_count
 from vhead.scoring.fields import DEFAULT_RETURNS, Asked, check_returns
+from vhead.scoring.following import Following
 from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scores import Score, Scores
+from vhead.sync.swapping import TURNS
 
 logger = logging.getLogger("vhead")
 
@@ -70,6 +72,11 @@ class Scorer:
             followed by it; the reward is then read there.
         heads: Several heads by name, which read the same hidden states in one pass, in place of the model's own: the
             scores then have one output for each of theirs, and `Scores.of(name)` has those of one head.
+        follow: A directory in which a `vhead.sync.Publisher` publishes: before each batch, the newest weights are
+            brought into the model, and `weights_step` of each score says which. A publication that is refused is a
+            warning, and the old weights go on.
+        min_step: With `follow`: nothing is scored with weights of an earlier step.
+        patience: With `min_step`: seconds that a batch waits for such weights before that is an error.
 
     Attributes:
         model: The model.
@@ -109,6 +116,8 @@ class Scorer:
         self.token_budget = options.get("token_budget") or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
         self._chunk_tokens = options.get("chunk_tokens") or self.token_budget * _BATCHES_PER_CHUNK
         self._has_said_what_is_left_out = False
+        follow = options.get("follow")
+        self._following = None if follow is None else Following(follow, options)
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy in another process tries anew what the model can take there."""
@@ -153,6 +162,8 @@ class Scorer:
         other._conventions = (conventions or self._conventions).resolved(self._arguments["tokenizer"])
         other._other_head = head, other._conventions
         other._engine = self._engine.with_head(*other._other_head)
+        # What is published is of the model's own head.
+        other._following = None
         return other
 
     def asked(self, returns: Sequence[str] | None = None, temperature: float = 1.0, top_logprobs: int = 0) -> Asked:
@@ -402,14 +413,28 @@ class Scorer:
         results = self._results(chunk.rollouts, asked)
         for work in chunk.work:
             batch = work.batch
-            results.put(batch.places, self._engine.score(chunk.rollouts, work, asked))
+            if self._following is not None:
+                if self._following.refresh(self.model):
+                    # What was kept of shared tokens is of the old weights.
+                    self._engine.forget()
+                results.stamp(batch.places, self._following.step)
+            with TURNS.reading():
+                computed = self._engine.score(chunk.rollouts, work, asked)
+            results.put(batch.places, computed)
             if on_batch is not None:
                 on_batch(len(batch.places), sum(len(chunk.rollouts[place]) for place in batch.places), batch.tokens)
         self._engine.forget()
         return results
 
     def _results(self, rollouts: Sequence[Encoded], asked: Asked) -> Results:
-        return Results(rollouts, asked, self._conventions, outputs=self._engine.outputs, truncates=self._truncates)
+        return Results(
+            rollouts,
+            asked,
+            self._conventions,
+            outputs=self._engine.outputs,
+            truncates=self._truncates,
+            follows=self._following is not None,
+        )
 
 
 class _Fitting:

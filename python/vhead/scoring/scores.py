@@ -12,7 +12,7 @@ from vhead.errors import MissingFieldError
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
 from vhead.scoring.advantages import advantages, bootstrap_of
-from vhead.scoring.fields import COLUMNS, Unit, is_per
+from vhead.scoring.fields import COLUMNS, WEIGHTS_STEP, Unit, is_per
 
 if TYPE_CHECKING:
     import pyarrow
@@ -87,6 +87,15 @@ class _Fields:
     def token_offsets(self) -> NDArray[np.int64]:
         """First and one-past-last character of each token in the completion's text, int64 `[..., 2]`."""
         return self._field("token_offsets")
+
+    @property
+    def weights_step(self) -> Any:
+        """The step of the weights that scored it, where the scorer follows a directory; -1 for those it was made with.
+
+        A number for a `Score`, int64 `[N]` for `Scores`.
+        """
+        found = self._field(WEIGHTS_STEP)
+        return found if found.ndim else int(found)
 
     def _field(self, name: str) -> NDArray[Any]:
         try:

@@ -41,6 +41,18 @@ where
     settle(py.detach(|| catch_unwind(AssertUnwindSafe(work))), cuda_to_python)
 }
 
+/// Reads or writes publications of weights, without the GIL.
+///
+/// # Errors
+/// The crate's own error as the Python exception that fits it; `vhead.errors.KernelPanicError` for a panic.
+pub(crate) fn sync<T, K>(py: Python<'_>, work: K) -> PyResult<T>
+where
+    T: Send,
+    K: FnOnce() -> vhead_sync::Result<T> + Send,
+{
+    settle(py.detach(|| catch_unwind(AssertUnwindSafe(work))), crate::sync::to_python)
+}
+
 fn settle<T, E>(outcome: std::thread::Result<Result<T, E>>, to_python: fn(E) -> PyErr) -> PyResult<T> {
     match outcome {
         Ok(result) => result.map_err(to_python),

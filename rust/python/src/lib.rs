@@ -3,6 +3,7 @@ use pyo3::prelude::*;
 
 mod backend;
 mod backends;
+mod buffers;
 mod candle;
 mod cpu;
 mod cuda;
@@ -13,6 +14,7 @@ mod gate;
 mod init;
 mod returns;
 mod shapes;
+mod sync;
 mod tensor;
 mod threads;
 mod token_statistics;
@@ -33,6 +35,8 @@ mod _native {
     use super::init::{init_linear, init_normal};
     #[pymodule_export]
     use super::returns::{explained_variance, gae, token_rewards, whiten};
+    #[pymodule_export]
+    use super::sync::{SyncPublisher, SyncStage, sync_collect, sync_list};
     #[pymodule_export]
     use super::token_statistics::{LogitGradients, LogitStatistics};
     #[pymodule_export]

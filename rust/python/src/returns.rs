@@ -1,35 +1,11 @@
 //! Advantages and returns of numpy arrays, without torch.
+use crate::buffers::{elements, overwritten};
 use crate::gate;
 use crate::threads::Threads;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vhead_core::returns::{self, Discounts, Kl, Masked, Moments, Penalty, Rollouts};
-
-/// The elements of a contiguous array, which `vhead.returns` has made sure of.
-fn elements<'a, T: Element>(name: &str, buffer: &'a PyBuffer<T>) -> PyResult<&'a [T]> {
-    if !buffer.is_c_contiguous() {
-        return Err(PyValueError::new_err(format!("{name}: expected a contiguous array")));
-    }
-    if buffer.item_count() == 0 {
-        return Ok(&[]);
-    }
-    // SAFETY: contiguous and aligned, of this dtype, and kept alive by the buffer. As in torch's own kernels, another thread
-    // that writes to the array meanwhile makes the results unspecified.
-    Ok(unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.item_count()) })
-}
-
-/// The elements of an array that `vhead.returns` has just allocated for a result.
-fn overwritten<'a>(name: &str, buffer: &'a mut PyBuffer<f32>) -> PyResult<&'a mut [f32]> {
-    if buffer.readonly() || !buffer.is_c_contiguous() {
-        return Err(PyValueError::new_err(format!("{name}: expected a contiguous array that can be written")));
-    }
-    if buffer.item_count() == 0 {
-        return Ok(&mut []);
-    }
-    // SAFETY: as in `elements`, and nobody else has seen this array.
-    Ok(unsafe { std::slice::from_raw_parts_mut(buffer.buf_ptr().cast(), buffer.item_count()) })
-}
 
 fn optional<'a, T: Element>(name: &str, buffer: Option<&'a PyBuffer<T>>) -> PyResult<Option<&'a [T]>> {
     buffer.map(|buffer| elements(name, buffer)).transpose()

@@ -1,0 +1,49 @@
+//! `LATEST`: the name of the newest publication, and the digest of its manifest.
+use crate::folder::{Folder, replace};
+use crate::{Digest, Error, Result};
+
+const NAME: &str = "LATEST";
+const MOST_BYTES: u64 = 256;
+const PREFIX: &str = "step-";
+
+/// Which publication is the newest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Latest {
+    /// Its step.
+    pub step: u64,
+    /// The digest of its manifest.
+    pub digest: Digest,
+}
+
+/// The folder of a step: `step-00000120`.
+#[must_use]
+pub fn folder_of(step: u64) -> String {
+    format!("{PREFIX}{step:08}")
+}
+
+/// The step of a folder, where its name is one.
+pub(crate) fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix(PREFIX)?.parse().ok()?;
+    (folder_of(step) == name).then_some(step)
+}
+
+impl Latest {
+    /// What `LATEST` says; `None` where nothing has been published.
+    pub(crate) fn read(root: &Folder) -> Result<Option<Self>> {
+        let bytes = match root.read(NAME, MOST_BYTES) {
+            Err(Error::Vanished { .. }) => return Ok(None),
+            other => other?,
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let parsed = text.strip_suffix('\n').and_then(|line| line.split_once(' ')).and_then(|(name, digest)| {
+            Some(Self { step: step_of(name)?, digest: Digest::parse(digest)? })
+        });
+        let expected = "the name of a publication and a digest";
+        parsed.map(Some).ok_or_else(|| Error::damaged(&root.place(NAME), expected, format!("{text:?}")))
+    }
+
+    /// Has `LATEST` name this publication.
+    pub(crate) fn write(self, root: &Folder) -> Result<()> {
+        replace(root, NAME, format!("{} {}\n", folder_of(self.step), self.digest).as_bytes())
+    }
+}
