@@ -26,6 +26,26 @@ def compute(*_arguments):
     torch.linalg.svd(matrix)
 Engine.score = compute
 """
+# The signal comes while a `__del__` runs, which Python never lets raise.
+DELETES = """
+import time
+from vhead.scoring.engine import Engine
+class Slow:
+    def __del__(self):
+        os.write(1, b"deleting")
+        time.sleep(0.3)
+        for _ in range(1000):
+            pass
+def compute(*_arguments):
+    try:
+        del_me = Slow()
+        del del_me
+        while True:
+            time.sleep(0.01)
+    finally:
+        os.write(1, b"asked")
+Engine.score = compute
+"""
 # Without the thread that ends the process where it does not end by itself.
 ASKS_ONLY = """
 from vhead.cli.signals import Signals
@@ -97,6 +117,15 @@ def test_a_computing_model_does_not_keep_a_signal_waiting(forks, score, sent):
         os.write(command.stdin, RECORD)
         assert os.read(command.stdout, 100) == b"computing"
         check_ended(command, sent)
+
+
+@both
+def test_a_signal_in_the_middle_of_a_del_is_not_dropped(forks, score, sent):
+    with forks.run(*score, before=DELETES) as command:
+        os.write(command.stdin, RECORD)
+        assert os.read(command.stdout, 100) == b"deleting"
+        check_ended(command, sent)
+        assert os.read(command.stdout, 100) == b"asked"
 
 
 def test_the_check_can_fail_where_nobody_insists(forks, score):

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # With what a busy machine adds, the process is gone within a second.
 _PATIENCE_S = 0.6
+_ASK_AGAIN_S = 0.01
 _STANDARD_ERROR = 2
 
 
@@ -27,6 +28,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._code: int | None = None
+        self._request: SystemExit | None = None
         self._before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
         self._leaving = threading.Lock()
 
@@ -39,6 +41,7 @@ class Signals:
             # `nohup` and `&` start programs that are to ignore one of them.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._ask)
+        self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._ask_again
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -46,6 +49,7 @@ class Signals:
             self._leave(self._code)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable_before
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._coming)
 
@@ -53,7 +57,20 @@ class Signals:
         """Runs in the main thread, and raises only once: a second time would interrupt the orderly end."""
         if self._code is None:
             self._code = 128 + number
-            sys.exit(self._code)
+            self._request = SystemExit(self._code)
+            raise self._request
+
+    def _ask_again(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Runs where the signal came in the middle of a `__del__`, whose exceptions Python reports and then drops."""
+        if self._code is None or unraisable.exc_value is not self._request:
+            self._unraisable_before(unraisable)
+            return
+        # What is sent now is not a second signal, and must not look like one.
+        signal.set_wakeup_fd(-1)
+        number, self._code = self._code - 128, None
+        again = threading.Timer(_ASK_AGAIN_S, signal.pthread_kill, (threading.get_ident(), number))
+        again.daemon = True
+        again.start()
 
     def _insist(self) -> None:
         """Waits for a signal in a thread of its own, and ends the process if the main thread does not do so in time."""

@@ -51,6 +51,11 @@ def is_gated(module: nn.Module) -> bool:
     return type(children["act_fn"]).__name__ in _SILU and all(type(children[part]) is nn.Linear for part in _PARTS)
 
 
+def uses_matrix_unit(model: nn.Module) -> bool:
+    """Whether the matrix unit computes some of a model's gated layers while they work in place."""
+    return any(is_gated(module) and _suits_unit(module) for module in model.modules())
+
+
 def _suits_unit(layer: Any) -> bool:
     parts = [getattr(layer, name) for name in _PARTS]
     return all(part.bias is None for part in parts) and suits_matrix_unit(*(part.weight for part in parts))

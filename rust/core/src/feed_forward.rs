@@ -106,13 +106,7 @@ impl FeedForward {
     }
 
     /// The packed activations' products with the last weight, rounded.
-    fn project(
-        &mut self,
-        count: usize,
-        down: &Rows<'_, bf16>,
-        to: &mut [bf16],
-        executor: &dyn Executor,
-    ) -> Result<()> {
+    fn project(&mut self, count: usize, down: &Rows<'_, bf16>, to: &mut [bf16], executor: &dyn Executor) -> Result<()> {
         let to = Shared::new(to);
         for first in (0..down.count()).step_by(COLUMNS) {
             let range = first..down.count().min(first + COLUMNS);

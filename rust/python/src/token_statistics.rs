@@ -35,12 +35,7 @@ impl LogitStatistics {
 
     /// Adds the products of all rows' hidden states `[N, H]` with the weights `[v, H]` of the tokens from `column` on, both
     /// bfloat16, which the CPU's matrix unit multiplies; columns come as in `fold`.
-    fn fold_products(
-        &mut self,
-        hidden: &Bound<'_, PyAny>,
-        weight: &Bound<'_, PyAny>,
-        column: usize,
-    ) -> PyResult<()> {
+    fn fold_products(&mut self, hidden: &Bound<'_, PyAny>, weight: &Bound<'_, PyAny>, column: usize) -> PyResult<()> {
         self.0.fold_products(hidden, weight, column)
     }
 

@@ -19,7 +19,6 @@ class CpuTiling:
     UPCAST_BYTES = 16 << 20
     # The kernel checks tokens as it reads them.
     CHECKS_TARGETS = True
-    SELECTS = True
 
     def multiplies(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether the processor's matrix unit multiplies these, which it does into float32 without copies of them."""

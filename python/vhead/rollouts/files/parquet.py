@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vhead.errors import FieldError, FileFormatError
 from vhead.rollouts.fields import Fields, columns_of_fields
 from vhead.rollouts.files.arrow import pa, pc, pq
@@ -318,7 +321,15 @@ def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
     if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
         return _without_null(value.as_py())
-    return value.values.to_numpy(zero_copy_only=False)
+    return _array(value.values)
+
+
+def _array(values: pa.Array) -> NDArray[Any]:
+    """Numbers without null as an array over Arrow's own memory; pyarrow's `to_numpy` would import pandas for it."""
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    if not len(values):
+        return np.empty(0, dtype)
+    return np.frombuffer(values.buffers()[1], dtype, len(values), values.offset * dtype.itemsize)
 
 
 def _without_null(value: Any) -> Any:

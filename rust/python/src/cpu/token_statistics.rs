@@ -56,12 +56,7 @@ impl TokenStatistics for CpuStatistics {
         gate::run(py, cost, || self.of.fold(&rows, row, column, threads.executor()))
     }
 
-    fn fold_products(
-        &mut self,
-        hidden: &Bound<'_, PyAny>,
-        weight: &Bound<'_, PyAny>,
-        column: usize,
-    ) -> PyResult<()> {
+    fn fold_products(&mut self, hidden: &Bound<'_, PyAny>, weight: &Bound<'_, PyAny>, column: usize) -> PyResult<()> {
         let (py, cost) = (hidden.py(), usize::MAX);
         let (hidden, weight) = (bf16_rows("hidden", hidden)?, bf16_rows("weight", weight)?);
         let (hidden, weight, threads) = (hidden.rows::<bf16>(), weight.rows::<bf16>(), Threads::now(py)?);
