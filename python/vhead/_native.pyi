@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "CandleValueHead",
+    "FeedForward",
     "LogitGradients",
     "LogitStatistics",
     "SyncPublisher",
@@ -28,6 +29,7 @@ __all__ = [
     "dispatch_keys",
     "explained_variance",
     "gae",
+    "has_matrix_unit",
     "init_linear",
     "init_normal",
     "kernel_absence",
@@ -175,6 +177,22 @@ def worker_threads(tasks: int) -> list[int]:
 def panic_on_purpose(tasks: int) -> None:
     """Fails inside a piece of work, for tests of what a caller sees then."""
 
+def has_matrix_unit() -> bool:
+    """Whether the CPU has a unit for bfloat16 products (Intel AMX), and the system lets this process use it."""
+
+@final
+class FeedForward:
+    """Gated feed-forward layers by the matrix unit, with the memory that one after the other needs.
+
+    Raises:
+        TypeError: A tensor is not bfloat16.
+        ValueError: Sizes do not fit.
+        RuntimeError: There is no such unit, or another thread is using this object.
+    """
+
+    def __new__(cls) -> FeedForward: ...
+    def apply(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor: ...
+
 @final
 class LogitStatistics:
     """Statistics of `[N]` targets, a tile of products at a time.
@@ -199,6 +217,7 @@ class LogitStatistics:
         top: int = 0,
     ) -> LogitStatistics: ...
     def fold(self, products: Tensor, row: int, column: int) -> None: ...
+    def fold_products(self, hidden: Tensor, weight: Tensor, column: int) -> None: ...
     def finish(self) -> list[Tensor]: ...
     def finish_selected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 

@@ -21,6 +21,7 @@ from vhead.ops import (
     token_statistics,
     token_statistics_plain,
 )
+from vhead.ops.matrix_unit import suits_matrix_unit
 from vhead.ops.token_statistics import operator
 from vhead.ops.token_statistics import twin as plain_torch
 from vhead.ops.token_statistics.cpu import CpuTiling
@@ -198,7 +199,10 @@ def test_logits_are_never_there(dtype) -> None:
     case = tokens(1280, 8, 4000, dtype, bias=False)
     with Largest() as largest:  # inside the operator, which a dispatch mode does not look into
         operator.forward(case.hidden, case.weight, case.targets, None, 1.0, None, 1.0, False, None, 0)
-    assert 3 << 20 < largest.bytes <= 6 << 20
+    # The matrix unit's products are not even there as tiles that torch could see.
+    by_unit = suits_matrix_unit(case.hidden, case.weight)
+    assert largest.bytes <= 6 << 20
+    assert by_unit or largest.bytes > 3 << 20
     with Largest() as largest:
         case.run(token_statistics_plain)
     assert largest.bytes >= 1280 * 4000 * 4, "the check can fail"

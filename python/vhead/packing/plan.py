@@ -32,6 +32,7 @@ class ScorerPlan:
         longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
+        matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
     """
 
     architecture: str
@@ -42,6 +43,7 @@ class ScorerPlan:
     longest_shared: int | None
     long_strategy: str
     logits: str = ""
+    matrix_unit: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
@@ -50,7 +52,8 @@ class ScorerPlan:
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
-        return "\n".join([*lines, f"  logits: {self.logits}"])
+        lines.append(f"  logits: {self.logits}")
+        return "\n".join([*lines, f"  matrix unit: {self.matrix_unit}"] if self.matrix_unit else lines)
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,13 @@ class SelfCheck:
         """Whether gated layers may work in place, found on the sequences alone."""
         if self.body.device.type != "cpu" or not any(is_gated(module) for module in self.body.model.modules()):
             return False
-        self.body.in_place = True
+        usual = self.body.unit_rows
+        self.body.in_place, self.body.unit_rows = True, 1
         try:
             alone = OneByOne(self.body)
             return self._difference(alone, self._batches(alone)) <= self._tolerance
         finally:
-            self.body.in_place = False
+            self.body.in_place, self.body.unit_rows = False, usual
 
     def padding(self, strategy: PaddedBatches) -> str | None:
         """Why padded batches cannot be used, or None."""

@@ -15,6 +15,7 @@ from vhead.backbone.placement import to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
 from vhead.packing import limits
+from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
 from vhead.packing.plan import find_ways
 from vhead.packing.strategies import Batch, Body, Strategy
 from vhead.rollouts.encoding import Encoded
@@ -87,13 +88,19 @@ class Engine:
                 attention=options.get("attention"),
             )
         logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
-        self.plan = replace(self._ways.plan, logits=logits)
+        self.plan = replace(self._ways.plan, logits=logits, matrix_unit=", ".join(self._by_matrix_unit()))
 
     def with_head(self, head: nn.Module, conventions: Conventions) -> "Engine":
         """The same engine with another head, read by these conventions; what the model can take is not tried again."""
         other = copy.copy(self)
         other._head, other.outputs, other._conventions = head, Outputs.of(head), conventions
         return other
+
+    def _by_matrix_unit(self) -> Iterator[str]:
+        if self._body.in_place and uses_matrix_unit(self._body.model):
+            yield f"gated layers of batches from {UNIT_ROWS} tokens on"
+        if self._rule is not None and self._rule.uses_matrix_unit:
+            yield "token statistics"
 
     @property
     def selects_rows(self) -> bool:

@@ -15,6 +15,7 @@ from vhead import ops
 from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state
 from vhead.backbone.placement import to_device
 from vhead.heads import is_plain_linear
+from vhead.ops.matrix_unit import suits_matrix_unit
 
 # Weights of other dtypes are quantised, and their module converts what it reads by itself.
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +46,11 @@ class LogitsRule:
         """How many logits a row has."""
         weight: Tensor = self.lm_head.get_parameter("weight")
         return getattr(self.lm_head, "out_features", None) or weight.shape[0]
+
+    @property
+    def uses_matrix_unit(self) -> bool:
+        """Whether the processor's matrix unit multiplies for token statistics."""
+        return is_plain_linear(self.lm_head) and suits_matrix_unit(self.lm_head.weight)
 
     def __str__(self) -> str:
         scale = "" if self.scale == 1.0 else f", times {self.scale:g}"

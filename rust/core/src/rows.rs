@@ -80,6 +80,21 @@ impl<'a, T: Copy> Rows<'a, T> {
         Self { data, columns, count, outer, owner: PhantomData }
     }
 
+    /// `count` rows from row `first` on.
+    ///
+    /// # Panics
+    /// Outside the view.
+    #[must_use]
+    pub(crate) fn part(&self, first: usize, count: usize) -> Self {
+        assert!(first <= self.count && count <= self.count - first);
+        if first == 0 && count == self.count {
+            return self.clone();
+        }
+        let [(_, stride)] = self.outer[..] else { unreachable!("callers merge their rows first") };
+        let data = self.data.wrapping_offset(first.cast_signed() * stride);
+        Self { data, columns: self.columns, count, outer: vec![(count, stride)], owner: PhantomData }
+    }
+
     /// Number of rows.
     #[must_use]
     pub fn count(&self) -> usize {

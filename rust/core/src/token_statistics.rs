@@ -16,13 +16,19 @@
 //! in float64, one after the other, and the blocks in rising order, rescaled where a larger logit comes. A logit more than
 //! 86 below the largest counts as probability zero. A row's statistics depend on that row's logits alone, bit for bit, on
 //! any instruction set.
+use crate::matrix_unit::{self, GROUP, Line, Packed, TASK_GROUPS, Unit, with_scratch};
 use crate::row_state::RowState;
 use crate::simd::token_statistics::{Differentiate, Fold, RowGradient, Tile};
 use crate::threads::{Shared, for_each_chunk};
 use crate::token_selection::Selection;
 use crate::{Error, Executor, Level, LogitsRule, Result, Rows, allocation};
+use half::bf16;
+use std::ops::Range;
 
 pub use crate::row_state::BLOCK;
+
+/// Numbers from a row of a block's products to the next: not a power of two, for which a cache has too few places.
+const STRIDE: usize = BLOCK + 16;
 
 /// Rows of a tile in a task.
 const TASK_ROWS: usize = 16;
@@ -143,6 +149,60 @@ impl LogitStatistics {
             level.run(Fold { tile: &tile, rows, states, targets });
         });
         Ok(())
+    }
+
+    /// Adds the products of all rows' hidden states `[N, H]` with the weights `[v, H]` of the tokens from `column` on, which
+    /// the matrix unit multiplies into float32. Columns come as in [`LogitStatistics::fold`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where sizes do not fit or the tokens do not start at a block, [`Error::Level`] without the unit,
+    /// [`Error::Allocation`].
+    pub fn fold_products(
+        &mut self,
+        hidden: &Rows<'_, bf16>,
+        weight: &Rows<'_, bf16>,
+        column: usize,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        if !matrix_unit::is_available() {
+            return Err(Error::Level("amx"));
+        }
+        if hidden.columns() != weight.columns() {
+            return Err(Error::Length { what: "weight", expected: hidden.columns(), actual: weight.columns() });
+        }
+        if hidden.count() != self.targets.len() {
+            return Err(Error::Length { what: "hidden", expected: self.targets.len(), actual: hidden.count() });
+        }
+        check_start(column, weight.count(), self.vocabulary)?;
+        let (mut rows, mut columns) = (Packed::default(), Packed::default());
+        rows.pack_rows(hidden, executor)?;
+        for first in (0..weight.count()).step_by(BLOCK) {
+            let range = first..weight.count().min(first + BLOCK);
+            columns.pack_columns(weight, range.clone(), executor)?;
+            self.fold_packed(rows.lines(), &columns, column + first..column + range.end, executor);
+        }
+        Ok(())
+    }
+
+    /// Adds the products of packed rows with a block of packed columns.
+    fn fold_packed(&mut self, rows: &[Line], columns: &Packed, tokens: Range<usize>, executor: &dyn Executor) {
+        let (rule, targets) = (&self.rule, &self.targets);
+        let bias = self.bias.as_ref().map(|bias| &bias[tokens.clone()]);
+        for_each_chunk(executor, &mut self.states, TASK_GROUPS * GROUP, |task, states| {
+            let (unit, first) = (Unit::new(), task * TASK_GROUPS);
+            let groups = first..first + states.len().div_ceil(GROUP);
+            with_scratch(groups.len() * GROUP * STRIDE, |products| {
+                for at in 0..tokens.len().div_ceil(GROUP) {
+                    unit.multiply((rows, groups.clone()), (columns, at), (&mut products[at * GROUP..], STRIDE));
+                }
+                let strides = ([states.len()], [STRIDE.cast_signed()]);
+                // SAFETY: the scratch holds these rows, and is borrowed for as long.
+                let view = unsafe { Rows::from_raw(products.as_ptr(), &strides.0, &strides.1, tokens.len()) };
+                let tile = Tile { products: &view, rule, bias, first: tokens.start };
+                let targets = &targets[first * GROUP..][..states.len()];
+                Level::best().run(Fold { tile: &tile, rows: 0..states.len(), states, targets });
+            });
+        });
     }
 
     /// Writes what the tiles so far amount to.
@@ -305,6 +365,17 @@ fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
         places.push(place.ok_or(Error::Token { what: "targets", row, token: target, vocabulary })?);
     }
     Ok(places)
+}
+
+fn check_start(column: usize, count: usize, vocabulary: usize) -> Result<()> {
+    if !column.is_multiple_of(BLOCK) {
+        return Err(Error::Length { what: "column", expected: column / BLOCK * BLOCK, actual: column });
+    }
+    let room = vocabulary.saturating_sub(column);
+    if count > room {
+        return Err(Error::Length { what: "columns", expected: room, actual: count });
+    }
+    Ok(())
 }
 
 fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {

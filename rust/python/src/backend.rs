@@ -1,5 +1,5 @@
 //! What a kind of device has so that this package's kernels run there. [`crate::backends`] has the table.
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use vhead_core::LogitsRule;
@@ -137,6 +137,17 @@ pub(crate) trait Backend: Sync {
 pub(crate) trait TokenStatistics: Send + Sync {
     /// Adds float32 products `[n, v]` of the rows from `row` on with the tokens from `column` on.
     fn fold(&mut self, products: &Bound<'_, PyAny>, row: usize, column: usize) -> PyResult<()>;
+
+    /// Adds the products of all rows' hidden states `[N, H]` with the weights `[v, H]` of the tokens from `column` on, where
+    /// this backend multiplies them itself.
+    fn fold_products(
+        &mut self,
+        _hidden: &Bound<'_, PyAny>,
+        _weight: &Bound<'_, PyAny>,
+        _column: usize,
+    ) -> PyResult<()> {
+        Err(PyRuntimeError::new_err("only the CPU's matrix unit multiplies by itself"))
+    }
 
     /// Six tensors, float32 `[N]` each.
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>>;

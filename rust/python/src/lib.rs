@@ -12,6 +12,7 @@ mod dlpack;
 mod dtype;
 mod gate;
 mod init;
+mod matrix_unit;
 mod returns;
 mod shapes;
 mod sync;
@@ -33,6 +34,8 @@ mod _native {
     use super::candle::CandleValueHead;
     #[pymodule_export]
     use super::init::{init_linear, init_normal};
+    #[pymodule_export]
+    use super::matrix_unit::{FeedForward, has_matrix_unit};
     #[pymodule_export]
     use super::returns::{explained_variance, gae, token_rewards, whiten};
     #[pymodule_export]

@@ -29,7 +29,14 @@ pub(crate) struct SyncPublisher(Publisher);
 #[pymethods]
 impl SyncPublisher {
     #[new]
-    fn new(py: Python<'_>, directory: PathBuf, delta: bool, full_every: u64, keep: usize, staging: PathBuf) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        directory: PathBuf,
+        delta: bool,
+        full_every: u64,
+        keep: usize,
+        staging: PathBuf,
+    ) -> PyResult<Self> {
         let settings = Settings { delta, full_every, keep, staging };
         gate::sync(py, || Publisher::open(&directory, settings)).map(Self)
     }

@@ -33,6 +33,12 @@ impl LogitStatistics {
         self.0.fold(products, row, column)
     }
 
+    /// Adds the products of all rows' hidden states `[N, H]` with the weights `[v, H]` of the tokens from `column` on, both
+    /// bfloat16, which the CPU's matrix unit multiplies; columns come as in `fold`.
+    fn fold_products(&mut self, hidden: &Bound<'_, PyAny>, weight: &Bound<'_, PyAny>, column: usize) -> PyResult<()> {
+        self.0.fold_products(hidden, weight, column)
+    }
+
     /// Log-probabilities, entropies, logarithms of the sums of squared probabilities, whether targets are the most
     /// probable (1 or 0), largest logits, and logarithms of the sums relative to them: float32 `[N]` each. The
     /// log-probability of a target that no tile held is NaN.

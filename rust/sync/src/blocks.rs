@@ -31,7 +31,13 @@ impl Encoder {
     }
 
     /// The frame of a block of elements of `width` bytes; `None` where nothing has changed.
-    pub(crate) fn frame(&mut self, index: usize, new: &[u8], old: &[u8], width: usize) -> std::io::Result<Option<Vec<u8>>> {
+    pub(crate) fn frame(
+        &mut self,
+        index: usize,
+        new: &[u8],
+        old: &[u8],
+        width: usize,
+    ) -> std::io::Result<Option<Vec<u8>>> {
         self.gaps.clear();
         self.values.clear();
         let most = new.len() / width / SPARSEST;
@@ -43,7 +49,9 @@ impl Encoder {
         };
         let (count, gaps, values) = match count {
             Some(0) => return Ok(None),
-            Some(count) => (count as u32, self.compressor.compress(&self.gaps)?, self.compressor.compress(&self.values)?),
+            Some(count) => {
+                (count as u32, self.compressor.compress(&self.gaps)?, self.compressor.compress(&self.values)?)
+            }
             None => (WHOLE, Vec::new(), new.to_vec()),
         };
         let mut frame = Vec::with_capacity(HEADER_BYTES + gaps.len() + values.len());
@@ -57,7 +65,13 @@ impl Encoder {
 }
 
 /// Notes the elements that differ; their number, or `None` where there are more than `most`.
-fn find<const W: usize>(new: &[u8], old: &[u8], most: usize, gaps: &mut Vec<u8>, values: &mut Vec<u8>) -> Option<usize> {
+fn find<const W: usize>(
+    new: &[u8],
+    old: &[u8],
+    most: usize,
+    gaps: &mut Vec<u8>,
+    values: &mut Vec<u8>,
+) -> Option<usize> {
     let (mut count, mut after) = (0, 0);
     let mut note = |place: usize, value: &[u8]| {
         write_gap(place - after, gaps);
@@ -152,7 +166,12 @@ impl Decoder {
     pub(crate) fn overlay(&mut self, frame: Frame<'_>, block: &mut [u8], width: usize) -> Result<(), &'static str> {
         if frame.count == WHOLE {
             let fits = frame.gaps.is_empty() && frame.values.len() == block.len();
-            return if fits { block.copy_from_slice(frame.values); Ok(()) } else { Err("a block of another length") };
+            return if fits {
+                block.copy_from_slice(frame.values);
+                Ok(())
+            } else {
+                Err("a block of another length")
+            };
         }
         let count = frame.count as usize;
         if count > block.len() / width {
@@ -228,7 +247,9 @@ mod tests {
     #[test]
     fn what_is_put_over_the_old_block_is_the_new_one_and_twice_is_once() {
         for width in [1, 2, 4, 8] {
-            for (length, every) in [(width, 1), (1000 * width, 100), (4096 * width + width, 3), (70_000 * width, 30_011)] {
+            for (length, every) in
+                [(width, 1), (1000 * width, 100), (4096 * width + width, 3), (70_000 * width, 30_011)]
+            {
                 let old = scrambled(length, 3);
                 let new = changed(&old, width, every);
                 let frame = Encoder::new().unwrap().frame(5, &new, &old, width).unwrap().unwrap();
@@ -267,7 +288,8 @@ mod tests {
             let mut broken = whole.clone();
             broken[bit / 8] ^= 1 << (bit % 8);
             let mut block = old.clone();
-            let read = frames(&broken, 3).and_then(|read| read.iter().try_for_each(|f| decoder.overlay(*f, &mut block, 2)));
+            let read =
+                frames(&broken, 3).and_then(|read| read.iter().try_for_each(|f| decoder.overlay(*f, &mut block, 2)));
             refused += usize::from(read.is_err());
         }
         assert!(refused > 0);

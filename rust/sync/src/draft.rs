@@ -200,7 +200,9 @@ impl Draft {
             self.current.hasher.update(piece);
             open.file.write_all_at(piece, open.end).map_err(Error::at(&self.folder.place(&open.name)))?;
             open.end += piece.len() as u64;
-            if let Some(kept) = self.shadow.as_mut().and_then(|s| s.bytes(&tensor.name, self.current.taken, piece.len())) {
+            if let Some(kept) =
+                self.shadow.as_mut().and_then(|s| s.bytes(&tensor.name, self.current.taken, piece.len()))
+            {
                 kept.copy_from_slice(piece);
             }
             self.current.taken += piece.len();
@@ -293,7 +295,11 @@ impl Draft {
     }
 
     /// Completes the publication, gives it its name, and has `LATEST` name it where that still names `last`.
-    pub(crate) fn finish(&mut self, attachments: &[(String, Vec<u8>)], last: Option<Latest>) -> Result<(Manifest, Latest)> {
+    pub(crate) fn finish(
+        &mut self,
+        attachments: &[(String, Vec<u8>)],
+        last: Option<Latest>,
+    ) -> Result<(Manifest, Latest)> {
         if let Some((tensor, _)) = self.order.get(self.at) {
             return Err(Error::Argument(format!("{}: its bytes have not come", tensor.name)));
         }

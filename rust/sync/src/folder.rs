@@ -30,9 +30,11 @@ impl Folder {
     }
 
     fn open(near: RawFd, name: &Path, path: PathBuf, flags: i32) -> Result<Self> {
-        let file = open_at(near, name, libc::O_RDONLY | libc::O_DIRECTORY | flags).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOTDIR | libc::ELOOP) => Error::damaged(&path, "a folder", "something else of that name"),
-            _ => Error::at(&path)(error),
+        let file = open_at(near, name, libc::O_RDONLY | libc::O_DIRECTORY | flags).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::ENOTDIR | libc::ELOOP) => Error::damaged(&path, "a folder", "something else of that name"),
+                _ => Error::at(&path)(error),
+            }
         })?;
         Ok(Self { file, path })
     }
@@ -51,10 +53,11 @@ impl Folder {
         let place = self.place(name);
         // Without waiting: opening a pipe would, for whoever writes to it.
         let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = open_at(self.file.as_raw_fd(), Path::new(name), flags).map_err(|error| match error.raw_os_error() {
-            Some(libc::ELOOP) => Error::damaged(&place, "a file", "a link"),
-            _ => Error::at(&place)(error),
-        })?;
+        let file =
+            open_at(self.file.as_raw_fd(), Path::new(name), flags).map_err(|error| match error.raw_os_error() {
+                Some(libc::ELOOP) => Error::damaged(&place, "a file", "a link"),
+                _ => Error::at(&place)(error),
+            })?;
         let found = file.metadata().map_err(Error::at(&place))?;
         if found.is_file() { Ok((file, found.len())) } else { Err(Error::damaged(&place, "a file", "something else")) }
     }
@@ -86,7 +89,8 @@ impl Folder {
     pub(crate) fn make(&self, name: &str) -> Result<Self> {
         let text = c_name(Path::new(name)).map_err(Error::at(&self.place(name)))?;
         // SAFETY: an open descriptor and a string that ends in a zero.
-        checked(unsafe { libc::mkdirat(self.file.as_raw_fd(), text.as_ptr(), 0o777) }).map_err(Error::at(&self.place(name)))?;
+        checked(unsafe { libc::mkdirat(self.file.as_raw_fd(), text.as_ptr(), 0o777) })
+            .map_err(Error::at(&self.place(name)))?;
         self.folder(name)
     }
 

@@ -35,9 +35,10 @@ impl Latest {
             other => other?,
         };
         let text = String::from_utf8_lossy(&bytes);
-        let parsed = text.strip_suffix('\n').and_then(|line| line.split_once(' ')).and_then(|(name, digest)| {
-            Some(Self { step: step_of(name)?, digest: Digest::parse(digest)? })
-        });
+        let parsed = text
+            .strip_suffix('\n')
+            .and_then(|line| line.split_once(' '))
+            .and_then(|(name, digest)| Some(Self { step: step_of(name)?, digest: Digest::parse(digest)? }));
         let expected = "the name of a publication and a digest";
         parsed.map(Some).ok_or_else(|| Error::damaged(&root.place(NAME), expected, format!("{text:?}")))
     }

@@ -135,9 +135,8 @@ impl Manifest {
     /// # Errors
     /// Never for a manifest that was read, whose tensors have been checked.
     pub fn descriptions(&self) -> Result<Vec<Description>> {
-        let described = |(name, entry): (&String, &TensorEntry)| {
-            Description::new(name.clone(), &entry.dtype, entry.shape.clone())
-        };
+        let described =
+            |(name, entry): (&String, &TensorEntry)| Description::new(name.clone(), &entry.dtype, entry.shape.clone());
         self.tensors.iter().map(described).collect()
     }
 
@@ -165,7 +164,8 @@ impl Manifest {
             return Err(no_manifest("a text that its digest does not belong to"));
         }
         let body = rest.strip_prefix("\",").ok_or_else(|| no_manifest("a text without a body"))?;
-        let manifest: Self = serde_json::from_str(&format!("{{{body}")).map_err(|error| no_manifest(&error.to_string()))?;
+        let manifest: Self =
+            serde_json::from_str(&format!("{{{body}")).map_err(|error| no_manifest(&error.to_string()))?;
         manifest.check(place)?;
         Ok((manifest, stated))
     }

@@ -62,7 +62,8 @@ pub fn collect(place: &Path, keep: usize) -> Result<Collected> {
 /// Each loses its name first, in one step, and then its files; who has opened them goes on reading.
 pub(crate) fn remove_unneeded(root: &Folder, keep: usize) -> Result<Collected> {
     let Some(latest) = Latest::read(root)? else { return Ok(Collected::default()) };
-    let steps: BTreeSet<u64> = root.names()?.iter().filter_map(|name| step_of(name)).filter(|&s| s <= latest.step).collect();
+    let steps: BTreeSet<u64> =
+        root.names()?.iter().filter_map(|name| step_of(name)).filter(|&s| s <= latest.step).collect();
     if steps.len() <= keep.max(1) {
         return Ok(Collected::default());
     }

@@ -174,7 +174,9 @@ impl Stage {
                 base: base.step,
                 why: format!("{name:?} in use is not that of step {}, or the changes are damaged", base.step),
             },
-            None => Error::damaged(&first.place_of(name), format!("{name:?} of digest {}", tensor.digest), "other bytes"),
+            None => {
+                Error::damaged(&first.place_of(name), format!("{name:?} of digest {}", tensor.digest), "other bytes")
+            }
         }
     }
 

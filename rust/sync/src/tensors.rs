@@ -50,7 +50,10 @@ impl Description {
     }
 
     fn checked_bytes(&self) -> Option<usize> {
-        self.shape.iter().try_fold(self.width(), |bytes, &size| bytes.checked_mul(size)).filter(|&b| b <= isize::MAX as usize)
+        self.shape
+            .iter()
+            .try_fold(self.width(), |bytes, &size| bytes.checked_mul(size))
+            .filter(|&b| b <= isize::MAX as usize)
     }
 }
 
@@ -66,7 +69,11 @@ pub(crate) fn name_of(dtype: Dtype) -> String {
 }
 
 /// A safetensors file's first bytes for these tensors in this order, with room for `room` bytes of header.
-pub(crate) fn header(tensors: Vec<(String, Dtype, Vec<usize>, usize)>, room: usize, say: HashMap<String, String>) -> Result<Vec<u8>> {
+pub(crate) fn header(
+    tensors: Vec<(String, Dtype, Vec<usize>, usize)>,
+    room: usize,
+    say: HashMap<String, String>,
+) -> Result<Vec<u8>> {
     let mut offset = 0;
     let infos = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
         let data_offsets = (offset, offset + bytes);
@@ -83,8 +90,8 @@ pub(crate) fn header(tensors: Vec<(String, Dtype, Vec<usize>, usize)>, room: usi
 
 /// The tensors of a safetensors file, from its header; `length` is the file's.
 pub(crate) fn parse_header(text: &[u8], length: u64, place: &Path) -> Result<Metadata> {
-    let metadata: Metadata =
-        serde_json::from_slice(text).map_err(|error| Error::damaged(place, "the header of a safetensors file", error))?;
+    let metadata: Metadata = serde_json::from_slice(text)
+        .map_err(|error| Error::damaged(place, "the header of a safetensors file", error))?;
     let expected = (LENGTH_BYTES + text.len() + metadata.data_len()) as u64;
     if expected == length { Ok(metadata) } else { Err(Error::damaged(place, format!("{expected} bytes"), length)) }
 }

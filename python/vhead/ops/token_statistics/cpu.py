@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vhead import _native
+from vhead.ops.matrix_unit import suits_matrix_unit
 from vhead.ops.token_statistics.tiles import Plan, multiply
 
 
@@ -18,6 +19,10 @@ class CpuTiling:
     UPCAST_BYTES = 16 << 20
     # The kernel checks tokens as it reads them.
     CHECKS_TARGETS = True
+
+    def multiplies(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether the processor's matrix unit multiplies these, which it does into float32 without copies of them."""
+        return suits_matrix_unit(hidden, weight)
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Torch multiplies float32 only: half precisions are upcast, a chunk of rows and a tile's weight at a time."""

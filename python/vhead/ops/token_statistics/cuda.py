@@ -20,6 +20,11 @@ class CudaTiling:
     # To read targets would be to wait for the device.
     CHECKS_TARGETS = False
 
+    def multiplies(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Never: torch multiplies."""
+        del hidden, weight
+        return False
+
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Half precisions are multiplied as they are where torch can, else upcast."""
         if (hidden.dtype == weight.dtype == torch.float32) or can_widen(hidden, weight):

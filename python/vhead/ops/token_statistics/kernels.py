@@ -19,6 +19,9 @@ class Tiling(Protocol):
 
     CHECKS_TARGETS: bool  # whether the kernel there refuses tokens outside the vocabulary
 
+    def multiplies(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether the kernel there makes the products of these itself, where their order of additions is free."""
+
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """For these hidden states and this weight."""
 
@@ -32,6 +35,10 @@ def tiling_for(first: Tensor, *others: Tensor | None) -> Tiling | None:
     if not are_of_kernels(first, *others) or not has_kernels(first):
         return None
     return TILINGS[first.device.type]
+
+
+# Between two calls a signal is heard. Each packs the hidden states anew, which costs little beside so many columns.
+_COLUMNS_OF_A_CALL = 16 * 1024
 
 
 class TileStatistics:
@@ -53,6 +60,11 @@ class TileStatistics:
     def fold(self, products: Tensor, row: int, column: int) -> None:
         """Adds products `[n, v]`; each row's columns come in rising order."""
         self._native.fold(products, row, column)
+
+    def fold_products(self, hidden: Tensor, weight: Tensor) -> None:
+        """Adds the products of all rows with a whole weight, where the tiling's backend multiplies by itself."""
+        for column in range(0, len(weight), _COLUMNS_OF_A_CALL):
+            self._native.fold_products(hidden, weight[column : column + _COLUMNS_OF_A_CALL], column)
 
     def finish(self) -> tuple[list[Tensor], Selected]:
         """The kernel's six tensors, and what was selected."""

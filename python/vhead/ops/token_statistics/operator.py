@@ -26,9 +26,13 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return forward_in_rows(inputs)
     known = TileStatistics(tiling, inputs.targets, len(weight), inputs.bias, inputs.rule, inputs.selection)
     with torch.no_grad(), own_precision(hidden):
-        plan = tiling.plan(hidden, weight, batch_invariant=inputs.batch_invariant)
-        for tile in plan.tiles(hidden.resolve_neg(), weight.resolve_neg()):
-            known.fold(tile.products, tile.row, tile.column)
+        hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
+        if tiling.multiplies(hidden, weight) and not inputs.batch_invariant:
+            known.fold_products(hidden, weight)
+        else:
+            plan = tiling.plan(hidden, weight, batch_invariant=inputs.batch_invariant)
+            for tile in plan.tiles(hidden, weight):
+                known.fold(tile.products, tile.row, tile.column)
         (logprobs, entropy, log_sum_p_squared, is_top1, peak, log_sum), selected = known.finish()
     further = selected.whole(len(hidden), logprobs)
     return logprobs, entropy, log_sum_p_squared, is_top1.bool(), peak, log_sum, *further

@@ -3,10 +3,13 @@
 //! A kernel is written once, over `Simd`: sixteen float32 numbers and eight 64-bit words at a time. `Level::run` compiles
 //! it for each instruction set, inside a function that has that set's target features, and calls the one that was asked for.
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod elementary;
+pub(crate) mod feed_forward;
 pub(crate) mod keep;
 #[cfg(target_arch = "aarch64")]
 mod neon;

@@ -2,8 +2,10 @@
 use crate::backend::{Selected, SelectionArguments, TokenArguments, TokenGradients, TokenStatistics};
 use crate::dtype::{Float32, Int64};
 use crate::gate;
+use crate::matrix_unit::bf16_rows;
 use crate::tensor::{Output, TensorView};
 use crate::threads::Threads;
+use half::bf16;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vhead_core::{LogitGradients, LogitStatistics, Statistics};
@@ -52,6 +54,13 @@ impl TokenStatistics for CpuStatistics {
         let cost = products.count() * LOGIT_COST;
         let (rows, threads) = (products.rows(), Threads::worth(py, cost)?);
         gate::run(py, cost, || self.of.fold(&rows, row, column, threads.executor()))
+    }
+
+    fn fold_products(&mut self, hidden: &Bound<'_, PyAny>, weight: &Bound<'_, PyAny>, column: usize) -> PyResult<()> {
+        let (py, cost) = (hidden.py(), usize::MAX);
+        let (hidden, weight) = (bf16_rows("hidden", hidden)?, bf16_rows("weight", weight)?);
+        let (hidden, weight, threads) = (hidden.rows::<bf16>(), weight.rows::<bf16>(), Threads::now(py)?);
+        gate::run(py, cost, || self.of.fold_products(&hidden, &weight, column, threads.executor()))
     }
 
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {

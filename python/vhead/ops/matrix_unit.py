@@ -1,0 +1,55 @@
+"""Products of bfloat16 matrices by the processor's own unit for them (Intel AMX), added in float32."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from vhead import _native
+from vhead.ops.devices import SETTINGS
+
+# What oneDNN's variable, which chooses its instruction sets, may say for this unit to be used.
+_ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
+_WITH_UNIT = ("", "ALL", "DEFAULT")
+
+
+def has_matrix_unit() -> bool:
+    """Whether this process multiplies bfloat16 matrices by the processor's matrix unit.
+
+    It does where the processor has Intel AMX, the system lets processes use it, and oneDNN's variable
+    `ONEDNN_MAX_CPU_ISA` does not forbid it.
+    """
+    allowed = os.environ.get(_ONEDNN_ISA, "").upper()
+    return not SETTINGS.plain_torch and (allowed in _WITH_UNIT or "AMX" in allowed) and _native.has_matrix_unit()
+
+
+def suits_matrix_unit(*tensors: Tensor) -> bool:
+    """Whether the matrix unit multiplies these tensors: bfloat16 ones in the main memory, where there is the unit."""
+    return all(x.is_cpu and x.dtype == torch.bfloat16 for x in tensors) and has_matrix_unit()
+
+
+class GatedLayers:
+    """Computes `down(silu(gate(x)) * up(x))` by the matrix unit, without gradients, for one layer after the other.
+
+    The layers share the memory between their products, so that one object serves one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._native = _native.FeedForward()
+
+    def __call__(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """One layer; gate, silu, up, their product and the result are rounded to bfloat16, as torch's layers round.
+
+        Args:
+            x: `[..., H]`, bfloat16, as the weights.
+            gate: `[I, H]`.
+            up: `[I, H]`.
+            down: `[H, I]`.
+
+        Returns:
+            `[..., H]`, bfloat16.
+
+        Raises:
+            ValueError: Sizes do not fit.
+        """
+        return self._native.apply(x.contiguous(), gate.detach(), up.detach(), down.detach())
