@@ -313,8 +313,7 @@ impl Stage {
 /// The publications from a full one, or from the weights that the follower has, to the newest.
 fn chain(root: &Folder, newest: Source, have: Option<Have>) -> Result<(Vec<Source>, bool)> {
     let mut chain = vec![newest];
-    loop {
-        let Some(oldest) = chain.last() else { break };
+    while let Some(oldest) = chain.last() {
         let Some(base) = oldest.manifest.base.clone() else { break };
         if have.is_some_and(|have| have.step == base.step && have.weights == base.weights) {
             chain.reverse();
