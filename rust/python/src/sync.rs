@@ -158,10 +158,13 @@ impl SyncStage {
     }
 }
 
+/// A publication's step, its summary where it can be read, its folder's name, and whether a full one is behind it.
+type Listed = (u64, Option<Summary>, String, bool);
+
 /// The publications of a directory by rising step: the step, what it says of itself or what is wrong, and whether it is
 /// the latest.
 #[pyfunction]
-pub(crate) fn sync_list(py: Python<'_>, directory: PathBuf) -> PyResult<Vec<(u64, Option<Summary>, String, bool)>> {
+pub(crate) fn sync_list(py: Python<'_>, directory: PathBuf) -> PyResult<Vec<Listed>> {
     let listed = gate::sync(py, || vhead_sync::list(&directory))?;
     let row = |one: vhead_sync::Listed| match one.manifest {
         Ok(manifest) => (one.step, Some(summary(&manifest)), String::new(), one.is_latest),
