@@ -158,7 +158,7 @@ impl SyncStage {
     }
 }
 
-/// A publication's step, its summary where it can be read, its folder's name, and whether a full one is behind it.
+/// A step, what its publication says of itself, or what is wrong with it, and whether it is the latest.
 type Listed = (u64, Option<Summary>, String, bool);
 
 /// The publications of a directory by rising step: the step, what it says of itself or what is wrong, and whether it is
