@@ -38,6 +38,7 @@ LAYERS = [
     {"native", "rollouts"},
     {"packing"},
     {"scoring"},
+    {"training"},
     {"fitting"},
     {"report"},
     {"demo", "benchmark"},

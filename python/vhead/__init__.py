@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         returns,
         rollouts,
         scoring,
+        training,
     )
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vhead.rollouts import Rollout
     from vhead.scoring import Score, Scorer, Scores
     from vhead.support import Support
+    from vhead.training import TrainingPass, freeze, losses
 
     __version__: str
 
@@ -54,6 +56,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Support",
+    "TrainingPass",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadModel",
@@ -66,7 +69,9 @@ __all__ = [
     "fit",
     "fitting",
     "formats",
+    "freeze",
     "heads",
+    "losses",
     "modeling",
     "ops",
     "pretrained",
@@ -74,6 +79,7 @@ __all__ = [
     "returns",
     "rollouts",
     "scoring",
+    "training",
 ]
 
 _HOME = {
@@ -87,6 +93,7 @@ _HOME = {
     "Scorer": "scoring",
     "Scores": "scoring",
     "Support": "support",
+    "TrainingPass": "training",
     "ValueHead": "heads",
     "ValueHeadConfig": "pretrained",
     "ValueHeadModel": "pretrained",
@@ -94,6 +101,8 @@ _HOME = {
     "backends": "ops",
     "create_reference_model": "modeling",
     "fit": "fitting",
+    "freeze": "training",
+    "losses": "training",
 }
 
 

@@ -162,6 +162,25 @@ class OutputBusyError(OutputError):
     """Another run is writing this output."""
 
 
+class GradientError(VheadError, ArithmeticError):
+    """A gradient is not finite.
+
+    Attributes:
+        rollouts: Whose it is, by their places among those that were given.
+    """
+
+    def __init__(self, message: str, *, rollouts: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rollouts = rollouts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _gradient_error, (str(self), self.rollouts)
+
+
+def _gradient_error(message: str, rollouts: tuple[int, ...]) -> GradientError:
+    return GradientError(message, rollouts=rollouts)
+
+
 class FitError(VheadError, ValueError):
     """A head cannot be fitted to these rollouts and targets, or not in this way."""
 

@@ -31,6 +31,7 @@ class PrefixCache(Strategy[Prefixed]):
     """What sequences begin with goes through the model once, and its keys and values serve them all."""
 
     name = "prefix cache"
+    is_differentiable = False  # Models keep no cache while gradient checkpointing is on.
 
     def __init__(self, body: Body) -> None:
         self._body = body
@@ -91,6 +92,7 @@ class PromptThenCompletion(Strategy[PromptAndCompletion]):
     """
 
     name = "batch-invariant: prompt, then completion"
+    is_differentiable = False
 
     def __init__(self, body: Body) -> None:
         self._body = body

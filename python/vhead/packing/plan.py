@@ -1,6 +1,6 @@
 """Which strategy a language model can take, found by trying each on a few tokens, and never assumed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -92,8 +92,17 @@ class Ways:
         return self.usual if within else self.padded
 
 
+# A further trial that a strategy has to pass: why it does not, or None.
+Trial = Callable[[Strategy[Any]], str | None]
+
+
 def find_ways(
-    body: Body, *, batch_invariant: bool = False, own_logits: bool = False, attention: Attention | None = None
+    body: Body,
+    *,
+    batch_invariant: bool = False,
+    own_logits: bool = False,
+    attention: Attention | None = None,
+    gradients: Trial | None = None,
 ) -> Ways:
     """Tries the strategies from the fastest on; the model has to be in evaluation mode.
 
@@ -102,6 +111,7 @@ def find_ways(
         batch_invariant: Whether a sequence's states may not depend on what else is in the batch.
         own_logits: Whether the model's own logits will be needed.
         attention: The only way of attending in packed trees that will do; None: the fastest that passes.
+        gradients: What a strategy has to pass besides to be trained with; those that cannot be are then left out.
 
     Raises:
         VheadError: The model cannot take the asked-for attention.
@@ -118,13 +128,16 @@ def find_ways(
     rejected: dict[str, str] = {}
     reads_padding = body.plan.padding is Padding.LEFT_OUT
     reason = "the model reads padding" if reads_padding else check.padding(padded)
+    reason = reason or (gradients(padded) if gradients else None)
     if reason is not None:
         padded, rejected = alone, {PaddedBatches.name: reason}
     candidates = _candidates(body, bounds, attention, batch_invariant=batch_invariant)
-    usual, longest, reasons = _first(candidates, check, bounds, padded)
+    if gradients is not None:
+        candidates = [each for each in candidates if each.is_differentiable]
+    usual, longest, reasons = _first(candidates, check, bounds, padded, gradients)
     architecture = type(body.model).__name__
     if attention is not None and usual is None:
-        (reason,) = reasons.values()
+        reason = next(iter(reasons.values()), "no gradients flow through it")
         raise VheadError(f"attention: expected one that the {architecture} can take, got {attention!r}: {reason}")
     chosen = usual or padded
     plan = ScorerPlan(
@@ -199,7 +212,11 @@ def _packing(attention: Attention, body: Body, bounds: _Bounds) -> Strategy[Any]
 
 
 def _first(
-    candidates: Sequence[Strategy[Any]], check: SelfCheck, bounds: _Bounds, padded: PaddedBatches
+    candidates: Sequence[Strategy[Any]],
+    check: SelfCheck,
+    bounds: _Bounds,
+    padded: PaddedBatches,
+    gradients: Trial | None,
 ) -> tuple[Strategy[Any] | None, int | None, dict[str, str]]:
     """The first strategy that passes, the most tokens that it may be used for, and why those before it did not."""
     rejected: dict[str, str] = {}
@@ -208,6 +225,7 @@ def _first(
         limit = _least(bounds.other_window if windows else bounds.window, bounds.batched)
         reason = check.shortness(limit) or check.sharing(candidate, last=None if windows else 1)
         reason = reason or _in_blocks(candidate, check, bounds, padded)
+        reason = reason or (gradients(candidate) if gradients else None)
         if reason is None:
             return candidate, limit, rejected
         rejected[candidate.name] = reason

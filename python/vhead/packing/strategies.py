@@ -8,15 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state, run
+from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state, plan_for, run
 from vhead.backbone.placement import to_device
+from vhead.errors import VheadError
 from vhead.packing.gates import in_place_gates
 from vhead.packing.trees import Tokens
 
@@ -53,12 +54,14 @@ class Strategy(ABC, Generic[Content]):
         attention: How it attends in packed trees; None: it packs none.
         heeds_windows: Whether it attends within the model's sliding windows by itself.
         works_in_blocks: Whether its kernel works in blocks of rows, so that short sequences alone do not try it.
+        is_differentiable: Whether it can be trained with.
     """
 
     name: ClassVar[str]
     attention: ClassVar[str | None] = None
     heeds_windows: ClassVar[bool] = False
     works_in_blocks: ClassVar[bool] = False
+    is_differentiable: ClassVar[bool] = True
 
     @abstractmethod
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Content]]:
@@ -103,6 +106,24 @@ class Body:
         self.model, self.plan = model, plan
         self.in_place = False
 
+    @classmethod
+    def decoder_only(cls, model: nn.Module) -> Self:
+        """A language model that can be run over rollouts.
+
+        Raises:
+            VheadError: The model is an encoder-decoder, or sees learnt tokens before those of a rollout.
+        """
+        plan = plan_for(model)
+        if plan.is_encoder_decoder:
+            raise VheadError(f"model: expected a decoder-only language model, got the {type(model).__name__}")
+        adapter: Any = getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise VheadError(
+                f"model: expected a language model that sees only the tokens of a rollout, got one with a learnt "
+                f"prompt ({adapter.peft_type.value}), which puts virtual tokens before them"
+            )
+        return cls(model, plan)
+
     @property
     def device(self) -> torch.device:
         """The device that token ids go to."""
@@ -121,7 +142,8 @@ class Body:
         on_device = {
             name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
-        with in_place_gates(self.model) if self.in_place else nullcontext():
+        # Autograd needs what would be overwritten.
+        with in_place_gates(self.model) if self.in_place and not torch.is_grad_enabled() else nullcontext():
             hidden = last_hidden_state(self.model, plan=self.plan, input_ids=to_device(tokens, device), **on_device)
         return hidden.flatten(0, 1)
 

@@ -59,6 +59,7 @@ class FlashTreePacking(TreePacking):
     name = "tree packing with FlashAttention"
     attention = "flash"
     works_in_blocks = True
+    is_differentiable = False  # The parts of its softmax are merged in place.
     attend = FlashAttention
 
 

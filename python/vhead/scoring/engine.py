@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone.hidden_states import plan_for
 from vhead.backbone.placement import to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
@@ -73,23 +72,14 @@ class Engine:
         self.outputs = Outputs.of(head)
         self._num_threads = options.get("num_threads")
         self._conventions = conventions
-        plan = plan_for(body)
-        if plan.is_encoder_decoder:
-            raise VheadError(f"model: expected a decoder-only language model, got the {type(body).__name__}")
-        adapter = getattr(body, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise VheadError(
-                f"model: expected a language model that sees only the tokens of a rollout, got one with a learnt "
-                f"prompt ({adapter.peft_type.value}), which puts virtual tokens before them"
-            )
-        self._body = Body(body, plan)
+        self._body = Body.decoder_only(body)
         self.device: torch.device = self._body.device
         self.vocabulary_size = limits.vocabulary_size(body)
         self.context_length = limits.context_length(body)
-        self.untrained_output = _untrained_output(model, body)
+        self.untrained_output = untrained_output(model, body)
         self._pad_token = limits.pad_token(body.config)
         with self._computing():
-            self._rule = find_logits_rule(body, plan)
+            self._rule = find_logits_rule(body, self._body.plan)
             self._ways = find_ways(
                 self._body,
                 batch_invariant=options.get("batch_invariant", False),
@@ -324,7 +314,7 @@ def _candidates(rollout: Encoded, entries: int) -> NDArray[np.int64]:
     )
 
 
-def _untrained_output(model: Any, body: Any) -> list[str]:
+def untrained_output(model: Any, body: Any) -> list[str]:
     """The parameters of the language-model head that were drawn and not loaded, by name."""
     output = body.get_output_embeddings()
     own = set() if output is None else {id(parameter) for parameter in output.parameters()}

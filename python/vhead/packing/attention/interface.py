@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vhead.packing.checkpointing import recomputed_within
 from vhead.upstream import available
 
 NAME = "vhead_tree"
@@ -65,11 +67,13 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """What the attention interface calls. Some arguments are ignored; whether they matter, the self-check finds out."""
     del module, attention_mask
+    if dropout := others.get("dropout"):
+        raise NotImplementedError(f"the model drops attention weights while it trains (a share of {dropout})")
     if needed := [name for name in _TERMS if others.get(name) is not None]:
         raise NotImplementedError(f"the model adds terms of its own to attention scores: {', '.join(needed)}")
     if _active.attend is None:
         raise RuntimeError(
-            f"the attention {NAME!r} works only while a scorer runs the model, and only in the scorer's thread"
+            f"the attention {NAME!r} works only while a scorer or a training pass runs the model, in its own thread"
         )
     return _active.attend(query, key, value, scale=scaling, softcap=softcap, window=sliding_window), None
 
@@ -97,23 +101,34 @@ class AttentionInterface:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         found = (getattr(module, "config", None) for module in model.modules())
         self._configs: list[Any] = [*{id(config): config for config in found if hasattr(config, _CONFIGURED)}.values()]
 
     @contextmanager
     def attending(self, attend: Attend) -> Iterator[None]:
-        """Lets the model's layers attend in this way while the block runs, in this thread."""
-        try:
-            register()
-            _active.attend = attend
-            with self._configured(NAME):
-                yield
-        finally:
-            _active.attend = None
+        """Lets the model's layers attend in this way while the block runs, in this thread.
+
+        Layers that gradient checkpointing computes again, after the block and maybe in another thread, attend in this
+        way then too.
+        """
+        register()
+        with self._attending(attend), recomputed_within(self._model, partial(self._attending, attend)):
+            yield
 
     def plain(self) -> AbstractContextManager[None]:
         """Lets the layers compute the model's own attention with plain products while the block runs."""
         return self._configured("eager")
+
+    @contextmanager
+    def _attending(self, attend: Attend) -> Iterator[None]:
+        before = _active.attend
+        try:
+            _active.attend = attend
+            with self._configured(NAME):
+                yield
+        finally:
+            _active.attend = before
 
     @contextmanager
     def _configured(self, name: str) -> Iterator[None]:

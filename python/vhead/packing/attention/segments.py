@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vhead.backbone.placement import to_device
@@ -143,6 +144,9 @@ class _Call(Protocol):
     def attend(self, states: "_States", output: Tensor) -> None:
         """Writes the queries' results into `output` `[T + 1, heads, E]`, whose last row is nobody's."""
 
+    def differentiate(self, states: "_States", grad_output: Tensor, sums: "_States") -> None:
+        """Adds what the queries' results `[T + 1, heads, E]` send back to the gradients of all rows."""
+
 
 class SegmentAttention:
     """Attention over one packed row, for one layer after the other.
@@ -167,11 +171,12 @@ class SegmentAttention:
         window: int | None = None,
     ) -> Tensor:
         """Attends over the row, as `Attend` says."""
-        states = _States(query, key, value, scale, softcap)
-        output = query.new_empty(query.shape[2] + 1, query.shape[1], value.shape[3])
-        for call in self._planned(query, value, window):
-            call.attend(states, output)
-        return output[None, :-1]
+        query, key, value = _autocast(query, key, value)
+        calls = self._planned(query, value, window)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+            attended: Tensor = _Differentiable.apply(calls, query, key, value, scale, softcap)
+            return attended
+        return _attend(calls, _States(query, key, value, scale, softcap))
 
     def _planned(self, query: Tensor, value: Tensor, window: int | None) -> list[_Call]:
         """The calls, found once, as every layer of a kind makes the same ones; layers may be on several devices."""
@@ -182,6 +187,60 @@ class SegmentAttention:
             together = groups(branches(pieces(self._segments, window), window), pair_work, call_work)
             self._calls[kind] = [*_calls(together, query, window, self._ends)]
         return self._calls[kind]
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+    """The same in one dtype: what torch's attention would make of them under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _attend(calls: Iterable[_Call], states: "_States") -> Tensor:
+    rows, heads = states.query.shape[:2]
+    output = states.query.new_empty(rows + 1, heads, states.value.shape[2])
+    for call in calls:
+        call.attend(states, output)
+    return output[None, :-1]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The whole row as one step of autograd, which keeps queries, keys and values, and computes each call again.
+
+    Were each call a step, autograd would make a gradient of the whole row for each of its slices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, calls: list[_Call], *inputs: Any) -> Tensor:
+        """The results of all calls."""
+        query, key, value, *ctx.numbers = inputs
+        ctx.calls = calls
+        ctx.save_for_backward(query, key, value)
+        return _attend(calls, _States(query, key, value, *ctx.numbers))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of queries, keys and values, summed over calls in float32 at least."""
+        inputs = ctx.saved_tensors
+        states = _States(*inputs, *ctx.numbers)
+        query, key, value = map(_zeros_like, inputs)
+        sums = _States(query, key, value, None, None)
+        # Padding's results go to a row of their own, and nothing comes back from there.
+        padded = torch.cat([grad_output[0], grad_output.new_zeros(1, *grad_output.shape[2:])])
+        for call in ctx.calls:
+            call.differentiate(states, padded, sums)
+        found = (sums.query, sums.key, sums.value)
+        gradients = (total.transpose(0, 1)[None].to(own.dtype) for total, own in zip(found, inputs, strict=True))
+        return None, *gradients, None, None
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros `[1, heads, T, D]`, laid out as projections leave them."""
+    batch, heads, rows, size = tensor.shape
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.new_zeros(batch, rows, heads, size, dtype=dtype).transpose(1, 2)
 
 
 class _States:
@@ -215,9 +274,19 @@ class _States:
 
     def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> Tensor:
         products = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if self._scale is None else self._scale)
-        products = products.div_(softcap).tanh_().mul_(softcap)
+        # Not the last of them in place: the gradient of a hyperbolic tangent is found from its result.
+        products = products.div_(softcap).tanh_() * softcap
         products += _mask(query, [0], query.shape[2], key.shape[2], None) if mask is None else mask
         return products.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+    def differentiate(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_output: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The gradients of what `attend` takes, from those of what it gives."""
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        with torch.enable_grad():
+            output = self.attend(query, key, value, mask)
+        return torch.autograd.grad(output, (query, key, value), grad_output)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,6 +300,16 @@ class _Alone:
         start, stop = self.piece.start, self.piece.stop
         keys, values = (_rows(tensor, self.piece.keys)[None] for tensor in (states.key, states.value))
         output[start:stop] = states.attend(states.query[None, start:stop], keys, values, self.mask)[0]
+
+    def differentiate(self, states: _States, grad_output: Tensor, sums: _States) -> None:
+        start, stop = self.piece.start, self.piece.stop
+        keys, values = (_rows(tensor, self.piece.keys)[None] for tensor in (states.key, states.value))
+        query, *others = states.differentiate(
+            states.query[None, start:stop], keys, values, self.mask, grad_output[None, start:stop]
+        )
+        sums.query[start:stop] += query[0]
+        for total, gradient in zip((sums.key, sums.value), others, strict=True):
+            _add_rows(total, self.piece.keys, gradient[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,16 +329,24 @@ class _Together:
     mask: Tensor
 
     def attend(self, states: _States, output: Tensor) -> None:
-        batch = self.mask.shape[0]
-        query, key, value = (
-            tensor.index_select(0, rows).view(batch, -1, *tensor.shape[1:])
-            for tensor, rows in (
-                (states.query, self.sources),
-                (states.key, self.keys),
-                (states.value, self.keys),
-            )
-        )
+        query, key, value = self._selected(states)
         output.index_copy_(0, self.targets, states.attend(query, key, value, self.mask).flatten(0, 1))
+
+    def differentiate(self, states: _States, grad_output: Tensor, sums: _States) -> None:
+        query, key, value = self._selected(states)
+        wanted = grad_output.index_select(0, self.targets).view(*query.shape[:3], -1)
+        found = states.differentiate(query, key, value, self.mask, wanted)
+        for (total, rows), gradient in zip(self._places(sums), found, strict=True):
+            total.index_add_(0, rows, gradient.flatten(0, 1).to(total.dtype))
+
+    def _selected(self, states: _States) -> Iterator[Tensor]:
+        batch = self.mask.shape[0]
+        return (
+            tensor.index_select(0, rows).view(batch, -1, *tensor.shape[1:]) for tensor, rows in self._places(states)
+        )
+
+    def _places(self, states: _States) -> tuple[tuple[Tensor, Tensor], ...]:
+        return (states.query, self.sources), (states.key, self.keys), (states.value, self.keys)
 
 
 def _calls(
@@ -307,10 +394,11 @@ def _split(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Sequenc
 def _mask(query: Tensor, before: Sequence[int], queries: int, keys: int, window: int | None) -> Tensor:
     """Additive, `[B, 1, queries, keys]`: a piece's query j sees the keys up to `before + j`, a window of them.
 
-    What padding sees does not matter, as nobody reads it.
+    What padding sees does not matter, as nobody reads it, as long as it sees something: else it is no number.
     """
     device = query.device
     last = to_device(torch.tensor(before), device)[:, None, None] + torch.arange(queries, device=device)[:, None]
+    last = last.clamp(max=keys - 1)
     place = torch.arange(keys, device=device)
     hidden = place > last
     if window is not None:
@@ -332,6 +420,13 @@ def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
     """These rows of `[T, heads, D]`."""
     parts = [states[start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_rows(total: Tensor, ranges: Sequence[Range], added: Tensor) -> None:
+    """Adds `[N, heads, D]` to these rows of `[T, heads, D]`."""
+    parts = torch.split(added, [stop - start for start, stop in ranges])
+    for (start, stop), part in zip(ranges, parts, strict=True):
+        total[start:stop] += part
 
 
 def _repeated(states: Tensor, count: int) -> Tensor:

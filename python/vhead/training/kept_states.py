@@ -1,0 +1,93 @@
+"""Hidden states of a frozen body, which are the same in every update, kept for the next ones."""
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vhead.training.batches import TrainingBatch
+
+Key = tuple[Any, ...]
+
+
+class KeptStates:
+    """Hidden states by batch: in memory up to a budget, then on disk, and dropped with their batch.
+
+    Args:
+        budget: Bytes in memory; 0 keeps nothing there.
+        folder: Where what is beyond the budget is written; None: it is computed anew each time.
+    """
+
+    def __init__(self, budget: int, folder: Path | None) -> None:
+        self._budget, self._folder = budget, folder
+        self._kept: weakref.WeakKeyDictionary[TrainingBatch, _Kept] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy begins with nothing kept."""
+        return KeptStates, (self._budget, self._folder)
+
+    def get(self, batch: TrainingBatch, key: Key) -> Tensor | None:
+        """What was kept of a batch under this key, or None."""
+        kept = self._kept.get(batch)
+        if kept is None or kept.key != key:
+            return None
+        return kept.read()
+
+    def put(self, batch: TrainingBatch, key: Key, states: Tensor) -> None:
+        """Keeps a batch's states, where there is room; an older key's are dropped."""
+        self._kept.pop(batch, None)
+        size = states.numel() * states.element_size()
+        used = sum(kept.size for kept in self._kept.values() if isinstance(kept, _InMemory))
+        if used + size <= self._budget:
+            self._kept[batch] = _InMemory(key, states)
+        elif self._folder is not None:
+            self._kept[batch] = _OnDisk(key, states, self._folder)
+
+
+class _InMemory:
+    def __init__(self, key: Key, states: Tensor) -> None:
+        self.key, self._states = key, states
+        self.size = states.numel() * states.element_size()
+
+    def read(self) -> Tensor:
+        return self._states
+
+
+class _OnDisk:
+    """A file that is deleted with this object."""
+
+    def __init__(self, key: Key, states: Tensor, folder: Path) -> None:
+        self.key, self._device = key, states.device
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="states-", suffix=".pt", delete=False) as file:
+            torch.save(states.cpu(), file)
+        self._path = Path(file.name)
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
+
+    def read(self) -> Tensor:
+        states: Tensor = torch.load(self._path, map_location=self._device, weights_only=True)
+        return states
+
+
+_Kept = _InMemory | _OnDisk
+
+
+def weights_key(parameters: list[nn.Parameter]) -> Key:
+    """What changes when one of these parameters is replaced, or written to in place."""
+    return tuple((id(parameter), parameter._version) for parameter in parameters)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a model in its present mode may drop activations, so that its states are other ones each time."""
+    modules = [module for module in model.modules() if module.training]
+    if any(isinstance(module, nn.Dropout) and module.p > 0.0 for module in modules):
+        return True
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0.0
+        for config in configs.values()
+        for name, value in vars(config).items()
+    )
