@@ -96,10 +96,9 @@ def test_a_whole_row_s_instructions(report) -> None:
 
 def test_enough_is_under_way(report) -> None:
     """Loads under way hide the latency of every GPU of the table but a B200, of whose forward need 95 % are there."""
-    threads = report.block_threads()
     for gpu in report.GPUS:
         for name, moves in report.MAIN_LOOPS.items():
-            held = report.resident(report.kernel_of(name, "bfloat16"), gpu, threads[name.split("_")[1]])
+            held = report.resident(report.kernel_of(name, "bfloat16"), gpu, report.block_threads(name))
             needed = gpu.needed / moves * (0.94 if gpu.name == "B200" else 1)
             assert held * report.UNDER_WAY / 1024 >= needed, (gpu, name)
 

@@ -159,6 +159,8 @@ def wrong_selection(emulator: Emulator) -> Iterator[str]:
     torch.manual_seed(0)
     products = torch.randn(4, 9500) + torch.arange(9500) / 3000
     products[0] = torch.randint(6, (9500,)).float()
+    products[1, 8 * BLOCK : 9 * BLOCK] = -9.0  # the second round's largest are in its second block
+    products[1, [1023, 8191, 9499]] = torch.tensor([20.0, 21.0, 22.0])  # the last of a lane, a block, a round, the row
     products[2, 7] = torch.nan
     products[3, 3:] = -torch.inf
     candidates = torch.cat([torch.tensor([[0, 9499, 1023, 1024, 8191, 8192]] * 4), torch.randint(9500, (4, 130))], 1)

@@ -86,7 +86,9 @@ def bootstrap_of(scores: "Scores", cut_off: Any) -> NDArray[np.float32]:
     if array.dtype != bool or array.shape != (len(scores),):
         expected = f"a bool for each of {len(scores)} rollouts"
         raise ValueError(f"cut_off: expected {expected}, got {array.dtype} of shape {list(array.shape)}")
-    return np.where(array, scores.bootstrap, np.float32(0))
+    bootstrap = scores.bootstrap.copy()
+    bootstrap[~array] = 0
+    return bootstrap
 
 
 def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
