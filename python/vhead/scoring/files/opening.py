@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vhead.rollouts.files.compressed import COMPRESSIONS
 from vhead.rollouts.files.opening import STANDARD_STREAM, format_of
 from vhead.rollouts.files.standard_streams import standard_output
 from vhead.scoring.files.output import CompressedOutput, Output, OutputFile
@@ -29,6 +30,6 @@ def open_output(name: str, *, resume: bool = False, overwrite: bool = False, suf
         from vhead.scoring.files.parquet import ParquetOutput  # pyarrow only when used
 
         return ParquetOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
-    if suffix_of_name != ".jsonl":
+    if Path(name).suffix.lower() in COMPRESSIONS:
         return CompressedOutput(Path(name), suffix, resume=resume, overwrite=overwrite)
     return OutputFile(Path(name), suffix, resume=resume, overwrite=overwrite)
