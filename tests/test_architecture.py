@@ -39,6 +39,7 @@ LAYERS = [
     {"packing"},
     {"scoring"},
     {"report"},
+    {"serve"},
     {"demo", "benchmark"},
     {"cli"},
     {"__main__"},
