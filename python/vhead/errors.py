@@ -166,6 +166,21 @@ class BenchmarkError(VheadError, ValueError):
     """A measurement is not possible: the device is not there or too small, or torch.compile does not work."""
 
 
+class RequestError(VheadError):
+    """A server refuses a request.
+
+    Attributes:
+        status: The status code of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RequestError, (str(self), self.status)
+
+
 class ServerBusyError(VheadError):
     """A server's queue has no room for one more request.
 

@@ -13,6 +13,7 @@ from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.score import score
+from vhead.cli.serve import serve
 from vhead.cli.terminal import escaped, show
 
 # What `BadParameter` is a kind of: click's class, or typer's own where typer no longer needs click.
@@ -33,6 +34,7 @@ class _Commands(TyperGroup):
 # A new command is one more entry, and a module that parses and prints.
 COMMANDS: dict[str, Callable[..., object]] = {
     "score": score,
+    "serve": serve,
     "compare": compare,
     "convert": convert,
     "demo": demo,

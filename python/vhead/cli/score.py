@@ -180,13 +180,14 @@ def _loading(request: option.ScoreRequest) -> Iterator[None]:
         if request.quiet:
             logger.setLevel(logging.ERROR)
         with console.status(Text(f"loading {escaped(request.model)}")):
-            _silence_transformers()
+            silence_transformers()
             yield
     finally:
         logger.setLevel(level)
 
 
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
+    """Keeps transformers' bars and notes out of a command's own output."""
     from transformers.utils import logging as transformers_logging  # imports torch
 
     transformers_logging.disable_progress_bar()

@@ -303,13 +303,21 @@ class Batcher:
         request = _Request(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts))
         tokens = request.tokens
         with self._changed:
-            if not self.alive:
-                raise ServerStoppingError("the server is stopping and takes no more requests")
+            self.check_open()
             self._check_room(tokens)
             self._queue.add(request)
             self._changed.notify_all()
         request.future.add_done_callback(lambda future: self._withdraw(request) if future.cancelled() else None)
         return request.future
+
+    def check_open(self) -> None:
+        """Checks that requests are taken.
+
+        Raises:
+            ServerStoppingError: The batcher is stopping.
+        """
+        if not self.alive:
+            raise ServerStoppingError("the server is stopping and takes no more requests")
 
     def _check_room(self, tokens: int) -> None:
         queue, limits = self._queue, self.limits
@@ -454,7 +462,7 @@ def _fail(request: _Request, error: Exception) -> None:
 
 def _runs(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[_Run]:
     """The rollouts as runs of one prompt, none of which has more tokens than a batch if it has two rollouts or more."""
-    for prompt, group in groupby(rollouts, key=lambda rollout: rollout.prompt.tobytes()):
+    for prompt, group in groupby(rollouts, key=lambda rollout: np.asarray(rollout.prompt).tobytes()):
         run: list[Rollout] = []
         length = completions = 0
         for rollout in group:
