@@ -1,9 +1,8 @@
 """From a request's rollouts to its scores: into the queue, and out of it again when the client leaves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,9 +12,6 @@ from vhead.scoring.scores import Scores
 from vhead.serve.bodies import Receiver
 from vhead.serve.entrance import CLIENT_GONE, response_to
 from vhead.serve.service import Prepared, Service
-
-Handler = Callable[[Request], Awaitable[Response]]
-Reply = TypeVar("Reply")
 
 
 class ClientGoneError(VheadError):
@@ -58,6 +54,14 @@ class Answering:
         except ClientGoneError:
             self.service.metrics.cancelled()
             return Response(status_code=CLIENT_GONE)
+        except (VheadError, ValueError) as error:
+            return response_to(error, request.state.request_id)
+
+    async def plain(self, request: Request, reply: Callable[[bytes], Response]) -> Response:
+        """The answer to a request that needs no scores."""
+        try:
+            async with self._receiver.body(request) as body:
+                return await self.service.read(reply, body)
         except (VheadError, ValueError) as error:
             return response_to(error, request.state.request_id)
 

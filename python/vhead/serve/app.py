@@ -10,12 +10,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vhead.errors import RequestError
-from vhead.serve import native, operations
+from vhead.serve import native, operations, reward_servers, vllm
 from vhead.serve.answering import Answering
 from vhead.serve.entrance import Entrance, error_response, response_to
 from vhead.serve.service import Service
 
-_BODIES = (native.ScoreBody,)
+_BODIES = (
+    native.ScoreBody,
+    vllm.PoolingBody,
+    vllm.TokenizeBody,
+    reward_servers.GetRewardBody,
+    reward_servers.EvaluationBody,
+)
 
 
 def make_app(service: Service, api_key: str | None = None) -> FastAPI:
@@ -28,8 +34,9 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     # The pages that show the document load scripts from elsewhere.
     app = FastAPI(title="vhead", version=version("vhead"), docs_url=None, redoc_url=None)
     answering = Answering(service)
-    for routes in (native.router(answering), operations.router(service)):
-        app.include_router(routes)
+    for protocol in (native, vllm, reward_servers):
+        app.include_router(protocol.router(answering))
+    app.include_router(operations.router(service))
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestError, _of_request)
     app.add_middleware(Entrance, metrics=service.metrics, api_key=api_key)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vhead.errors import FieldError, RequestError
 from vhead.rollouts import Rollout
@@ -155,17 +154,6 @@ class Service:
 def batch_tokens(scorer: Scorer) -> int:
     """How many tokens a batch takes through a scorer's model, where nobody says."""
     return scorer.token_budget * _BUDGETS_PER_BATCH
-
-
-def whole_sequence(ids: NDArray[np.int64], name: str) -> Rollout:
-    """A sequence of tokens as a rollout: its reward is the head's output at the last token.
-
-    Raises:
-        FieldError: It has fewer than two tokens.
-    """
-    if len(ids) < 2:
-        raise FieldError(name, "input", expected="at least two tokens", got=str(len(ids)))
-    return Rollout(ids[:-1], ids[-1:])
 
 
 def _check_alike(first: Encoded, one: Encoded) -> None:
