@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -71,7 +72,8 @@ class Answering:
         gone = asyncio.ensure_future(_gone(request))
         limit = self.service.limits.answer_s
         try:
-            await asyncio.wait({scores, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {scores, gone}
+            await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if scores.done():
                 return scores.result()
             if gone.done():

@@ -15,6 +15,8 @@ from vhead.serve.answering import Answering
 from vhead.serve.entrance import Entrance, error_response, response_to
 from vhead.serve.service import Service
 
+# A new protocol is one more module here, with a function `router`, and the classes of its bodies below.
+PROTOCOLS = (native, vllm, reward_servers)
 _BODIES = (
     native.ScoreBody,
     vllm.PoolingBody,
@@ -34,7 +36,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     # The pages that show the document load scripts from elsewhere.
     app = FastAPI(title="vhead", version=version("vhead"), docs_url=None, redoc_url=None)
     answering = Answering(service)
-    for protocol in (native, vllm, reward_servers):
+    for protocol in PROTOCOLS:
         app.include_router(protocol.router(answering))
     app.include_router(operations.router(service))
     app.add_exception_handler(HTTPException, _refused)

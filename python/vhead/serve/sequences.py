@@ -44,7 +44,7 @@ def token_ids(service: Service, part: str | list[int] | list[dict[str, Any]], na
         FieldError: It is text, and cannot become token ids.
     """
     if isinstance(part, str) or (part and isinstance(part[0], Mapping)):
-        return service.scorer.encoder.whole(part, name, **options)  # type: ignore[arg-type]
+        return service.scorer.encoder.whole(part, name, **options)
     return part  # type: ignore[return-value]
 
 

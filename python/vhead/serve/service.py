@@ -115,10 +115,10 @@ class Service:
         if not rollouts:
             raise RequestError("rollouts: expected at least one, got none")
         self.check_count(len(rollouts))
-        first = rollouts[0].candidates is not None
-        if first:
+        if rollouts[0].candidates is not None:
             asked = replace(asked, returns=(*asked.returns, "candidates"))
-        encoded, tokens = [], 0
+        encoded: list[Encoded] = []
+        tokens = 0
         for place, rollout in enumerate(rollouts):
             name = names[place] if names is not None else f"rollouts[{place}]"
             one = self.scorer.encoder.encode(place, rollout, name, with_spans="token_ids" in asked)
