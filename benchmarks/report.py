@@ -370,6 +370,20 @@ def _ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def fitting(data: Data) -> Iterator[str]:
+    """`fitting.py`."""
+    times, p = {(row["dtype"], row["implementation"]): row["seconds"] for row in data["times"]}, data["provenance"]
+    yield f"{source(p)} {p['prompts']} prompts x {p['completions']}, Qwen2-0.5B's shape with {p['layers']} layers."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+    for dtype in dict.fromkeys(dtype for dtype, _ in times):
+        ratio = _ratio(times[dtype, "fit"], times[dtype, "score"])
+        what = f"time over scoring values, {dtype.removeprefix('torch.')}"
+        yield judged(what, "<= 1.1x", f"{ratio:.3f}x", reached=ratio <= 1.1)
+    yield from ("", *table("| completion tokens | peak MiB of the process |"))
+    for row in data["memory"]:
+        yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"
+
+
 def returns(data: Data) -> Iterator[str]:
     """`returns.py`."""
     times, p = {row["implementation"]: row["seconds"] for row in data["times"]}, data["provenance"]
@@ -387,6 +401,7 @@ def returns(data: Data) -> Iterator[str]:
 
 
 PAGES: dict[str, Page] = {
+    "fitting": fitting,
     "generation": generation,
     "head": head,
     "loading": loading,

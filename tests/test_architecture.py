@@ -38,6 +38,7 @@ LAYERS = [
     {"native", "rollouts"},
     {"packing"},
     {"scoring"},
+    {"fitting"},
     {"report"},
     {"serve"},
     {"demo", "benchmark"},

@@ -23,42 +23,44 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Registers that a thread of a kernel may take, over its dtypes, on each architecture. They are handed out by eights.
 CEILINGS = {
-    "vhead_forward_rows": (96, 96, 96, 96),
-    "vhead_forward_rows_dropout": (96, 96, 96, 96),
-    "vhead_forward_vector": (112, 112, 120, 120),
-    "vhead_forward_vector_dropout": (128, 128, 128, 128),
-    "vhead_forward_scalar": (96, 104, 128, 136),
-    "vhead_forward_scalar_dropout": (128, 128, 160, 168),
-    "vhead_backward_vector": (96, 96, 80, 80),
-    "vhead_backward_vector_dropout": (128, 120, 112, 112),
-    "vhead_backward_scalar": (96, 96, 96, 120),
-    "vhead_backward_scalar_dropout": (120, 120, 120, 120),
-    "vhead_backward_weight_vector": (96, 96, 80, 80),
-    "vhead_backward_weight_vector_dropout": (96, 96, 96, 96),
-    "vhead_backward_weight_scalar": (80, 80, 64, 72),
-    "vhead_backward_weight_scalar_dropout": (96, 96, 112, 112),
-    "vhead_add_chunks": (24, 24, 32, 40),
-    "vhead_add_rows": (16, 24, 32, 40),
-    "vhead_fold_logits": (72, 72, 80, 80),
-    "vhead_finish_statistics": (40, 40, 40, 40),
-    "vhead_differentiate_logits": (40, 40, 40, 40),
+    "vhead_value_head_rows": (96, 96, 96, 96),
+    "vhead_value_head_rows_dropout": (96, 96, 96, 96),
+    "vhead_value_head_vector": (112, 112, 120, 120),
+    "vhead_value_head_vector_dropout": (128, 128, 128, 128),
+    "vhead_value_head_scalar": (96, 104, 128, 136),
+    "vhead_value_head_scalar_dropout": (128, 128, 160, 168),
+    "vhead_value_head_backward_vector": (96, 96, 80, 80),
+    "vhead_value_head_backward_vector_dropout": (128, 120, 112, 112),
+    "vhead_value_head_backward_scalar": (96, 96, 96, 120),
+    "vhead_value_head_backward_scalar_dropout": (120, 120, 120, 120),
+    "vhead_value_head_backward_weight_vector": (96, 96, 80, 80),
+    "vhead_value_head_backward_weight_vector_dropout": (96, 96, 96, 96),
+    "vhead_value_head_backward_weight_scalar": (80, 80, 64, 72),
+    "vhead_value_head_backward_weight_scalar_dropout": (96, 96, 112, 112),
+    "vhead_value_head_add_chunks": (24, 24, 32, 40),
+    "vhead_value_head_add_rows": (16, 24, 32, 40),
+    "vhead_token_statistics_fold": (72, 72, 80, 80),
+    "vhead_token_statistics_fold_selected": (72, 72, 80, 88),
+    "vhead_token_statistics_finish": (40, 40, 40, 40),
+    "vhead_token_statistics_finish_selected": (40, 40, 40, 40),
+    "vhead_token_statistics_differentiate": (40, 40, 40, 40),
 }
 
 # Kernels whose main loop reads hidden states, and how many times the bytes of the hidden states they move.
 MAIN_LOOPS = {
-    "vhead_forward_rows": 1,
-    "vhead_forward_rows_dropout": 1,
-    "vhead_backward_vector": 2,
-    "vhead_backward_vector_dropout": 2,
-    "vhead_backward_weight_vector": 1,
-    "vhead_backward_weight_vector_dropout": 1,
+    "vhead_value_head_rows": 1,
+    "vhead_value_head_rows_dropout": 1,
+    "vhead_value_head_backward_vector": 2,
+    "vhead_value_head_backward_vector_dropout": 2,
+    "vhead_value_head_backward_weight_vector": 1,
+    "vhead_value_head_backward_weight_vector_dropout": 1,
 }
 # Instructions for 16 bytes of half precisions that the forward kernel may take with dropout on sm_90, and what a B200's
 # bandwidth would ask for.
 BUDGET, MOONSHOT = 97, 76
 _NO_ALLOCATE = r"LDG\.E\.NA\.128"
 HIDDEN_SIZES = (1024, 2048, 3072, 4096, 5120, 8192)
-ISSUED = ("vhead_forward_rows", "vhead_forward_rows_dropout", "vhead_backward_vector_dropout")
+ISSUED = ("vhead_value_head_rows", "vhead_value_head_rows_dropout", "vhead_value_head_backward_vector_dropout")
 # Hidden states that each thread has asked for and not yet used, in bytes (value_head.cu, value_head_backward.cu).
 UNDER_WAY = 64
 
@@ -147,7 +149,7 @@ def per_vector_of_rows(kernel: str, architecture: str, columns: int) -> float:
 
 
 def kernel_of(name: str, dtype: str) -> str:
-    """The kernel of a family for a dtype: `vhead_forward_rows_dropout` has its dtype before `_dropout`."""
+    """The kernel of a family for a dtype: `vhead_value_head_rows_dropout` has its dtype before `_dropout`."""
     base, dropout = (name.removesuffix("_dropout"), "_dropout" if name.endswith("_dropout") else "")
     for path in ("_vector", "_scalar"):
         if base.endswith(path):
@@ -198,7 +200,7 @@ def loop_table() -> str:
 def row_table() -> str:
     """Instructions for 16 bytes, the row's beginning and end shared out."""
     lines = [header("Hidden size", *(str(columns) for columns in HIDDEN_SIZES))]
-    for name in ("vhead_forward_rows", "vhead_forward_rows_dropout"):
+    for name in ("vhead_value_head_rows", "vhead_value_head_rows_dropout"):
         kernel = kernel_of(name, "bfloat16")
         cells = [f"{per_vector_of_rows(kernel, 'sm_90', columns):.0f}" for columns in HIDDEN_SIZES]
         lines.append(row(f"`{kernel}`", *cells))
@@ -219,11 +221,10 @@ def issue_table() -> str:
 def occupancy_table() -> str:
     """KiB of hidden states under way on each multiprocessor, and those that its bandwidth needs."""
     lines = [header("GPU", *(f"`{name}`" for name in MAIN_LOOPS))]
-    threads = block_threads()
     for gpu in GPUS:
         cells = []
         for name, moves in MAIN_LOOPS.items():
-            held = resident(kernel_of(name, "bfloat16"), gpu, threads[name.split("_")[1]])
+            held = resident(kernel_of(name, "bfloat16"), gpu, block_threads(name))
             cells.append(f"{held * UNDER_WAY / 1024:.0f} of {gpu.needed / moves:.0f} ({held // 32} warps)")
         lines.append(row(f"{gpu.name}, {gpu.architecture}", *cells))
     return "".join(lines)
@@ -235,9 +236,9 @@ def constants() -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
 
 
-def block_threads() -> dict[str, int]:
-    """Threads of a block."""
-    return {"forward": 32 * constants()["FORWARD_WARPS"], "backward": constants()["BACKWARD_THREADS"]}
+def block_threads(name: str) -> int:
+    """Threads of a block of a family."""
+    return constants()["BACKWARD_THREADS"] if "backward" in name else 32 * constants()["FORWARD_WARPS"]
 
 
 def tables() -> Iterator[str]:

@@ -5,8 +5,8 @@
 It compares values, gradients and dropout masks with the CPU's bit by bit: three dtypes, hidden sizes from 1 to 5120,
 one or three outputs, five layouts, NaN, infinities and subnormals. It checks that the head's own kernels run, on the
 current stream, and that each replay of a captured CUDA graph draws a new mask; that initial weights and seeds are the
-CPU's and torch's; that token statistics are as exact as from all logits. Then it measures what `vhead bench --compile`
-measures.
+CPU's and torch's; that token statistics, candidates and the likeliest tokens among them, are as exact as from all
+logits. Then it measures what `vhead bench --compile` measures.
 
 All of it goes into one file, cuda_smoke.json, which is worth attaching to an issue whatever it says. The exit code is 1
 where a bit differs or a check does not hold.

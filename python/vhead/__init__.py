@@ -11,9 +11,23 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhead import candle, errors, formats, heads, modeling, ops, pretrained, report, returns, rollouts, scoring
+    from vhead import (
+        candle,
+        errors,
+        fitting,
+        formats,
+        heads,
+        modeling,
+        ops,
+        pretrained,
+        report,
+        returns,
+        rollouts,
+        scoring,
+    )
     from vhead.candle import CandleValueHead
     from vhead.errors import VheadError
+    from vhead.fitting import FittedHead, fit
     from vhead.heads import ValueHead
     from vhead.modeling import (
         AutoModelForCausalLMWithValueHead,
@@ -33,6 +47,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "CandleValueHead",
+    "FittedHead",
     "PreTrainedModelWrapper",
     "Rollout",
     "Score",
@@ -48,6 +63,8 @@ __all__ = [
     "candle",
     "create_reference_model",
     "errors",
+    "fit",
+    "fitting",
     "formats",
     "heads",
     "modeling",
@@ -63,6 +80,7 @@ _HOME = {
     "AutoModelForCausalLMWithValueHead": "modeling",
     "AutoModelForSeq2SeqLMWithValueHead": "modeling",
     "CandleValueHead": "candle",
+    "FittedHead": "fitting",
     "PreTrainedModelWrapper": "modeling",
     "Rollout": "rollouts",
     "Score": "scoring",
@@ -75,6 +93,7 @@ _HOME = {
     "VheadError": "errors",
     "backends": "ops",
     "create_reference_model": "modeling",
+    "fit": "fitting",
 }
 
 

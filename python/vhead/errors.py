@@ -162,6 +162,10 @@ class OutputBusyError(OutputError):
     """Another run is writing this output."""
 
 
+class FitError(VheadError, ValueError):
+    """A head cannot be fitted to these rollouts and targets, or not in this way."""
+
+
 class BenchmarkError(VheadError, ValueError):
     """A measurement is not possible: the device is not there or too small, or torch.compile does not work."""
 

@@ -63,12 +63,13 @@ def test_initial_weights_that_differ_are_found(monkeypatch):
 def test_inexact_statistics_are_found(monkeypatch):
     original = checks.token_statistics
 
-    def rounded(*inputs):
-        statistics = original(*inputs)
-        return statistics._replace(entropy=statistics.entropy.bfloat16().float())
+    def rounded(*inputs, **asked):
+        statistics = original(*inputs, **asked)
+        return statistics._replace(**{field: getattr(statistics, field).bfloat16().float()})
 
     monkeypatch.setattr(checks, "token_statistics", rounded)
-    assert checks.statistics_are_close(CPU).startswith("entropy in torch.float32: off by")
+    for field in ("entropy", "candidate_logprobs", "top_logprobs"):
+        assert checks.statistics_are_close(CPU).startswith(f"{field} in torch.float32: off by")
 
 
 def computed(seed, head=value_head, drawn=None):

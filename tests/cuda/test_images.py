@@ -13,9 +13,13 @@ DTYPES = ["float32", "bfloat16", "float16"]
 HEAD = {
     *map(
         "_".join,
-        itertools.product(["vhead_forward", "vhead_backward", "vhead_backward_weight"], DTYPES, ["vector", "scalar"]),
+        itertools.product(
+            ["vhead_value_head", "vhead_value_head_backward", "vhead_value_head_backward_weight"],
+            DTYPES,
+            ["vector", "scalar"],
+        ),
     ),
-    *map("_".join, itertools.product(["vhead_forward_rows"], DTYPES)),
+    *map("_".join, itertools.product(["vhead_value_head_rows"], DTYPES)),
 }
 
 
@@ -52,7 +56,7 @@ def test_the_ptx_is_what_the_sources_give(tool) -> None:
 
 def test_every_kernel_is_there(tool) -> None:
     named = set(tool.read_manifest()["kernels"])
-    wanted = HEAD | {f"{name}_dropout" for name in HEAD} | {"vhead_add_chunks", "vhead_add_rows"}
+    wanted = HEAD | {f"{name}_dropout" for name in HEAD} | {"vhead_value_head_add_chunks", "vhead_value_head_add_rows"}
     assert wanted <= named
 
 

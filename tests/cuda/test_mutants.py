@@ -173,14 +173,14 @@ BACKWARD = [
 # The kernels that the checks below run.
 UNITS = {
     "value_head.cu": """
-FORWARD(vhead_forward_bfloat16_vector_dropout, BFloat16, true, true)
-FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)
-FORWARD_ROWS(vhead_forward_rows_bfloat16, BFloat16, false)
-FORWARD_ROWS(vhead_forward_rows_bfloat16_dropout, BFloat16, true)
+FORWARD(vhead_value_head_bfloat16_vector_dropout, BFloat16, true, true)
+FORWARD(vhead_value_head_bfloat16_scalar_dropout, BFloat16, false, true)
+FORWARD_ROWS(vhead_value_head_rows_bfloat16, BFloat16, false)
+FORWARD_ROWS(vhead_value_head_rows_bfloat16_dropout, BFloat16, true)
 """,
     "value_head_backward.cu": """
-BACKWARD(vhead_backward_bfloat16_vector_dropout, BFloat16, true, true, true)
-BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)
+BACKWARD(vhead_value_head_backward_bfloat16_vector_dropout, BFloat16, true, true, true)
+BACKWARD(vhead_value_head_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)
 """,
 }
 

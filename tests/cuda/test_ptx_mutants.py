@@ -104,11 +104,11 @@ def add_rows(module: Module, of: Head) -> bool:
 
 
 KERNELS = {
-    "vhead_forward_bfloat16_scalar_dropout": (forward, case()),
-    "vhead_forward_rows_bfloat16_dropout": (several_rows, case(1032)),
-    "vhead_backward_bfloat16_vector_dropout": (backward, case(520)),
-    "vhead_add_chunks": (add_chunks, case()),
-    "vhead_add_rows": (add_rows, case()),
+    "vhead_value_head_bfloat16_scalar_dropout": (forward, case()),
+    "vhead_value_head_rows_bfloat16_dropout": (several_rows, case(1032)),
+    "vhead_value_head_backward_bfloat16_vector_dropout": (backward, case(520)),
+    "vhead_value_head_add_chunks": (add_chunks, case()),
+    "vhead_value_head_add_rows": (add_rows, case()),
 }
 
 
@@ -165,7 +165,11 @@ def test_every_instruction_counts(module, name) -> None:
     assert [module.kernels[name].instructions[n].text for n in survivors] == []
 
 
-BARRIERS = ["vhead_backward_bfloat16_vector_dropout", "vhead_add_chunks", "vhead_add_rows"]
+BARRIERS = [
+    "vhead_value_head_backward_bfloat16_vector_dropout",
+    "vhead_value_head_add_chunks",
+    "vhead_value_head_add_rows",
+]
 
 
 @pytest.mark.parametrize("name", BARRIERS)
@@ -216,9 +220,10 @@ SOURCES = {
 UNFUSED = b"__device__ __forceinline__ float unfused(float a, float b, float c) { return a * b + c; }\n"
 # One kernel of each kind is enough, and seconds faster to compile.
 KINDS = {
-    "value_head.cu": b"FORWARD(vhead_forward_bfloat16_scalar_dropout, BFloat16, false, true)\n"
-    b"FORWARD_ROWS(vhead_forward_rows_bfloat16_dropout, BFloat16, true)\n",
-    "value_head_backward.cu": b"BACKWARD(vhead_backward_bfloat16_scalar_dropout, BFloat16, false, true, true)\n",
+    "value_head.cu": b"FORWARD(vhead_value_head_bfloat16_scalar_dropout, BFloat16, false, true)\n"
+    b"FORWARD_ROWS(vhead_value_head_rows_bfloat16_dropout, BFloat16, true)\n",
+    "value_head_backward.cu": b"BACKWARD(vhead_value_head_backward_bfloat16_scalar_dropout, "
+    b"BFloat16, false, true, true)\n",
 }
 UNITS = {
     forward: "value_head.cu",

@@ -56,38 +56,39 @@ def test_hidden_states_come_in_16_bytes_past_the_cache(report, architecture, dty
         loop = report.main_loop(report.kernel_of(name, dtype), architecture)
         assert loop.count(r"LDG\.E\.NA\.128\.CONSTANT") >= 4
         wide = loop.count(r"LDG\.E\.(NA\.)?128")
-        narrow = 4 * name.startswith("vhead_backward")  # where a row starts, from shared memory otherwise
+        narrow = 4 * name.startswith("vhead_value_head_backward")  # where a row starts, from shared memory otherwise
         assert loop.count("LDG") - wide <= narrow
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_leave_in_16_bytes(report, architecture, dtype) -> None:
-    loop = report.main_loop(f"vhead_backward_{dtype}_vector", architecture)
+    loop = report.main_loop(f"vhead_value_head_backward_{dtype}_vector", architecture)
     assert loop.count(r"STG\.E(\.\w+)*\.128") == loop.count("STG") == 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_instructions_of_the_forward_loop(report, dtype) -> None:
     """Dropout must not make the forward kernel slower than memory: on an H200 by far, on a B200 just."""
-    kernel = f"vhead_forward_rows_{dtype}_dropout"
+    kernel = f"vhead_value_head_rows_{dtype}_dropout"
     assert report.per_vector(kernel, "sm_90") <= report.MOONSHOT < report.BUDGET
     for gpu in report.GPUS:
         assert report.per_vector(kernel, gpu.architecture) <= gpu.instructions, gpu
-        assert report.per_vector(f"vhead_forward_rows_{dtype}", gpu.architecture) <= gpu.instructions / 3, gpu
+        assert report.per_vector(f"vhead_value_head_rows_{dtype}", gpu.architecture) <= gpu.instructions / 3, gpu
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_instructions_of_the_backward_loop(report, dtype) -> None:
     for gpu in report.GPUS:
-        assert report.per_vector(f"vhead_backward_{dtype}_vector_dropout", gpu.architecture) <= 2 * gpu.instructions, (
-            gpu
-        )
+        assert (
+            report.per_vector(f"vhead_value_head_backward_{dtype}_vector_dropout", gpu.architecture)
+            <= 2 * gpu.instructions
+        ), gpu
 
 
 def test_a_whole_row_s_instructions(report) -> None:
     """The loop's count does not depend on the hidden size; the beginning and end of a row weigh more in a short one."""
-    kernel = "vhead_forward_rows_bfloat16_dropout"
+    kernel = "vhead_value_head_rows_bfloat16_dropout"
     counts = {columns: report.per_vector_of_rows(kernel, "sm_90", columns) for columns in (1024, 2048, 4096, 8192)}
     assert all(counts[columns] <= report.BUDGET for columns in (2048, 4096, 8192))
     assert counts[1024] <= 100

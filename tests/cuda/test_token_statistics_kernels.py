@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.cuda.emulation import build, ptx_images
 from tests.cuda.emulation.token_statistics_kernels import (
+    SELECTED,
     Case,
     Emulator,
     Kernels,
@@ -18,6 +19,7 @@ from tests.cuda.emulation.token_statistics_kernels import (
     random_case,
     sanitized,
     shim,
+    wrongly_selected,
 )
 
 RULES: dict[str, dict[str, Any]] = {
@@ -196,3 +198,87 @@ def test_sanitizers_find_nothing(dtype, rule) -> None:
     assert_same(sanitized(program), case, columns=1024, padding=3)
     gradients = Kernels(sanitized(program), case).gradients(above, dtype, columns=1024)
     assert torch.equal(bits(gradients), bits(case.core_gradients(above).to(dtype)))
+
+
+def asked(case: Case, candidates: int, top: int) -> Case:
+    """The same with random candidates, of which the first is the target and the last comes twice."""
+    given = torch.cat([case.targets[:, None], torch.randint(case.vocabulary, (len(case.targets), candidates))], 1)
+    return replace(case, candidates=torch.cat([given, given[:, -1:]], 1), top=top)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_selected_tokens_have_the_core_s_bits(emulator, rule) -> None:
+    case = asked(random_case(3, 5000, **rule), 40, 20)
+    assert wrongly_selected(emulator, case) == []
+    _, other = Kernels(emulator, replace(case, products=case.products.roll(1, 0))).selected()
+    assert len(differing(other, case.core_selected(), SELECTED)) == 3, "the check can fail"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "top"), [(1, 1), (15, 15), (17, 3), (128, 128), (1025, 128), (8192, 7), (8193, 1), (9300, 128)]
+)
+def test_the_likeliest_of_any_vocabulary(emulator, vocabulary, top) -> None:
+    assert wrongly_selected(emulator, asked(random_case(2, vocabulary), 1, top)) == []
+
+
+@pytest.mark.parametrize("tiles", [{"columns": 1024}, {"columns": 3072, "rows": 1}, {"columns": 8192, "padding": 3}])
+def test_tiles_do_not_matter_to_what_is_selected(emulator, tiles) -> None:
+    assert wrongly_selected(emulator, asked(random_case(2, 9500), 20, 9), **tiles) == []
+
+
+def test_candidates_alone_and_the_likeliest_alone(emulator) -> None:
+    case = asked(random_case(2, 2100), 150, 5)
+    assert wrongly_selected(emulator, replace(case, top=0), columns=1024) == []
+    assert wrongly_selected(emulator, replace(case, candidates=None), columns=1024) == []
+
+
+@pytest.mark.parametrize("columns", [None, 1024])
+def test_of_equals_the_smaller_id_comes_first(emulator, columns) -> None:
+    """Few different logits: ties in a lane, between lanes, blocks, rounds and tiles, and with what is in the list."""
+    products = torch.randint(4, (2, 9500)).float() / 4
+    products[1] = 0.0
+    products[1, ::2] = -0.0
+    case = Case(products, torch.tensor([5, 9400]), candidates=torch.tensor([[0, 9499], [1, 2]]), top=20)
+    assert wrongly_selected(emulator, case, columns=columns) == []
+    _, (_, tokens, _) = Kernels(emulator, case).selected(columns=columns)
+    assert tokens[1].tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("columns", [None, 1024])
+def test_selected_tokens_at_the_end_of_the_range(emulator, columns) -> None:
+    """Rows of minus infinity but for a few tokens; NaN and infinity anywhere, also in the very first place."""
+    products = torch.full((len(NUMBERS) + 3, 3000), -torch.inf)
+    for row, number in enumerate(NUMBERS):
+        products[row, [0, 1500, 2999][row % 3]] = number
+        products[row, 70] = 1.0
+    products[-2] = torch.nan
+    products[-1, :1024] = torch.nan
+    case = Case(products, torch.full((len(products),), 70))
+    case = replace(case, candidates=torch.tensor([[0, 70, 1500, 2999]]).repeat(len(products), 1), top=5)
+    assert wrongly_selected(emulator, case, columns=columns) == []
+
+
+def test_rising_logits_are_selected_again_and_again(emulator) -> None:
+    products = torch.cat([rising(9500), rising(9500).flip(1)])
+    case = Case(products, torch.tensor([5, 9400]), candidates=torch.tensor([[9499], [0]]), top=128)
+    assert wrongly_selected(emulator, case, columns=8192) == []
+
+
+def test_candidates_outside_the_vocabulary_have_no_probability(emulator) -> None:
+    outside = [-1, 3000, 2**63 - 1, -(2**63)]
+    case = asked(random_case(2, 3000), 3, 0)
+    wild = replace(case, candidates=torch.cat([torch.tensor([outside, outside]), case.candidates], 1))
+    _, (found, _, _) = Kernels(emulator, wild).selected(columns=1024)
+    assert found[:, :4].isnan().all()
+    assert torch.equal(bits(found[:, 4:]), bits(case.core_selected()[0]))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_threads_does_not_matter_to_what_is_selected(seed) -> None:
+    case = asked(Case(torch.cat([rising(20000), torch.randn(1, 20000)]), torch.tensor([19000, 12000])), 40, 30)
+    assert wrongly_selected(shim(build.build(unit=SOURCE), seed), case, columns=12288) == []
+
+
+def test_sanitizers_find_nothing_in_the_selection() -> None:
+    program = build.build(unit=SOURCE, options=build.SANITIZED)
+    assert wrongly_selected(sanitized(program), asked(random_case(2, 2100), 40, 20), columns=1024, padding=3) == []

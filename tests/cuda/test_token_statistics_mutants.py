@@ -8,7 +8,17 @@ import torch
 from tests.cuda.emulation import build, ptx_images
 from tests.cuda.emulation.ptx import Module, PtxError
 from tests.cuda.emulation.shim_kernels import EmulationError
-from tests.cuda.emulation.token_statistics_kernels import BLOCK, Case, Emulator, Kernels, bits, differing, ptx, shim
+from tests.cuda.emulation.token_statistics_kernels import (
+    BLOCK,
+    Case,
+    Emulator,
+    Kernels,
+    bits,
+    differing,
+    ptx,
+    shim,
+    wrongly_selected,
+)
 
 # (what is broken, a text of the source that occurs once, what stands there instead)
 MUTANTS = [
@@ -48,7 +58,84 @@ MUTANTS = [
     ("no pull of the entropy", "fmaf(row.grad_entropy, clamped + row.entropy, row.grad_logprob)", "row.grad_logprob"),
     ("the target in each tile", "target == column + j", "load(rows.targets + n) == column + j"),
 ]
-SOURCE = "token_statistics.cu"
+SOURCE, SELECTION = "token_statistics.cu", "token_selection.cuh"
+# The same of the selection.
+SELECTION_MUTANTS = [
+    (
+        "no candidates",
+        "if (place < count) store(selection.candidate_logits",
+        "if (false) store(selection.candidate_logits",
+    ),
+    ("no end of the candidates' round", "if (place < count) store(selection", "if (place < 8192) store(selection"),
+    (
+        "the round of a candidate forgotten",
+        "load(selection.candidates + start + i) - round",
+        "load(selection.candidates + start + i)",
+    ),
+    ("candidates of another row", "static_cast<u64>(blockIdx.x) * selection.candidate_count", "0"),
+    ("candidates that nothing begins", "store(logits + i, not_a_number())", "store(logits + i, 0.0f)"),
+    ("candidates begun in each tile", "if (is_first) {", "if (true) {"),
+    ("a list begun in each tile", "const bool is_known = !is_first &&", "const bool is_known = false &&"),
+    ("a list never begun", "const bool is_known = !is_first &&", "const bool is_known ="),
+    ("a list that is not kept", "store(selection.top_logits + entry, memory.logits[threadIdx.x]);", ""),
+    ("the larger id first", "a.place < b.place", "a.place > b.place"),
+    ("the smaller logit first", "a.logit > b.logit ||", "a.logit < b.logit ||"),
+    ("equals go before those in the list", "return !(entry >= logit);", "return !(entry > logit);"),
+    ("entries without a token stay", "return !(entry >= logit);", "return entry < logit;"),
+    (
+        "offers of single threads",
+        "const Ranked other = {shuffle_xor(first.logit, half), shuffle_xor(first.place, half)};",
+        "const Ranked other = first;",
+    ),
+    ("offers of one warp", "const Ranked other = memory.offers[warp];", "const Ranked other = memory.offers[0];"),
+    (
+        "offers of a warp's second thread",
+        "if (threadIdx.x % WARP == 0) memory.offers",
+        "if (threadIdx.x % WARP == 1) memory.offers[0] = memory.offers",
+    ),
+    ("no barrier before the offers are read", "= first;\n    __syncthreads();\n", "= first;\n"),
+    (
+        "no barrier before the list moves",
+        "count, lane);\n        __syncthreads();\n        memory",
+        "count, lane);\n        memory",
+    ),
+    ("one token of a round", "#pragma unroll 1\n    while (true) {", "for (u32 once = 0; once < 1; ++once) {"),
+    ("only the list's first entry moves", "const bool follows = entry > 0 &&", "const bool follows = false &&"),
+    ("tokens that stay", "const u64 token = follows ? memory.tokens[before] :", "const u64 token ="),
+    ("the round of a token forgotten", "round + first.place", "first.place"),
+    (
+        "rounds passed over",
+        "if (!displaces(peak, memory.logits[top - 1])) return;",
+        "if (displaces(peak, memory.logits[top - 1])) return;",
+    ),
+    ("a block's places", "threadIdx.x / LOGITS_LANES * LOGITS_BLOCK", "0"),
+    ("no next offer", "if (offer.place == first.place) offer =", "if (false) offer ="),
+    ("a thread's last logit left out", "i < count; i += LOGITS_LANES", "i + LOGITS_LANES < count; i += LOGITS_LANES"),
+]
+SELECTION_MUTANTS_OF_THE_KERNELS = [
+    ("candidates past the tile's end", "left < most ? left : most", "most"),
+    (
+        "the round's largest of one block",
+        "largest = peaks[block] > largest ? peaks[block] : largest;",
+        "largest = peaks[0];",
+    ),
+    (
+        "the tile of a selection forgotten",
+        "const u64 round_start = tile.first_column + first;",
+        "const u64 round_start = first;",
+    ),
+    (
+        "tokens of rows that are not known",
+        "is_known ? load_written(selection.top_tokens + place) : NO_TOKEN",
+        "load_written(selection.top_tokens + place)",
+    ),
+    (
+        "log-probabilities of rows that are not known",
+        "is_known ? static_cast<float>(logprob_of(logit, state, log_sum)) : not_a_number()",
+        "static_cast<float>(logprob_of(logit, state, log_sum))",
+    ),
+    ("logits for log-probabilities", "static_cast<float>(logprob_of(logit, state, log_sum)) :", "logit :"),
+]
 
 
 def judge(emulator: Emulator) -> str | None:
@@ -57,6 +144,30 @@ def judge(emulator: Emulator) -> str | None:
         return next(wrong(emulator), None)
     except (PtxError, EmulationError) as error:
         return type(error).__name__
+
+
+def judge_selection(emulator: Emulator) -> str | None:
+    """The same of what is selected."""
+    try:
+        return next(wrong_selection(emulator), None)
+    except (PtxError, EmulationError) as error:
+        return type(error).__name__
+
+
+def wrong_selection(emulator: Emulator) -> Iterator[str]:
+    """Ties, rising peaks, rows of which nothing is known; rounds, tiles and candidates anywhere and nowhere."""
+    torch.manual_seed(0)
+    products = torch.randn(4, 9500) + torch.arange(9500) / 3000
+    products[0] = torch.randint(6, (9500,)).float()
+    products[2, 7] = torch.nan
+    products[3, 3:] = -torch.inf
+    candidates = torch.cat([torch.tensor([[0, 9499, 1023, 1024, 8191, 8192]] * 4), torch.randint(9500, (4, 130))], 1)
+    case = Case(products, torch.tensor([1400, 9200, 5000, 1]), candidates=candidates, top=12)
+    for columns in (None, 8 * BLOCK):
+        yield from wrongly_selected(emulator, case, columns=columns)
+    # rust/core refuses the last of these.
+    beside = Case(products[:2, :2100], torch.tensor([5, 6]), candidates=torch.tensor([[2100], [-1]]), top=1)
+    yield from (["outside"] if not Kernels(emulator, beside).selected(BLOCK)[1][0].isnan().all() else [])
 
 
 def wrong(emulator: Emulator) -> Iterator[str]:
@@ -77,12 +188,12 @@ def wrong(emulator: Emulator) -> Iterator[str]:
         yield "gradients"
 
 
-def sources(broken: str = "", instead: str = "") -> dict[str, str]:
+def sources(broken: str = "", instead: str = "", file: str = SOURCE) -> dict[str, str]:
     """The kernels' files, as they are or broken."""
     files = build.read_sources()
     if broken:
-        assert files[SOURCE].count(broken) == 1, "a mutant's text has to stand in the source once"
-        files[SOURCE] = files[SOURCE].replace(broken, instead)
+        assert files[file].count(broken) == 1, "a mutant's text has to stand in the source once"
+        files[file] = files[file].replace(broken, instead)
     return files
 
 
@@ -101,6 +212,23 @@ def test_whole_kernels_are_right() -> None:
 @pytest.mark.parametrize(("broken", "instead"), [row[1:] for row in MUTANTS], ids=[row[0] for row in MUTANTS])
 def test_mutants_are_caught(broken, instead) -> None:
     assert judge(compiled(sources(broken, instead)))
+
+
+@ptx_images.needs_compiler
+def test_the_whole_selection_is_right() -> None:
+    assert judge_selection(compiled(sources())) is None
+
+
+OF_THE_SELECTION = [
+    *((name, *texts, SELECTION) for name, *texts in SELECTION_MUTANTS),
+    *((name, *texts, SOURCE) for name, *texts in SELECTION_MUTANTS_OF_THE_KERNELS),
+]
+
+
+@ptx_images.needs_compiler
+@pytest.mark.parametrize("mutant", OF_THE_SELECTION, ids=lambda mutant: mutant[0])
+def test_mutants_of_the_selection_are_caught(mutant) -> None:
+    assert judge_selection(compiled(sources(*mutant[1:])))
 
 
 # What a device would do with threads in another order, the shim does as well.

@@ -20,7 +20,7 @@ def report():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_instructions_for_a_logit(report, architecture) -> None:
     """Of those, 17 are the exponential and the three sums, each of which depends on the one before it."""
-    loops = report.code(architecture)["vhead_fold_logits"].loops
+    loops = report.code(architecture)["vhead_token_statistics_fold"].loops
     sums = next(loop for loop in loops if loop.count("LDS") == IN_SUMS)
     assert len(sums.instructions) / IN_SUMS <= 22.5
     assert sums.count("BRA") == 1, "nothing is computed for some threads alone, one logit after the other"
@@ -33,6 +33,6 @@ def test_instructions_for_a_logit(report, architecture) -> None:
 def test_loads_and_stores_of_16_bytes(report, architecture) -> None:
     code = report.code(architecture)
     for dtype, stores in (("float32", 2), ("bfloat16", 1), ("float16", 1)):
-        kernel = code[f"vhead_differentiate_logits_{dtype}"]
+        kernel = code[f"vhead_token_statistics_differentiate_{dtype}"]
         assert kernel.count(r"LDG\.E\.128") == 4, "products and biases"
         assert kernel.count(r"STG\.E(\.\w+)*\.128") == stores

@@ -56,3 +56,14 @@ def test_the_tokenizer_and_every_option_go_along():
 def test_a_scorer_says_what_it_is():
     scorer = Scorer(critic(), token_budget=100)
     assert repr(scorer) == f"Scorer(LlamaForCausalLM on cpu, {scorer.plan.strategy}, token_budget=100)"
+
+
+def test_a_head_that_was_put_in_goes_along():
+    heads = [critic().v_head for _ in range(2)]
+    heads[1].initialize("normal")
+    scorer = Scorer(critic()).with_head(heads[1])
+    copy = sent(scorer)
+    np.testing.assert_array_equal(copy.score(trees(), ("values",)).values, scorer.score(trees(), ("values",)).values)
+    assert not np.array_equal(
+        copy.score(trees(), ("values",)).values, Scorer(critic()).score(trees(), ("values",)).values
+    )

@@ -18,6 +18,8 @@ Check: TypeAlias = Callable[[torch.device], str | None]
 
 _CPU = torch.device("cpu")
 _REPLAYS = 3
+# How many of the likeliest tokens are looked at.
+_TOP = 20
 _PLAN = Plan(rows=300, columns=(1024,))
 _SETTING = Setting(torch.bfloat16, 300, 1024, special=False, outputs=1, layout="contiguous", dropout_p=0.5)
 
@@ -72,19 +74,23 @@ def seeds_are_torch_s(device: torch.device) -> str | None:
 
 
 def statistics_are_close(device: torch.device) -> str | None:
-    """Token statistics are as near to float64 as those from all logits at once, but for another order of sums."""
+    """Token statistics are as near to float64 as those from all logits at once, but for another order of sums.
+
+    So are the log-probabilities of candidates, and of the likeliest tokens.
+    """
     generator = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(130, 256, generator=generator), torch.randn(5003, 256, generator=generator) / 16
-    targets = torch.randint(5003, (130,), generator=generator)
+    targets, candidates = (torch.randint(5003, size, generator=generator) for size in ((130,), (130, 40)))
     for dtype in (torch.float32, torch.bfloat16):
         inputs = hidden.to(dtype), weight.to(dtype), targets
-        exact = token_statistics_plain(inputs[0].double(), inputs[1].double(), targets)
+        exact = token_statistics_plain(inputs[0].double(), inputs[1].double(), targets, candidates=candidates, top=_TOP)
         there = tuple(x.to(device) for x in inputs)
-        for name in ("logprobs", "entropy"):
-            error, usual = (
-                _largest(getattr(compute(*there), name), getattr(exact, name))
-                for compute in (token_statistics, token_statistics_plain)
-            )
+        ours, plain = (
+            compute(*there, candidates=candidates.to(device), top=_TOP)
+            for compute in (token_statistics, token_statistics_plain)
+        )
+        for name in ("logprobs", "entropy", "candidate_logprobs", "top_logprobs"):
+            error, usual = (_largest(getattr(found, name), getattr(exact, name)) for found in (ours, plain))
             if not error <= 4 * usual + 1e-6:
                 return f"{name} in {dtype}: off by {error:.3g}, all logits at once by {usual:.3g}"
     return None

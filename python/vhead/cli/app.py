@@ -12,6 +12,7 @@ from vhead.cli.compare import compare
 from vhead.cli.convert import convert
 from vhead.cli.demo import demo
 from vhead.cli.environment import environment
+from vhead.cli.fit import fit
 from vhead.cli.score import score
 from vhead.cli.serve import serve
 from vhead.cli.terminal import escaped, show
@@ -34,6 +35,7 @@ class _Commands(TyperGroup):
 # A new command is one more entry, and a module that parses and prints.
 COMMANDS: dict[str, Callable[..., object]] = {
     "score": score,
+    "fit": fit,
     "serve": serve,
     "compare": compare,
     "convert": convert,

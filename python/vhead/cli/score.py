@@ -1,16 +1,12 @@
 """`vhead score`: a file of rollouts in, the same file with scores out."""
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from threading import Lock
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from vhead.cli import score_options as option
 from vhead.cli.failure import reported
-from vhead.cli.terminal import escaped, say
-from vhead.errors import InputChangedError, RecordError
+from vhead.cli.model_runs import SkippedRecords, keeping, loading_shown, naming_input
+from vhead.cli.terminal import say
 
 if TYPE_CHECKING:
     from vhead.rollouts.files.opening import Reader
@@ -18,34 +14,6 @@ if TYPE_CHECKING:
     from vhead.scoring.options import ScorerOptions
     from vhead.scoring.progress import ScoringProgress
     from vhead.scoring.scorer import Scorer
-
-_ERRORS_SHOWN = 20
-
-
-class SkippedRecords:
-    """Says which records were skipped: the first few one by one, the others as a number.
-
-    Args:
-        source: What the input is called.
-
-    Attributes:
-        count: How many so far.
-    """
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-        # Records that cannot be read are told of in the thread that reads.
-        self._lock = Lock()
-        self.count = 0
-
-    def __call__(self, error: RecordError) -> None:
-        """Counts one more record, and reports it unless many were reported already."""
-        with self._lock:
-            self.count += 1
-            if self.count <= _ERRORS_SHOWN:
-                say(f"skipped {self._source}: {error}")
-            if self.count == _ERRORS_SHOWN:
-                say("further skipped records are only counted")
 
 
 def score(
@@ -116,15 +84,15 @@ def _run(request: option.ScoreRequest) -> None:
     progress = ScoringProgress(shown=request.shows_progress)
     skipped = SkippedRecords(request.source)
     with (
-        _naming(request.source),
+        naming_input(request.source),
         closing(
             open_reader(request.source, request.columns, replaces=request.overwrite, fields=request.fields)
         ) as reader,
-        _kept(
+        keeping(
             open_output(request.output, resume=request.resume, overwrite=request.overwrite, suffix=request.suffix)
         ) as output,
     ):
-        with _loading(request):
+        with loading_shown(request.model, shown=request.shows_progress, quiet=request.quiet):
             output.begin({} if request.output == option.STANDARD_STREAM else request.settings(), reader.schema)
             if not output.finished:
                 scorer = _scorer(request)
@@ -165,59 +133,6 @@ def _scorer(request: option.ScoreRequest) -> "Scorer":
 
     options: ScorerOptions = {**request.options, "conventions": Conventions(step_separator=request.step_separator)}
     return Scorer.from_pretrained(request.model, **request.loading, **options)
-
-
-@contextmanager
-def _loading(request: option.ScoreRequest) -> Iterator[None]:
-    """Says that the model is being loaded, on a terminal; transformers' own bars and notes stay out of the way."""
-    from rich.console import Console  # for a fast --help
-    from rich.text import Text  # for a fast --help
-
-    logger = logging.getLogger("vhead")
-    level = logger.level
-    console = Console(stderr=True, quiet=not request.shows_progress)
-    try:
-        if request.quiet:
-            logger.setLevel(logging.ERROR)
-        with console.status(Text(f"loading {escaped(request.model)}")):
-            silence_transformers()
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def silence_transformers() -> None:
-    """Keeps transformers' bars and notes out of a command's own output."""
-    from transformers.utils import logging as transformers_logging  # imports torch
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
-
-
-@contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Puts the input's name before errors about its records."""
-    try:
-        yield
-    except RecordError as error:
-        raise RecordError(f"{source}: {error}", record=error.record, field=error.field) from None
-    except InputChangedError as error:
-        raise InputChangedError(f"{source}: {error}") from None
-
-
-@contextmanager
-def _kept(output: "Output") -> Iterator["Output"]:
-    """Says where the finished part is if scoring stops early."""
-    try:
-        with output:
-            yield output
-    except BaseException:
-        if output.kept is not None:
-            say(f"what has been scored is kept in {output.kept}; give the same command again with --resume to continue")
-        raise
 
 
 def _summarise(progress: "ScoringProgress", output: "Output", skipped: int, name: str) -> None:

@@ -340,7 +340,7 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     truncation = None if plain["truncate"] == Truncate.ERROR else plain["truncate"]
     of_scorer = ScorerOptions.__annotations__.keys() & plain.keys()
     made = {
-        "fields": _checked_fields(plain["fields"]),
+        "fields": checked_fields(plain["fields"]),
         **_returns_and_advantages(plain),
         "loading": {name: plain[name] for name in LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
@@ -377,7 +377,7 @@ def _returns_and_advantages(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {"returns": returns, "advantages": AdvantageColumns(derived, **numbers)}
 
 
-def _checked_fields(text: str | None) -> dict[str, str]:
+def checked_fields(text: str | None) -> dict[str, str]:
     from vhead.rollouts.fields import parsed_fields  # for a fast --help
 
     try:
@@ -389,20 +389,20 @@ def _checked_fields(text: str | None) -> dict[str, str]:
 def _check_paths(source: str, output: str) -> None:
     from vhead.rollouts.files.opening import format_of  # for a fast --help
 
-    sources = _checked_sources(source)
+    sources = checked_sources(source)
     try:
         format_of(output)
     except FileFormatError as error:
         raise typer.BadParameter(str(error), param_hint="--output") from None
     if output != STANDARD_STREAM and not Path(output).absolute().parent.is_dir():
         raise typer.BadParameter(f"{output}: no such folder", param_hint="--output")
-    if output != STANDARD_STREAM and any(_is_of_output(file, Path(output)) for file in sources):
+    if output != STANDARD_STREAM and any(is_of_output(file, Path(output)) for file in sources):
         raise typer.BadParameter(f"{output}: is the input", param_hint="--output")
     if output != STANDARD_STREAM and Path(source).is_dir() and Path(output).absolute().parent.samefile(source):
         raise typer.BadParameter(f"{output}: lies in the input's folder", param_hint="--output")
 
 
-def _checked_sources(source: str) -> list[Path]:
+def checked_sources(source: str) -> list[Path]:
     """The input's files where they are on this machine; those of the hub are looked for when they are read."""
     from vhead.rollouts.files.opening import format_of  # for a fast --help
     from vhead.rollouts.files.sources import HUB, input_files  # for a fast --help
@@ -422,7 +422,7 @@ def _checked_sources(source: str) -> list[Path]:
     return sources
 
 
-def _is_of_output(source: Path, output: Path) -> bool:
+def is_of_output(source: Path, output: Path) -> bool:
     """Whether the input is one of the files that the output is written to, whatever name leads there."""
     names = (output.name, f"{output.name}.partial", f".{output.name}.journal")
     files = [output.with_name(name) for name in names]

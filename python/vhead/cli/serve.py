@@ -10,7 +10,7 @@ import typer
 
 from vhead.cli import score_options as option
 from vhead.cli.failure import FAILED, reported
-from vhead.cli.score import silence_transformers
+from vhead.cli.model_runs import loading_shown
 from vhead.cli.signals import answered_by
 from vhead.cli.terminal import say
 from vhead.errors import MissingExtraError
@@ -182,14 +182,15 @@ def _run(given: dict[str, Any], address: "Address") -> bool:
 
     # The address is taken before a model is loaded for minutes.
     with address.bound() as bound:
-        silence_transformers()
-        scorer = _scorer(given)
+        quiet = given["quiet"]
+        with loading_shown(given["model"], shown=sys.stderr.isatty() and not quiet, quiet=quiet):
+            scorer = _scorer(given)
         queue, limits = _limits(given, scorer)
         names = given["served_model_name"] or [given["model"]]
         service = Service(scorer, names, queue=queue, limits=limits, step=given["step"])
         server = Server(service, address, bound, given["drain_timeout"])
         with answered_by(server.stop):
-            _start_log(quiet=given["quiet"])
+            _start_log(quiet=quiet)
             say(f"serving {names[0]} on {address.url(bound)}")
             done = server.run()
     say(

@@ -73,6 +73,10 @@ class Conventions:
             return replace(self, step_separator=tuple(ids))
         return replace(self, step_separator=(separator,) if isinstance(separator, int) else tuple(separator))
 
+    def of_states(self) -> Self:
+        """The same positions for hidden states: an entry for each completion token, and nothing normalised."""
+        return replace(self, alignment="completion", reward_mean=0.0, reward_std=1.0)
+
     @property
     def leading_zeros(self) -> int:
         """Entries of a rollout that stand before the first one that is computed."""

@@ -1,5 +1,6 @@
 """The model's side of scoring: rollouts in, the asked-for fields of each out."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,6 +98,12 @@ class Engine:
             )
         logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
         self.plan = replace(self._ways.plan, logits=logits)
+
+    def with_head(self, head: nn.Module, conventions: Conventions) -> "Engine":
+        """The same engine with another head, read by these conventions; what the model can take is not tried again."""
+        other = copy.copy(self)
+        other._head, other.outputs, other._conventions = head, Outputs.of(head), conventions
+        return other
 
     @property
     def selects_rows(self) -> bool:

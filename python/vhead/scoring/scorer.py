@@ -92,6 +92,7 @@ class Scorer:
         options = checked_options(options)
         # What a copy in another process is made from.
         self._arguments = {"tokenizer": tokenizer, **options}
+        self._other_head: tuple[nn.Module, Conventions] | None = None
         self.model = model
         self._conventions = (options.get("conventions") or Conventions()).resolved(tokenizer)
         self._engine = Engine(model, options, self._conventions)
@@ -111,7 +112,7 @@ class Scorer:
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy in another process tries anew what the model can take there."""
-        return _made_again, (type(self), self.model, self._arguments)
+        return _made_again, (type(self), self.model, self._arguments, self._other_head)
 
     def __repr__(self) -> str:
         what = f"{self.plan.architecture} on {self._engine.device}, {self.plan.strategy}"
@@ -133,12 +134,36 @@ class Scorer:
         return self._engine.outputs.count
 
     @property
+    def conventions(self) -> Conventions:
+        """Which positions values and rewards are read at."""
+        return self._conventions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model takes token ids."""
+        return self._engine.device
+
+    @property
     def default_returns(self) -> tuple[str, ...]:
         """What is given where no `returns` are named: values and rewards, and log-probabilities where a checkpoint can.
 
         A checkpoint without a trained language-model head, such as a classifier's, gives none.
         """
         return tuple(name for name in DEFAULT_RETURNS if name != "logprobs" or not self._engine.untrained_output)
+
+    def with_head(self, head: nn.Module, conventions: Conventions | None = None) -> "Scorer":
+        """A scorer of the same language model with another head; what the model can take is not tried again.
+
+        Args:
+            head: Maps hidden states `[N, H]` to `[N, K]`, and has K as `num_outputs`.
+            conventions: Which positions values and rewards are read at; None: as in this scorer.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._conventions = (conventions or self._conventions).resolved(self._arguments["tokenizer"])
+        other._other_head = head, other._conventions
+        other._engine = self._engine.with_head(*other._other_head)
+        return other
 
     def asked(self, returns: Sequence[str] | None = None, temperature: float = 1.0, top_logprobs: int = 0) -> Asked:
         """What is asked for by the arguments of `score`, checked.
@@ -426,8 +451,14 @@ class _Fitting:
                 raise FieldError(rollout.name, "candidates", expected=expected, got=str(count))
 
 
-def _made_again(cls: type[Scorer], model: nn.Module, arguments: dict[str, Any]) -> Scorer:
-    return cls(model, **arguments)
+def _made_again(
+    cls: type[Scorer],
+    model: nn.Module,
+    arguments: dict[str, Any],
+    other_head: tuple[nn.Module, Conventions] | None = None,
+) -> Scorer:
+    scorer = cls(model, **arguments)
+    return scorer if other_head is None else scorer.with_head(*other_head)
 
 
 def _normalising(conventions: Conventions | None, critic: Critic, source: str | Path) -> Conventions:

@@ -2,14 +2,14 @@
 //
 // Kernels, with {dtype} = float32, bfloat16 or float16, {path} = vector or scalar, and [_dropout] where elements are dropped:
 //
-//   vhead_forward_{dtype}_{path}[_dropout](Rows hidden, const float* weight, const float* bias, u32 outputs,
+//   vhead_value_head_{dtype}_{path}[_dropout](Rows hidden, const float* weight, const float* bias, u32 outputs,
 //                                          Dropout dropout, float* values)
-//   vhead_forward_rows_{dtype}[_dropout](the same arguments; K == 1 on the vector path: several rows a warp)
-//   vhead_backward_{dtype}_{path}[_dropout](Rows hidden, const float* weight, u32 outputs, Dropout dropout,
+//   vhead_value_head_rows_{dtype}[_dropout](the same arguments; K == 1 on the vector path: several rows a warp)
+//   vhead_value_head_backward_{dtype}_{path}[_dropout](Rows hidden, const float* weight, u32 outputs, Dropout dropout,
 //                                           const float* grad_values, T* grad_hidden, float* partials)
-//   vhead_backward_weight_{dtype}_{path}[_dropout](the same arguments; grad_hidden is not written)
-//   vhead_add_chunks(const float* partials, u64 chunks, u32 length, float* grad_weight)
-//   vhead_add_rows(const float* grad_values, u64 rows, u32 outputs, float* grad_bias)
+//   vhead_value_head_backward_weight_{dtype}_{path}[_dropout](the same arguments; grad_hidden is not written)
+//   vhead_value_head_add_chunks(const float* partials, u64 chunks, u32 length, float* grad_weight)
+//   vhead_value_head_add_rows(const float* grad_values, u64 rows, u32 outputs, float* grad_bias)
 //
 // weight is [K, H], bias [K] or null, values and grad_values [N, K], grad_hidden [N, H] and partials [chunks, K, H], each null
 // where that gradient is not wanted, grad_weight [K, H], grad_bias [K]; all of them are contiguous, and float32 but for

@@ -56,6 +56,12 @@ __device__ __forceinline__ void store(T* to, T value) {
     *to = value;
 }
 
+// Memory that a kernel also writes.
+template <class T>
+__device__ __forceinline__ T load_written(const T* from) {
+    return *from;
+}
+
 __device__ __forceinline__ float float_of_float16(u32 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
@@ -95,4 +101,13 @@ __device__ __forceinline__ void store(T* to, T value) {
     emulation::write(to, value);
 }
 
+template <class T>
+__device__ __forceinline__ T load_written(const T* from) {
+    return emulation::read(from);
+}
+
 #endif
+
+__device__ __forceinline__ float minus_infinity() { return as_float(0xff800000); }
+
+__device__ __forceinline__ float not_a_number() { return as_float(0x7fc00000); }

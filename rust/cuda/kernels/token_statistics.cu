@@ -6,6 +6,7 @@
 // 48 additions a block, in 24 threads at a time.
 #include "elementary.cuh"
 #include "elements.cuh"
+#include "token_selection.cuh"
 #include "token_statistics.cuh"
 
 // A block's line and the next one's start 16 banks apart: the halves of a warp read different banks.
@@ -30,23 +31,6 @@ __device__ __forceinline__ float logit(const LogitsRule& rule, float product, fl
     const float scaled = (product + bias) * rule.inner;
     return KIND == CAPPED ? hyperbolic_tangent(scaled) * rule.outer : scaled;
 }
-
-// Memory that a kernel also writes.
-#ifdef __CUDA_ARCH__
-template <class T>
-__device__ __forceinline__ T load_written(const T* from) {
-    return *from;
-}
-#else
-template <class T>
-__device__ __forceinline__ T load_written(const T* from) {
-    return emulation::read(from);
-}
-#endif
-
-__device__ __forceinline__ float minus_infinity() { return as_float(0xff800000); }
-
-__device__ __forceinline__ float not_a_number() { return as_float(0x7fc00000); }
 
 __device__ __forceinline__ bool are_vectors(const void* a, const void* b, u64 stride) {
     return ((reinterpret_cast<u64>(a) | reinterpret_cast<u64>(b)) % sizeof(Quad) | stride % 4) == 0;
@@ -213,9 +197,10 @@ __device__ __forceinline__ void add_lanes(FoldMemory& memory) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(FOLD_THREADS)
-vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, RowState* states) {
-    __shared__ FoldMemory memory;
+// Adds a tile to a row's state; to the likeliest tokens and candidates as well where `selection` asks for some.
+template <bool SELECTS>
+__device__ __forceinline__ void fold_row(FoldMemory& memory, LikeliestMemory* likeliest, const LogitsTile& tile,
+                                         const u64* targets, RowState* states, const TokenSelection* selection) {
     const Share share(memory);
     const float* row = tile.products + blockIdx.x * tile.row_stride;
     // Huge where the target lies before the tile or outside the vocabulary.
@@ -229,6 +214,7 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
         memory.target = state.target;
         memory.tied = 0;
     }
+    if constexpr (SELECTS) begin_selection(*likeliest, *selection, tile.first_column == 0);
     __syncthreads();
     float peak = memory.peak;
     for (u32 first = 0, round = 0; first < tile.columns; first += FOLD_BLOCKS * LOGITS_BLOCK, ++round) {
@@ -238,9 +224,10 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
         if (share.lane == 0) peaks[share.block] = own_peak;
         __syncthreads();
 
-        float reference = peak;
+        float reference = peak, largest = minus_infinity();
         for (u32 block = 0; block < FOLD_BLOCKS; ++block) {
             peak = peaks[block] > peak ? peaks[block] : peak;
+            if (SELECTS) largest = peaks[block] > largest ? peaks[block] : largest;
             if (block == share.block) reference = peak;
         }
         // Nothing but minus infinity and NaN so far: relative to zero, the former count nothing.
@@ -250,6 +237,12 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
 #pragma unroll
         for (u32 i = 0; i < SUMS; ++i) memory.lanes[i][share.block][share.lane] = sums[i];
         note_target(memory, share, target - start, count, own_peak);
+        if constexpr (SELECTS) {
+            const u64 round_start = tile.first_column + first;
+            const u32 left = tile.columns - first, most = FOLD_BLOCKS * LOGITS_BLOCK;
+            note_candidates(*selection, memory.lines, round_start, left < most ? left : most);
+            if (selection->top > 0) note_likeliest(*likeliest, selection->top, largest, round_start, share.line, count);
+        }
         __syncthreads();
 
         if (threadIdx.x < WARP) {
@@ -262,17 +255,41 @@ vhead_fold_logits(const __grid_constant__ LogitsTile tile, const u64* targets, R
         }
     }
     if (threadIdx.x == 0) store(states + blockIdx.x, state);
+    if constexpr (SELECTS) end_selection(*likeliest, *selection);
+}
+
+extern "C" __global__ void __launch_bounds__(FOLD_THREADS)
+vhead_token_statistics_fold(const __grid_constant__ LogitsTile tile, const u64* targets, RowState* states) {
+    __shared__ FoldMemory memory;
+    fold_row<false>(memory, nullptr, tile, targets, states, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(FOLD_THREADS)
+vhead_token_statistics_fold_selected(const __grid_constant__ LogitsTile tile, const u64* targets, RowState* states,
+                                     const __grid_constant__ TokenSelection selection) {
+    __shared__ FoldMemory memory;
+    __shared__ LikeliestMemory likeliest;
+    fold_row<true>(memory, &likeliest, tile, targets, states, &selection);
+}
+
+// Whether a row's numbers are any: not so where nothing but minus infinity came, or NaN, or infinity.
+__device__ __forceinline__ bool is_row_known(const RowState& state) {
+    return state.peak != minus_infinity() && state.sums[0] - state.sums[0] == 0.0;
+}
+
+__device__ __forceinline__ double logprob_of(float logit, const RowState& state, double log_sum) {
+    return (static_cast<double>(logit) - static_cast<double>(state.peak)) - log_sum;
 }
 
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
-vhead_finish_statistics(const RowState* states, u32 rows, const __grid_constant__ TokenStatistics to) {
+vhead_token_statistics_finish(const RowState* states, u32 rows, const __grid_constant__ TokenStatistics to) {
     const u32 row = blockIdx.x * FINISH_THREADS + threadIdx.x;
     if (row >= rows) return;
     const RowState state = load_written(states + row);
     const double sum = state.sums[0];
-    const bool is_known = state.peak != minus_infinity() && sum - sum == 0.0;
+    const bool is_known = is_row_known(state);
     const double log_sum = logarithm(sum);
-    const double logprob = (static_cast<double>(state.target) - static_cast<double>(state.peak)) - log_sum;
+    const double logprob = logprob_of(state.target, state, log_sum);
     const double entropy = log_sum - state.sums[1] / sum;
     const double log_sum_p_squared = logarithm(state.sums[2]) - 2.0 * log_sum;
     store(to.logprobs + row, is_known ? static_cast<float>(logprob) : not_a_number());
@@ -281,6 +298,27 @@ vhead_finish_statistics(const RowState* states, u32 rows, const __grid_constant_
     store(to.is_top1 + row, is_known && state.is_top1 ? 1.0f : 0.0f);
     store(to.peak + row, is_known ? state.peak : not_a_number());
     store(to.log_sum + row, is_known ? static_cast<float>(log_sum) : not_a_number());
+}
+
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS)
+vhead_token_statistics_finish_selected(const RowState* states, const __grid_constant__ TokenSelection selection,
+                                       const __grid_constant__ SelectedTokens to) {
+    const u64 row = blockIdx.x;
+    const RowState state = load_written(states + row);
+    const bool is_known = is_row_known(state);
+    const double log_sum = logarithm(state.sums[0]);
+    const auto logprob = [&](float logit) {
+        return is_known ? static_cast<float>(logprob_of(logit, state, log_sum)) : not_a_number();
+    };
+    for (u32 i = threadIdx.x; i < selection.candidate_count; i += FINISH_THREADS) {
+        const u64 place = row * selection.candidate_count + i;
+        store(to.candidate_logprobs + place, logprob(load_written(selection.candidate_logits + place)));
+    }
+    for (u32 i = threadIdx.x; i < selection.top; i += FINISH_THREADS) {
+        const u64 place = row * selection.top + i;
+        store(to.top_tokens + place, is_known ? load_written(selection.top_tokens + place) : NO_TOKEN);
+        store(to.top_logprobs + place, logprob(load_written(selection.top_logits + place)));
+    }
 }
 
 // Eight products, which this thread alone overwrites. On the scalar path those from number `rest` on lie past the row's end.
@@ -353,11 +391,11 @@ __device__ __forceinline__ void differentiate_octet(const LogitsTile& tile, cons
     }
 }
 
-#define VHEAD_DIFFERENTIATE(NAME, ELEMENT)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(DIFFERENTIATE_THREADS)                                                    \
-    vhead_differentiate_logits_##NAME(const __grid_constant__ LogitsTile tile, const __grid_constant__ RowGradients rows, \
-                                      void* gradients) {                                                                  \
-        differentiate_octet<ELEMENT>(tile, rows, static_cast<char*>(gradients));                                           \
+#define VHEAD_DIFFERENTIATE(NAME, ELEMENT)                                                                    \
+    extern "C" __global__ void __launch_bounds__(DIFFERENTIATE_THREADS)                                       \
+    vhead_token_statistics_differentiate_##NAME(const __grid_constant__ LogitsTile tile,                      \
+                                                const __grid_constant__ RowGradients rows, void* gradients) { \
+        differentiate_octet<ELEMENT>(tile, rows, static_cast<char*>(gradients));                              \
     }
 
 VHEAD_DIFFERENTIATE(float32, Float32)

@@ -173,12 +173,12 @@ __device__ __forceinline__ void forward_rows(const Rows& hidden, const float* we
     }
 
 #define FORWARD_OF_DTYPE(DTYPE, ELEMENT)                                  \
-    FORWARD(vhead_forward_##DTYPE##_vector, ELEMENT, true, false)         \
-    FORWARD(vhead_forward_##DTYPE##_vector_dropout, ELEMENT, true, true)  \
-    FORWARD(vhead_forward_##DTYPE##_scalar, ELEMENT, false, false)        \
-    FORWARD(vhead_forward_##DTYPE##_scalar_dropout, ELEMENT, false, true) \
-    FORWARD_ROWS(vhead_forward_rows_##DTYPE, ELEMENT, false)              \
-    FORWARD_ROWS(vhead_forward_rows_##DTYPE##_dropout, ELEMENT, true)
+    FORWARD(vhead_value_head_##DTYPE##_vector, ELEMENT, true, false)         \
+    FORWARD(vhead_value_head_##DTYPE##_vector_dropout, ELEMENT, true, true)  \
+    FORWARD(vhead_value_head_##DTYPE##_scalar, ELEMENT, false, false)        \
+    FORWARD(vhead_value_head_##DTYPE##_scalar_dropout, ELEMENT, false, true) \
+    FORWARD_ROWS(vhead_value_head_rows_##DTYPE, ELEMENT, false)              \
+    FORWARD_ROWS(vhead_value_head_rows_##DTYPE##_dropout, ELEMENT, true)
 
 FORWARD_OF_DTYPE(float32, Float32)
 FORWARD_OF_DTYPE(bfloat16, BFloat16)

@@ -218,10 +218,10 @@ __device__ __forceinline__ void backward(Chunk<DROPOUT>& chunk, const Rows& hidd
     }
 
 #define BACKWARD_OF_PATH(DTYPE, ELEMENT, PATH, VECTOR)                                         \
-    BACKWARD(vhead_backward_##DTYPE##_##PATH, ELEMENT, VECTOR, false, true)                    \
-    BACKWARD(vhead_backward_##DTYPE##_##PATH##_dropout, ELEMENT, VECTOR, true, true)           \
-    BACKWARD(vhead_backward_weight_##DTYPE##_##PATH, ELEMENT, VECTOR, false, false)            \
-    BACKWARD(vhead_backward_weight_##DTYPE##_##PATH##_dropout, ELEMENT, VECTOR, true, false)
+    BACKWARD(vhead_value_head_backward_##DTYPE##_##PATH, ELEMENT, VECTOR, false, true)                    \
+    BACKWARD(vhead_value_head_backward_##DTYPE##_##PATH##_dropout, ELEMENT, VECTOR, true, true)           \
+    BACKWARD(vhead_value_head_backward_weight_##DTYPE##_##PATH, ELEMENT, VECTOR, false, false)            \
+    BACKWARD(vhead_value_head_backward_weight_##DTYPE##_##PATH##_dropout, ELEMENT, VECTOR, true, false)
 
 #define BACKWARD_OF_DTYPE(DTYPE, ELEMENT)            \
     BACKWARD_OF_PATH(DTYPE, ELEMENT, vector, true)   \
@@ -233,7 +233,7 @@ BACKWARD_OF_DTYPE(float16, Float16)
 
 // Adds the chunks' sums: chunk c goes to slot c % SLOTS, in rising order, and the slots are folded by halves.
 extern "C" __global__ void __launch_bounds__(ADD_CHUNKS_COLUMNS * SLOTS)
-    vhead_add_chunks(const float* partials, u64 chunks, u32 length, float* grad_weight) {
+    vhead_value_head_add_chunks(const float* partials, u64 chunks, u32 length, float* grad_weight) {
     __shared__ float slots[SLOTS][ADD_CHUNKS_COLUMNS];
     const u64 column = static_cast<u64>(blockIdx.x) * ADD_CHUNKS_COLUMNS + threadIdx.x;
     float sum = 0.0f;
@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(ADD_CHUNKS_COLUMNS * SLOTS)
 // Adds a column of grad_values: thread t is lane t of the order of additions, in float64. Eight neighbours are an octet, so
 // the 32 sums that are folded by halves are those of 32 threads.
 extern "C" __global__ void __launch_bounds__(LANES)
-    vhead_add_rows(const float* grad_values, u64 rows, u32 outputs, float* grad_bias) {
+    vhead_value_head_add_rows(const float* grad_values, u64 rows, u32 outputs, float* grad_bias) {
     __shared__ double octets[WARP];
     double sum = 0.0;
 #pragma unroll 8

@@ -61,7 +61,10 @@ pub(crate) struct Functions {
     pub(crate) add_chunks: Function,
     pub(crate) add_rows: Function,
     pub(crate) fold_logits: Function,
+    /// With candidates and the likeliest tokens.
+    pub(crate) fold_selected: Function,
     pub(crate) finish_statistics: Function,
+    pub(crate) finish_selected: Function,
     differentiate_logits: Vec<Function>,
 }
 
@@ -72,17 +75,19 @@ impl Functions {
     /// [`crate::Error::Launch`] with the name of one that the module does not have.
     pub(crate) fn read(module: CUmodule) -> Result<Self> {
         Ok(Self {
-            forward: Paths::read(module, "vhead_forward")?,
-            forward_rows: Family::read(module, "vhead_forward_rows", "")?,
-            backward: Paths::read(module, "vhead_backward")?,
-            backward_weight: Paths::read(module, "vhead_backward_weight")?,
-            add_chunks: find_function(module, "vhead_add_chunks".to_owned())?,
-            add_rows: find_function(module, "vhead_add_rows".to_owned())?,
-            fold_logits: find_function(module, "vhead_fold_logits".to_owned())?,
-            finish_statistics: find_function(module, "vhead_finish_statistics".to_owned())?,
+            forward: Paths::read(module, "vhead_value_head")?,
+            forward_rows: Family::read(module, "vhead_value_head_rows", "")?,
+            backward: Paths::read(module, "vhead_value_head_backward")?,
+            backward_weight: Paths::read(module, "vhead_value_head_backward_weight")?,
+            add_chunks: find_function(module, "vhead_value_head_add_chunks".to_owned())?,
+            add_rows: find_function(module, "vhead_value_head_add_rows".to_owned())?,
+            fold_logits: find_function(module, "vhead_token_statistics_fold".to_owned())?,
+            fold_selected: find_function(module, "vhead_token_statistics_fold_selected".to_owned())?,
+            finish_statistics: find_function(module, "vhead_token_statistics_finish".to_owned())?,
+            finish_selected: find_function(module, "vhead_token_statistics_finish_selected".to_owned())?,
             differentiate_logits: Dtype::ALL
                 .into_iter()
-                .map(|dtype| find_function(module, format!("vhead_differentiate_logits_{}", dtype.name())))
+                .map(|dtype| find_function(module, format!("vhead_token_statistics_differentiate_{}", dtype.name())))
                 .collect::<Result<_>>()?,
         })
     }

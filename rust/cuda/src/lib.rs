@@ -31,5 +31,7 @@ pub use driver::{driver_version, is_emulated, takes_host_memory};
 pub use error::{Error, Failure, Result};
 pub use images::{Capability, images};
 pub use rows::DeviceRows;
-pub use token_statistics::{DeviceLogits, DeviceRowGradients, DeviceStatistics, ROW_STATE_BYTES};
+pub use token_statistics::{
+    DeviceLogits, DeviceRowGradients, DeviceSelected, DeviceSelection, DeviceStatistics, ROW_STATE_BYTES,
+};
 pub use value_head_backward::{DeviceGradients, WeightGradient, partials};

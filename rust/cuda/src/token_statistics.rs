@@ -11,6 +11,8 @@ const FOLD_THREADS: u32 = 128;
 const FINISH_THREADS: u32 = 128;
 const DIFFERENTIATE_THREADS: u32 = 128;
 const DIFFERENTIATE_COLUMNS: u64 = 1024;
+/// Most of the likeliest tokens that a row has a list for.
+const MOST_TOP: u64 = 128;
 
 /// The kernels' own structs (`kernels/token_statistics.cuh`). A row's state is theirs alone; here it has a size.
 #[repr(C)]
@@ -41,6 +43,17 @@ struct Tile {
     rows: u32,
     columns: u32,
     rule: Rule,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Selection {
+    candidates: u64,
+    candidate_logits: u64,
+    top_tokens: u64,
+    top_logits: u64,
+    candidate_count: u32,
+    top: u32,
 }
 
 impl Rule {
@@ -109,6 +122,51 @@ pub struct DeviceStatistics {
     pub log_sum: u64,
 }
 
+/// What is asked for of some rows besides their targets, and what is known of it between two tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSelection {
+    /// Address of the candidates: int64 `[rows, M]`.
+    pub candidates: u64,
+    /// Address of their logits, float32 `[rows, M]`, which need not be initialised.
+    pub candidate_logits: u64,
+    /// Address of the likeliest tokens: int64 `[rows, k]`, which need not be initialised.
+    pub top_tokens: u64,
+    /// Address of their logits, float32 `[rows, k]`, which need not be initialised.
+    pub top_logits: u64,
+    /// `M`.
+    pub candidate_count: u64,
+    /// `k`: at most 128.
+    pub top: u64,
+}
+
+impl DeviceSelection {
+    fn checked(&self) -> Result<Selection> {
+        if self.top > MOST_TOP {
+            return Err(Error::Size { what: "top", expected: "at most 128", actual: self.top });
+        }
+        Ok(Selection {
+            candidates: self.candidates,
+            candidate_logits: self.candidate_logits,
+            top_tokens: self.top_tokens,
+            top_logits: self.top_logits,
+            candidate_count: countable("candidates", self.candidate_count)?,
+            top: countable("top", self.top)?,
+        })
+    }
+}
+
+/// Where what was selected goes: addresses of float32 `[N, M]`, int64 `[N, k]` and float32 `[N, k]`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSelected {
+    /// In the candidates' order.
+    pub candidate_logprobs: u64,
+    /// The likeliest first, of equals the smaller id first; -1 where the row's statistics are NaN.
+    pub top_tokens: u64,
+    /// Theirs.
+    pub top_logprobs: u64,
+}
+
 /// What backward knows of a tile's rows: addresses of `[rows]` each, int64 targets and float32 numbers.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,24 +188,38 @@ pub struct DeviceRowGradients {
 impl Device {
     /// Adds a tile to its rows' states; a row's tiles come in rising order, each once, and the one at column 0 begins anew.
     ///
-    /// `targets` (int64) and `states` ([`ROW_STATE_BYTES`] each) are addresses of the tile's first row's. A target that is no
-    /// token of the vocabulary is never met, and its log-probability is NaN in the end.
+    /// `targets` (int64), `states` ([`ROW_STATE_BYTES`] each) and what `selection` names are addresses of the tile's first
+    /// row's. A target or candidate that is no token of the vocabulary is never met, and its log-probability is NaN in the
+    /// end.
     ///
     /// # Errors
-    /// [`Error::Size`] for a tile that does not start at a block or that a grid cannot cover, [`Error::Launch`] and
-    /// [`Error::OutOfMemory`] from the driver.
+    /// [`Error::Size`] for a tile that does not start at a block or that a grid cannot cover, and for more of the likeliest
+    /// tokens than a row has a list for; [`Error::Launch`] and [`Error::OutOfMemory`] from the driver.
     ///
     /// # Safety
     /// As [`Device::value_head`].
-    pub unsafe fn fold_logits(&self, stream: Stream, tile: &DeviceLogits, targets: u64, states: u64) -> Result<()> {
+    pub unsafe fn fold_logits(
+        &self,
+        stream: Stream,
+        tile: &DeviceLogits,
+        targets: u64,
+        states: u64,
+        selection: Option<&DeviceSelection>,
+    ) -> Result<()> {
         let tile = tile.tile()?;
+        let selection = selection.map(DeviceSelection::checked).transpose()?;
         if tile.rows == 0 || tile.columns == 0 {
             return Ok(());
         }
         let geometry = Geometry { grid: [tile.rows, 1], block: [FOLD_THREADS, 1] };
-        let arguments = [(&tile).into(), (&targets).into(), (&states).into()];
-        // SAFETY: these are the arguments of `vhead_fold_logits`; the caller promises what they point to.
-        unsafe { self.launch(&self.functions.fold_logits, geometry, stream, arguments) }
+        let Some(selection) = selection else {
+            let arguments = [(&tile).into(), (&targets).into(), (&states).into()];
+            // SAFETY: these are the arguments of `vhead_token_statistics_fold`; the caller promises what they point to.
+            return unsafe { self.launch(&self.functions.fold_logits, geometry, stream, arguments) };
+        };
+        let arguments = [(&tile).into(), (&targets).into(), (&states).into(), (&selection).into()];
+        // SAFETY: these are the arguments of `vhead_token_statistics_fold_selected`, and so on.
+        unsafe { self.launch(&self.functions.fold_selected, geometry, stream, arguments) }
     }
 
     /// Writes what the tiles so far amount to, from `rows` states that begin at address `states`.
@@ -164,8 +236,33 @@ impl Device {
         }
         let geometry = Geometry { grid: [rows.div_ceil(FINISH_THREADS), 1], block: [FINISH_THREADS, 1] };
         let arguments = [(&states).into(), (&rows).into(), (&to).into()];
-        // SAFETY: these are the arguments of `vhead_finish_statistics`; the caller promises what they point to.
+        // SAFETY: these are the arguments of `vhead_token_statistics_finish`; the caller promises what they point to.
         unsafe { self.launch(&self.functions.finish_statistics, geometry, stream, arguments) }
+    }
+
+    /// Writes what the tiles so far amount to for the tokens of `selection`, from `rows` states that begin at `states`.
+    ///
+    /// # Errors
+    /// As [`Device::fold_logits`].
+    ///
+    /// # Safety
+    /// As [`Device::value_head`].
+    pub unsafe fn finish_selected(
+        &self,
+        stream: Stream,
+        states: u64,
+        rows: u64,
+        selection: &DeviceSelection,
+        to: DeviceSelected,
+    ) -> Result<()> {
+        let (rows, selection) = (countable("rows", rows)?, selection.checked()?);
+        if rows == 0 {
+            return Ok(());
+        }
+        let geometry = Geometry { grid: [rows, 1], block: [FINISH_THREADS, 1] };
+        let arguments = [(&states).into(), (&selection).into(), (&to).into()];
+        // SAFETY: these are the arguments of `vhead_token_statistics_finish_selected`; the caller promises the rest.
+        unsafe { self.launch(&self.functions.finish_selected, geometry, stream, arguments) }
     }
 
     /// Writes the gradients of a tile's products to `gradients`, `[rows, columns]` contiguous in `dtype`; in float32 that may
@@ -192,7 +289,7 @@ impl Device {
         let blocks = countable("segments", u64::from(tile.rows) * segments)?;
         let geometry = Geometry { grid: [blocks, 1], block: [DIFFERENTIATE_THREADS, 1] };
         let arguments = [(&tile).into(), rows.into(), (&gradients).into()];
-        // SAFETY: these are the arguments of `vhead_differentiate_logits_*`; the caller promises what they point to.
+        // SAFETY: these are the arguments of `vhead_token_statistics_differentiate_*`; the caller promises what they point to.
         unsafe { self.launch(self.functions.differentiate_logits(dtype), geometry, stream, arguments) }
     }
 }
@@ -223,6 +320,7 @@ mod tests {
             ("FINISH_THREADS", FINISH_THREADS.into()),
             ("DIFFERENTIATE_THREADS", DIFFERENTIATE_THREADS.into()),
             ("DIFFERENTIATE_COLUMNS", DIFFERENTIATE_COLUMNS),
+            ("MOST_TOP", MOST_TOP),
         ];
         for (name, value) in ours {
             assert_eq!(constant(name), value, "{name}");
@@ -246,7 +344,11 @@ mod tests {
         assert_eq!(fields("TokenStatistics"), statistics);
         let rows = ["targets", "peak", "log_sum", "entropy", "grad_logprobs", "grad_entropy"];
         assert_eq!(fields("RowGradients"), rows);
+        let selection = ["candidates", "candidate_logits", "top_tokens", "top_logits", "candidate_count", "top"];
+        assert_eq!(fields("TokenSelection"), selection);
+        assert_eq!(fields("SelectedTokens"), ["candidate_logprobs", "top_tokens", "top_logprobs"]);
         assert_eq!((size_of::<Tile>(), size_of::<RowState>(), size_of::<DeviceStatistics>()), (56, 40, 48));
+        assert_eq!((size_of::<Selection>(), size_of::<DeviceSelected>()), (40, 24));
     }
 
     fn logits(rows: u64, columns: u64, first_column: u64, bias: u64, rule: LogitsRule) -> DeviceLogits {
@@ -260,6 +362,16 @@ mod tests {
         };
         assert_eq!((kind(0, 1.0, None, 1.0), kind(64, 1.0, None, 1.0), kind(0, 1.0, None, 0.5)), (0, 1, 1));
         assert_eq!((kind(0, 1.0, Some(5.0), 1.0), kind(64, 2.0, Some(5.0), 1.0)), (2, 2));
+    }
+
+    #[test]
+    fn a_list_has_room_for_128() {
+        let asked = |candidate_count, top| {
+            DeviceSelection { candidates: 0, candidate_logits: 0, top_tokens: 0, top_logits: 0, candidate_count, top }
+        };
+        assert_eq!(asked(5, 128).checked().map(|ours| (ours.candidate_count, ours.top)), Ok((5, 128)));
+        assert_eq!(asked(5, 129).checked().unwrap_err().to_string(), "top: expected at most 128, got 129");
+        assert!(asked(1 << 31, 1).checked().unwrap_err().is_argument());
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl Device {
             (&dropout).into(),
             (&values).into(),
         ];
-        // SAFETY: these are the arguments of `vhead_forward_*`; the caller promises what they point to.
+        // SAFETY: these are the arguments of `vhead_value_head_*`; the caller promises what they point to.
         unsafe { self.launch(function, geometry(hidden.count(), rows), stream, arguments) }
     }
 }

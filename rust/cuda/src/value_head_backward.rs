@@ -108,7 +108,7 @@ impl Device {
             (&grad_hidden).into(),
             (&partials).into(),
         ];
-        // SAFETY: these are the arguments of `vhead_backward_*`; the caller promises what they point to.
+        // SAFETY: these are the arguments of `vhead_value_head_backward_*`; the caller promises what they point to.
         unsafe { self.launch(function, geometry(hidden)?, stream, arguments) }
     }
 

@@ -42,7 +42,11 @@ def test_every_layout_has_the_cpu_s_bits(driver) -> None:
     kernels = set(driver.kernels())
     for dtype in ("float32", "bfloat16", "float16"):
         for path in ("vector", "scalar"):
-            for name in (f"forward_{dtype}_{path}", f"backward_{dtype}_{path}", f"backward_weight_{dtype}_{path}"):
+            for name in (
+                f"value_head_{dtype}_{path}",
+                f"value_head_backward_{dtype}_{path}",
+                f"value_head_backward_weight_{dtype}_{path}",
+            ):
                 assert {name, f"{name}_dropout"} <= kernels
 
 

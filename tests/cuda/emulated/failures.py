@@ -34,7 +34,7 @@ def forward() -> torch.Tensor:
 
 def test_a_failed_launch_names_the_kernel(monkeypatch, driver) -> None:
     monkeypatch.setenv("VHEAD_MOCK_FAIL", "cuLaunchKernel=719")
-    expected = r"vhead_forward_float32_vector was not launched: cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED \(719\)"
+    expected = r"vhead_value_head_float32_vector was not launched: cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED \(719\)"
     with pytest.raises(CudaError, match=expected) as caught:
         forward()
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -113,7 +113,7 @@ def test_an_image_that_the_driver_does_not_load_is_an_absence(monkeypatch, drive
     [
         ("cuModuleLoadData=2", "out of device memory: cuModuleLoadData"),
         ("cuDevicePrimaryCtxRetain=2", "out of device memory: cuDevicePrimaryCtxRetain"),
-        ("cuModuleGetFunction=500", "vhead_forward_float32_vector was not launched: cuModuleGetFunction"),
+        ("cuModuleGetFunction=500", "vhead_value_head_float32_vector was not launched: cuModuleGetFunction"),
     ],
 )
 def test_what_may_pass_is_an_error_and_tried_again(monkeypatch, driver, ordinal, failure, message) -> None:

@@ -101,8 +101,8 @@ def test_the_cpu_s_bits(request, driver, dtype, rule) -> None:
     expected, found = expected_and_found(case, request, **rule)
     assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True))
     launched = driver.kernels()
-    assert launched.count("fold_logits") == 2 * 9
-    assert launched.count("differentiate_logits_float32") == 9
+    assert launched.count("token_statistics_fold") == 2 * 9
+    assert launched.count("token_statistics_differentiate_float32") == 9
     other = case.run(**{**rule, "temperature": 1.01 * rule.get("temperature", 1.0)})
     assert not same_bits(other[0], expected[0]), "the check can fail"
 
@@ -112,7 +112,7 @@ def test_its_own_tiles(request, driver) -> None:
     expected, found = expected_and_found(case, request)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert driver.kernels().count("fold_logits") == 2, (
+    assert driver.kernels().count("token_statistics_fold") == 2, (
         "few rows: one tile, once for the statistics and once for gradients"
     )
 
@@ -138,7 +138,7 @@ def test_half_precisions_as_they_are(driver, dtype) -> None:
         torch.testing.assert_close(mine, true.float(), rtol=1e-4, atol=1e-4)
     driver.launches()
     found, twin = case.gradients(), case.gradients(token_statistics_plain)
-    assert f"differentiate_logits_{str(dtype).removeprefix('torch.')}" in driver.kernels()
+    assert f"token_statistics_differentiate_{str(dtype).removeprefix('torch.')}" in driver.kernels()
     for mine, plain, true in zip(found, twin, exact.gradients(token_statistics_plain), strict=True):
         # Gradients of products are rounded once more than the twin's.
         assert rms(mine - true) <= 2 * rms(plain - true) + 2.0**-9 * rms(true)
@@ -183,12 +183,33 @@ def test_candidates_and_the_likeliest_tokens_are_the_cpu_s(request, monkeypatch,
     expected = case.run(**rule, candidates=candidates, top=20)
     request.getfixturevalue("on_device")
     found = case.run(**rule, candidates=candidates, top=20)
-    torch.testing.assert_close(found.candidate_logprobs, expected.candidate_logprobs, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(found.top_logprobs, expected.top_logprobs, rtol=1e-6, atol=2e-6)
+    assert same_bits(found.candidate_logprobs, expected.candidate_logprobs)
+    assert same_bits(found.top_logprobs, expected.top_logprobs)
     assert torch.equal(found.top_tokens, expected.top_tokens)
-    torch.testing.assert_close(found.candidate_logprobs[:, 0], found.logprobs, rtol=1e-6, atol=2e-6)
-    assert driver.kernels().count("fold_logits") == 9, "tiles of rows and of columns"
+    assert same_bits(found.candidate_logprobs[:, 0].contiguous(), found.logprobs)
+    launched = driver.kernels()
+    assert launched.count("token_statistics_fold_selected") == 9, "tiles of rows and of columns"
+    assert launched.count("token_statistics_fold") == 0
     assert not torch.allclose(found.candidate_logprobs.roll(1, 0), expected.candidate_logprobs), "the check can fail"
+
+
+@pytest.mark.usefixtures("on_device", "same_tiles")
+def test_candidates_need_not_be_contiguous_and_may_be_asked_for_alone() -> None:
+    case = tokens(5, 8, 2500)
+    candidates = torch.randint(2500, (6, 5)).T
+    found = case.run(candidates=candidates)
+    assert same_bits(found.candidate_logprobs, case.run(candidates=candidates.contiguous()).candidate_logprobs)
+    assert found.top_tokens is None
+    assert case.run(top=3).candidate_logprobs is None
+    assert same_bits(case.run(candidates=candidates, top=3).top_logprobs, case.run(top=3).top_logprobs)
+
+
+@pytest.mark.usefixtures("on_device", "same_tiles")
+def test_no_rows_and_no_candidates() -> None:
+    assert tokens(0, 5, 7).run(candidates=torch.empty(0, 4, dtype=torch.int64), top=3).top_tokens.shape == (0, 3)
+    found = tokens(2, 5, 7).run(candidates=torch.empty(2, 0, dtype=torch.int64), top=3)
+    assert found.candidate_logprobs.shape == (2, 0)
+    assert found.top_tokens.shape == (2, 3)
 
 
 @pytest.mark.usefixtures("on_device", "same_tiles")
@@ -294,6 +315,10 @@ def test_tiles_are_checked() -> None:
             found.fold(*tile)
     with pytest.raises(ValueError, match=r"^bias: expected 5 elements, got 4$"):
         device.LogitStatistics(T, 5, torch.ones(4), 1.0, None, 1.0)
+    with pytest.raises(ValueError, match=r"^candidates: expected \[3, M\], got \[2, 4\]$"):
+        device.LogitStatistics(T, 5, None, 1.0, None, 1.0, torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^top: expected at most 128, got 129$"):
+        device.LogitStatistics(T, 5, None, 1.0, None, 1.0, None, 129).fold(torch.ones(3, 5), 0, 0)
     numbers = (torch.ones(3),) * 3
     with pytest.raises(ValueError, match=r"^grad_entropy: expected 3 elements, got 2$"):
         device.LogitGradients(T, 5, None, 1.0, None, 1.0, numbers, (torch.ones(3), torch.ones(2)))
@@ -306,5 +331,5 @@ def test_tiles_are_checked() -> None:
 def test_a_launch_that_fails(monkeypatch) -> None:
     case = tokens(3, 5, 40)
     monkeypatch.setenv("VHEAD_MOCK_FAIL", "cuLaunchKernel=719")
-    with pytest.raises(CudaError, match=r"^vhead_fold_logits was not launched: .*CUDA_ERROR_LAUNCH_FAILED"):
+    with pytest.raises(CudaError, match=r"^vhead_token_statistics_fold was not launched: .*CUDA_ERROR_LAUNCH_FAILED"):
         case.run()

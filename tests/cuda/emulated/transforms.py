@@ -1,5 +1,6 @@
 """autograd, `torch.compile`, vmap and the dispatcher over the functions of the CUDA key."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -38,7 +39,7 @@ def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor
 def test_autograd(driver, operation, head, p) -> None:
     case, seed = head(3, 5, 40, outputs=2, dtype=torch.bfloat16), torch.tensor(7) if p else None
     ours = gradients(lambda *tensors: operation(*tensors, p, seed), *case)
-    assert any(kernel.startswith("backward_bfloat16_vector") for kernel in driver.kernels())
+    assert any(kernel.startswith("value_head_backward_bfloat16_vector") for kernel in driver.kernels())
     expected = gradients(lambda *tensors: value_head(*tensors, dropout_p=p, seed=seed), *case)
     assert driver.kernels() == []
     assert all(map(same_bits, ours, expected))
@@ -47,7 +48,12 @@ def test_autograd(driver, operation, head, p) -> None:
 def test_a_frozen_trunk(driver, operation, head) -> None:
     hidden, weight, bias = head(5, 40)
     operation(hidden, weight.requires_grad_(), bias.requires_grad_(), 0.0, None).sum().backward()
-    assert driver.kernels() == ["forward_float32_vector", "backward_weight_float32_vector", "add_chunks", "add_rows"]
+    assert driver.kernels() == [
+        "value_head_float32_vector",
+        "value_head_backward_weight_float32_vector",
+        "value_head_add_chunks",
+        "value_head_add_rows",
+    ]
 
 
 # opcheck itself looks at `.grad` of tensors that are no leaves.
@@ -62,7 +68,12 @@ def test_compile(driver, operation, head) -> None:
     compiled = torch.compile(lambda *x: operation(*x, 0.3, torch.tensor(9)).sin(), backend="aot_eager", fullgraph=True)
     case = head(6, 40, outputs=2)
     ours = gradients(compiled, *case)
-    assert [k.split("_")[0] for k in driver.kernels()] == ["forward", "backward", "add", "add"]
+    assert [re.sub("_float32.*", "", k) for k in driver.kernels()] == [
+        "value_head",
+        "value_head_backward",
+        "value_head_add_chunks",
+        "value_head_add_rows",
+    ]
     assert all(map(same_bits, ours, gradients(lambda *x: value_head(*x, dropout_p=0.3, seed=9).sin(), *case)))
 
 
@@ -76,7 +87,15 @@ def test_a_cuda_tensor_takes_the_kernels_where_they_are(driver, head, monkeypatc
     case = head(5, 40)
     grad = torch.randn(5)
     for has, kernels in (
-        (True, ["forward_float32_vector", "backward_float32_vector", "add_chunks", "add_rows"]),
+        (
+            True,
+            [
+                "value_head_float32_vector",
+                "value_head_backward_float32_vector",
+                "value_head_add_chunks",
+                "value_head_add_rows",
+            ],
+        ),
         (False, []),
     ):
         monkeypatch.setattr(dispatch, "has_kernels", lambda _, has=has: has)
@@ -98,7 +117,7 @@ def test_negative_views_are_resolved(driver, head) -> None:
     negative = torch._neg_view(hidden)
     found = on_device(ORIGINAL.eager)(negative, weight, bias, 0.0, None)
     assert same_bits(found, value_head(-hidden, weight, bias))
-    assert driver.kernels() == ["forward_float32_vector"]
+    assert driver.kernels() == ["value_head_float32_vector"]
 
 
 @pytest.fixture
@@ -110,7 +129,7 @@ def layers() -> tuple[Tensor, ...]:
 def test_two_layers_are_torch_s_product_and_the_kernel(driver, layers, p) -> None:
     of, seed = TWO_LAYER._of, torch.tensor(3) if p else None
     ours, plain = composed_forward(*layers, p, seed), of.plain(*layers, p, seed)
-    assert driver.kernels() == ["forward_float32_vector"]
+    assert driver.kernels() == ["value_head_float32_vector"]
     torch.testing.assert_close(ours, plain)
     for needed in [(True,) * 5, (False, True, False, False, True), (False, False, False, True, False), (False,) * 5]:
         arguments = (torch.randn(ours.shape), *layers[:4], p, seed, needed)

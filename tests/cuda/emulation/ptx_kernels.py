@@ -93,7 +93,7 @@ class Device:
         args = [self._rows(), self.weight, self.bias, head.outputs, self._dropout(), values]
         warps, rows = self.constants["FORWARD_WARPS"], self.rows_of_a_warp if several_rows else 1
         grid, block = (blocks or -(-head.rows // (warps * rows)),), (32 * warps,)
-        name = self.variant("vhead_forward_rows", "") if several_rows else self.variant("vhead_forward")
+        name = self.variant("vhead_value_head_rows", "") if several_rows else self.variant("vhead_value_head")
         return values, self.module.launch(name, grid, block, args, self.memory)
 
     @property
@@ -111,7 +111,7 @@ class Device:
         threads = self.constants["BACKWARD_THREADS"]
         grid = (chunks, -(-head.columns // (8 * threads)))
         args = [self._rows(), self.weight, head.outputs, self._dropout(), grad, grad_hidden, partials]
-        name = self.variant("vhead_backward" if hidden else "vhead_backward_weight")
+        name = self.variant("vhead_value_head_backward" if hidden else "vhead_value_head_backward_weight")
         launch = self.module.launch(name, grid, (threads,), args, self.memory)
         return Gradients(grad, grad_hidden, partials, launch)
 
@@ -122,14 +122,16 @@ class Device:
         width = self.constants["ADD_CHUNKS_COLUMNS"]
         args = [partials, chunks, outputs * columns, grad_weight]
         grid, block = (-(-outputs * columns // width),), (width, self.constants["SLOTS"])
-        self.module.launch("vhead_add_chunks", grid, block, args, self.memory)
+        self.module.launch("vhead_value_head_add_chunks", grid, block, args, self.memory)
         return grad_weight
 
     def add_rows(self, grad_values: Allocation) -> Allocation:
         """`grad_bias` `[K]`."""
         grad_bias = self.memory.output("grad_bias", (self.head.outputs,))
         args = [grad_values, self.head.rows, self.head.outputs, grad_bias]
-        self.module.launch("vhead_add_rows", (self.head.outputs,), (self.constants["LANES"],), args, self.memory)
+        self.module.launch(
+            "vhead_value_head_add_rows", (self.head.outputs,), (self.constants["LANES"],), args, self.memory
+        )
         return grad_bias
 
     def variant(self, name: str, path: str | None = None) -> str:

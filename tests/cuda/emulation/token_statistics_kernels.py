@@ -18,6 +18,7 @@ from vhead import _native
 KERNELS = Path(__file__).parents[3] / "rust" / "cuda" / "kernels"
 BLOCK = 1024
 STATISTICS = ("logprobs", "entropy", "log_sum_p_squared", "is_top1", "peak", "log_sum")
+SELECTED = ("candidate_logprobs", "top_tokens", "top_logprobs")
 _CONSTANT = re.compile(r"constexpr u32 (\w+) = (\d+);")
 
 
@@ -52,10 +53,32 @@ class _Tile(ctypes.Structure):
     )
 
 
+class _Selection(ctypes.Structure):
+    """`struct TokenSelection` of token_statistics.cuh."""
+
+    _fields_ = (
+        ("candidates", ctypes.c_uint64),
+        ("candidate_logits", ctypes.c_uint64),
+        ("top_tokens", ctypes.c_uint64),
+        ("top_logits", ctypes.c_uint64),
+        ("candidate_count", ctypes.c_uint32),
+        ("top", ctypes.c_uint32),
+    )
+
+
+class _Selected(ctypes.Structure):
+    """`struct SelectedTokens` of token_statistics.cuh."""
+
+    _fields_ = (("addresses", ctypes.c_uint64 * 3),)
+
+
 class _Addresses(ctypes.Structure):
     """Six addresses: `struct TokenStatistics` and `struct RowGradients` of token_statistics.cuh."""
 
     _fields_ = (("addresses", ctypes.c_uint64 * 6),)
+
+
+_SELECTED_DTYPES = (torch.float32, torch.int64, torch.float32)
 
 
 class Allocation(Protocol):
@@ -112,12 +135,17 @@ def sanitized(path: Path, seed: int = 0) -> Emulator:
 
 @dataclass(frozen=True)
 class Case:
-    """Products `[N, V]` float32, targets `[N]`, biases `[V]` or none, and the rule: scale, softcap, temperature."""
+    """Products `[N, V]` float32, targets `[N]`, biases `[V]` or none, and the rule: scale, softcap, temperature.
+
+    What is selected besides the targets: candidates `[N, M]` or none, and how many of the likeliest tokens.
+    """
 
     products: Tensor
     targets: Tensor
     bias: Tensor | None = None
     rule: tuple[float, float | None, float] = (1.0, None, 1.0)
+    candidates: Tensor | None = None
+    top: int = 0
 
     @property
     def vocabulary(self) -> int:
@@ -129,6 +157,16 @@ class Case:
         statistics = _native.LogitStatistics(self.targets, self.vocabulary, self.bias, *self.rule)
         statistics.fold(self.products, 0, 0)
         return tuple(statistics.finish())
+
+    def core_selected(self) -> tuple[Tensor, ...]:
+        """What is selected by rust/core, in the order of `SELECTED`; `[N, 0]` for what is not asked for."""
+        asked = (self.candidates, self.top)
+        statistics = _native.LogitStatistics(self.targets, self.vocabulary, self.bias, *self.rule, *asked)
+        statistics.fold(self.products, 0, 0)
+        of_candidates, tokens, logprobs = statistics.finish_selected()
+        none = torch.empty(len(self.targets), 0)
+        found = (of_candidates, tokens, logprobs)
+        return tuple(none.to(kind) if x is None else x for x, kind in zip(found, _SELECTED_DTYPES, strict=True))
 
     def core_gradients(self, upstream: tuple[Tensor, Tensor]) -> Tensor:
         """The products' gradients by rust/core."""
@@ -154,9 +192,42 @@ class Kernels:
         states = self._emulator.memory.output("states", (len(self.case.targets), 5), np.uint64)
         for tile, row, products in self._tiles(columns, rows, padding):
             arguments = [tile, self._targets.address + 8 * row, states.address + 40 * row]
-            self._emulator.launch("vhead_fold_logits", tile.rows, self._constants["FOLD_THREADS"], arguments)
+            self._emulator.launch("vhead_token_statistics_fold", tile.rows, self._constants["FOLD_THREADS"], arguments)
             self._emulator.check_traffic(products, tile)
         return self._finish(states)
+
+    def selected(
+        self, columns: int | None = None, rows: int | None = None, padding: int = 0
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The statistics and what is selected, from one pass over such tiles."""
+        memory, count = self._emulator.memory, len(self.case.targets)
+        widths = (0 if self.case.candidates is None else self.case.candidates.shape[1], self.case.top)
+        candidates = None if self.case.candidates is None else memory.input("candidates", self.case.candidates.numpy())
+        states = memory.output("states", (count, 5), np.uint64)
+        logits = memory.output("candidate_logits", (count, widths[0]), np.float32)
+        tokens = memory.output("top_tokens", (count, widths[1]), np.int64)
+        of_tokens = memory.output("top_logits", (count, widths[1]), np.float32)
+        logits.array[:], tokens.array[:], of_tokens.array[:] = 1e30, 5, 1e30  # what somebody else left there
+
+        def of_rows(row: int) -> _Selection:
+            at = 0 if candidates is None else candidates.address + 8 * row * widths[0]
+            place = row * widths[1]
+            own = (logits.address + 4 * row * widths[0], tokens.address + 8 * place, of_tokens.address + 4 * place)
+            return _Selection(at, *own, *widths)
+
+        for tile, row, products in self._tiles(columns, rows, padding):
+            arguments = [tile, self._targets.address + 8 * row, states.address + 40 * row, of_rows(row)]
+            threads = self._constants["FOLD_THREADS"]
+            self._emulator.launch("vhead_token_statistics_fold_selected", tile.rows, threads, arguments)
+            self._emulator.check_traffic(products, tile)
+        kinds = zip(SELECTED, (widths[0], widths[1], widths[1]), (np.float32, np.int64, np.float32), strict=True)
+        outputs = [memory.output(name, (count, width), kind) for name, width, kind in kinds]
+        to = _Selected((ctypes.c_uint64 * 3)(*(output.address for output in outputs)))
+        arguments = [states.address, of_rows(0), to]
+        name = "vhead_token_statistics_finish_selected"
+        self._emulator.launch(name, count, self._constants["FINISH_THREADS"], arguments)
+        found = self._finish(states)
+        return found, tuple(torch.from_numpy(output.array.copy()) for output in outputs)
 
     def gradients(
         self,
@@ -169,7 +240,7 @@ class Kernels:
         _, entropy, _, _, peak, log_sum = self.case.core()
         numbers = [self._emulator.memory.input("numbers", x.numpy()) for x in (peak, log_sum, entropy, *upstream)]
         of_rows = _Addresses((ctypes.c_uint64 * 6)(self._targets.address, *(x.address for x in numbers)))
-        name = f"vhead_differentiate_logits_{str(dtype).removeprefix('torch.')}"
+        name = f"vhead_token_statistics_differentiate_{str(dtype).removeprefix('torch.')}"
         parts = []
         for tile, _, products in self._tiles(columns, None, padding, writable=dtype == torch.float32):
             shape, kind = (tile.rows, tile.columns), np.float32 if dtype == torch.float32 else np.uint16
@@ -213,7 +284,7 @@ class Kernels:
         rows, threads = len(self.case.targets), self._constants["FINISH_THREADS"]
         outputs = [self._emulator.memory.output(name, (rows,), np.float32) for name in STATISTICS]
         to = _Addresses((ctypes.c_uint64 * 6)(*(output.address for output in outputs)))
-        self._emulator.launch("vhead_finish_statistics", -(-rows // threads), threads, [states.address, rows, to])
+        self._emulator.launch("vhead_token_statistics_finish", -(-rows // threads), threads, [states.address, rows, to])
         self._emulator.finish()
         return tuple(torch.from_numpy(output.array.copy()) for output in outputs)
 
@@ -231,13 +302,23 @@ def with_targets(case: Case, targets: list[int]) -> Case:
     return replace(case, targets=torch.tensor(targets))
 
 
-def differing(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[str]:
+def differing(
+    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], names: tuple[str, ...] = STATISTICS
+) -> list[str]:
     """Which statistics differ in a bit; a NaN is a NaN."""
-    pairs = zip(STATISTICS, found, expected, strict=True)
+    pairs = zip(names, found, expected, strict=True)
     return [name for name, a, b in pairs if not torch.equal(bits(a), bits(b))]
+
+
+def wrongly_selected(emulator: Emulator, case: Case, **tiles: int | None) -> list[str]:
+    """Which statistics of the kernel that selects, and which of what it selects, differ from rust/core's in a bit."""
+    found, selected = Kernels(emulator, case).selected(**tiles)
+    return differing(found, case.core()) + differing(selected, case.core_selected(), SELECTED)
 
 
 def bits(numbers: Tensor) -> Tensor:
     """The numbers' bits, every NaN the same."""
+    if not numbers.is_floating_point():
+        return numbers
     numbers = numbers.masked_fill(numbers.isnan(), torch.nan)
     return numbers.view(torch.int32 if numbers.dtype == torch.float32 else torch.int16)

@@ -18,7 +18,6 @@ class CpuTiling:
     UPCAST_BYTES = 16 << 20
     # The kernel checks tokens as it reads them.
     CHECKS_TARGETS = True
-    SELECTS = True
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Torch multiplies float32 only: half precisions are upcast, a chunk of rows and a tile's weight at a time."""

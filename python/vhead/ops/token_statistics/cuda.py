@@ -19,8 +19,6 @@ class CudaTiling:
     UPCAST_BYTES = 64 << 20
     # To read targets would be to wait for the device.
     CHECKS_TARGETS = False
-    # Candidates and the likeliest tokens are read from the same tiles by torch.
-    SELECTS = False
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """Half precisions are multiplied as they are where torch can, else upcast."""

@@ -62,8 +62,8 @@ def token_statistics(
     differentiable in hidden states, weight and bias; gradients are summed in float32, which takes another `[V, H]`.
 
     Candidates and the `top` likeliest tokens come from the same pass, and have no gradient, whatever needs one. While
-    the call lasts they take 24 bytes a candidate and 16 a token of `top` beside the results on a CPU. On a CUDA device
-    torch picks them from each tile, which takes several times the tile's memory.
+    the call lasts they take 24 bytes a candidate and 16 a token of `top` beside the results on a CPU, and 4 and 12 on a
+    CUDA device.
 
     A row's statistics are a function of its logits alone. Its logits come from torch's matrix multiplication, which may
     give other last bits with another number of rows or threads; with `batch_invariant` they come from this package's

@@ -11,7 +11,6 @@ from vhead.ops.token_statistics.arguments import BackwardInputs, Rule, Selection
 from vhead.ops.token_statistics.cpu import CpuTiling
 from vhead.ops.token_statistics.cuda import CudaTiling
 from vhead.ops.token_statistics.results import Selected
-from vhead.ops.token_statistics.selection import TileSelection
 from vhead.ops.token_statistics.tiles import Plan
 
 
@@ -19,7 +18,6 @@ class Tiling(Protocol):
     """How products are cut into tiles on a type of device."""
 
     CHECKS_TARGETS: bool  # whether the kernel there refuses tokens outside the vocabulary
-    SELECTS: bool  # whether the kernel there knows candidates and the likeliest tokens
 
     def plan(self, hidden: Tensor, weight: Tensor, *, batch_invariant: bool) -> Plan:
         """For these hidden states and this weight."""
@@ -50,23 +48,15 @@ class TileStatistics:
     ) -> None:
         if not tiling.CHECKS_TARGETS:
             check_range(targets, vocabulary, selection.candidates)
-        self._beside, native = None, selection
-        if not (tiling.SELECTS or selection.is_empty):
-            self._beside, native = TileSelection(selection, len(targets), bias, rule, targets.device), Selection()
-        self._native = _native.LogitStatistics(targets, vocabulary, bias, *rule, *native)
+        self._native = _native.LogitStatistics(targets, vocabulary, bias, *rule, *selection)
 
     def fold(self, products: Tensor, row: int, column: int) -> None:
         """Adds products `[n, v]`; each row's columns come in rising order."""
         self._native.fold(products, row, column)
-        if self._beside is not None:
-            self._beside.fold(products, row, column)
 
     def finish(self) -> tuple[list[Tensor], Selected]:
         """The kernel's six tensors, and what was selected."""
-        found = self._native.finish()
-        if self._beside is not None:
-            return found, self._beside.finish(*found[4:])
-        return found, Selected(*self._native.finish_selected())
+        return self._native.finish(), Selected(*self._native.finish_selected())
 
 
 class TileGradients:

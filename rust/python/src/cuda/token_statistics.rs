@@ -7,7 +7,9 @@ use crate::gate;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vhead_core::{Dtype, LogitsRule};
-use vhead_cuda::{Device, DeviceLogits, DeviceRowGradients, DeviceStatistics, ROW_STATE_BYTES};
+use vhead_cuda::{
+    Device, DeviceLogits, DeviceRowGradients, DeviceSelected, DeviceSelection, DeviceStatistics, ROW_STATE_BYTES,
+};
 
 /// `[N]` targets, and the biases of the vocabulary's tokens: what every tile is cut from.
 struct Vocabulary {
@@ -79,10 +81,66 @@ fn wrong_length(what: &'static str, expected: u64, actual: u64) -> PyErr {
     PyValueError::new_err(format!("{what}: expected {expected} elements, got {actual}"))
 }
 
+/// What is asked for of each row besides its target, with the memory for what is known of it between two tiles.
+struct Selection {
+    /// int64 `[N, M]`, where there are some.
+    candidates: Option<Py<PyAny>>,
+    /// float32 `[N, M]`.
+    candidate_logits: Py<PyAny>,
+    /// int64 `[N, k]`.
+    top_tokens: Py<PyAny>,
+    /// float32 `[N, k]`.
+    top_logits: Py<PyAny>,
+    candidate_count: i64,
+    top: i64,
+}
+
+impl Selection {
+    /// The candidates are not read here either.
+    fn new(asked: SelectionArguments<'_, '_>, targets: &CudaView<'_, Int64>) -> PyResult<Self> {
+        let candidates = asked.candidates.map(|given| targets.beside::<Int64>("candidates", given)?.contiguous());
+        let candidates = candidates.transpose()?;
+        let rows = i64::try_from(targets.count())?;
+        if let Some(given) = candidates.as_ref().filter(|given| given.sizes().first() != Some(&rows)) {
+            return Err(PyValueError::new_err(format!("candidates: expected [{rows}, M], got {:?}", given.sizes())));
+        }
+        let candidate_count = candidates.as_ref().map_or(0, |given| given.columns() as i64);
+        let top = i64::try_from(asked.top)?;
+        let candidate_logits = targets.new_empty("candidate_logits", &[rows, candidate_count], Float32)?;
+        let top_tokens = targets.new_empty("top_tokens", &[rows, top], Int64)?;
+        let top_logits = targets.new_empty("top_logits", &[rows, top], Float32)?;
+        Ok(Self {
+            candidates: candidates.map(|given| given.into_tensor().unbind()),
+            candidate_logits: candidate_logits.into_tensor().unbind(),
+            top_tokens: top_tokens.into_tensor().unbind(),
+            top_logits: top_logits.into_tensor().unbind(),
+            candidate_count,
+            top,
+        })
+    }
+
+    /// The same for the rows from `row` on.
+    fn of_rows(&self, py: Python<'_>, row: u64) -> PyResult<DeviceSelection> {
+        let (candidate_count, top) = (self.candidate_count.cast_unsigned(), self.top.cast_unsigned());
+        let floats = |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Float32>::new("logits", tensor.bind(py))?.address());
+        let integers = |tensor: &Py<PyAny>| Ok::<_, PyErr>(CudaView::<Int64>::new("tokens", tensor.bind(py))?.address());
+        let candidates = self.candidates.as_ref().map_or(Ok(0), integers)?;
+        Ok(DeviceSelection {
+            candidates: candidates + 8 * row * candidate_count,
+            candidate_logits: floats(&self.candidate_logits)? + 4 * row * candidate_count,
+            top_tokens: integers(&self.top_tokens)? + 8 * row * top,
+            top_logits: floats(&self.top_logits)? + 4 * row * top,
+            candidate_count,
+            top,
+        })
+    }
+}
+
 /// Statistics of `[N]` targets, on the targets' device and torch's current stream.
 struct Statistics {
     vocabulary: Vocabulary,
     states: Py<PyAny>,
+    selection: Option<Selection>,
 }
 
 /// [`crate::backend::Backend::token_statistics`].
@@ -90,14 +148,12 @@ pub(super) fn statistics(
     tokens: TokenArguments<'_, '_>,
     selection: SelectionArguments<'_, '_>,
 ) -> PyResult<Box<dyn TokenStatistics>> {
-    if !selection.is_empty() {
-        let message = "candidates, top: expected None and 0 on a CUDA device, which has no kernel for them";
-        return Err(PyValueError::new_err(message));
-    }
     let vocabulary = Vocabulary::new(&tokens)?;
     let sizes = [i64::try_from(vocabulary.rows)?, (ROW_STATE_BYTES / 8).cast_signed()];
-    let states = vocabulary.targets(tokens.targets.py())?.new_empty("states", &sizes, Int64)?;
-    Ok(Box::new(Statistics { vocabulary, states: states.into_tensor().unbind() }))
+    let targets = vocabulary.targets(tokens.targets.py())?;
+    let states = targets.new_empty("states", &sizes, Int64)?.into_tensor().unbind();
+    let selection = if selection.is_empty() { None } else { Some(Selection::new(selection, &targets)?) };
+    Ok(Box::new(Statistics { vocabulary, states, selection }))
 }
 
 impl TokenStatistics for Statistics {
@@ -106,12 +162,13 @@ impl TokenStatistics for Statistics {
         let (products, tile) = self.vocabulary.tile(products, row, column)?;
         let targets = self.vocabulary.targets(py)?.address() + row * 8;
         let states = self.states(py)?.address() + row * ROW_STATE_BYTES;
+        let selection = self.selection.as_ref().map(|selection| selection.of_rows(py, row)).transpose()?;
         let (ordinal, stream) = (products.ordinal(), products.stream()?);
         gate::launch(py, || {
             let device = Device::get(ordinal)?;
-            // SAFETY: the tile's rows and columns are inside the targets, states and biases, as has been checked, and torch
-            // promises that a tensor's sizes and strides stay inside its memory; it orders other work by the stream.
-            unsafe { device.fold_logits(stream, &tile, targets, states) }
+            // SAFETY: the tile's rows and columns are inside the targets, states, biases and selections, as has been checked,
+            // and torch promises that a tensor's sizes and strides stay inside its memory; it orders other work by the stream.
+            unsafe { device.fold_logits(stream, &tile, targets, states, selection.as_ref()) }
         })
     }
 
@@ -132,8 +189,31 @@ impl TokenStatistics for Statistics {
         Ok(outputs.into_iter().map(CudaView::into_tensor).collect())
     }
 
-    fn finish_selected<'py>(&self, _py: Python<'py>) -> PyResult<Selected<'py>> {
-        Ok((None, None, None))
+    fn finish_selected<'py>(&self, py: Python<'py>) -> PyResult<Selected<'py>> {
+        let Some(selection) = &self.selection else { return Ok((None, None, None)) };
+        let (states, rows) = (self.states(py)?, i64::try_from(self.vocabulary.rows)?);
+        let candidate_logprobs =
+            states.new_empty("candidate_logprobs", &[rows, selection.candidate_count], Float32)?;
+        let top_tokens = states.new_empty("top_tokens", &[rows, selection.top], Int64)?;
+        let top_logprobs = states.new_empty("top_logprobs", &[rows, selection.top], Float32)?;
+        let to = DeviceSelected {
+            candidate_logprobs: candidate_logprobs.address(),
+            top_tokens: top_tokens.address(),
+            top_logprobs: top_logprobs.address(),
+        };
+        let known = selection.of_rows(py, 0)?;
+        let (ordinal, stream, from) = (states.ordinal(), states.stream()?, states.address());
+        gate::launch(py, || {
+            let device = Device::get(ordinal)?;
+            // SAFETY: each output has a number for each token that is asked for of each row; the rest as in `fold`.
+            unsafe { device.finish_selected(stream, from, rows.cast_unsigned(), &known, to) }
+        })?;
+        let (has_candidates, has_top) = (selection.candidates.is_some(), selection.top > 0);
+        Ok((
+            has_candidates.then(|| candidate_logprobs.into_tensor()),
+            has_top.then(|| top_tokens.into_tensor()),
+            has_top.then(|| top_logprobs.into_tensor()),
+        ))
     }
 }
 

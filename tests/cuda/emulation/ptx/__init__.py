@@ -3,7 +3,8 @@
     memory = Memory()
     hidden = memory.input("hidden", array)
     values = memory.output("values", (rows,), np.float32)
-    Module(ptx_text).launch("vhead_forward_float32_vector", grid=(4,), block=(256,), args=[..., values], memory=memory)
+    arguments = [..., values]
+    Module(ptx_text).launch("vhead_value_head_float32_vector", grid=(4,), block=(256,), args=arguments, memory=memory)
     values.array, hidden.bytes_read
 
 Only what the kernels' PTX uses is known; an instruction beyond that raises instead of guessing. Every access is checked
