@@ -42,6 +42,7 @@ LAYERS = [
     {"training"},
     {"fitting"},
     {"report"},
+    {"serve"},
     {"demo", "benchmark"},
     {"cli"},
     {"__main__"},

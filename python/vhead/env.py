@@ -6,8 +6,10 @@
 | `VHEAD_NUM_THREADS` | threads of the native CPU kernels, 1 to 1024; unset: as many as torch has been told to use |
 | `VHEAD_ALLOW_PICKLE` | `1`: read pickled checkpoints also on torch before 2.6, where such a file can run code |
 | `VHEAD_TENSOR_VIEW` | `attributes`: read tensors by their Python attributes even where torch offers DLPack's C table |
+| `VHEAD_API_KEY` | what clients of `vhead serve` have to send as a bearer token; unset or empty: nothing |
 
-They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened.
+They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened, and
+`VHEAD_API_KEY` when a server starts.
 The commands also set variables of OpenMP: see `vhead.cli.threads`.
 """
 
@@ -51,6 +53,11 @@ def allows_pickle() -> bool:
         EnvironmentVariableError: `VHEAD_ALLOW_PICKLE` is neither 0 nor 1.
     """
     return _choice("VHEAD_ALLOW_PICKLE", ("0", "1")) == "1"
+
+
+def api_key() -> str | None:
+    """The key of a server, where the environment has one."""
+    return os.environ.get("VHEAD_API_KEY") or None
 
 
 def available_cores() -> int:

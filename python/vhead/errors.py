@@ -189,6 +189,40 @@ class BenchmarkError(VheadError, ValueError):
     """A measurement is not possible: the device is not there or too small, or torch.compile does not work."""
 
 
+class RequestError(VheadError):
+    """A server refuses a request.
+
+    Attributes:
+        status: The status code of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RequestError, (str(self), self.status)
+
+
+class ServerBusyError(VheadError):
+    """A server's queue has no room for one more request.
+
+    Attributes:
+        retry_after: Seconds after which there will probably be room.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ServerBusyError, (str(self), self.retry_after)
+
+
+class ServerStoppingError(VheadError):
+    """A server answers what it has accepted, takes nothing more, and then stops."""
+
+
 class CudaError(VheadError, RuntimeError):
     """The CUDA driver or a device refused a call, so the result was not computed."""
 

@@ -14,6 +14,7 @@ from vhead.cli.demo import demo
 from vhead.cli.environment import environment
 from vhead.cli.fit import fit
 from vhead.cli.score import score
+from vhead.cli.serve import serve
 from vhead.cli.sync import sync
 from vhead.cli.terminal import escaped, show
 
@@ -36,6 +37,7 @@ class _Commands(TyperGroup):
 COMMANDS: dict[str, Callable[..., object]] = {
     "score": score,
     "fit": fit,
+    "serve": serve,
     "compare": compare,
     "convert": convert,
     "sync": sync,

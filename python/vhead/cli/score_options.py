@@ -347,7 +347,7 @@ class ScoreRequest:
 
 
 # What the command line and `Scorer.from_pretrained` call alike.
-_LOADING = ("head", "dtype", "device", "normalize_rewards", "allow_random_head", "trust_remote_code")
+LOADING = ("head", "dtype", "device", "normalize_rewards", "allow_random_head", "trust_remote_code")
 
 
 def request_of(given: Mapping[str, Any]) -> ScoreRequest:
@@ -367,7 +367,7 @@ def request_of(given: Mapping[str, Any]) -> ScoreRequest:
     made = {
         "fields": checked_fields(plain["fields"]),
         **_returns_and_advantages(plain),
-        "loading": {name: plain[name] for name in _LOADING},
+        "loading": {name: plain[name] for name in LOADING},
         "options": {name: plain[name] for name in of_scorer} | {"truncation": truncation},
         "skips": plain["on_error"] == OnError.SKIP,
     }

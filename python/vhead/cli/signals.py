@@ -11,8 +11,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -95,3 +95,20 @@ class Signals:
             if select.select([], [_STANDARD_ERROR], [], 0.1)[1]:
                 os.write(_STANDARD_ERROR, line)
         os._exit(code)
+
+
+@contextmanager
+def answered_by(stop: Callable[[], None]) -> Iterator[None]:
+    """Calls `stop` for each SIGINT and SIGTERM, in place of ending the command: for one that takes its time to end."""
+    wakeup = signal.set_wakeup_fd(-1)
+    before = {
+        number: signal.signal(number, lambda *_: stop())
+        for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)

@@ -1,6 +1,6 @@
 """From a rollout to token ids that the model can take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast, get_args
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, VheadError
 from vhead.rollouts.chat import chat_passage
-from vhead.rollouts.messages import Message
+from vhead.rollouts.messages import Message, check_unicode, checked_messages
 from vhead.rollouts.rollout import Rollout
 from vhead.rollouts.template import Template
 from vhead.rollouts.text import Passage, Spans, TextTokenizer, Tokens, no_spans
-from vhead.rollouts.wording import Id
+from vhead.rollouts.wording import Id, shown
 
 Truncation = Literal["prompt", "completion"]
 
@@ -134,6 +134,9 @@ class Encoder:
         separate_tokens: Whether prompt and completion are tokenised apart.
         append_eos: Whether a completion of plain text is followed by the end-of-sequence token.
 
+    Attributes:
+        limit: As given.
+
     Raises:
         VheadError: `append_eos` is asked for, and the tokenizer has no such token.
     """
@@ -148,9 +151,9 @@ class Encoder:
         append_eos: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self.limit = limit
         self._text = TextTokenizer(tokenizer, separate=separate_tokens, append_eos=append_eos)
         self._vocabulary_size = vocabulary_size
-        self._limit = limit
 
     def encode(self, index: int, rollout: Rollout, name: str, *, with_spans: bool = False) -> Encoded:
         """The rollout's token ids.
@@ -170,7 +173,7 @@ class Encoder:
             raise self._error(tokens, name)
         self._check_candidates(rollout.candidates, name)
         is_chat = rollout.kind == "messages"
-        first, stop = self._limit.kept(count, length - count, name, is_chat=is_chat)
+        first, stop = self.limit.kept(count, length - count, name, is_chat=is_chat)
         mask = None if tokens.mask is None else tokens.mask[: stop - count]
         if mask is not None and not mask.any():
             expected = f"a token of the model's among the {stop - count} that stay when the completion is truncated"
@@ -186,6 +189,28 @@ class Encoder:
             mask=mask,
             candidates=None if rollout.candidates is None else rollout.candidates[: stop - count],
         )
+
+    def whole(self, given: str | Sequence[Message], name: str, *, generation_prompt: bool = False) -> NDArray[np.int64]:
+        """The token ids of a text or a chat that is not parted into prompt and completion, of any length.
+
+        Args:
+            given: Plain text, with what the tokenizer puts in front of a text; or messages, by the chat template.
+            name: What errors call it.
+            generation_prompt: Whether a chat ends with what makes the model answer.
+
+        Raises:
+            FieldError: There is no tokenizer or no template, or the template refuses the chat.
+        """
+        if self._tokenizer is None:
+            raise FieldError(name, "input", expected="token ids, because the model has no tokenizer", got=shown(given))
+        if isinstance(given, str):
+            check_unicode(given, name, "input")
+            return self._text.plain(Passage(given, 0, 0, len(given))).ids
+        template = Template(self._tokenizer, name)
+        template.check()
+        messages = checked_messages(given, "messages", name)
+        text = template.rendered(messages, add_generation_prompt=generation_prompt)
+        return self._text.rendered(Passage(text, 0, 0, len(text))).ids
 
     def _tokens(self, rollout: Rollout, name: str, *, with_spans: bool) -> Tokens:
         """The tokens, with spans of the completion's characters where they are asked for."""

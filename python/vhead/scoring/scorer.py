@@ -133,6 +133,16 @@ class Scorer:
         return self._engine.plan
 
     @property
+    def encoder(self) -> Encoder:
+        """Turns rollouts into the token ids that this scorer scores; it is used in one thread at a time."""
+        return self._encoder
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the head gives for a hidden state."""
+        return self._engine.outputs.count
+
+    @property
     def conventions(self) -> Conventions:
         """Which positions values and rewards are read at."""
         return self._conventions
