@@ -1,6 +1,7 @@
 """`vhead serve`: scores over HTTP."""
 
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -146,7 +147,9 @@ def serve(
         _check_extra()
         address = _address(given)
         if not _run(given, address):
-            raise typer.Exit(FAILED)
+            # A batch may still be computed, and torch ends a process badly whose threads it still uses.
+            sys.stderr.flush()
+            os._exit(FAILED)
 
 
 def _check_extra() -> None:
