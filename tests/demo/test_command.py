@@ -160,6 +160,15 @@ def test_black_text_is_readable_on_the_few_colours() -> None:
     assert min((luminance(paper) + 0.05) / 0.05 for paper in papers) >= 7.0
 
 
+@pytest.mark.parametrize("name", ["rollouts.parquet", "rollouts", "-"])
+def test_rollouts_are_written_as_json_lines_alone(command, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    result = RUNNER.invoke(command, ["--write", name])
+    assert result.exit_code == 2
+    assert "expected a name that ends in .jsonl" in " ".join(result.stderr.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_quickstart_s_file_can_be_written(command: typer.Typer, tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     result = RUNNER.invoke(command, ["--write", str(path)])

@@ -127,6 +127,11 @@ class TestFromPretrained:
         weights = load_file(critic_folder / "model.safetensors")
         assert torch.equal(scorer.model.v_head.summary.weight, weights["v_head.summary.weight"])
 
+    def test_a_head_that_is_not_there_is_not_taken_for_one_without_a_head(self, plain_folder, tmp_path):
+        missing = tmp_path / "nowhere.safetensors"
+        with pytest.raises(HeadNotFoundError, match=re.escape(f"{missing}: ") + ".*no such file or folder"):
+            Scorer.from_pretrained(plain_folder, head=missing)
+
     def test_a_model_without_a_head_is_an_error(self, plain_folder):
         found = re.escape(f"{plain_folder}: expected a trained value head, found none; ")
         with pytest.raises(HeadNotFoundError, match=f"{found}.*--allow-random-head"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vhead.demo.rollouts import DemoRollout
 
 PICTURES = (".svg", ".html")
+ROLLOUTS = ".jsonl"
 LINE_END = b"\n"
 
 
@@ -36,6 +37,12 @@ def _picture_name(value: Path | None) -> Path | None:
     return value
 
 
+def _rollouts_name(value: Path | None) -> Path | None:
+    if value is not None and value.suffix != ROLLOUTS:
+        raise typer.BadParameter(f"expected a name that ends in {ROLLOUTS}, got {value.name!r}")
+    return value
+
+
 def demo(
     *,
     passages: Annotated[
@@ -51,7 +58,9 @@ def demo(
     write: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the rollouts to this new .jsonl file for vhead score, and score nothing."
+            metavar="FILE",
+            help="Write the rollouts to this new .jsonl file for vhead score, and score nothing.",
+            callback=_rollouts_name,
         ),
     ] = None,
 ) -> None:

@@ -51,7 +51,8 @@ def load_critic(
     if weights is None and (head is not None or not allow_random_head):
         # A random head never takes the place of one that was named.
         if head is not None:
-            raise HeadNotFoundError(f"{head}: expected a trained value head, found none")
+            found = "none" if Path(head).exists() else "no such file or folder, and no repository with one on the hub"
+            raise HeadNotFoundError(f"{head}: expected a trained value head, found {found}")
         raise HeadNotFoundError(
             f"{path}: expected a trained value head, found none; "
             "to score with a new, untrained one, pass allow_random_head=True (--allow-random-head)"
