@@ -31,7 +31,7 @@ MUTANTS = [
         "    __syncthreads();\n    float peak = memory.peak;",
         "    float peak = memory.peak;",
     ),
-    ("no barrier after the peaks", "__syncthreads();\n\n        float reference = peak;", "float reference = peak;"),
+    ("no barrier after the peaks", "__syncthreads();\n\n        float reference = peak,", "float reference = peak,"),
     (
         "no barrier after the lanes",
         "        __syncthreads();\n\n        if (threadIdx.x < WARP)",
