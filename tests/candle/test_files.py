@@ -90,7 +90,7 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path):
 
 
 def test_a_folder_is_an_os_error(tmp_path):
-    with pytest.raises(OSError, match=f"expected a safetensors file, got a folder.*{tmp_path}"):
+    with pytest.raises(OSError, match=f"{tmp_path}: expected a safetensors file, got a folder"):
         CandleValueHead.load(tmp_path)
 
 
