@@ -400,7 +400,37 @@ def returns(data: Data) -> Iterator[str]:
         yield f"| {name} | {statistics.median(seconds) * 1e3:.2f} |"
 
 
+def agents(data: Data) -> Iterator[str]:
+    """`agents.py`."""
+    rows, p = data["times"], data["provenance"]
+    yield f"{source(p)} {p['layers']} layers of Qwen2-0.5B's shape, float32."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+
+    def seconds(figure: str, name: str, clock: str) -> list[float]:
+        return [row[clock] for row in select(rows, figure=figure) if row.get("implementation") == name]
+
+    for clock, of in (("wall_s", "time"), ("processor_s", "processor time")):
+        for figure, name, base, goal in AGENT_RATIOS:
+            over = _ratio(seconds(figure, name, clock), seconds(figure, base, clock))
+            yield judged(f"{of} of {figure}, {name} over {base}", f"<= {goal}x", f"{over:.2f}x", reached=over <= goal)
+        faster = _ratio(seconds("trace", "turn by turn", clock), seconds("trace", "one pass", clock))
+        yield at_least(f"speed of a trace of {p['turns']} turns over turn by turn, by {of}", 5.0, faster)
+        taken = statistics.median(seconds("compare", "compare", clock))
+        yield judged(f"{of} of compare, {p['tokens']} tokens", "< 2 s", f"{taken:.2f} s", reached=taken < 2)
+    (apart,) = (row["max_difference"] for row in rows if "max_difference" in row)
+    yield judged("largest difference from turn by turn", "<= 1e-5", f"{apart:.1e}", reached=apart <= 1e-5)
+
+
+# What is measured, against what, and how much longer it may take.
+AGENT_RATIOS = (
+    ("heads", "more", "one", 1.05),
+    ("candidates", "candidates", "sampled", 1.15),
+    ("candidates", "top", "sampled", 1.25),
+)
+
+
 PAGES: dict[str, Page] = {
+    "agents": agents,
     "fitting": fitting,
     "generation": generation,
     "head": head,
