@@ -208,7 +208,7 @@ def killed_often(folder, work, count):
 
 @pytest.fixture(scope="module")
 def outcome_of():
-    """Runs a function in a process of one thread, from which children can be forked; importing torch once takes long."""
+    """Runs a function in a process of one thread, from which children can be forked; importing torch takes long."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         yield lambda function, *arguments: process.submit(function, *arguments).result(scaled(250, 3000))
 

@@ -22,7 +22,8 @@ RANKS = 2
 def critic(seed):
     model = AutoModelForCausalLMWithValueHead(language_model())
     torch.manual_seed(seed)
-    torch.nn.init.normal_(model.v_head.summary.weight)
+    for parameter in model.v_head.parameters():
+        torch.nn.init.normal_(parameter)
     return model
 
 
