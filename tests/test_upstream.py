@@ -33,6 +33,7 @@ DATA = {
 # Attributes that other packages look for on our classes, or set on any module, so that their absence changes nothing.
 PROTOCOL = {
     "_exit",  # os's
+    "_gradient_checkpointing_func",  # transformers', on layers that gradient checkpointing computes again
     "_hf_hook",  # accelerate's, on modules that it offloads
     "_keys_to_ignore_on_save",
     "_no_split_modules",
@@ -87,7 +88,12 @@ def own_names(tree: ast.AST) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.Name(id=name, ctx=ast.Store())
+            ):
                 found.add(name)
             case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
                 found.add(name)

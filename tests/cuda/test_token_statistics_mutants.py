@@ -31,7 +31,7 @@ MUTANTS = [
         "    __syncthreads();\n    float peak = memory.peak;",
         "    float peak = memory.peak;",
     ),
-    ("no barrier after the peaks", "__syncthreads();\n\n        float reference = peak;", "float reference = peak;"),
+    ("no barrier after the peaks", "__syncthreads();\n\n        float reference = peak,", "float reference = peak,"),
     (
         "no barrier after the lanes",
         "        __syncthreads();\n\n        if (threadIdx.x < WARP)",
@@ -158,12 +158,15 @@ def wrong_selection(emulator: Emulator) -> Iterator[str]:
     """Ties, rising peaks, rows of which nothing is known; rounds, tiles and candidates anywhere and nowhere."""
     torch.manual_seed(0)
     products = torch.randn(4, 9500) + torch.arange(9500) / 3000
-    products[0] = torch.randint(6, (9500,)).float()
+    products[0] = torch.randint(500, (9500,)).float()  # ties of the largest: some twenty
     products[1, 8 * BLOCK : 9 * BLOCK] = -9.0  # the second round's largest are in its second block
     products[1, [1023, 8191, 9499]] = torch.tensor([20.0, 21.0, 22.0])  # the last of a lane, a block, a round, the row
     products[2, 7] = torch.nan
     products[3, 3:] = -torch.inf
     candidates = torch.cat([torch.tensor([[0, 9499, 1023, 1024, 8191, 8192]] * 4), torch.randint(9500, (4, 130))], 1)
+    # First, quickly, what a mutant that takes every equal logit would go through for minutes in the row of -inf.
+    small = Case(products[:1, :1100], torch.tensor([70]), candidates=candidates[:1, 6:] % 1100, top=12)
+    yield from wrongly_selected(emulator, small)
     case = Case(products, torch.tensor([1400, 9200, 5000, 1]), candidates=candidates, top=12)
     for columns in (None, 8 * BLOCK):
         yield from wrongly_selected(emulator, case, columns=columns)
