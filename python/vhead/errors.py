@@ -279,7 +279,17 @@ def loading(what: str | Path) -> Iterator[None]:
     except BaseException as error:
         if _is_own_mistake(error):
             raise
-        raise LoadError(f"{what}: cannot be loaded: {in_one_line(error)}") from error
+        raise LoadError(f"{what}: cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What another package says, or in our own words where it would send somebody to another package's switches."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that comes with it; read that code, and if you trust it, pass "
+            "trust_remote_code=True, or --trust-remote-code on the command line"
+        )
+    return in_one_line(error)
 
 
 def _is_own_mistake(error: BaseException) -> bool:
