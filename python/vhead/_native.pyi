@@ -20,7 +20,6 @@ __all__ = [
     "FeedForward",
     "LogitGradients",
     "LogitStatistics",
-    "Projection",
     "SyncPublisher",
     "SyncStage",
     "apply_dropout",
@@ -195,19 +194,6 @@ class FeedForward:
 
     def __new__(cls) -> FeedForward: ...
     def apply(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor: ...
-
-@final
-class Projection:
-    """Linear layers by the matrix unit, with the memory that one after the other needs.
-
-    Raises:
-        TypeError: A tensor is not bfloat16.
-        ValueError: Sizes do not fit.
-        RuntimeError: There is no such unit, or another thread is using this object.
-    """
-
-    def __new__(cls) -> Projection: ...
-    def apply(self, x: Tensor, again: bool, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
 @final
 class Attention:

@@ -2,14 +2,13 @@
 //!
 //! What the first two products give is rounded, gated and packed for the third one while it is in the cache.
 use crate::matrix_unit::{GROUP, Line, Packed, TASK_GROUPS, Unit, with_scratch};
-use crate::simd::feed_forward::{Gate, Round};
+use crate::simd::feed_forward::Gate;
 use crate::threads::Shared;
 use crate::{Error, Executor, Level, Result, Rows};
 use half::bf16;
-use std::ops::Range;
 
 /// Columns whose weights are packed at once; they stay in a second-level cache.
-pub(crate) const COLUMNS: usize = 256;
+const COLUMNS: usize = 256;
 /// Rows whose activations are held at once.
 const CHUNK_ROWS: usize = 2048;
 
@@ -112,19 +111,20 @@ impl FeedForward {
         for first in (0..down.count()).step_by(COLUMNS) {
             let range = first..down.count().min(first + COLUMNS);
             self.gate.pack_columns(down, range.clone(), executor)?;
-            write_products((self.activations.lines(), count), (&self.gate, range), None, (&to, down.count()), executor);
+            write_products(self.activations.lines(), count, &self.gate, range, &to, down.count(), executor);
         }
         Ok(())
     }
 }
 
-/// Writes the rounded products of `count` packed rows with packed columns, plus their bias, to those columns of `to`,
-/// `[count, width]`.
+/// Writes the rounded products of `count` packed rows with packed columns to those columns of `to`, `[count, width]`.
 pub(crate) fn write_products(
-    (rows, count): (&[Line], usize),
-    (columns, range): (&Packed, Range<usize>),
-    bias: Option<&[f32]>,
-    (to, width): (&Shared<'_, bf16>, usize),
+    rows: &[Line],
+    count: usize,
+    columns: &Packed,
+    range: std::ops::Range<usize>,
+    to: &Shared<'_, bf16>,
+    width: usize,
     executor: &dyn Executor,
 ) {
     let groups = count.div_ceil(GROUP);
@@ -135,14 +135,10 @@ pub(crate) fn write_products(
                 unit.multiply((rows, own.clone()), (columns, at), (products, GROUP));
                 let column = range.start + at * GROUP;
                 let written = GROUP.min(range.end - column);
-                let mut added = [0.0; GROUP];
-                if let Some(bias) = bias {
-                    added[..written].copy_from_slice(&bias[column..column + written]);
-                }
                 for (row, products) in (own.start * GROUP..count).zip(products.as_chunks::<GROUP>().0) {
                     // SAFETY: these columns of this row are nobody else's.
                     let to = unsafe { to.slice(row * width + column, written) };
-                    Level::Avx512.run(Round { from: products, added: &added, to });
+                    Level::Avx512.run(crate::simd::feed_forward::Round { from: products, to });
                 }
             }
         });

@@ -1,4 +1,4 @@
-//! What the CPU computes of a language model's layers: gated layers, projections and attention by its matrix unit, and norms.
+//! What the CPU computes of a language model's layers: gated layers and attention by its matrix unit, and norms.
 use crate::dtype::Int64;
 use crate::gate;
 use crate::tensor::{Output, TensorView};
@@ -41,40 +41,6 @@ impl FeedForward {
         let [gate, up, down] = weights.each_ref().map(|weight| weight.rows::<bf16>());
         let of = &mut self.0;
         gate::run(py, usize::MAX, || of.apply(&rows, [&gate, &up, &down], to, threads.executor()))?;
-        Ok(out.into_tensor())
-    }
-}
-
-/// Linear layers by the matrix unit, with the memory that one after the other needs.
-#[pyclass(module = "vhead._native")]
-pub(crate) struct Projection(vhead_core::Projection);
-
-#[pymethods]
-impl Projection {
-    #[new]
-    fn new() -> Self {
-        Self(vhead_core::Projection::new())
-    }
-
-    /// `x @ weight.T + bias` of bfloat16 `x` `[..., H]` and `weight` `[K, H]`; `again`: `x` is that of the call before.
-    fn apply<'py>(
-        &mut self,
-        x: &Bound<'py, PyAny>,
-        again: bool,
-        weight: &Bound<'py, PyAny>,
-        bias: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let py = x.py();
-        let (x, weight) = (bf16_rows("x", x)?, bf16_rows("weight", weight)?);
-        let bias = bias.map(|bias| TensorView::<Dtype>::new("bias", bias)?.owned_floats()).transpose()?;
-        let mut sizes = x.sizes().to_vec();
-        if let (Some(last), Some(width)) = (sizes.last_mut(), weight.sizes().first()) {
-            *last = *width;
-        }
-        let (mut out, threads) = (Output::<bf16>::new(py, &sizes)?, Threads::now(py)?);
-        let (rows, weight, to) = (x.rows::<bf16>(), weight.rows::<bf16>(), out.elements());
-        let of = &mut self.0;
-        gate::run(py, usize::MAX, || of.apply(&rows, again, &weight, bias.as_deref(), to, threads.executor()))?;
         Ok(out.into_tensor())
     }
 }

@@ -101,28 +101,25 @@ impl Softmax<'_> {
     #[inline(always)]
     fn weigh<S: Simd>(&mut self, simd: S, half: usize) {
         let start = half * WIDTH;
-        let (scale, least, nothing) = (simd.splat(self.scale), simd.splat(LEAST), simd.splat(HALF));
+        let (scale, nothing) = (simd.splat(self.scale), simd.splat(HALF));
         // SAFETY: 16 numbers each, and a packed line for each two keys, of which there are multiples of 32.
         unsafe {
             let before = simd.load_f32(self.largest.as_ptr().add(start));
-            let mut largest = [before; 4];
-            for products in self.products.as_chunks::<4>().0 {
-                for (largest, products) in largest.iter_mut().zip(products) {
-                    *largest = simd.maximum(simd.load_f32(products.as_ptr().add(start)), *largest);
-                }
+            let (mut even, mut odd) = (before, before);
+            for products in self.products.as_chunks::<2>().0 {
+                even = simd.maximum(simd.load_f32(products[0].as_ptr().add(start)), even);
+                odd = simd.maximum(simd.load_f32(products[1].as_ptr().add(start)), odd);
             }
-            let [a, b, c, d] = largest;
-            let largest = simd.maximum(simd.maximum(a, b), simd.maximum(c, d));
-            let power = |x: S::F32| exp(simd, simd.maximum(simd.multiply(simd.subtract(x, largest), scale), least));
-            let correction = power(before);
+            let largest = simd.maximum(even, odd);
+            let correction = power(simd, before, largest, scale);
             simd.store_f32(self.largest.as_mut_ptr().add(start), largest);
             simd.store_f32(self.correction.as_mut_ptr().add(start), correction);
             let mut sums = [simd.multiply(simd.load_f32(self.sums.as_ptr().add(start)), correction), simd.splat(0.0)];
             for (pair, products) in self.products.as_chunks::<2>().0.iter().enumerate() {
-                let [a, b] = [0, 1].map(|i| {
-                    let x = simd.load_f32(products[i].as_ptr().add(start));
-                    simd.choose_less(x, nothing, simd.splat(0.0), power(x))
-                });
+                let a = simd.load_f32(products[0].as_ptr().add(start));
+                let b = simd.load_f32(products[1].as_ptr().add(start));
+                let a = simd.choose_less(a, nothing, simd.splat(0.0), power(simd, a, largest, scale));
+                let b = simd.choose_less(b, nothing, simd.splat(0.0), power(simd, b, largest, scale));
                 sums = [simd.add(sums[0], a), simd.add(sums[1], b)];
                 let line = pair / WIDTH * GROUP + start + pair % WIDTH;
                 simd.store_bf16_pairs(self.to[line].0.as_mut_ptr(), a, b);
@@ -130,6 +127,12 @@ impl Softmax<'_> {
             simd.store_f32(self.sums.as_mut_ptr().add(start), simd.add(sums[0], sums[1]));
         }
     }
+}
+
+/// `e^((x - largest) * scale)`, and nothing smaller than [`exp`] gives.
+#[inline(always)]
+fn power<S: Simd>(simd: S, x: S::F32, largest: S::F32, scale: S::F32) -> S::F32 {
+    exp(simd, simd.maximum(simd.multiply(simd.subtract(x, largest), scale), simd.splat(LEAST)))
 }
 
 /// Multiplies rows of 32 numbers by as many factors, column by column.

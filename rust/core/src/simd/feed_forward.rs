@@ -56,10 +56,9 @@ fn silu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     simd.divide(numerator, simd.add(one, e))
 }
 
-/// Adds and rounds as many numbers as there is room for.
+/// Rounds as many numbers as there is room for.
 pub(crate) struct Round<'a> {
     pub(crate) from: &'a [f32; 32],
-    pub(crate) added: &'a [f32; 32],
     pub(crate) to: &'a mut [bf16],
 }
 
@@ -71,7 +70,6 @@ impl Kernel for Round<'_> {
             // SAFETY: 16 numbers from `first` on.
             unsafe {
                 let numbers = simd.load_f32(self.from.as_ptr().add(first));
-                let numbers = simd.add(numbers, simd.load_f32(self.added.as_ptr().add(first)));
                 simd.store_bf16(whole.as_mut_ptr().add(first), numbers);
             }
         }
@@ -79,8 +77,8 @@ impl Kernel for Round<'_> {
     }
 
     fn run_scalar(self) {
-        for ((from, added), to) in self.from.iter().zip(self.added).zip(self.to) {
-            *to = bf16::from_f32(*from + *added);
+        for (from, to) in self.from.iter().zip(self.to) {
+            *to = bf16::from_f32(*from);
         }
     }
 }
