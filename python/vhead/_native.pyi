@@ -258,6 +258,14 @@ class LogitGradients:
         gradients: Sequence[Tensor],
     ) -> LogitGradients: ...
     def differentiate(self, products: Tensor, row: int, column: int, out: Tensor | None = None) -> None: ...
+    def add_products(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        column: int,
+        grad_hidden: Tensor | None = None,
+        grad_weight: Tensor | None = None,
+    ) -> None: ...
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> object: ...
