@@ -427,6 +427,8 @@ AGENT_RATIOS = (
     ("candidates", "candidates", "sampled", 1.15),
     ("candidates", "top", "sampled", 1.25),
 )
+
+
 def sync(data: Data) -> Iterator[str]:
     """`sync.py`."""
     p = data["provenance"]
@@ -472,6 +474,8 @@ def _sync_changes(rows: dict[str, Data]) -> Iterator[str]:
     yield at_least(
         "swap of changes: a memory copy of the body over it", 0.5, _ratio(times["memory copy"], times["swap"])
     )
+
+
 def update(data: Data) -> Iterator[str]:
     """`update.py`."""
     times, memory, p = data["times"], data.get("memory", []), data["provenance"]

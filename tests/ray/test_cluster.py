@@ -41,7 +41,12 @@ def found(trained: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) ->
     output = folder / "found.json"
     command = [sys.executable, "-m", "tests.ray.cluster", str(output), str(folder / "published")]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-10_000:]
     return json.loads(output.read_text())

@@ -182,7 +182,9 @@ def _beside(table: Any, other: Any) -> Any:
     """Two tables of the same rows as one."""
     for name in other.column_names:
         if name in table.column_names:
-            expected = "no such column in the data set, because the scores go there; give them other names with `suffix`"
+            expected = (
+                "no such column in the data set, because the scores go there; give them other names with `suffix`"
+            )
             raise FieldError("the data set", name, expected=expected, got="one")
         table = table.append_column(other.schema.field(name), other.column(name))
     return table
