@@ -193,8 +193,8 @@ class TestBadData:
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"vhead: what has been scored is kept in {tmp_path / 'out.jsonl.partial'}; to continue, mend the record and "
-            "give the same command with --resume, or add --on-error skip as well",
+            f"vhead: what has been scored is kept in {tmp_path / 'out.jsonl.partial'}; to continue, mend the record "
+            "and give the same command with --resume, or add --on-error skip as well",
             f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
             "(Expecting property name enclosed in double quotes)",
         ]

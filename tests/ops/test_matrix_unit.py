@@ -51,6 +51,85 @@ def test_sizes_of_a_gated_layer_that_do_not_fit_are_refused() -> None:
         layers(drawn(3, 32), drawn(64, 32).float(), drawn(64, 32), drawn(32, 64))
 
 
+def gradients_of(operation, x: Tensor, weight: Tensor, upstream: list[Tensor], *rest, **rule) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight)]
+    found = operation(*leaves, *rest, **rule)
+    return [grad.double() for grad in torch.autograd.grad(found[:2], leaves, [u.to(found[0].dtype) for u in upstream])]
+
+
+RULES = [{}, {"temperature": 0.7, "softcap": 5.0, "scale": 1.3}]
+
+
+@needs_unit
+@pytest.mark.parametrize("rule", RULES, ids=["plain", "with a rule"])
+@pytest.mark.parametrize(("rows", "hidden", "vocabulary"), [(1, 31, 40), (37, 100, 3000), (200, 64, 17_000)])
+def test_gradients_by_the_unit_are_as_near_to_float64_as_two_roundings_let_them_be(
+    rows: int, hidden: int, vocabulary: int, rule: dict[str, float]
+) -> None:
+    torch.manual_seed(rows)
+    x, weight = 4 * drawn(rows, hidden), 4 * drawn(vocabulary, hidden)
+    targets = torch.randint(0, vocabulary, (rows,))
+    upstream = [torch.randn(rows), torch.randn(rows)]
+
+    exact = gradients_of(ops.token_statistics_plain, x.double(), weight.double(), upstream, targets, **rule)
+    own = gradients_of(ops.token_logprobs, x, weight, upstream, targets, **rule)
+    swapped = gradients_of(ops.token_logprobs, x, weight, upstream[::-1], targets, **rule)
+    for found, wrong, expected in zip(own, swapped, exact, strict=True):
+        # A gradient of a product and a sum of them are rounded to eight bits each.
+        assert (found - expected).norm() <= 4e-3 * expected.norm()
+        assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+@needs_unit
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_a_gradient_by_the_unit_is_the_same_where_the_other_one_is_not_asked_for(trained: str) -> None:
+    x, weight, targets = drawn(70, 50), drawn(2100, 50), torch.randint(0, 2100, (70,))
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    both = torch.autograd.grad(ops.token_logprobs(x, weight, targets)[0].sum(), leaves)
+    asked = ["hidden", "weight"].index(trained)
+    leaves[1 - asked].requires_grad_(False)
+    (alone,) = torch.autograd.grad(ops.token_logprobs(x, weight, targets)[0].sum(), [leaves[asked]])
+    assert torch.equal(alone, both[asked])
+
+
+@needs_unit
+def test_gradients_by_the_unit_need_no_tile_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vhead.ops.token_statistics import operator
+
+    monkeypatch.setattr(operator, "Sums", None)
+    x, weight = drawn(5, 50).requires_grad_(), drawn(70, 50).requires_grad_()
+    ops.token_logprobs(x, weight, torch.arange(5))[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+
+
+@needs_unit
+def test_a_bias_gets_its_gradient_too() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = drawn(9, 50), drawn(70, 50), torch.randn(70, requires_grad=True)
+    targets = torch.arange(9)
+    (found,) = torch.autograd.grad(ops.token_logprobs(x, weight, targets, bias=bias)[0].sum(), [bias])
+    doubled = [x.double(), weight.double(), targets]
+    (exact,) = torch.autograd.grad(ops.token_statistics_plain(*doubled, bias=bias)[0].sum(), [bias])
+    assert (found - exact).abs().max() < 1e-4
+
+
+@needs_unit
+def test_gradients_that_do_not_fit_are_refused() -> None:
+    x, weight, numbers = drawn(4, 32), drawn(64, 32), torch.randn(4)
+    gradients = _native.LogitGradients(torch.arange(4), 64, None, 1.0, None, 1.0, [numbers] * 3, [numbers] * 2)
+    with pytest.raises(ValueError, match="grad_weight"):
+        gradients.add_products(x, weight, 0, None, drawn(63, 32))
+    with pytest.raises(ValueError, match="grad_hidden"):
+        gradients.add_products(x, weight, 0, torch.zeros(4, 31), None)
+    with pytest.raises(ValueError, match="grad_weight: expected bfloat16, got float32"):
+        gradients.add_products(x, weight, 0, None, torch.zeros(64, 32))
+    with pytest.raises(ValueError, match="column"):
+        gradients.add_products(x, weight[:32], 32)
+    with pytest.raises(ValueError, match="hidden"):
+        gradients.add_products(drawn(5, 32), weight, 0)
+
+
 @needs_unit
 @pytest.mark.parametrize(("rows", "hidden", "vocabulary"), [(1, 31, 40), (37, 100, 3000), (200, 64, 17_000)])
 def test_statistics_by_the_unit_are_as_near_to_float64_as_those_of_upcast_operands(
