@@ -33,6 +33,7 @@ class ScorerPlan:
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
+        adapters: Which adapter computes what; empty: the active one computes everything, or there are none.
     """
 
     architecture: str
@@ -44,6 +45,7 @@ class ScorerPlan:
     long_strategy: str
     logits: str = ""
     matrix_unit: str = ""
+    adapters: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
@@ -53,7 +55,11 @@ class ScorerPlan:
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
         lines.append(f"  logits: {self.logits}")
-        return "\n".join([*lines, f"  matrix unit: {self.matrix_unit}"] if self.matrix_unit else lines)
+        if self.matrix_unit:
+            lines.append(f"  matrix unit: {self.matrix_unit}")
+        if self.adapters:
+            lines.append(f"  adapters: {self.adapters}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
