@@ -9,8 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vhead.errors import RequestError
-from vhead.serve import native, operations, reward_servers, vllm
+from vhead.errors import RequestError, ServerBusyError, ServerStoppingError
+from vhead.serve import native, operations, page, reward_servers, vllm
 from vhead.serve.answering import Answering
 from vhead.serve.entrance import Entrance, error_response, response_to
 from vhead.serve.service import Service
@@ -23,6 +23,8 @@ _BODIES = (
     vllm.TokenizeBody,
     reward_servers.GetRewardBody,
     reward_servers.EvaluationBody,
+    operations.ReloadBody,
+    operations.RollbackBody,
 )
 
 
@@ -38,9 +40,11 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     answering = Answering(service)
     for protocol in PROTOCOLS:
         app.include_router(protocol.router(answering))
-    app.include_router(operations.router(service))
+    app.include_router(operations.router(answering, is_keyed=api_key is not None))
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestError, _of_request)
+    for error in (RequestError, ServerBusyError, ServerStoppingError):
+        app.add_exception_handler(error, _of_request)
+    app.include_router(page.router())
     app.add_middleware(Entrance, metrics=service.metrics, api_key=api_key)
     _describe(app)
     return app

@@ -18,8 +18,8 @@ from vhead.serve.metrics import Metrics
 
 logger = logging.getLogger("vhead.serve")
 
-# What a machine that looks whether the server lives asks without a key.
-_OPEN = frozenset({"/health", "/ready"})
+# What a machine that looks whether the server lives asks without a key, and the page, which then asks for one.
+_OPEN = frozenset({"/", "/health", "/ready"})
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _CLIENT = re.compile(r"[ -~]{1,64}")
 # Nobody is there to read it; proxies write this number into their logs.
