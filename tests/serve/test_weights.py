@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -184,9 +185,9 @@ def test_who_is_on_this_machine(host, expected):
 )
 def test_bad_names_and_directories_are_usage_errors(given, field):
     given = {"other_models": None, "follow": None, **given}
+    read = _follow if field == "--follow" else partial(_others, names=["demo"])
     with pytest.raises(typer.BadParameter) as error:
-        _others(given, ["demo"])
-        _follow(given)
+        read(given)
     assert error.value.param_hint == field
 
 
