@@ -400,6 +400,82 @@ def returns(data: Data) -> Iterator[str]:
         yield f"| {name} | {statistics.median(seconds) * 1e3:.2f} |"
 
 
+def agents(data: Data) -> Iterator[str]:
+    """`agents.py`."""
+    rows, p = data["times"], data["provenance"]
+    yield f"{source(p)} {p['layers']} layers of Qwen2-0.5B's shape, float32."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+
+    def seconds(figure: str, name: str, clock: str) -> list[float]:
+        return [row[clock] for row in select(rows, figure=figure) if row.get("implementation") == name]
+
+    for clock, of in (("wall_s", "time"), ("processor_s", "processor time")):
+        for figure, name, base, goal in AGENT_RATIOS:
+            over = _ratio(seconds(figure, name, clock), seconds(figure, base, clock))
+            yield judged(f"{of} of {figure}, {name} over {base}", f"<= {goal}x", f"{over:.2f}x", reached=over <= goal)
+        faster = _ratio(seconds("trace", "turn by turn", clock), seconds("trace", "one pass", clock))
+        yield at_least(f"speed of a trace of {p['turns']} turns over turn by turn, by {of}", 5.0, faster)
+        taken = statistics.median(seconds("compare", "compare", clock))
+        yield judged(f"{of} of compare, {p['tokens']} tokens", "< 2 s", f"{taken:.2f} s", reached=taken < 2)
+    (apart,) = (row["max_difference"] for row in rows if "max_difference" in row)
+    yield judged("largest difference from turn by turn", "<= 1e-5", f"{apart:.1e}", reached=apart <= 1e-5)
+
+
+# What is measured, against what, and how much longer it may take.
+AGENT_RATIOS = (
+    ("heads", "more", "one", 1.05),
+    ("candidates", "candidates", "sampled", 1.15),
+    ("candidates", "top", "sampled", 1.25),
+)
+
+
+def sync(data: Data) -> Iterator[str]:
+    """`sync.py`."""
+    p = data["provenance"]
+    yield f"{source(p)} Bodies of {p['mebibytes']} MiB of bfloat16 in 16 tensors; {p['changed']:.0%} of it changed."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+    for row in data["head"]:
+        goal = 5 if row["what"] == "publish" else 2
+        yield at_most(f"{row['what']} a head, {row['place']}", goal, statistics.median(row["seconds"]) * 1e3, " ms")
+    yield from _sync_whole({row["what"]: row for row in data["body"]})
+    yield from _sync_changes({row["what"]: row for row in data["changes"]})
+    rates = [
+        [row["rollouts_per_s"] for row in data["reloads"] if row["publishes"] == publishes]
+        for publishes in (True, False)
+    ]
+    yield at_least("rollouts/s with a head a second, over none", 0.99, _ratio(*rates))
+    for row in data["shared"]:
+        share = row["proportional_bytes"] / row["body_bytes"]
+        what = "share_weights" if row["share"] else "each its own"
+        yield at_most(f"memory of {row['workers']} workers over one body, {what}", 1.15, share)
+    yield from ("", *table("| | median ms | load |"))
+    for row in (*data["body"], *data["changes"]):
+        if row["seconds"]:
+            kind = "changes" if "share" in row else "full"
+            yield f"| {kind}: {row['what']} | {statistics.median(row['seconds']) * 1e3:.0f} | {row['load']:.1f} |"
+
+
+def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
+    times = {what: row["seconds"] for what, row in rows.items()}
+    beside = [copy + digest for copy, digest in zip(times["cp"], times["digest"], strict=True)]
+    yield at_least("publishing: cp, sync and digest over it", 0.8, _ratio(beside, times["publish"]))
+    yield at_least("swap: a memory copy over it", 0.8, _ratio(times["memory copy"], times["swap"]))
+    rate = rows["digest"]["bytes"] / statistics.median(times["digest"]) / 1e9
+    yield judged("reading and digest, one core", "≥ 1.5 GB/s", f"{rate:.2f} GB/s", reached=rate >= 1.5)
+    extra = rows["anonymous memory"]["bytes"] / 2**20
+    yield at_most("extra anonymous memory of apply", 64, extra, " MiB")
+
+
+def _sync_changes(rows: dict[str, Data]) -> Iterator[str]:
+    size, times = rows["publish"]["bytes"], {what: row["seconds"] for what, row in rows.items()}
+    yield at_most("bytes of changes over those of all", 0.04, rows["publish"]["share"])
+    rate = 2 * size / statistics.median(times["publish"]) / 1e9
+    yield judged("publishing changes, of scanned pairs", "≥ 2 GB/s", f"{rate:.2f} GB/s", reached=rate >= 2)
+    yield at_least(
+        "swap of changes: a memory copy of the body over it", 0.5, _ratio(times["memory copy"], times["swap"])
+    )
+
+
 def update(data: Data) -> Iterator[str]:
     """`update.py`."""
     times, memory, p = data["times"], data.get("memory", []), data["provenance"]
@@ -407,8 +483,8 @@ def update(data: Data) -> Iterator[str]:
     yield source(p)
     yield (
         f"Qwen2-0.5B's shape with {p['layers']} layers, random weights; {work['rollouts']} rollouts: "
-        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of completions; forward and "
-        "backward of a policy's and a value loss."
+        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of "
+        "completions; forward and backward of a policy's and a value loss."
     )
     dtypes = tuple(dict.fromkeys(row["dtype"] for row in times))
     yield from ("", *GOALS)
@@ -457,6 +533,7 @@ def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
 
 
 PAGES: dict[str, Page] = {
+    "agents": agents,
     "fitting": fitting,
     "generation": generation,
     "head": head,
@@ -466,6 +543,7 @@ PAGES: dict[str, Page] = {
     "scoring-growth": scoring_growth,
     "scoring-overhead": scoring_overhead,
     "scoring-scale": scoring_scale,
+    "sync": sync,
     "token-statistics": token_statistics,
     "update": update,
 }

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from vhead import _native, ops
 from vhead.ops import matrix_unit
+from vhead.ops.norm import rms_norm
 from vhead.ops.token_statistics import operator
 from vhead.ops.token_statistics.cpu import CpuTiling
 
@@ -163,3 +164,72 @@ def test_onednns_variable_keeps_the_unit_out(monkeypatch: pytest.MonkeyPatch) ->
     assert not matrix_unit.has_matrix_unit()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
     assert matrix_unit.has_matrix_unit() == _native.has_matrix_unit()
+
+
+def row_of_a_tree(rows: int) -> tuple[Tensor, Tensor]:
+    """A beginning of half the rows, then two branches: ends and positions."""
+    half, quarter = rows // 2, rows // 4
+    ends = torch.tensor([rows] * half + [half + quarter] * quarter + [rows] * (rows - half - quarter))
+    positions = torch.cat([torch.arange(half + quarter), half + torch.arange(rows - half - quarter)])
+    return ends, positions
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    rows = torch.arange(len(ends))
+    visible = (rows <= rows[:, None]) & (rows[:, None] < ends)
+    if window is not None:
+        visible &= positions[:, None] - positions < window
+    each = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(each, 0), value.repeat_interleave(each, 0)
+    products = (query @ key.transpose(1, 2) * 0.2).masked_fill(~visible, float("-inf"))
+    return (products.softmax(-1).to(value.dtype) @ value).transpose(0, 1)
+
+
+@needs_unit
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(
+    ("rows", "heads", "key_heads", "size"), [(1, 2, 1, 64), (100, 4, 2, 80), (333, 7, 1, 96), (70, 2, 2, 256)]
+)
+def test_attention_by_the_unit_is_as_near_to_float64_as_torchs(
+    rows: int, heads: int, key_heads: int, size: int, window: int | None
+) -> None:
+    torch.manual_seed(rows)
+    ends, positions = row_of_a_tree(rows)
+    # As projections leave them: each row's heads side by side.
+    query, key, value = (
+        (2 * torch.randn(rows, count, size)).bfloat16().transpose(0, 1) for count in (heads, key_heads, key_heads)
+    )
+    own = matrix_unit.RowAttention(ends, positions)(query, key, value, 0.2, window)
+    exact = dense(query.double(), key.double(), value.double(), ends, positions, window)
+    torchs = dense(query, key, value, ends, positions, window)
+    assert own.shape == (rows, heads, size)
+    assert (own - exact).abs().max() <= 1.5 * (torchs - exact).abs().max() + 1e-6
+    if rows > 99:
+        other = matrix_unit.RowAttention(torch.full_like(ends, rows), positions)(query, key, value, 0.2, window)
+        assert (other - exact).abs().max() > 0.1
+
+
+@needs_unit
+def test_what_attention_by_the_unit_cannot_take_is_refused() -> None:
+    attend = matrix_unit.RowAttention(*row_of_a_tree(8))
+    with pytest.raises(ValueError, match="key"):
+        attend(drawn(2, 8, 32), drawn(2, 7, 32), drawn(2, 7, 32), 1.0, None)
+    with pytest.raises(ValueError, match="heads"):
+        attend(drawn(3, 8, 32), drawn(2, 8, 32), drawn(2, 8, 32), 1.0, None)
+    with pytest.raises(TypeError, match="query: expected bfloat16"):
+        attend(drawn(2, 8, 32).float(), drawn(2, 8, 32), drawn(2, 8, 32), 1.0, None)
+    with pytest.raises(ValueError, match="positions"):
+        matrix_unit.RowAttention(torch.arange(3), torch.arange(2))
+
+
+def test_norms_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(torch.randn(3, 8), torch.randn(7), 1e-6)
+    with pytest.raises(TypeError, match="weight: expected float32"):
+        rms_norm(torch.randn(3, 8), torch.randn(8).bfloat16(), 1e-6)
+    assert rms_norm(torch.randn(0, 8), torch.randn(8), 1e-6).shape == (0, 8)
+    misaligned = torch.randn(25).bfloat16()[1:].view(3, 8)
+    assert torch.equal(
+        rms_norm(misaligned, torch.ones(8).bfloat16(), 1e-6),
+        rms_norm(misaligned.clone(), torch.ones(8).bfloat16(), 1e-6),
+    )

@@ -36,12 +36,13 @@ class ScorerOptions(TypedDict, total=False):
     follow: "str | Path | None"
     min_step: int | None
     patience: float
+    share_weights: bool
 
 
 _WHOLE = (Integral, "a whole number")
 _KINDS = dict.fromkeys(
     ("token_budget", "chunk_tokens", "num_threads", "max_length", "min_step"), _WHOLE
-) | dict.fromkeys(("batch_invariant", "separate_tokens", "append_eos"), (bool, "True or False"))
+) | dict.fromkeys(("batch_invariant", "separate_tokens", "append_eos", "share_weights"), (bool, "True or False"))
 
 
 def checked_options(options: ScorerOptions) -> ScorerOptions:

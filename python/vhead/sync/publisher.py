@@ -127,6 +127,8 @@ def _publish_sharded(
         whole: Any = weight.tensor.full_tensor() if weight.is_sharded else weight.tensor  # type: ignore[attr-defined]
         if writer is not None:
             writer.tried(writer.append, whole)
+        # Gone before the next one is gathered.
+        del whole
     published: Publication = _shared(
         None if writer is None else writer.tried(lambda: Publication.of(native.finish(attachments())))
     )

@@ -23,6 +23,7 @@
 //! Kernels are written once, over vectors ([`simd`]), and run on threads of the caller's choice ([`threads`]); neither
 //! changes a bit of a result.
 pub mod allocation;
+mod attention;
 mod buffer;
 pub mod dropout;
 pub mod element;
@@ -33,6 +34,7 @@ pub mod init;
 mod logits_rule;
 mod math;
 pub mod matrix_unit;
+mod norm;
 pub mod philox;
 pub mod reduce;
 pub mod reference;
@@ -48,12 +50,14 @@ mod two_layer;
 mod value_head;
 mod value_head_backward;
 
+pub use attention::{Attention, Visibility};
 pub use dropout::Dropout;
 pub use element::{Dtype, Element};
 pub use error::{Error, Place, Result};
 pub use feed_forward::FeedForward;
 pub use head::Head;
 pub use logits_rule::LogitsRule;
+pub use norm::rms_norm;
 pub use row_state::BLOCK as LOGITS_BLOCK;
 pub use rows::Rows;
 pub use simd::Level;

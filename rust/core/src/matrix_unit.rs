@@ -164,7 +164,7 @@ pub(crate) fn turn(lines: &[Line; GROUP], to: &mut [Line; GROUP]) {
 }
 
 /// Numbers `32 * step` on of a row, zeros behind its end and in rows that are not there.
-fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
+pub(crate) fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
     if row < rows.count() && (step + 1) * STEP <= rows.columns() {
         // SAFETY: the row has these numbers; they may lie anywhere.
         return Line(unsafe { rows.row(row).add(step * STEP).cast::<[bf16; STEP]>().read_unaligned() });
@@ -178,7 +178,7 @@ fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
 }
 
 /// Sixteen columns' numbers of one step, in pairs: the first ones of `columns`, zeros where there are fewer.
-fn pack_sixteen(weight: &Rows<'_, bf16>, columns: Range<usize>, step: usize, to: &mut [Line; 16]) {
+pub(crate) fn pack_sixteen(weight: &Rows<'_, bf16>, columns: Range<usize>, step: usize, to: &mut [Line; 16]) {
     let mut lines = [Line([bf16::ZERO; STEP]); 16];
     let mut from = lines.each_ref().map(|line| line.0.as_ptr());
     if columns.len() >= 16 && (step + 1) * STEP <= weight.columns() {
@@ -260,6 +260,25 @@ impl Unit {
                 let _ = (&rows, columns, group, count, &to);
             }
         }
+    }
+}
+
+impl Unit {
+    /// Writes the products of a group of rows with a group of columns over some of their steps to `to`, 32 rows of 32 numbers;
+    /// with `add`, added to what is there.
+    ///
+    /// # Panics
+    /// Where rows and columns differ in length, or `to` is another size.
+    pub(crate) fn multiply_steps(&self, rows: &[Line], columns: &[Line], to: &mut [f32], add: bool) {
+        assert!(rows.len() == columns.len() && rows.len().is_multiple_of(GROUP) && to.len() == GROUP * GROUP);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a step of a group is 32 lines of 64 bytes; the slices hold as many of them, and `to` the products.
+        unsafe {
+            let (steps, to) = (rows.len() / GROUP, to.as_mut_ptr());
+            self.tiles.multiply(rows.as_ptr().cast(), columns.as_ptr().cast(), steps, to, GROUP, add);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, columns, to, add);
     }
 }
 
