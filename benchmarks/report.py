@@ -488,8 +488,8 @@ def update(data: Data) -> Iterator[str]:
     yield source(p)
     yield (
         f"Qwen2-0.5B's shape with {p['layers']} layers, random weights; {work['rollouts']} rollouts: "
-        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of completions; "
-        "forward and backward of a policy's and a value loss."
+        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of "
+        "completions; forward and backward of a policy's and a value loss."
     )
     dtypes = tuple(dict.fromkeys(row["dtype"] for row in times))
     yield from ("", *GOALS)
