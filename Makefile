@@ -26,9 +26,9 @@ unexport PYTHONPATH
 # The tests start hundreds of processes; without kept bytecode each of them compiles torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-newest attack soak lock build lint rust-format rust-lint python-format python-lint python-types stubs \
-	packages-check workflows rust-test python-test candle-cuda-check cuda-images-check cuda-test cuda-images bench \
-	model-types format clean
+.PHONY: demo test test-newest attack soak lock build lint rust-checks python-checks rust-format rust-lint python-format \
+	python-lint python-types stubs packages-check workflows rust-test python-test candle-cuda-check cuda-images-check \
+	cuda-test cuda-images bench model-types format clean
 
 # Two jobs: the packages arrive while the extension compiles.
 demo: toolchain
@@ -36,14 +36,18 @@ demo: toolchain
 	$(BIN)/uv pip check
 	$(BIN)/vhead demo
 
-# One after another, whatever -j says: the compilers and the tests share the cores, and the runners' summaries end the output.
+# The Python tests come last and alone, whatever -j says: they need both cores, and their summary ends the output.
 test: toolchain
 	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.test $(VENV)/.built
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory rust-test
-	@$(MAKE) --no-print-directory candle-cuda-check
-	@$(MAKE) --no-print-directory cuda-images-check
+	@$(MAKE) --no-print-directory --jobs=2 rust-checks python-checks
 	@$(MAKE) --no-print-directory python-test
+
+# One after another: cargo would wait for itself. Compilers seldom use both cores, so that Python's checks run beside them.
+rust-checks: toolchain
+	@$(MAKE) --no-print-directory --jobs=1 rust-format rust-lint rust-test candle-cuda-check
+
+python-checks: toolchain
+	@$(MAKE) --no-print-directory --jobs=1 packages-check python-format python-lint python-types stubs workflows cuda-images-check
 
 build: $(VENV)/.built
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def run_blocks(python: list[str], folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@cache
 def vhead_help(*words: str) -> str:
     wide = os.environ | {"COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "vhead", *words, "--help"]

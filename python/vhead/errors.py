@@ -204,6 +204,20 @@ class RequestError(VheadError):
         return RequestError, (str(self), self.status)
 
 
+class ServerError(VheadError):
+    """A server refuses what a client asks, or does not answer.
+
+    Attributes:
+        status: The status code of HTTP; None: there was no answer.
+        request_id: By which the server's log names the request.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.request_id = request_id
+
+
 class ServerBusyError(VheadError):
     """A server's queue has no room for one more request.
 
@@ -279,7 +293,17 @@ def loading(what: str | Path) -> Iterator[None]:
     except BaseException as error:
         if _is_own_mistake(error):
             raise
-        raise LoadError(f"{what}: cannot be loaded: {in_one_line(error)}") from error
+        raise LoadError(f"{what}: cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What another package says, or in our own words where it would send somebody to another package's switches."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that comes with it; read that code, and if you trust it, pass "
+            "trust_remote_code=True, or --trust-remote-code on the command line"
+        )
+    return in_one_line(error)
 
 
 def _is_own_mistake(error: BaseException) -> bool:

@@ -193,8 +193,8 @@ class TestBadData:
         done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl")
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"vhead: what has been scored is kept in {tmp_path / 'out.jsonl.partial'}; "
-            "give the same command again with --resume to continue",
+            f"vhead: what has been scored is kept in {tmp_path / 'out.jsonl.partial'}; to continue, mend the record "
+            "and give the same command with --resume, or add --on-error skip as well",
             f"vhead: {source}: line 7: text: expected a JSON object, got broken JSON at column 2 "
             "(Expecting property name enclosed in double quotes)",
         ]
@@ -202,6 +202,19 @@ class TestBadData:
             f"r{index}" for index in range(6)
         ]
         assert not (tmp_path / "out.jsonl").exists()
+        skipped = run(
+            source, "-m", critic, "-o", tmp_path / "out.jsonl", "--resume", "--on-error", "skip", "--limit", 9
+        )
+        assert skipped.exit_code == 0
+        assert "2 rollouts scored, 1 skipped after the first 6 records, which were done already" in skipped.stderr
+
+    def test_nothing_that_can_be_scored_is_a_failure(self, critic, source, tmp_path):
+        source.write_text("{broken\n[]\n")
+        done = run(source, "-m", critic, "-o", tmp_path / "out.jsonl", "--on-error", "skip")
+        assert done.exit_code == 1
+        assert done.stderr.endswith("no record could be scored, so the output has none\n")
+        source.write_text("")
+        assert run(source, "-m", critic, "-o", tmp_path / "none.jsonl", "--on-error", "skip").exit_code == 0
 
     @pytest.mark.parametrize(
         ("record", "message"),
@@ -525,7 +538,9 @@ class TestFinished:
         assert done.exit_code == 1
         expected = "reward: expected no such column in the input, because the scores go there, got one; "
         assert f"{expected}give the new columns other names with --suffix" in done.stderr
-        assert run(output, "-m", critic, "-o", again, *options).exit_code == 0
+        done = run(output, "-m", critic, "-o", again, *options)
+        assert done.exit_code == 0
+        assert ("their content is not in the output: `reward`" in done.stderr) == bool(gone)
         rows = [
             read_jsonl(path) if path.suffix == ".jsonl" else pq.read_table(path).to_pylist() for path in (output, again)
         ]

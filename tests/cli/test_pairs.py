@@ -208,7 +208,7 @@ class TestResuming:
         source.write_text(
             "".join(
                 f'{{"id": {at}, "prompt": "Why? ", "chosen": "so be {at % 7}", "rejected": "no {at % 5}"}}\n'
-                for at in range(3_000)
+                for at in range(1_200)
             )
         )
         output, notes = tmp_path / f"out.{suffix}", tmp_path / f".out.{suffix}.journal"
@@ -219,12 +219,12 @@ class TestResuming:
         process.kill()
         process.communicate()
         done = json.loads(notes.read_text())["records"]
-        assert 0 < done < 3_000
+        assert 0 < done < 1_200
         resumed = run(source, *options, "--resume")
         assert resumed.exit_code == 0, resumed.stderr
-        assert f"{3_000 - done:,} pairs scored" in resumed.stderr
+        assert f"{1_200 - done:,} pairs scored" in resumed.stderr
         rows = rows_of(output)
-        assert [row["id"] for row in rows] == list(range(3_000))
+        assert [row["id"] for row in rows] == list(range(1_200))
         for name, period in (("reward_chosen", 7), ("reward_rejected", 5), ("margin", 35)):
             numbers = np.array([row[name] for row in rows])
             np.testing.assert_allclose(numbers[period:], numbers[:-period], atol=1e-5)

@@ -57,9 +57,11 @@ def test_a_record_cannot_forge_a_line(critic, source, tmp_path):
         stream.write(json.dumps({f"{HOSTILE}{number}": 1 for number in range(10_000)}) + "\n")
     arguments = ["score", source, "-m", critic, "-o", tmp_path / "out.jsonl", "--on-error", "skip", "--device", "cpu"]
     done = RUNNER.invoke(app, list(map(str, arguments)))
-    *skipped, total = done.stderr.splitlines()
+    *skipped, total, nothing = done.stderr.splitlines()
     assert [line[:15] for line in skipped] == ["vhead: skipped "] * 2
     assert total.startswith("vhead: 0 rollouts scored, 2 skipped")
+    assert nothing == "vhead: no record could be scored, so the output has none"
+    assert done.exit_code == 1
     assert all(is_harmless(line) and len(line) < 5000 for line in skipped)
 
 

@@ -7,6 +7,7 @@ plain containers, and nothing is read that holds more than its file has bytes fo
 import gzip
 import io
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
 from typing import IO, Any, Protocol
 
 import torch
@@ -45,8 +47,16 @@ SAFETENSORS_DTYPES = {
     "torch.uint64": "U64",
     "torch.uint8": "U8",
 }
+# Those that this release of torch has, by safetensors' names.
+TORCH_DTYPES = {
+    name: found
+    for torch_name, name in SAFETENSORS_DTYPES.items()
+    if (found := getattr(torch, torch_name.removeprefix("torch."), None)) is not None
+}
 _TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
+# How torch names what a pickle would import and run.
+_CODE = re.compile(r"GLOBAL ([\w.]+)")
 # Where trainers put a model's state dict inside what they pickle.
 _STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict")
 
@@ -360,7 +370,16 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], str]]:
 
 def _unpickle(path: Path, source: str | IO[bytes], *, mmap: bool = False) -> dict[str, Tensor]:
     with _naming(path, "expected pickled tensors"):
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        except UnpicklingError as error:
+            # Torch goes on to say how to run the code all the same.
+            if (code := _CODE.search(str(error))) is None:
+                raise
+            raise HeadFileError(
+                f"{path}: expected pickled tensors alone, got a pickle that runs {code[1]}, which nothing here does; "
+                "ask for the tensors as a safetensors file"
+            ) from None
     if not isinstance(state, dict):
         raise HeadFileError(f"{path}: expected a dictionary of tensors, got a {type(state).__name__}")
     return dict(_named_tensors(state))

@@ -10,6 +10,7 @@ import typer
 from vhead.cli.failure import FAILED, reported
 from vhead.cli.terminal import say
 from vhead.env import MOST_THREADS
+from vhead.errors import naming
 
 if TYPE_CHECKING:
     from vhead.benchmark.document import Document
@@ -125,5 +126,6 @@ def _run(request: "Request") -> "Document":
     progress = Console(stderr=True)
     with progress.status("starting") as status:
         document = run(request, status.update)
-    report(Console(), document)
+    with naming("standard output"):
+        report(Console(), document)
     return document

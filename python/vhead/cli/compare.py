@@ -8,6 +8,7 @@ import typer
 
 from vhead.cli.failure import FAILED, reported
 from vhead.cli.terminal import say, show_json
+from vhead.errors import naming
 
 if TYPE_CHECKING:
     from vhead.report import Comparison
@@ -123,7 +124,8 @@ def _show_tables(
     from vhead.cli.comparison_tables import report  # for a fast --help
 
     column = theirs_column or ("logprobs" if theirs else "old_logprobs")
-    report(Console(), found, f"{ours} ({ours_column})", f"{theirs or ours} ({column})")
+    with naming("standard output"):
+        report(Console(), found, f"{ours} ({ours_column})", f"{theirs or ours} ({column})")
 
 
 def _exceeded(found: "Comparison", name: str, limit: float) -> str | None:

@@ -10,7 +10,7 @@ import typer
 from vhead.checkpoints.replacing import replacing_file
 from vhead.cli.failure import reported
 from vhead.cli.terminal import say
-from vhead.errors import VheadError
+from vhead.errors import VheadError, naming
 
 if TYPE_CHECKING:
     from vhead.demo.judgement import Judged, Summary
@@ -88,7 +88,8 @@ def demo(
             shown = fitting(console, shown, len(lines) + 1)
             count = len({j.rollout.topic for j in shown})
             lines.append(f"passages     {count} of {len(topics)} shown; --passages {len(topics)} shows all")
-        show(console, shown, lines)
+        with naming("standard output"):
+            show(console, shown, lines)
         if save is not None:
             with replacing_file(save) as file:
                 file.write(picture(save.suffix, shown, lines).encode())

@@ -23,6 +23,6 @@ def reported() -> Iterator[None]:
 
 def described(error: Exception) -> str:
     """An error in one line: `NAME: what is wrong with it` for a file."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or "out of memory"

@@ -295,7 +295,7 @@ def _settings(
         "vhead": version("vhead"),
         **identity(given["model"], "model"),
         **lists,
-        **{name: given[name] for name in ("format", "dtype", "device", "trust_remote_code", "on_error")},
+        **{name: given[name] for name in ("format", "dtype", "device", "trust_remote_code")},
         **{name: value for name, value in _scorer_options(given).items() if name != "truncation"},
         "truncate": given["truncate"],
         "fields": columns,

@@ -96,7 +96,14 @@ def keeping(output: Kept, done: str = "scored") -> Iterator[Kept]:
     try:
         with output:
             yield output
-    except BaseException:
+    except BaseException as error:
         if output.kept is not None:
-            say(f"what has been {done} is kept in {output.kept}; give the same command again with --resume to continue")
+            say(f"what has been {done} is kept in {output.kept}; {_way_on(error)}")
         raise
+
+
+def _way_on(error: BaseException) -> str:
+    """What continues a run that stopped with an error: the same command would stop at the same record again."""
+    if isinstance(error, RecordError):
+        return "to continue, mend the record and give the same command with --resume, or add --on-error skip as well"
+    return "give the same command again with --resume to continue"

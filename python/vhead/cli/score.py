@@ -3,8 +3,10 @@
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import typer
+
 from vhead.cli import score_options as option
-from vhead.cli.failure import reported
+from vhead.cli.failure import FAILED, reported
 from vhead.cli.model_runs import SkippedRecords, keeping, loading_shown, naming_input
 from vhead.cli.terminal import say
 
@@ -65,7 +67,8 @@ def score(
     --resume continues it: nothing is lost, and nothing is in the output twice. If there is an output already, nothing
     is scored without --overwrite.
 
-    Exit codes: 0 done, though records may have been skipped, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+    Exit codes: 0 done, though records may have been skipped, 1 failed, or all were skipped, 2 wrong usage,
+    130 interrupted, 143 terminated.
 
     **Examples**
 
@@ -121,6 +124,17 @@ def _run(request: option.ScoreRequest) -> None:
             )
     if not request.quiet:
         _summarise(progress, output, skipped.count, request.output)
+        _say_replaced(reader)
+    if skipped.count and not output.written and not output.continued:
+        say("no record could be scored, so the output has none")
+        raise typer.Exit(FAILED)
+
+
+def _say_replaced(reader: "Reader") -> None:
+    """Names what --overwrite took from the records, as nobody may have meant that."""
+    if reader.replaced:
+        columns = ", ".join(f"`{name}`" for name in sorted(reader.replaced))
+        say(f"the input had columns that scores go to, and their content is not in the output: {columns}")
 
 
 def _check_finished(output: "Output", reader: "Reader", request: option.ScoreRequest) -> None:
@@ -143,7 +157,8 @@ def _summarise(progress: "ScoringProgress", output: "Output", skipped: int, name
     counts = (("skipped", skipped), ("truncated", output.truncated))
     others = "".join(f", {count:,} {what}" for what, count in counts if count)
     target = "" if name == option.STANDARD_STREAM else f", written to {name}"
-    say(f"{output.written:,} {output.unit} scored{others}{target}")
+    before = f" after the first {output.continued:,} records, which were done already" if output.continued else ""
+    say(f"{output.written:,} {output.unit} scored{others}{before}{target}")
     # Without a batch the model computed nothing, as with `--returns tokens`, and there is no speed to speak of.
     if progress.tokens:
         shared = f", {progress.shared:.0%} shared" if progress.shared else ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vhead.backbone.placement import to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
+from vhead.ops.matrix_unit import has_matrix_unit
 from vhead.packing import limits
 from vhead.packing.adapters import check_adapter, running_adapter, using_adapter
 from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
@@ -110,10 +111,15 @@ class Engine:
         return other
 
     def _by_matrix_unit(self) -> Iterator[str]:
-        if self._body.in_place and uses_matrix_unit(self._body.model):
+        if uses_matrix_unit(self._body.fused.gates):
             yield f"gated layers of batches from {UNIT_ROWS} tokens on"
+        if self._ways.plan.attention == "segments" and self._attends_by_matrix_unit():
+            yield "attention"
         if self._rule is not None and self._rule.uses_matrix_unit:
             yield "token statistics"
+
+    def _attends_by_matrix_unit(self) -> bool:
+        return self.device.type == "cpu" and self._body.dtype == torch.bfloat16 and has_matrix_unit()
 
     @property
     def selects_rows(self) -> bool:

@@ -26,6 +26,7 @@ from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scores import Score, Scores
+from vhead.scoring.sharing import share_weights
 from vhead.sync.swapping import TURNS
 
 logger = logging.getLogger("vhead")
@@ -79,6 +80,9 @@ class Scorer:
             warning, and the old weights go on.
         min_step: With `follow`: nothing is scored with weights of an earlier step.
         patience: With `min_step`: seconds that a batch waits for such weights before that is an error.
+        share_weights: Whether the weights are mapped from their files, so that all processes of a machine share one
+            copy: those that `from_pretrained` loads, and with `follow` those of full publications. On the CPU only;
+            the files must stay as they are.
 
     Attributes:
         model: The model.
@@ -240,6 +244,8 @@ class Scorer:
             trust_remote_code=trust_remote_code,
             adapters=(options.get("policy_adapter"), options.get("value_adapter")),
         )
+        if options.get("share_weights"):
+            share_weights(critic.model, path)
         if normalize_rewards:
             options["conventions"] = _normalising(options.get("conventions"), critic, path if head is None else head)
         with loading(path):

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, BinaryIO
 
@@ -36,6 +36,7 @@ class JsonRow:
         reserved: Names of columns that it may not have.
         replaces: Whether it loses these columns instead.
         fields: Columns that hold fields under other names.
+        replaced: Takes the names of columns that it lost.
     """
 
     line: bytes
@@ -46,6 +47,7 @@ class JsonRow:
     reserved: tuple[str, ...] = ()
     replaces: bool = False
     fields: Fields | None = None
+    replaced: set[str] = field(default_factory=set)
 
     @property
     def where(self) -> str:
@@ -59,7 +61,9 @@ class JsonRow:
     def rollouts(self) -> tuple[Rollout, ...]:
         """What is to be scored; `RecordError` when the line is not a JSON object that holds a rollout or a pair."""
         record = self._parsed()
-        if not self.replaces:
+        if self.replaces:
+            self.replaced.update(record.keys() & set(self.reserved))
+        else:
             check_reserved(record, self.reserved, self.where)
         return rollouts_of(record, self.where, self.fields)
 
@@ -152,6 +156,7 @@ class JsonlReader:
 
     Attributes:
         schema: None: what columns there are is known when the last record is read.
+        replaced: Names of columns that records lost so far.
     """
 
     schema = None
@@ -172,6 +177,7 @@ class JsonlReader:
         self._replaces = replaces
         self._fields = fields
         self._position = position
+        self.replaced: set[str] = set()
 
     def __iter__(self) -> Iterator[Row]:
         position = count = 0
@@ -183,7 +189,8 @@ class JsonlReader:
             # Of a line that is too long, only the beginning is known to be blank.
             if content or length >= LONGEST_LINE:
                 count, chain = count + 1, chained(chain, content)
-                yield JsonRow(text, number, count, position, chain, self._reserved, self._replaces, self._fields)
+                options = self._reserved, self._replaces, self._fields, self.replaced
+                yield JsonRow(text, number, count, position, chain, *options)
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
         """Each line and its length; of one that is too long, the beginning."""

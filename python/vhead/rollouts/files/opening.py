@@ -24,10 +24,12 @@ class Reader(Protocol):
     Attributes:
         size: How much there is to read, in the units of `Row.position`; None when unknown.
         schema: A `pyarrow.Schema` where the columns are known before the records are.
+        replaced: Names of the input's columns that were left out for the scores' so far.
     """
 
     size: int | None
     schema: Any
+    replaced: set[str]
 
     def __iter__(self) -> Iterator[Row]: ...
 

@@ -133,6 +133,7 @@ class ParquetReader:
         digest_before: Stands for the files before this one.
         size: How many rows there are.
         schema: The columns that are read, a `pyarrow.Schema`.
+        replaced: Names of columns that are left out.
 
     Raises:
         FileFormatError: The file is not Parquet, or has a column's name twice.
@@ -163,6 +164,7 @@ class ParquetReader:
         self.digest_before = b""
         kept = [schema.field(name) for name in names if name not in reserved]
         self.schema = pa.schema(kept, schema.metadata)
+        self.replaced = set(names) & set(reserved)
 
     @cached_property
     def digest(self) -> str:
@@ -214,6 +216,7 @@ class ParquetReaders:
     Attributes:
         size: How many rows there are.
         schema: The columns that are read, a `pyarrow.Schema`.
+        replaced: Names of columns that are left out.
 
     Raises:
         FileFormatError: A file is not Parquet, or has other columns than the first one.
@@ -232,6 +235,7 @@ class ParquetReaders:
         self._options: dict[str, Any] = {"reserved": reserved, "replaces": replaces, "fields": fields}
         self._opened: ParquetReader | None = None
         self._places: list[tuple[int, ...]] = []
+        self.replaced: set[str] = set()
         rows = 0
         for path in paths:
             # Thousands of files cannot all be open.
@@ -240,6 +244,7 @@ class ParquetReaders:
                     self.schema = reader.schema
                 self._check(path, reader.schema)
                 self._places.append(reader.place)
+                self.replaced |= reader.replaced
                 rows += reader.size or 0
         self.size: int | None = rows
 

@@ -61,6 +61,7 @@ class Output:
         suffix: As given.
         journal: What is done, and with which settings; None where nothing is noted, and before `begin`.
         finished: Whether an earlier run with the same settings has finished the output.
+        continued: How many records of the input an earlier run had done.
         written: How many records this run has written.
         truncated: How many of them lost tokens, as they had too many.
         unit: What they are.
@@ -72,6 +73,7 @@ class Output:
         self._writer: Writer | None = None
         self.journal: Journal | None = None
         self.finished = False
+        self.continued = 0
         self.written = 0
         self.truncated = 0
         self.unit = "rollouts"
@@ -211,6 +213,7 @@ class OutputFile(Output):
             self._part.cut(0)
         else:
             self.journal = replace(journal, run=self._run, published=None)
+            self.continued = journal.records
             self._save()
 
     def publish(self, last: Row | None, nothing: Scores | PairScores) -> None:
