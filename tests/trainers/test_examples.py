@@ -176,3 +176,11 @@ def test_agent_traces_prints_what_each_turn_of_a_trace_got(run, agent_traces):
     assert returned == traces[at]["reward"]
     assert printed.count("\nmodel: ") == 5
     assert printed.count("\ntool: ") == 4
+
+
+def test_distillation(run):
+    printed = run("distillation.py", "--steps", "5")
+    for texts in ("seen", "other"):
+        before, after = (numbers(line_with(f"{texts} texts {when}", printed))[0] for when in ("before", "after"))
+        assert before > 3.0
+        assert after < 0.6 * before
