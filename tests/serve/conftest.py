@@ -16,7 +16,7 @@ import pytest
 from vhead import Rollout, Scorer
 from vhead.demo import demo_model_path, demo_rollouts_path
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 
 
 @dataclass(frozen=True)
