@@ -93,9 +93,21 @@ def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
     return answer.status, json.loads(answer.read())
 
 
+def start(folder: str) -> None:
+    """Starts the cluster, again if need be: Ray gives its own processes 30 seconds, however busy the machine is."""
+    for attempt in range(3):
+        try:
+            ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=folder)
+            return
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
 def main(output: Path, publications: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=folder)
+        start(folder)
         found = {"rows": rows(), "processed": processed(output.parent, publications), "served": served()}
         output.write_text(json.dumps(found))
         ray.serve.shutdown()

@@ -64,7 +64,7 @@ def test_columns_are_found_under_other_names_and_written_with_a_suffix() -> None
 
 def test_a_column_that_scores_would_hide_is_named(of_rewards: BatchScorer) -> None:
     taken = pa.Table.from_pylist([{**record, "reward": 1.0} for record in RECORDS])
-    with pytest.raises(FieldError, match="the data set: reward: expected no such column .*`suffix`, got one"):
+    with pytest.raises(FieldError, match=r"the data set: reward: expected no such column .*`suffix`, got one"):
         of_rewards(taken)
 
 

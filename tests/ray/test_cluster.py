@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import os
+import secrets
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +45,9 @@ def found(trained: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) ->
         **os.environ,
         "PYTHONPATH": path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Without it, Ray would write one into the home folder.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
