@@ -72,7 +72,8 @@ def test_trl_s_grpo_trainer_trains_on_the_server_s_rewards(server, tmp_path, mon
     monkeypatch.setenv("REWARD_URL", f"http://127.0.0.1:{server.port}")
     asked = len(server.lines())
     monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--steps", "2", "--output", str(tmp_path)])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    program = runpy.run_path(str(EXAMPLE), run_name="__main__")
+    program["client"]().close()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.partition(":")[0] for line in printed] == ["step 1", "step 2"]
     assert len({line.rpartition(" ")[2] for line in printed} - {"+0.000", "+nan"}) == 2
