@@ -167,6 +167,9 @@ PEERS = {
     "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
     "dense mask": "vhead, packed trees under one dense mask: no attention by segments",
     "logits of all rows": "vhead, logits of every packed row: no choice of rows, no fused statistics",
+    "attention by calls": "vhead, attention by segments in calls of torch's kernel: not by the matrix unit (bfloat16)",
+    "norms by the model": "vhead, norms by the model: no fused ones",
+    "gated layers by the model": "vhead, gated layers by the model: none in place, none by the matrix unit",
     "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
     "batch-invariant": "vhead, `batch_invariant=True`",
     "bare GEMM": "only the matrix products over unique tokens and completion rows",
@@ -178,16 +181,18 @@ def scoring_peers(data: Data) -> Iterator[str]:
     p, work = data["provenance"], data["provenance"]["workload"]
     yield source(p | {"rounds": len({row["round"] for row in data["times"]})})
     yield (
-        f"Qwen2-0.5B's shape with {p['layers']} layers, float32, random weights; {work['rollouts']} rollouts: "
-        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of "
-        "completions."
+        f"Qwen2-0.5B's shape with {p['layers']} layers, {p.get('dtype', 'float32')}, random weights; "
+        f"{work['rollouts']} rollouts ({p.get('kind', 'group')}): {work['tokens']:,} tokens, {work['unique_tokens']:,} "
+        f"of them unique, {work['completion_tokens']:,} the model's."
     )
-    yield from ("", *GOALS, *_scoring_goals(data["times"], data["memory"]))
+    yield from ("", *GOALS, *_scoring_goals(data["times"], data.get("memory", [])))
     yield from ("", *table("| seconds (× TRL's speed; processor seconds) | values | all fields |"))
     for name, what in PEERS.items():
         cells = [_peer_cell(data["times"], name, fields) for fields in SPEED_GOALS]
         if any(cells):
             yield f"| {what} | {' | '.join(cells)} |"
+    if not data.get("memory"):
+        return
     yield from ("", *table("| peak above the model, MiB | values | all fields |"))
     for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
         extra = (median(data["memory"], "extra_bytes", contestant=name, fields=fields) for fields in SPEED_GOALS)
@@ -501,8 +506,8 @@ def update(data: Data) -> Iterator[str]:
     work = p["workload"]
     yield source(p)
     yield (
-        f"Qwen2-0.5B's shape with {p['layers']} layers, random weights; {work['rollouts']} rollouts: {work['tokens']:,} "
-        f"tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of completions; forward and "
+        f"Qwen2-0.5B's shape with {p['layers']} layers, random weights; {work['rollouts']} rollouts: "
+        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of completions; forward and "
         "backward of a policy's and a value loss."
     )
     dtypes = tuple(dict.fromkeys(row["dtype"] for row in times))

@@ -168,7 +168,7 @@ def bare_products(body: PreTrainedModel, rollouts: list[Rollout]) -> Work:
 
 
 def critic_updates(body: PreTrainedModel, rollouts: list[Rollout], *, keeps: bool) -> Work:
-    """So many updates of the value head on the same batches, the body frozen; its states are kept, or made each time."""
+    """So many updates of the value head on the same batches, the body frozen; its states are kept or made anew."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body).eval()
     freeze(model, "body")
     options = {} if keeps else {"keep_states": 0}

@@ -8,6 +8,7 @@ from torch.nn import functional
 from vhead import _native, ops
 from vhead.ops import matrix_unit
 from vhead.ops.norm import rms_norm
+from vhead.ops.token_statistics import operator
 from vhead.ops.token_statistics.cpu import CpuTiling
 
 needs_unit = pytest.mark.skipif(not _native.has_matrix_unit(), reason="this processor has no matrix unit")
@@ -94,8 +95,6 @@ def test_a_gradient_by_the_unit_is_the_same_where_the_other_one_is_not_asked_for
 
 @needs_unit
 def test_gradients_by_the_unit_need_no_tile_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vhead.ops.token_statistics import operator
-
     monkeypatch.setattr(operator, "Sums", None)
     x, weight = drawn(5, 50).requires_grad_(), drawn(70, 50).requires_grad_()
     ops.token_logprobs(x, weight, torch.arange(5))[0].sum().backward()

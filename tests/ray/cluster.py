@@ -70,9 +70,9 @@ def processed(folder: Path, publications: str) -> dict[str, Any]:
     return {"rows": scored, "killed": int(marker.read_text())}
 
 
-def served() -> dict[str, Any]:
+def served(publications: str) -> dict[str, Any]:
     """The server as an application: who has no key, and whose body is wrong, hears it from vhead's own server."""
-    arguments = {"model": MODEL, "served_model_names": ["demo"], "api_key": "secret"}
+    arguments = {"model": MODEL, "served_model_names": ["demo"], "api_key": "secret", "follow": publications}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,7 +108,7 @@ def start(folder: str) -> None:
 def main(output: Path, publications: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         start(folder)
-        found = {"rows": rows(), "processed": processed(output.parent, publications), "served": served()}
+        found = {"rows": rows(), "processed": processed(output.parent, publications), "served": served(publications)}
         output.write_text(json.dumps(found))
         ray.serve.shutdown()
         ray.shutdown()

@@ -34,6 +34,7 @@ class ScorerPlan:
         logits: How log-probabilities and entropies are reached.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
         fused: How many of the modules that look alike are computed by kernels of this package; empty: there are none.
+        adapters: Which adapter computes what; empty: the active one computes everything, or there are none.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class ScorerPlan:
     logits: str = ""
     matrix_unit: str = ""
     fused: str = ""
+    adapters: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
@@ -55,8 +57,8 @@ class ScorerPlan:
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
         lines.append(f"  logits: {self.logits}")
-        lines += [f"  matrix unit: {self.matrix_unit}"] if self.matrix_unit else []
-        return "\n".join([*lines, f"  own kernels: {self.fused}"] if self.fused else lines)
+        parts = {"matrix unit": self.matrix_unit, "own kernels": self.fused, "adapters": self.adapters}
+        return "\n".join([*lines, *(f"  {what}: {which}" for what, which in parts.items() if which)])
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,14 @@ def _rewards(reward: Any) -> NDArray[np.float32]:
 
 def _reward(row: Row, field: str, id: Id) -> float:
     value = row.members((field,)).get(field)
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= float(np.finfo(np.float32).max):
+    if isinstance(value, bool) or not isinstance(value, Real) or not _fits_float32(value):
         got, expected = "nothing" if value is None else repr(value)[:40], "a finite number that float32 can hold"
         raise FieldError(named(row.where, id), field, expected=f"{expected}, which is the reward", got=got)
     return float(value)
+
+
+def _fits_float32(number: Any) -> bool:
+    return bool(abs(number) <= float(np.finfo(np.float32).max))
 
 
 def _is_cut_off(row: Row, field: str, id: Id) -> bool:

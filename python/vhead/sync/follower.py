@@ -18,6 +18,7 @@ from vhead.checkpoints.tensor_files import TORCH_DTYPES
 from vhead.errors import PublicationMissingError, WrongBaseError
 from vhead.sync.matching import Match, Placed, matched
 from vhead.sync.publications import Publication, staging_folder
+from vhead.sync.stores import opened
 from vhead.sync.swapping import TURNS, uninterrupted
 from vhead.sync.weights import MODEL, Source, Weight, as_bytes, weights_of
 
@@ -45,14 +46,15 @@ class Follower:
     write to a file that they have published, and nobody else may. Changes make what they touch a follower's own.
 
     Args:
-        directory: The publisher's directory; it need not be there yet.
+        directory: The publisher's directory, or its address in a store that fsspec reaches, such as `s3://bucket/run`;
+            it need not be there yet.
         staging: A folder on a disk of this machine for a copy, without a name, of weights that are too large for
             memory; None: the system's for temporary files.
         convert: Whether weights of another dtype are converted to the model's.
         share_weights: Whether the files of full publications are mapped.
 
     Attributes:
-        directory: The directory.
+        directory: The directory; of a store, the folder that publications pass through.
         publication: What was brought into the model last, or None.
     """
 
@@ -64,9 +66,9 @@ class Follower:
         convert: bool = False,
         share_weights: bool = False,
     ) -> None:
-        self.directory = Path(directory)
-        self.publication: Publication | None = None
         self._staging = staging_folder(staging)
+        self.directory, self._store = opened(directory, self._staging)
+        self.publication: Publication | None = None
         self._convert = convert
         self._share_weights = share_weights
         self._of: Any = lambda: None
@@ -113,6 +115,8 @@ class Follower:
 
     def _named(self) -> bytes | None:
         """What `LATEST` says; None where nothing has been published."""
+        if self._store is not None:
+            return self._store.latest()
         with suppress(FileNotFoundError, NotADirectoryError):
             return (self.directory / "LATEST").read_bytes()[:_LONGEST_LATEST]
         return None
@@ -127,6 +131,8 @@ class Follower:
         self, model: Source, step: int | None, have: tuple[int, str] | None
     ) -> "tuple[_native.SyncStage, Match] | None":
         """The publication, verified, and where each of its tensors goes; None where the model has it."""
+        if self._store is not None:
+            self._store.bring(step, have)
         stage = _native.SyncStage.open(self.directory, step, have, self._staging, self._share_weights)
         if stage is None:
             return None

@@ -221,12 +221,7 @@ impl Unit {
     ///
     /// # Panics
     /// Where rows and columns differ in length, or something is outside what is packed or `to`.
-    pub(crate) fn multiply(
-        &self,
-        rows: (&[Line], Range<usize>),
-        columns: (&Packed, usize),
-        to: (&mut [f32], usize),
-    ) {
+    pub(crate) fn multiply(&self, rows: (&[Line], Range<usize>), columns: (&Packed, usize), to: (&mut [f32], usize)) {
         self.multiply_onto(rows, columns, to, false);
     }
 

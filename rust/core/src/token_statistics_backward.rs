@@ -306,9 +306,8 @@ impl Block<'_> {
             let to = Shared::new(products);
             let strides = ([count], [stride.cast_signed()]);
             // SAFETY: the scratch holds these rows; each number is read before it is written.
-            let view = unsafe {
-                Rows::from_raw(to.as_mut_ptr().cast_const(), &strides.0, &strides.1, self.tokens.len())
-            };
+            let view =
+                unsafe { Rows::from_raw(to.as_mut_ptr().cast_const(), &strides.0, &strides.1, self.tokens.len()) };
             let tile = Tile { products: &view, rule: &of.rule, bias, first: self.tokens.start };
             let states = &of.states[first..][..count];
             Level::best().run(Differentiate { tile: &tile, rows: 0..count, states, to: &to, stride });

@@ -127,7 +127,11 @@ impl TensorView<'_> {
     /// `ValueError` where it is no such tensor.
     pub(crate) fn overwritten_halves(&mut self) -> PyResult<&mut [bf16]> {
         if self.dtype() != Dtype::BFloat16 {
-            return Err(PyValueError::new_err(format!("{}: expected bfloat16, got {}", self.0.name, self.dtype().name())));
+            return Err(PyValueError::new_err(format!(
+                "{}: expected bfloat16, got {}",
+                self.0.name,
+                self.dtype().name()
+            )));
         }
         self.overwritten_as("bfloat16")
     }

@@ -307,7 +307,8 @@ impl Stage {
         let tensor = self.tensors.get(tensor);
         if let (true, Some(tensor)) = (self.in_place, tensor) {
             let (source, name) = (&self.chain[0], &tensor.description.name);
-            let stretch = source.find(name).filter(|stretch| from <= stretch.bytes && into.len() <= stretch.bytes - from);
+            let stretch =
+                source.find(name).filter(|stretch| from <= stretch.bytes && into.len() <= stretch.bytes - from);
             let stretch = stretch.ok_or_else(|| Error::Argument("no such bytes".to_owned()))?;
             return stretch.read(from, into, &source.place_of(name));
         }

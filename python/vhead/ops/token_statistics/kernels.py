@@ -92,7 +92,7 @@ class TileGradients:
         self._gradients = _native.LogitGradients(inputs.targets, vocabulary, inputs.bias, *rule, statistics, upstream)
 
     def of_products(self, hidden: Tensor, weight: Tensor, needed: Sequence[bool]) -> Gradients:
-        """Those of hidden states and weight, from all their products, where the tiling's backend multiplies by itself."""
+        """Those of hidden states and weight, from all products, where the tiling's backend multiplies by itself."""
         of_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needed[0] else None
         of_weight = weight.new_empty(weight.shape) if needed[1] else None
         for start in range(0, len(weight), _COLUMNS_OF_A_CALL):
