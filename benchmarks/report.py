@@ -389,6 +389,25 @@ def fitting(data: Data) -> Iterator[str]:
         yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"
 
 
+def ray_data(data: Data) -> Iterator[str]:
+    """`ray_data.py`."""
+    p, times = data["provenance"], [row for row in data["times"] if row["implementation"] != "Scorer.stream"]
+    streams = [row for row in data["times"] if row["implementation"] == "Scorer.stream"]
+    shares = [stream["seconds"] / row["seconds"] for stream, row in zip(streams, times, strict=True)]
+    yield (
+        f"{source(p)} {p['prompts']} prompts x {p['completions']}, values, Qwen2-0.5B's shape with {p['layers']} "
+        f"layers, batches of {p['batch']} rows, Ray {p['ray']}."
+    )
+    yield from ("", *table("| figure | goal | measured | reached |"))
+    share = statistics.median(shares)
+    yield judged("throughput of one actor over `Scorer.stream`", ">= 90%", f"{share:.1%}", reached=share >= 0.9)
+    yield from ("", *table("| two actors | MiB of each alone | MiB of the weights |"))
+    for row in data["memory"]:
+        private = ", ".join(f"{size / 2**20:,.0f}" for size in row["private"])
+        what = "share_weights=True" if row["share_weights"] else "without"
+        yield f"| {what} | {private} | {data['weights'] / 2**20:,.0f} |"
+
+
 def returns(data: Data) -> Iterator[str]:
     """`returns.py`."""
     times, p = {row["implementation"]: row["seconds"] for row in data["times"]}, data["provenance"]

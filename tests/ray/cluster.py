@@ -70,9 +70,9 @@ def processed(folder: Path, publications: str) -> dict[str, Any]:
     return {"rows": scored, "killed": int(marker.read_text())}
 
 
-def served() -> dict[str, Any]:
+def served(publications: str) -> dict[str, Any]:
     """The server as an application: who has no key, and whose body is wrong, hears it from vhead's own server."""
-    arguments = {"model": MODEL, "served_model_names": ["demo"], "api_key": "secret"}
+    arguments = {"model": MODEL, "served_model_names": ["demo"], "api_key": "secret", "follow": publications}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -93,10 +93,22 @@ def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, Any]:
     return answer.status, json.loads(answer.read())
 
 
+def start(folder: str) -> None:
+    """Starts the cluster, again if need be: Ray gives its own processes 30 seconds, however busy the machine is."""
+    for attempt in range(3):
+        try:
+            ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=folder)
+            return
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
 def main(output: Path, publications: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=folder)
-        found = {"rows": rows(), "processed": processed(output.parent, publications), "served": served()}
+        start(folder)
+        found = {"rows": rows(), "processed": processed(output.parent, publications), "served": served(publications)}
         output.write_text(json.dumps(found))
         ray.serve.shutdown()
         ray.shutdown()

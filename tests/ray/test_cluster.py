@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import subprocess
 import sys
 from typing import Any
@@ -44,6 +45,9 @@ def found(trained: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) ->
         **os.environ,
         "PYTHONPATH": path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Without it, Ray would write one into the home folder.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -77,13 +81,14 @@ def test_a_processor_s_functions_see_the_good_rows_and_the_bad_one_says_why(foun
     assert bad["reward"] is None
 
 
-def test_ray_serve_has_the_routes_and_the_refusals_of_the_server(found: dict[str, Any]) -> None:
+def test_ray_serve_has_the_weights_the_routes_and_the_refusals_of_the_server(
+    found: dict[str, Any], trained: torch.nn.Module
+) -> None:
     served = found["served"]
     status, answer = served["scored"]
-    scorer = Scorer.from_pretrained(demo_model_path(), device="cpu")
-    expected = scorer.score([Rollout([1, 7, 9], [3, 5])], ("reward",)).reward.tolist()
-    assert status == 200
-    assert [row["reward"] for row in answer["scores"]] == pytest.approx(expected, abs=1e-5)
+    expected = Scorer(trained).score([Rollout([1, 7, 9], [3, 5])], ("reward",)).reward.tolist()
+    assert (status, answer["step"]) == (200, STEP)
+    assert [row["reward"] for row in answer["scores"]] == pytest.approx(expected, abs=1e-4)
     assert served["no key"][0] == 401
     status, answer = served["unknown model"]
     assert (status, answer["error"]["message"]) == (404, "model: expected one of demo, got 'other'")

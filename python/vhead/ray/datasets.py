@@ -52,7 +52,6 @@ def score_dataset(
         batch_size=batch_size,
         batch_format="pyarrow",
         compute=_pool(concurrency),
-        udf_modifying_row_count=False,
         **(resources or {}),
     )
 

@@ -19,6 +19,7 @@ class _Arguments:
     model: str
     served_model_names: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
+    follow: str | None = None
     scorer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     deployment_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -30,8 +31,9 @@ def build_app(arguments: Mapping[str, Any]) -> Any:
 
     Args:
         arguments: `model`, a folder that every machine has or a hub repository's id; and where they are wanted,
-            `served_model_names`, what clients may call it; `api_key`, what they have to send; `scorer_kwargs`, the
-            arguments of `Scorer.from_pretrained`; `deployment_options`, those of `ray.serve.deployment`, such as
+            `served_model_names`, what clients may call it; `api_key`, what they have to send; `follow`, a directory
+            whose publications every replica takes over; `scorer_kwargs`, the arguments of `Scorer.from_pretrained`;
+            `deployment_options`, those of `ray.serve.deployment`, such as
             `{"num_replicas": 2, "ray_actor_options": {"num_gpus": 1}}`.
 
     Returns:
@@ -59,7 +61,8 @@ def _app_of(given: _Arguments) -> Any:
     from vhead.serve.service import Service  # imports torch
 
     scorer = Scorer.from_pretrained(given.model, **given.scorer_kwargs)
-    return make_app(Service(scorer, given.served_model_names or [given.model]), given.api_key)
+    service = Service(scorer, given.served_model_names or [given.model], follow=given.follow)
+    return make_app(service, given.api_key)
 
 
 def _required(module: str, package: str, extra: str) -> Any:
