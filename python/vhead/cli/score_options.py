@@ -446,7 +446,7 @@ def checked_sources(source: str) -> list[Path]:
         raise typer.BadParameter(f"{source}: {error.strerror}", param_hint="INPUT") from None
     for file in sources:
         if not file.is_file():
-            told = "expected a file, found a pipe, a device or a folder; to read a pipe, write - < and its name"
+            told = "expected a file, found a pipe, a device or a folder; for a pipe, give - and < NAME"
             raise typer.BadParameter(f"{file}: {told}", param_hint="INPUT")
     return sources
 
