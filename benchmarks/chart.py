@@ -2,7 +2,7 @@
 
     python benchmarks/chart.py [NAME ...]
 
-Without NAME, every picture whose figures are there: head, scoring, scoring-growth, scoring-scale.
+Without NAME, every picture whose figures are there: head, scoring, scoring-growth, scoring-scale, update.
 """
 
 import argparse
@@ -185,6 +185,42 @@ def scale(data: Data) -> Figure:
     return figure
 
 
+# Contestants of `update.py`, each with its label and colour.
+UPDATE_BARS = {
+    "padded loop, 4": ("padded loop of TRL's class, 4 rows", PEER),
+    "padded loop, 8": ("padded loop of TRL's class, 8 rows", PALE),
+    "sorted loop, 4": ("the same sorted by length", "#fdba74"),
+    "vhead": ("vhead.TrainingPass", OURS),
+}
+
+
+def update(data: Data) -> Figure:
+    """Time and peak memory of an update, a group of bars for each dtype."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    dtypes = list(dict.fromkeys(row["dtype"] for row in data["times"]))
+    figures = {
+        "Seconds": ("times", "wall_s", 1.0),
+        "Peak memory above model and gradients, MiB": ("memory", "extra_bytes", 2**20),
+    }
+    for axes, (title, (rows, measure, unit)) in zip(panels, figures.items(), strict=True):
+        for group, dtype in enumerate(dtypes):
+            for slot, (name, (label, colour)) in enumerate(UPDATE_BARS.items()):
+                amount = median(data.get(rows, []), measure, contestant=name, dtype=dtype)
+                if amount is not None:
+                    y = group + (slot - 1.5) * 0.2
+                    bar(axes, y, amount / unit, 0.2, f"{amount / unit:,.0f}", color=colour, label=label)
+            products = median(data[rows], measure, contestant="bare products", dtype=dtype) if rows in data else None
+            if products is not None:
+                limit(axes, products, group, PRODUCTS)
+        axes.set_yticks(range(len(dtypes)), dtypes)
+        finish(axes, title, room=1.14)
+    legend(figure, panels[0], [*(label for label, _ in UPDATE_BARS.values()), PRODUCTS], loc="outside upper left")
+    p, work = data["provenance"], data["provenance"]["workload"]
+    about = f"{work['rollouts']} rollouts of {work['tokens']:,} tokens, Qwen2-0.5B's shape with {p['layers']} layers"
+    _caption(figure, f"forward and backward; {about}; {machine(p)}")
+    return figure
+
+
 def bar(axes: Axes, y: float, width: float, height: float, text: str, **style: object) -> None:
     """A bar, and its figure behind it."""
     axes.barh(y, width, height * 0.9, **style)
@@ -215,7 +251,7 @@ def _caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color="#555555")
 
 
-PICTURES = {"head": head, "scoring": scoring_peers, "scoring-growth": growth, "scoring-scale": scale}
+PICTURES = {"head": head, "scoring": scoring_peers, "scoring-growth": growth, "scoring-scale": scale, "update": update}
 
 
 def _main() -> None:

@@ -13,9 +13,10 @@ from workloads import sizes
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, ops
 from vhead.benchmark.trl_head import trl_model
+from vhead.packing.attention.segments import SegmentAttention
 from vhead.packing.caching import PrefixCache
 from vhead.packing.strategies import OneByOne, PaddedBatches
-from vhead.packing.tree_packing import MaskedTreePacking
+from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring.engine import Read, Work
 from vhead.scoring.fields import Asked
 from vhead.scoring.logits import token_statistics
@@ -48,6 +49,9 @@ def contestants() -> Iterator[Contestant]:
     yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
     yield Contestant("prefix cache", partial(scorer, way=PrefixCache))
     yield Contestant("one at a time", partial(scorer, way=OneByOne))
+    yield Contestant("attention by calls", partial(scorer, way=_AttendedByCalls))
+    yield Contestant("norms by the model", partial(scorer, without="norms"))
+    yield Contestant("gated layers by the model", partial(scorer, without="gates"))
 
 
 def trl_loop(body: PreTrainedModel, rollouts: list[Rollout], *, logprobs: bool = True) -> Score:
@@ -83,15 +87,30 @@ def scorer(
     *,
     way: Callable[..., object] | None = None,
     batch_invariant: bool = False,
+    without: str = "",
 ) -> Score:
-    """`vhead.Scorer`, in the way it chooses or in this one."""
+    """`vhead.Scorer`, in the way it chooses or in this one, with or without one kind of fused modules."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body).eval()
     made = Scorer(model, batch_invariant=batch_invariant)
     if way is not None:
         # Nobody can ask for a way, since the scorer takes the fastest that the model can take.
         own = made._engine
         own._ways = replace(own._ways, usual=way(own._body))
+    if without:
+        body_of = made._engine._body
+        body_of.fused = replace(body_of.fused, **{without: ()})
     return lambda fields: made.score(rollouts, fields)
+
+
+class _Calls(SegmentAttention):
+    """Attention by segments with torch's kernel alone."""
+
+    def _suits_unit(self, *_arguments: object) -> bool:
+        return False
+
+
+class _AttendedByCalls(TreePacking):
+    attend = _Calls
 
 
 def logits_of_all_rows(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
@@ -103,7 +122,7 @@ def logits_of_all_rows(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
     @torch.no_grad()
     def all_rows(fields: tuple[str, ...]) -> None:
         score(tuple(name for name in fields if name in ("values", "reward")))
-        states, targets = torch.randn(tokens, weight.shape[1]), torch.zeros(tokens, dtype=torch.long)
+        states, targets = torch.randn(tokens, weight.shape[1]).to(weight.dtype), torch.zeros(tokens, dtype=torch.long)
         for rows, wanted in zip(states.split(512), targets.split(512), strict=True):
             ops.token_statistics_plain(rows, weight, wanted)
 
@@ -114,9 +133,10 @@ def bare_gemm(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:
     """Only the matrix products over unique tokens and completion rows: the machine's limit for this work."""
     count = sizes(rollouts)
     weights = [m.weight for m in body.get_submodule("model").modules() if isinstance(m, torch.nn.Linear)]
-    rows = {width: torch.randn(count["unique_tokens"], width) for width in {w.shape[1] for w in weights}}
+    dtype = weights[0].dtype
+    rows = {width: torch.randn(count["unique_tokens"], width).to(dtype) for width in {w.shape[1] for w in weights}}
     output = body.get_output_embeddings().weight
-    scored = torch.randn(count["completion_tokens"], output.shape[1])
+    scored = torch.randn(count["completion_tokens"], output.shape[1]).to(dtype)
 
     @torch.no_grad()
     def multiply(fields: tuple[str, ...]) -> None:

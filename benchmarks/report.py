@@ -167,6 +167,9 @@ PEERS = {
     "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
     "dense mask": "vhead, packed trees under one dense mask: no attention by segments",
     "logits of all rows": "vhead, logits of every packed row: no choice of rows, no fused statistics",
+    "attention by calls": "vhead, attention by segments in calls of torch's kernel: not by the matrix unit (bfloat16)",
+    "norms by the model": "vhead, norms by the model: no fused ones",
+    "gated layers by the model": "vhead, gated layers by the model: none in place, none by the matrix unit",
     "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
     "batch-invariant": "vhead, `batch_invariant=True`",
     "bare GEMM": "only the matrix products over unique tokens and completion rows",
@@ -178,16 +181,18 @@ def scoring_peers(data: Data) -> Iterator[str]:
     p, work = data["provenance"], data["provenance"]["workload"]
     yield source(p | {"rounds": len({row["round"] for row in data["times"]})})
     yield (
-        f"Qwen2-0.5B's shape with {p['layers']} layers, float32, random weights; {work['rollouts']} rollouts: "
-        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of "
-        "completions."
+        f"Qwen2-0.5B's shape with {p['layers']} layers, {p.get('dtype', 'float32')}, random weights; "
+        f"{work['rollouts']} rollouts ({p.get('kind', 'group')}): {work['tokens']:,} tokens, {work['unique_tokens']:,} "
+        f"of them unique, {work['completion_tokens']:,} the model's."
     )
-    yield from ("", *GOALS, *_scoring_goals(data["times"], data["memory"]))
+    yield from ("", *GOALS, *_scoring_goals(data["times"], data.get("memory", [])))
     yield from ("", *table("| seconds (× TRL's speed; processor seconds) | values | all fields |"))
     for name, what in PEERS.items():
         cells = [_peer_cell(data["times"], name, fields) for fields in SPEED_GOALS]
         if any(cells):
             yield f"| {what} | {' | '.join(cells)} |"
+    if not data.get("memory"):
+        return
     yield from ("", *table("| peak above the model, MiB | values | all fields |"))
     for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
         extra = (median(data["memory"], "extra_bytes", contestant=name, fields=fields) for fields in SPEED_GOALS)
@@ -421,6 +426,140 @@ def busy_machine(data: Data) -> Iterator[str]:
 
 PAGES: dict[str, Page] = {
     "busy-machine": busy_machine,
+def agents(data: Data) -> Iterator[str]:
+    """`agents.py`."""
+    rows, p = data["times"], data["provenance"]
+    yield f"{source(p)} {p['layers']} layers of Qwen2-0.5B's shape, float32."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+
+    def seconds(figure: str, name: str, clock: str) -> list[float]:
+        return [row[clock] for row in select(rows, figure=figure) if row.get("implementation") == name]
+
+    for clock, of in (("wall_s", "time"), ("processor_s", "processor time")):
+        for figure, name, base, goal in AGENT_RATIOS:
+            over = _ratio(seconds(figure, name, clock), seconds(figure, base, clock))
+            yield judged(f"{of} of {figure}, {name} over {base}", f"<= {goal}x", f"{over:.2f}x", reached=over <= goal)
+        faster = _ratio(seconds("trace", "turn by turn", clock), seconds("trace", "one pass", clock))
+        yield at_least(f"speed of a trace of {p['turns']} turns over turn by turn, by {of}", 5.0, faster)
+        taken = statistics.median(seconds("compare", "compare", clock))
+        yield judged(f"{of} of compare, {p['tokens']} tokens", "< 2 s", f"{taken:.2f} s", reached=taken < 2)
+    (apart,) = (row["max_difference"] for row in rows if "max_difference" in row)
+    yield judged("largest difference from turn by turn", "<= 1e-5", f"{apart:.1e}", reached=apart <= 1e-5)
+
+
+# What is measured, against what, and how much longer it may take.
+AGENT_RATIOS = (
+    ("heads", "more", "one", 1.05),
+    ("candidates", "candidates", "sampled", 1.15),
+    ("candidates", "top", "sampled", 1.25),
+)
+
+
+def sync(data: Data) -> Iterator[str]:
+    """`sync.py`."""
+    p = data["provenance"]
+    yield f"{source(p)} Bodies of {p['mebibytes']} MiB of bfloat16 in 16 tensors; {p['changed']:.0%} of it changed."
+    yield from ("", *table("| figure | goal | measured | reached |"))
+    for row in data["head"]:
+        goal = 5 if row["what"] == "publish" else 2
+        yield at_most(f"{row['what']} a head, {row['place']}", goal, statistics.median(row["seconds"]) * 1e3, " ms")
+    yield from _sync_whole({row["what"]: row for row in data["body"]})
+    yield from _sync_changes({row["what"]: row for row in data["changes"]})
+    rates = [
+        [row["rollouts_per_s"] for row in data["reloads"] if row["publishes"] == publishes]
+        for publishes in (True, False)
+    ]
+    yield at_least("rollouts/s with a head a second, over none", 0.99, _ratio(*rates))
+    for row in data["shared"]:
+        share = row["proportional_bytes"] / row["body_bytes"]
+        what = "share_weights" if row["share"] else "each its own"
+        yield at_most(f"memory of {row['workers']} workers over one body, {what}", 1.15, share)
+    yield from ("", *table("| | median ms | load |"))
+    for row in (*data["body"], *data["changes"]):
+        if row["seconds"]:
+            kind = "changes" if "share" in row else "full"
+            yield f"| {kind}: {row['what']} | {statistics.median(row['seconds']) * 1e3:.0f} | {row['load']:.1f} |"
+
+
+def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
+    times = {what: row["seconds"] for what, row in rows.items()}
+    beside = [copy + digest for copy, digest in zip(times["cp"], times["digest"], strict=True)]
+    yield at_least("publishing: cp, sync and digest over it", 0.8, _ratio(beside, times["publish"]))
+    yield at_least("swap: a memory copy over it", 0.8, _ratio(times["memory copy"], times["swap"]))
+    rate = rows["digest"]["bytes"] / statistics.median(times["digest"]) / 1e9
+    yield judged("reading and digest, one core", "≥ 1.5 GB/s", f"{rate:.2f} GB/s", reached=rate >= 1.5)
+    extra = rows["anonymous memory"]["bytes"] / 2**20
+    yield at_most("extra anonymous memory of apply", 64, extra, " MiB")
+
+
+def _sync_changes(rows: dict[str, Data]) -> Iterator[str]:
+    size, times = rows["publish"]["bytes"], {what: row["seconds"] for what, row in rows.items()}
+    yield at_most("bytes of changes over those of all", 0.04, rows["publish"]["share"])
+    rate = 2 * size / statistics.median(times["publish"]) / 1e9
+    yield judged("publishing changes, of scanned pairs", "≥ 2 GB/s", f"{rate:.2f} GB/s", reached=rate >= 2)
+    yield at_least(
+        "swap of changes: a memory copy of the body over it", 0.5, _ratio(times["memory copy"], times["swap"])
+    )
+
+
+def update(data: Data) -> Iterator[str]:
+    """`update.py`."""
+    times, memory, p = data["times"], data.get("memory", []), data["provenance"]
+    work = p["workload"]
+    yield source(p)
+    yield (
+        f"Qwen2-0.5B's shape with {p['layers']} layers, random weights; {work['rollouts']} rollouts: "
+        f"{work['tokens']:,} tokens, {work['unique_tokens']:,} of them unique, {work['completion_tokens']:,} of completions; "
+        "forward and backward of a policy's and a value loss."
+    )
+    dtypes = tuple(dict.fromkeys(row["dtype"] for row in times))
+    yield from ("", *GOALS)
+    for dtype in dtypes:
+        yield from _update_goals(select(times, dtype=dtype), select(memory, dtype=dtype), dtype)
+    columns = " | ".join(f"{dtype}, s | processor s | MiB above model and gradients" for dtype in dtypes)
+    yield from ("", *table(f"| | {columns} |"))
+    for name in dict.fromkeys(row["contestant"] for row in times):
+        cells = (_update_cell(times, memory, {"contestant": name, "dtype": dtype}) for dtype in dtypes)
+        yield f"| {UPDATES[name]} | {' | '.join(cells)} |"
+
+
+UPDATES = {
+    "vhead": "`vhead.TrainingPass`",
+    "padded loop, 4": "padded loop of TRL's class, 4 rows",
+    "padded loop, 8": "padded loop of TRL's class, 8 rows",
+    "sorted loop, 4": "the same sorted by length, 4 rows",
+    "bare products": "the matrix products alone",
+    "states kept": "4 updates of a critic, body frozen, its states kept",
+    "full passes": "4 updates of a critic, body frozen, run each time",
+}
+# How often faster than each `vhead` is to be.
+UPDATE_GOALS = {"padded loop, 4": 4.0, "padded loop, 8": 4.0, "sorted loop, 4": 2.5, "bare products": 0.75}
+
+
+def _update_goals(times: list[Row], memory: list[Row], dtype: str) -> Iterator[str]:
+    for measure, how in MEASURES.items():
+        for name, goal in UPDATE_GOALS.items():
+            faster = ratio(times, measure, {"contestant": name}, {"contestant": "vhead"})
+            if faster is not None:
+                yield at_least(f"{dtype}: speed over the {name}, {how}", goal, faster)
+        saved = ratio(times, measure, {"contestant": "full passes"}, {"contestant": "states kept"})
+        if saved is not None:
+            yield at_least(f"{dtype}: a frozen body's states kept for 4 updates, {how}", 3.0, saved)
+    own = median(memory, "extra_bytes", contestant="vhead")
+    for name in ("padded loop, 4", "padded loop, 8"):
+        peer = median(memory, "extra_bytes", contestant=name)
+        if own is not None and peer is not None:
+            yield at_least(f"{dtype}: less peak memory than the {name}", 6.0, peer / own)
+
+
+def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
+    wall, processor = (median(times, measure, **key) for measure in MEASURES)
+    extra = median(memory, "extra_bytes", **key)
+    return f"{wall:.2f} | {processor:.2f} | {'' if extra is None else f'{extra / 2**20:,.0f}'}"
+
+
+PAGES: dict[str, Page] = {
+    "agents": agents,
     "fitting": fitting,
     "generation": generation,
     "head": head,
@@ -430,7 +569,9 @@ PAGES: dict[str, Page] = {
     "scoring-growth": scoring_growth,
     "scoring-overhead": scoring_overhead,
     "scoring-scale": scoring_scale,
+    "sync": sync,
     "token-statistics": token_statistics,
+    "update": update,
 }
 
 

@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import report
 import torch
-from contestants import ALL_FIELDS, VALUES, ModelOnly, Score, contestants
+from contestants import ALL_FIELDS, VALUES, Contestant, ModelOnly, Score, contestants
 from measure import Figures, add_options, extra_bytes, in_fresh_process, memory
 from transformers import PreTrainedModel
-from workloads import AXES, BASE, as_ids, log_normal, qwen2, short, sizes, small_llama, texts
+from workloads import AXES, BASE, WORKLOADS, as_ids, qwen2, short, sizes, small_llama, texts
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.benchmark.document import Row
@@ -49,8 +49,10 @@ MEASURED_MEMORY = ("vhead", "sorted batches", "batch-invariant", "trl")
 
 def peers(options: argparse.Namespace) -> None:
     """Time of every contestant, and peak memory of some, each in a process of its own."""
-    workload = sizes(log_normal(options.prompts, options.completions))
-    figures = Figures(options, layers=options.layers, workload=workload)
+    if options.output is None:
+        options.output = report.RESULTS / f"scoring{_suffix(options)}.json"
+    about = {"dtype": options.dtype, "kind": options.workload, "workload": sizes(_rollouts(options))}
+    figures = Figures(options, layers=options.layers, **about)
     figures.add("times", peer_times(options))
     figures.add("memory", _peer_memory(options))
     figures.close(report.scoring_peers)
@@ -58,13 +60,28 @@ def peers(options: argparse.Namespace) -> None:
 
 def _qwen2_workload(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Rollout]]:
     torch.set_num_threads(options.threads)
-    return qwen2(options.layers), log_normal(options.prompts, options.completions)
+    return qwen2(options.layers).to(getattr(torch, options.dtype)), _rollouts(options)
+
+
+def _rollouts(options: argparse.Namespace) -> list[Rollout]:
+    return WORKLOADS[options.workload](options.prompts, options.completions)
+
+
+def _suffix(options: argparse.Namespace) -> str:
+    """What the name of a run's results says about it; the first one measured was the group in float32."""
+    parts = [options.dtype] * (options.dtype != "float32") + [options.workload] * (options.workload != "group")
+    return "".join(f"-{part}" for part in parts)
+
+
+def _chosen(options: argparse.Namespace) -> list[Contestant]:
+    names = options.contestants.split(",") if options.contestants else None
+    return [each for each in contestants() if names is None or each.name in names]
 
 
 def peer_times(options: argparse.Namespace) -> Iterator[Row]:
     """Wall and processor seconds of every contestant on every set of fields, which take turns."""
     body, rollouts = _qwen2_workload(options)
-    asked = [(each.name, each.make(body, rollouts), fields) for each in contestants() for fields in each.fields]
+    asked = [(each.name, each.make(body, rollouts), fields) for each in _chosen(options) for fields in each.fields]
     for number, (name, score, fields) in turns(asked, options.rounds):
         before = load_average()
         row = {"round": number, "contestant": name, "fields": LABELS[fields], **clocked(partial(score, fields))}
@@ -73,7 +90,7 @@ def peer_times(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _peer_memory(options: argparse.Namespace) -> Iterator[Row]:
-    for name, fields in [(each.name, fields) for each in contestants() for fields in each.fields]:
+    for name, fields in [(each.name, fields) for each in _chosen(options) for fields in each.fields]:
         if name in MEASURED_MEMORY:
             extra = in_fresh_process(_memory_of, name, fields, options)
             print(f"{name}, {LABELS[fields]}: {extra / 2**20:.0f} MiB", flush=True)
@@ -293,6 +310,11 @@ def _main() -> None:
         subcommand = commands.add_parser(measurement.__name__, help=measurement.__doc__)
         add_options(subcommand, name, **counts)
         subcommand.set_defaults(measure=measurement)
+        if measurement is peers:
+            subcommand.set_defaults(output=None)
+            subcommand.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+            subcommand.add_argument("--workload", choices=list(WORKLOADS), default="group")
+            subcommand.add_argument("--contestants", default="", help="these alone, with commas between; else all")
         if measurement is overhead:
             subcommand.add_argument("--only", default="", help="contestants of such names, and nothing is written")
     options = parser.parse_args()

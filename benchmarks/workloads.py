@@ -29,7 +29,9 @@ def small_llama(vocabulary: int) -> PreTrainedModel:
 
 def _drawn(kind: type[PretrainedConfig], layers: int, heads: int, **sizes: int) -> PreTrainedModel:
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": 2}
-    config = kind(num_hidden_layers=layers, max_position_embeddings=4096, tie_word_embeddings=True, **heads_of, **sizes)
+    config = kind(
+        num_hidden_layers=layers, max_position_embeddings=16_384, tie_word_embeddings=True, **heads_of, **sizes
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).float().eval()
 
@@ -50,15 +52,66 @@ def log_normal(prompts: int, completions: int) -> list[Rollout]:
     return rollouts
 
 
+def agent_traces(prompts: int, completions: int) -> list[Rollout]:
+    """Traces of 20 turns that share their task and the first turns; 30% of the tokens after it are the model's.
+
+    Half of a task's traces go on from the fifth turn of the one before, as a search over actions does.
+    """
+    rng = np.random.default_rng(2)
+    rollouts = []
+    for _ in range(prompts):
+        task, turns = rng.integers(0, QWEN2_VOCABULARY, int(rng.integers(150, 400))), []
+        for number in range(completions):
+            turns = [*(turns[:5] if number % 2 else []), *(_turn(rng) for _ in range(15 if number % 2 else 20))]
+            completion, mask = (np.concatenate([turn[at] for turn in turns]) for at in (0, 1))
+            rollouts.append(Rollout(task, completion, mask=mask))
+    return rollouts
+
+
+def _turn(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of an action and of what the environment answers, and which are the model's."""
+    written, observed = int(rng.integers(6, 18)), int(rng.integers(14, 42))
+    return rng.integers(0, QWEN2_VOCABULARY, written + observed), np.arange(written + observed) < written
+
+
+def long_reasoning(prompts: int, completions: int) -> list[Rollout]:
+    """Prompts of 100 to 300 tokens, each with completions of 2,048 to 8,192."""
+    rng = np.random.default_rng(3)
+    heads = [rng.integers(0, QWEN2_VOCABULARY, int(rng.integers(100, 300))) for _ in range(prompts)]
+    lengths = [[int(rng.integers(2048, 8193)) for _ in range(completions)] for _ in heads]
+    return [
+        Rollout(head, rng.integers(0, QWEN2_VOCABULARY, length))
+        for head, own in zip(heads, lengths, strict=True)
+        for length in own
+    ]
+
+
+# By what `scoring.py peers --workload` calls them; for the last one, fewer layers and prompts are enough.
+WORKLOADS = {"group": log_normal, "traces": agent_traces, "long": long_reasoning}
+
+
 def sizes(rollouts: list[Rollout]) -> dict[str, int]:
-    """How many tokens there are, how many different prefixes, and how many completion tokens."""
+    """How many tokens there are, how many different prefixes, and how many completion tokens of the model."""
     whole = [(*rollout.prompt.tolist(), *rollout.completion.tolist()) for rollout in rollouts]
+    masks = [np.asarray(rollout.mask) for rollout in rollouts if rollout.mask is not None]
+    observed = sum(len(mask) - int(mask.sum()) for mask in masks)
     return {
         "rollouts": len(rollouts),
         "tokens": sum(map(len, whole)),
-        "unique_tokens": len({tokens[:end] for tokens in whole for end in range(1, len(tokens) + 1)}),
-        "completion_tokens": sum(len(rollout.completion) for rollout in rollouts),
+        "unique_tokens": _unique(whole),
+        "completion_tokens": sum(len(rollout.completion) for rollout in rollouts) - observed,
     }
+
+
+def _unique(sequences: list[tuple[int, ...]]) -> int:
+    """How many different prefixes there are: in sorted order, what each sequence does not share with the one before."""
+    ordered, count = sorted(sequences), 0
+    for before, own in zip([(), *ordered], ordered, strict=False):
+        shared = next(
+            (at for at, (a, b) in enumerate(zip(before, own, strict=False)) if a != b), min(map(len, (before, own)))
+        )
+        count += len(own) - shared
+    return count
 
 
 def texts(prompts: int, completions: int) -> list[Rollout]:

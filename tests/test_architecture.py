@@ -43,6 +43,7 @@ LAYERS = [
     {"fitting"},
     {"report"},
     {"serve"},
+    {"ray"},
     {"demo", "benchmark"},
     {"cli"},
     {"__main__"},

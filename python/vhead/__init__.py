@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         modeling,
         ops,
         pretrained,
+        ray,
         report,
         returns,
         rollouts,
@@ -41,15 +42,18 @@ if TYPE_CHECKING:
     from vhead.pretrained import ValueHeadConfig, ValueHeadModel
     from vhead.rollouts import Rollout
     from vhead.scoring import Score, Scorer, Scores
+    from vhead.serve.client import AsyncClient, Client
     from vhead.support import Support
     from vhead.training import TrainingPass, freeze, losses
 
     __version__: str
 
 __all__ = [
+    "AsyncClient",
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "CandleValueHead",
+    "Client",
     "FittedHead",
     "PreTrainedModelWrapper",
     "Rollout",
@@ -76,6 +80,7 @@ __all__ = [
     "modeling",
     "ops",
     "pretrained",
+    "ray",
     "report",
     "returns",
     "rollouts",
@@ -85,9 +90,11 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncClient": "serve.client",
     "AutoModelForCausalLMWithValueHead": "modeling",
     "AutoModelForSeq2SeqLMWithValueHead": "modeling",
     "CandleValueHead": "candle",
+    "Client": "serve.client",
     "FittedHead": "fitting",
     "PreTrainedModelWrapper": "modeling",
     "Rollout": "rollouts",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
+    "Attention",
     "CandleValueHead",
     "FeedForward",
     "LogitGradients",
@@ -35,6 +36,7 @@ __all__ = [
     "kernel_absence",
     "linear",
     "panic_on_purpose",
+    "rms_norm",
     "sync_collect",
     "sync_list",
     "token_rewards",
@@ -194,6 +196,22 @@ class FeedForward:
     def apply(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor: ...
 
 @final
+class Attention:
+    """Attention over one packed row by the matrix unit, with the memory that one layer after the other needs.
+
+    Raises:
+        TypeError: A tensor is not bfloat16, or one of rows is not int64.
+        ValueError: Sizes do not fit.
+        RuntimeError: There is no such unit, or another thread is using this object.
+    """
+
+    def __new__(cls, ends: Tensor, positions: Tensor) -> Attention: ...
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor: ...
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + epsilon)` of `[..., H]`, in its dtype, which is the weight's as well."""
+
+@final
 class LogitStatistics:
     """Statistics of `[N]` targets, a tile of products at a time.
 
@@ -240,6 +258,14 @@ class LogitGradients:
         gradients: Sequence[Tensor],
     ) -> LogitGradients: ...
     def differentiate(self, products: Tensor, row: int, column: int, out: Tensor | None = None) -> None: ...
+    def add_products(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        column: int,
+        grad_hidden: Tensor | None = None,
+        grad_weight: Tensor | None = None,
+    ) -> None: ...
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self) -> object: ...
@@ -297,7 +323,11 @@ class SyncStage:
 
     @staticmethod
     def open(
-        directory: PathLike[str], step: int | None, have: tuple[int, str] | None, staging: PathLike[str]
+        directory: PathLike[str],
+        step: int | None,
+        have: tuple[int, str] | None,
+        staging: PathLike[str],
+        in_place: bool,
     ) -> SyncStage | None: ...
     @property
     def summary(self) -> _Summary: ...
@@ -309,6 +339,7 @@ class SyncStage:
     def is_over_weights_in_use(self) -> bool: ...
     @property
     def next(self) -> int | None: ...
+    def places(self) -> tuple[list[int], list[tuple[int, int]]] | None: ...
     def verify_next(self, in_use: NDArray[np.uint8] | None) -> None: ...
     def install(self, targets: Sequence[tuple[int, NDArray[np.uint8]]]) -> None: ...
     def copy(self, tensor: int, start: int, into: NDArray[np.uint8]) -> None: ...

@@ -204,6 +204,20 @@ class RequestError(VheadError):
         return RequestError, (str(self), self.status)
 
 
+class ServerError(VheadError):
+    """A server refuses what a client asks, or does not answer.
+
+    Attributes:
+        status: The status code of HTTP; None: there was no answer.
+        request_id: By which the server's log names the request.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.request_id = request_id
+
+
 class ServerBusyError(VheadError):
     """A server's queue has no room for one more request.
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -21,8 +22,6 @@ from tests.attack.scale import scaled
 from vhead.errors import VheadError
 from vhead.sync import Follower, Publisher, publications
 
-# Children are forked from a process of one thread.
-PROCESSES = multiprocessing.get_context("spawn")
 SHAPES = {"body.weight": (64, 48), "body.bias": (64,), "v_head.summary.weight": (1, 64)}
 
 
@@ -189,10 +188,10 @@ def forked(work, *arguments):
     return child
 
 
-def killed_often(folder, work, count, results):
+def killed_often(folder, work, count):
     """Kills a child at random moments; what a fresh follower finds then."""
     versions, chance, mixed, reversed_, last, others = Versions(), random.Random(1), 0, 0, -1, 0
-    versions.of(scaled(600, 6000))
+    versions.of(scaled(400, 6000))
     for _ in range(count):
         child = forked(work, folder, versions, random.Random(chance.random()))
         time.sleep(chance.uniform(0, 0.02))
@@ -204,22 +203,19 @@ def killed_often(folder, work, count, results):
             mixed += not same(weights, versions.of(step))
             reversed_ += step < last
             last = step
-    results.put((mixed, reversed_, last, others))
+    return mixed, reversed_, last, others
 
 
-def outcome_of(function, *arguments):
-    results = PROCESSES.Queue()
-    process = PROCESSES.Process(target=function, args=(*arguments, results))
-    process.start()
-    found = results.get(timeout=scaled(250, 3000))
-    process.join(50)
-    assert process.exitcode == 0
-    return found
+@pytest.fixture(scope="module")
+def outcome_of():
+    """Runs a function in a process of one thread, from which children can be forked; importing torch takes long."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield lambda function, *arguments: process.submit(function, *arguments).result(scaled(250, 3000))
 
 
-def test_a_killed_publisher_leaves_the_old_weights_or_the_new_ones(quick_folder):
+def test_a_killed_publisher_leaves_the_old_weights_or_the_new_ones(quick_folder, outcome_of):
     folder = quick_folder / "weights"
-    mixed, reversed_, last, _ = outcome_of(killed_often, folder, publish_on, scaled(100, 1000))
+    mixed, reversed_, last, _ = outcome_of(killed_often, folder, publish_on, scaled(60, 1000))
     assert (mixed, reversed_) == (0, 0)
     assert last > 0
     publisher = Publisher(folder, keep=1)
@@ -227,13 +223,13 @@ def test_a_killed_publisher_leaves_the_old_weights_or_the_new_ones(quick_folder)
     assert {path.name for path in folder.iterdir()} == {"LATEST", ".publisher", f"step-{last + 1:08d}"}
 
 
-def test_a_killed_follower_leaves_nothing_behind(quick_folder):
+def test_a_killed_follower_leaves_nothing_behind(quick_folder, outcome_of):
     folder = quick_folder / "weights"
     publisher = Publisher(folder, delta=True, full_every=3)
     for step in range(6):
         publisher.publish(Versions().of(step), step=step)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    mixed, reversed_, last, others = outcome_of(killed_often, folder, follow_on, scaled(50, 1000))
+    mixed, reversed_, last, others = outcome_of(killed_often, folder, follow_on, scaled(30, 1000))
     assert (mixed, reversed_, last, others) == (0, 0, 5, 0)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -249,7 +245,7 @@ def ring(*_):
     raise Alarm
 
 
-def interrupted_often(folder, loader, count, results):
+def interrupted_often(folder, loader, count):
     """Interrupts a loader at random moments; how often the weights were a mixture, or not of the step that it says."""
     versions, chance = Versions(), random.Random(2)
     signal.signal(signal.SIGALRM, ring)
@@ -269,7 +265,7 @@ def interrupted_often(folder, loader, count, results):
         signal.setitimer(signal.ITIMER_REAL, 0)
         found = versions.step_of(weights, [0, 1, 2])
         wrong += found is None or (said is not None and found != said)
-    results.put((wrong, rung))
+    return wrong, rung
 
 
 def following(folder):
@@ -287,14 +283,14 @@ def copying_in_place(folder):
     return load
 
 
-def test_an_interrupted_swap_leaves_one_version_or_the_other(quick_folder):
-    wrong, rung = outcome_of(interrupted_often, quick_folder / "weights", following, scaled(300, 5000))
+def test_an_interrupted_swap_leaves_one_version_or_the_other(quick_folder, outcome_of):
+    wrong, rung = outcome_of(interrupted_often, quick_folder / "weights", following, scaled(150, 5000))
     assert wrong == 0
     assert rung > 0
 
 
-def test_the_interrupts_find_a_loader_that_copies_in_place(quick_folder):
-    wrong, _ = outcome_of(interrupted_often, quick_folder / "weights", copying_in_place, 300)
+def test_the_interrupts_find_a_loader_that_copies_in_place(quick_folder, outcome_of):
+    wrong, _ = outcome_of(interrupted_often, quick_folder / "weights", copying_in_place, 200)
     assert wrong > 0
 
 

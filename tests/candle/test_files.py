@@ -90,7 +90,7 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path):
 
 
 def test_a_folder_is_an_os_error(tmp_path):
-    with pytest.raises(OSError, match=str(tmp_path)):
+    with pytest.raises(OSError, match=f"{tmp_path}: expected a safetensors file, got a folder"):
         CandleValueHead.load(tmp_path)
 
 
@@ -183,3 +183,27 @@ def test_heads_whose_outputs_are_no_values_are_refused_rather_than_read_as_logit
         CandleValueHead.load(file)
     file = save(ValueHead(None, hidden_size=16, num_outputs=5).weights(), tmp_path / "plain.safetensors", "vhead")
     assert CandleValueHead.load(file).out_features == 5
+
+
+@pytest.mark.parametrize(
+    "stated", [{"v_head_support": Support(-1.0, 1.0, bins=3).settings()}, {"v_head_activation": "softmax"}], ids=str
+)
+def test_a_model_whose_configuration_states_what_its_outputs_mean_is_refused(tmp_path, stated):
+    tensors = {
+        "model.norm.weight": torch.randn(16),
+        "v_head.summary.weight": torch.randn(3, 16),
+        "v_head.summary.bias": torch.randn(3),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16} | stated))
+    (name,) = stated
+    with pytest.raises(HeadMismatchError, match=f"config.json beside it: expected .* found one with {name}"):
+        CandleValueHead.load(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16, name: None}))
+    assert CandleValueHead.load(tmp_path / "model.safetensors").out_features == 3
+
+
+def test_a_head_s_own_file_beside_a_distributional_model_is_read(tmp_path):
+    save_file({"v_head.summary.weight": WEIGHT, "v_head.summary.bias": BIAS}, tmp_path / "head.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"v_head_support": Support(-1.0, 1.0, bins=5).settings()}))
+    assert CandleValueHead.load(tmp_path / "head.safetensors").out_features == 1

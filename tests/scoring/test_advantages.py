@@ -107,6 +107,15 @@ class TestInPython:
         with pytest.raises(ValueError, match=r"reward: expected one number for each .*, got shape \[8\]"):
             scores.advantages(scores.reward[:8])
 
+    @pytest.mark.parametrize("rewards", [["a"] * 9, [1j] * 9, [[1.0], [2.0, 3.0]]], ids=str)
+    def test_rewards_that_are_no_numbers_are_named(self, scores, rewards):
+        with pytest.raises(TypeError, match="reward: expected numbers, got: "):
+            scores.advantages(rewards)
+
+    def test_a_reward_beyond_float32_is_named(self, scores):
+        with pytest.raises(ValueError, match="reward: expected finite numbers, got inf at rollout 8"):
+            scores.advantages([0.5] * 8 + [1e300])
+
     def test_what_was_not_scored_is_named(self, model):
         scores = Scorer(model).score(traces(2), ["values"])
         with pytest.raises(MissingFieldError, match="reward"):
@@ -167,12 +176,32 @@ class TestInFiles:
         options = ("-m", folder, "--returns", "advantages", "--reward-field", "earned")
         failed = self.run(path, "-o", tmp_path / "a.jsonl", *options)
         assert failed.exit_code == 1
-        assert "line 3 (id 'r2'): earned: expected a finite number, which is the reward, got nothing" in failed.stderr
+        expected = "a finite number that float32 can hold, which is the reward"
+        assert f"line 3 (id 'r2'): earned: expected {expected}, got nothing" in failed.stderr
         done = self.run(path, "-o", tmp_path / "b.jsonl", *options, "--on-error", "skip")
         assert done.exit_code == 0
         assert "2 skipped" in done.stderr
         written = [json.loads(line)["id"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
         assert written == ["r0", "r1", "r3", "r5"]
+
+    @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+    def test_a_reward_beyond_float32_costs_its_own_record_alone(self, folder, source, tmp_path, ending):
+        path, records = source
+        records[2]["earned"], records[3]["earned"] = 1e300, 3e38
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        options = ("--returns", "advantages", "--reward-field", "earned", "--on-error", "skip")
+        done = self.run(path, "-m", folder, "-o", tmp_path / f"out{ending}", *options)
+        assert done.exit_code == 0, done.stderr
+        assert "line 3 (id 'r2'): earned: expected a finite number that float32 can hold" in done.stderr
+        assert "5 rollouts scored, 1 skipped" in done.stderr
+
+    @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+    def test_a_file_in_which_nobody_gave_candidates_has_no_records_left(self, folder, source, tmp_path, ending):
+        out = tmp_path / f"out{ending}"
+        done = self.run(source[0], "-m", folder, "-o", out, "--returns", "candidates", "--on-error", "skip")
+        assert done.exit_code == 0, done.stderr
+        assert "0 rollouts scored, 6 skipped" in done.stderr
+        assert (pq.read_table(out).num_rows if ending == ".parquet" else len(out.read_text())) == 0
 
     def test_nothing_is_scored_before_a_missing_reward_is_found(self, folder, source, tmp_path, monkeypatch):
         path, records = source

@@ -36,7 +36,7 @@ class Model:
         self.broken: set[int] = set()
         self.fatal: set[int] = set()
 
-    def __call__(self, rollouts, asked) -> ScoredBatch:
+    def __call__(self, model, rollouts, asked) -> ScoredBatch:
         self.batches.append(list(rollouts))
         self.asked.append(asked)
         self.entered.set()

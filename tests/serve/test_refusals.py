@@ -266,7 +266,7 @@ def test_metrics_tell_of_batches_tokens_and_the_step(server):
     assert server.post("/score", GOOD).status == 200
     text = server.ask("GET", "/metrics").body.decode()
     numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(numbers["vhead_weights_step"]) == 120
+    assert float(numbers['vhead_weights_step{model="demo"}']) == 120
     assert float(numbers["vhead_tokens_total"]) >= float(numbers["vhead_computed_tokens_total"]) > 0
     for name in ("vhead_batch_fill_count", "vhead_queue_seconds_count", 'vhead_request_seconds_count{route="/score"}'):
         assert float(numbers[name]) > 0

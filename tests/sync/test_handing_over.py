@@ -241,7 +241,7 @@ def test_a_publication_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_p
     publisher = Publisher(tmp_path, keep=1)
     publisher.publish(model, step=1)
     first = bits(model)
-    stage = _native.SyncStage.open(tmp_path, None, None, tmp_path)
+    stage = _native.SyncStage.open(tmp_path, None, None, tmp_path, in_place=False)
     train(model, 1)
     publisher.publish(model, step=2)
     assert not (tmp_path / "step-00000001").exists()

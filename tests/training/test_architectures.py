@@ -18,11 +18,11 @@ WINDOWS = {"gemma3_text": {"sliding_window": 64}, "gpt_oss": {"sliding_window": 
 PACKED = [
     *("arcee", "codegen", "cohere", "cohere2", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm"),
     *("glm4", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite", "helium", "llama", "mistral", "mixtral", "olmo"),
-    *("olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
+    *("olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
     *("stablelm", "starcoder2"),
 ]
 # Nothing is shared there, and the gradients are right all the same.
-ALONE = ["bloom", "mamba", "mpt", "opt", "qwen3_next"]
+ALONE = ["bloom", "mamba", "mpt", "qwen3_next"]
 
 
 @pytest.mark.parametrize("model_type", [*PACKED, *ALONE])

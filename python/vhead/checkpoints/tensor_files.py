@@ -47,6 +47,12 @@ SAFETENSORS_DTYPES = {
     "torch.uint64": "U64",
     "torch.uint8": "U8",
 }
+# Those that this release of torch has, by safetensors' names.
+TORCH_DTYPES = {
+    name: found
+    for torch_name, name in SAFETENSORS_DTYPES.items()
+    if (found := getattr(torch, torch_name.removeprefix("torch."), None)) is not None
+}
 _TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 # How torch names what a pickle would import and run.

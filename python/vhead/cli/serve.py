@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vhead.serve.batching import QueueLimits
     from vhead.serve.limits import RequestLimits
     from vhead.serve.running import Address
+    from vhead.serve.service import Service
 
 _OPTIONAL = ("fastapi", "uvicorn", "starlette", "prometheus_client", "msgspec", "orjson")
 _MEBIBYTE = 2**20
@@ -86,6 +87,23 @@ RequestTimeout = Annotated[
 DrainTimeout = Annotated[
     int, typer.Option("--drain-timeout", min=1, metavar="S", help="Seconds for accepted requests when it stops.")
 ]
+Follow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="Take over the weights that a trainer publishes there, between two batches. NAME=DIRECTORY is for another "
+        "model.",
+    ),
+]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME=PATH",
+        help="Serve one more model under a name, which requests give as their model. A file is a head on MODEL. Give "
+        "the option again for more.",
+    ),
+]
 Step = Annotated[
     int | None, typer.Option("--step", metavar="STEP", help="The weights' training step, which answers then state.")
 ]
@@ -112,6 +130,8 @@ def serve(
     request_timeout: RequestTimeout = 600.0,
     drain_timeout: DrainTimeout = 60,
     step: Step = None,
+    other_models: Others = None,
+    follow: Follow = None,
     head: option.Head = None,
     step_separator: option.StepSeparator = None,
     dtype: option.ModelDtype = None,
@@ -141,6 +161,7 @@ def serve(
 
     - `vhead serve ./critic`
     - `VHEAD_API_KEY=... vhead serve ./critic --host 0.0.0.0 --port 8080`
+    - `vhead serve ./critic --follow ./weights --model safety=./v_head.safetensors --model large=./other-critic`
     """
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in locals().items()}
     with reported():
@@ -183,14 +204,17 @@ def _run(given: dict[str, Any], address: "Address") -> bool:
     from vhead.serve.running import Server  # for a fast --help
     from vhead.serve.service import Service  # for a fast --help
 
+    names = given["served_model_name"] or [given["model"]]
+    others, follow = _others(given, names), _follow(given)
     # The address is taken before a model is loaded for minutes.
     with address.bound() as bound:
         quiet = given["quiet"]
         with loading_shown(given["model"], shown=sys.stderr.isatty() and not quiet, quiet=quiet):
             scorer = _scorer(given)
         queue, limits = _limits(given, scorer)
-        names = given["served_model_name"] or [given["model"]]
-        service = Service(scorer, names, queue=queue, limits=limits, step=given["step"])
+        service = Service(scorer, names, queue=queue, limits=limits, step=given["step"], follow=follow.pop("", None))
+        for name, path in others.items():
+            _add(service, name, path, given, follow.pop(name, None))
         server = Server(service, address, bound, given["drain_timeout"])
         with answered_by(server.stop):
             _start_log(quiet=quiet)
@@ -200,6 +224,45 @@ def _run(given: dict[str, Any], address: "Address") -> bool:
         "stopped; every accepted request was answered" if done else "stopped before every accepted request was answered"
     )
     return done
+
+
+def _others(given: dict[str, Any], names: list[str]) -> dict[str, str]:
+    """The paths of the other models by their names."""
+    others: dict[str, str] = {}
+    for entry in given["other_models"] or []:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(f"expected NAME=PATH, got {entry!r}", param_hint="--model")
+        if name in others or name in names:
+            raise typer.BadParameter(f"expected another name for each model, got {name!r} twice", param_hint="--model")
+        others[name] = path
+    return others
+
+
+def _follow(given: dict[str, Any]) -> dict[str, str]:
+    """The directories that are followed, by the models' names; that of MODEL by an empty one."""
+    others = {entry.partition("=")[0] for entry in given["other_models"] or []}
+    follow: dict[str, str] = {}
+    for entry in given["follow"] or []:
+        name, equals, directory = entry.partition("=")
+        name, directory = (name, directory) if equals and name in others else ("", entry)
+        if name in follow:
+            raise typer.BadParameter(f"expected one directory for each model, got {entry!r} too", param_hint="--follow")
+        follow[name] = directory
+    return follow
+
+
+def _add(service: "Service", name: str, path: str, given: dict[str, Any], follow: str | None) -> None:
+    """Serves another model, or another head of the first one."""
+    from vhead.serve.models import scorer_with_head  # imports torch
+
+    if not Path(path).is_file():
+        service.add(_scorer({**given, "model": path, "head": None}), [name], follow=follow)
+        return
+    if follow is not None:
+        raise typer.BadParameter(f"{name} is a head, and follows what its model follows", param_hint="--follow")
+    first = service.model()
+    service.add(scorer_with_head(first.scorer, path), [name], weights=first.weights)
 
 
 def _start_log(*, quiet: bool) -> None:
@@ -240,7 +303,9 @@ def _scorer(given: dict[str, Any]) -> "Scorer":
     from vhead.scoring.options import ScorerOptions  # imports numpy
     from vhead.scoring.scorer import Scorer  # imports torch
 
-    options: Any = {name: given[name] for name in ScorerOptions.__annotations__.keys() & given.keys()}
+    # Following is the server's own: its operators can go back.
+    names = ScorerOptions.__annotations__.keys() & given.keys() - {"follow"}
+    options: Any = {name: given[name] for name in names}
     options["truncation"] = None if given["truncate"] == option.Truncate.ERROR else given["truncate"]
     options["conventions"] = Conventions(step_separator=given["step_separator"])
     return Scorer.from_pretrained(given["model"], **{name: given[name] for name in option.LOADING}, **options)

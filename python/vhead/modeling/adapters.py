@@ -195,6 +195,24 @@ def drops_cache(body: nn.Module) -> bool:
     return getattr(kind, "value", kind) == "PREFIX_TUNING"
 
 
+def load_further(model: Any, checkpoint: Checkpoint, name: str) -> bool:
+    """Adds a trained adapter to a model with adapters; which one is active, and what trains, stays as it is.
+
+    Returns:
+        Whether the checkpoint holds an adapter.
+
+    Raises:
+        AdapterError: It is malformed.
+        LoadError: peft cannot load it.
+    """
+    adapter = find_adapter(checkpoint)
+    if adapter is None:
+        return False
+    with unchanged(model), loading(checkpoint.location):
+        model.load_adapter(os.fspath(adapter.folder), name, is_trainable=False)
+    return True
+
+
 # The reward adapter
 
 

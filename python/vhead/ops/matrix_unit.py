@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices by the processor's own unit for them (Intel AMX), added in float32."""
+"""Layers of a language model by the processor's own unit for bfloat16 matrices (Intel AMX), added in float32."""
 
 import os
 
@@ -11,6 +11,8 @@ from vhead.ops.devices import SETTINGS
 # What oneDNN's variable, which chooses its instruction sets, may say for this unit to be used.
 _ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 _WITH_UNIT = ("", "ALL", "DEFAULT")
+# Rows of a packed row that `RowAttention` tells apart.
+MOST_ROWS = 2**24
 
 
 def has_matrix_unit() -> bool:
@@ -53,3 +55,38 @@ class GatedLayers:
             ValueError: Sizes do not fit.
         """
         return self._native.apply(x.contiguous(), gate.detach(), up.detach(), down.detach())
+
+
+class RowAttention:
+    """Attention over one packed row by the matrix unit, without gradients, for one layer after the other.
+
+    Row q sees row k where `k <= q < ends[k]`. The layers share memory, so that one object serves one thread at a time.
+
+    Args:
+        ends: int64 `[T]`.
+        positions: Tokens before each row on its path, by which windows are counted, int64 `[T]`.
+
+    Raises:
+        ValueError: There are 2^24 rows or more, or not as many positions.
+    """
+
+    def __init__(self, ends: Tensor, positions: Tensor) -> None:
+        self._native = _native.Attention(ends, positions)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """One layer; weights are rounded to bfloat16, and sums are float32.
+
+        Args:
+            query: `[heads, T, D]`, bfloat16, as the others.
+            key: `[key heads, T, D]`, whose heads each serve the same number of query heads.
+            value: `[key heads, T, E]`.
+            scale: What products are multiplied by, above 0.
+            window: Rows that each row sees on its path, itself among them; None: all.
+
+        Returns:
+            `[T, heads, E]`, bfloat16.
+
+        Raises:
+            ValueError: Sizes do not fit.
+        """
+        return self._native.apply(query, key, value, scale, window)

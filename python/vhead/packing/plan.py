@@ -33,6 +33,8 @@ class ScorerPlan:
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
+        fused: How many of the modules that look alike are computed by kernels of this package; empty: there are none.
+        adapters: Which adapter computes what; empty: the active one computes everything, or there are none.
     """
 
     architecture: str
@@ -44,6 +46,8 @@ class ScorerPlan:
     long_strategy: str
     logits: str = ""
     matrix_unit: str = ""
+    fused: str = ""
+    adapters: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.architecture}: {self.strategy}"]
@@ -53,7 +57,8 @@ class ScorerPlan:
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
         lines.append(f"  logits: {self.logits}")
-        return "\n".join([*lines, f"  matrix unit: {self.matrix_unit}"] if self.matrix_unit else lines)
+        parts = {"matrix unit": self.matrix_unit, "own kernels": self.fused, "adapters": self.adapters}
+        return "\n".join([*lines, *(f"  {what}: {which}" for what, which in parts.items() if which)])
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def find_ways(
         raise ValueError(f"attention: expected {expected}, got {attention!r}")
     bounds = _Bounds.of(body)
     check = SelfCheck(body, probes(body.model, bounds.context))
-    body.in_place = check.in_place_agrees()
+    body.fused = check.fused()
     alone = OneByOne(body, forgets=bounds.rotary is not None)
     padded: PaddedBatches = alone if batch_invariant else PaddedBatches(body)
     rejected: dict[str, str] = {}
@@ -151,6 +156,7 @@ def find_ways(
         rejected=reasons | rejected,
         longest_shared=longest,
         long_strategy=padded.name,
+        fused=body.fused.described(body.model) if body.device.type == "cpu" else "",
     )
     logits = alone if own_logits and not check.logits_agree(padded) else padded
     return Ways(plan, chosen, padded, bounds.batched, alone, logits)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vhead.packing import limits
 from vhead.packing.attention.interface import AttentionInterface
-from vhead.packing.gates import is_gated
+from vhead.packing.gates import Fused
 from vhead.packing.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
 from vhead.packing.trees import Tokens
 from vhead.upstream import warn_once
@@ -103,17 +103,23 @@ class SelfCheck:
             short._tolerance = max(short._tolerance, self._tolerance)
             return short.sharing(strategy, last=None)
 
-    def in_place_agrees(self) -> bool:
-        """Whether gated layers may work in place, found on the sequences alone."""
-        if self.body.device.type != "cpu" or not any(is_gated(module) for module in self.body.model.modules()):
-            return False
+    def fused(self) -> Fused:
+        """The modules that may be computed by kernels of this package, found on the sequences alone."""
+        found = Fused.of(self.body.model) if self.body.device.type == "cpu" else Fused()
+        if not found or self._fused_agrees(found):
+            return found
+        # One kind that differs does not cost the other.
+        kinds = [kind for kind in (Fused(gates=found.gates), Fused(norms=found.norms)) if kind]
+        return next((kind for kind in kinds if len(kinds) > 1 and self._fused_agrees(kind)), Fused())
+
+    def _fused_agrees(self, fused: Fused) -> bool:
         usual = self.body.unit_rows
-        self.body.in_place, self.body.unit_rows = True, 1
+        self.body.fused, self.body.unit_rows = fused, 1
         try:
             alone = OneByOne(self.body)
             return self._difference(alone, self._batches(alone)) <= self._tolerance
         finally:
-            self.body.in_place, self.body.unit_rows = False, usual
+            self.body.fused, self.body.unit_rows = Fused(), usual
 
     def padding(self, strategy: PaddedBatches) -> str | None:
         """Why padded batches cannot be used, or None."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vhead.backbone.hidden_states import BackbonePlan, last_hidden_state, plan_for, run
 from vhead.backbone.placement import to_device
 from vhead.errors import VheadError
-from vhead.packing.gates import UNIT_ROWS, in_place_gates
+from vhead.packing.gates import UNIT_ROWS, Fused
 from vhead.packing.trees import Tokens
 
 Rows = NDArray[np.int64]
@@ -99,13 +99,13 @@ class Body:
     Attributes:
         model: The language model.
         plan: How the state is reached.
-        in_place: Whether gated layers work in place.
-        unit_rows: Rows of a batch from which on they do so by the processor's matrix unit, where there is one.
+        fused: The modules that are computed by kernels of this package.
+        unit_rows: Rows of a batch from which on gated layers are computed by the processor's matrix unit.
     """
 
     def __init__(self, model: nn.Module, plan: BackbonePlan) -> None:
         self.model, self.plan = model, plan
-        self.in_place, self.unit_rows = False, UNIT_ROWS
+        self.fused, self.unit_rows = Fused(), UNIT_ROWS
 
     @classmethod
     def decoder_only(cls, model: nn.Module) -> Self:
@@ -144,11 +144,7 @@ class Body:
             name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
         # Autograd needs what would be overwritten.
-        with (
-            in_place_gates(self.model, self.unit_rows)
-            if self.in_place and not torch.is_grad_enabled()
-            else nullcontext()
-        ):
+        with nullcontext() if torch.is_grad_enabled() else self.fused.running(self.unit_rows):
             hidden = last_hidden_state(self.model, plan=self.plan, input_ids=to_device(tokens, device), **on_device)
         return hidden.flatten(0, 1)
 

@@ -56,7 +56,9 @@ def gae(
     carry: bool,
 ) -> tuple[Floats, Floats]:
     """Advantages and returns; masked places are 0, or carry what the next model token has."""
-    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
+    # One block: where two are freed one after the other, the C library gives their pages back to the system, and
+    # waiting for new pages would cost the next call more than all arithmetic.
+    advantages, returns = np.empty((2, *rewards.shape), np.float32)
     arguments = (rewards, values, mask, offsets, gamma, lam, value_lam, bootstrap, carry, advantages, returns)
     _native.gae(*arguments, _threads())
     return advantages, returns

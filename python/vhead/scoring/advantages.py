@@ -100,7 +100,7 @@ def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[
         )
     if reward is None:
         reward = scores.reward
-    array: NDArray[Any] = np.asarray(reward, np.float32)
+    array = _rewards(reward)
     if array.shape == (len(scores),):
         rewards = returns.token_rewards(array, mask=scores.mask, offsets=scores.offsets, **kl)
     elif array.shape == (scores.token_count,):
@@ -111,12 +111,25 @@ def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[
     return returns.gae(rewards, values, mask=scores.mask, offsets=scores.offsets, **options)
 
 
+def _rewards(reward: Any) -> NDArray[np.float32]:
+    try:
+        # What float32 cannot hold becomes infinite, and is refused as such.
+        with np.errstate(over="ignore"):
+            return np.asarray(reward, np.float32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"reward: expected numbers, got: {error}") from error
+
+
 def _reward(row: Row, field: str, id: Id) -> float:
     value = row.members((field,)).get(field)
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
-        got = "nothing" if value is None else repr(value)[:40]
-        raise FieldError(named(row.where, id), field, expected="a finite number, which is the reward", got=got)
+    if isinstance(value, bool) or not isinstance(value, Real) or not _fits_float32(value):
+        got, expected = "nothing" if value is None else repr(value)[:40], "a finite number that float32 can hold"
+        raise FieldError(named(row.where, id), field, expected=f"{expected}, which is the reward", got=got)
     return float(value)
+
+
+def _fits_float32(number: Any) -> bool:
+    return bool(abs(number) <= float(np.finfo(np.float32).max))
 
 
 def _is_cut_off(row: Row, field: str, id: Id) -> bool:

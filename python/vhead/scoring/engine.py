@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from vhead.backbone.placement import to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
+from vhead.ops.matrix_unit import has_matrix_unit
 from vhead.packing import limits
+from vhead.packing.adapters import check_adapter, running_adapter, using_adapter
 from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
 from vhead.packing.plan import find_ways
 from vhead.packing.strategies import Batch, Body, Strategy
@@ -30,6 +32,8 @@ Fields = dict[str, NDArray[Any]]
 # Without a rule for the logits of chosen rows, those of a whole batch exist at once; batches are then this small.
 _FULL_LOGITS_BYTES = 64 * 1024 * 1024
 _FLOAT32_BYTES = 4
+# The options that name adapters: log-probabilities and entropies are by the one, and what the head gives by the other.
+_POLICY, _VALUE = "policy_adapter", "value_adapter"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +50,7 @@ class Engine:
     Args:
         model: `.pretrained_model` is the language model, `.v_head` maps `[..., H]` to `[..., K]`. With heads of their
             own among the options, it can be a language model itself.
-        options: The scorer's; of them the threads, the heads, the attention and batch invariance.
+        options: The scorer's; of them the threads, the heads, the adapters, the attention and batch invariance.
         conventions: What is read where; a separator of steps is token ids.
 
     Attributes:
@@ -59,6 +63,7 @@ class Engine:
 
     Raises:
         HeadError: The model has no value head.
+        AdapterError: The model has no such adapter.
         VheadError: The model is an encoder-decoder, or cannot take the asked-for attention.
         ValueError: There is no such attention, or it is asked for together with batch invariance.
     """
@@ -79,7 +84,10 @@ class Engine:
         self.context_length = limits.context_length(body)
         self.untrained_output = untrained_output(model, body)
         self._pad_token = limits.pad_token(body.config)
-        with self._computing():
+        self._adapters = {_POLICY: options.get("policy_adapter"), _VALUE: options.get("value_adapter")}
+        for argument, adapter in self._adapters.items():
+            check_adapter(body, argument, adapter)
+        with self._computing(), using_adapter(body, self._adapters[_POLICY]):
             self._rule = find_logits_rule(body, self._body.plan)
             self._ways = find_ways(
                 self._body,
@@ -88,7 +96,13 @@ class Engine:
                 attention=options.get("attention"),
             )
         logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
-        self.plan = replace(self._ways.plan, logits=logits, matrix_unit=", ".join(self._by_matrix_unit()))
+        named = {"log-probabilities": self._adapters[_POLICY], "values": self._adapters[_VALUE]}
+        self.plan = replace(
+            self._ways.plan,
+            logits=logits,
+            matrix_unit=", ".join(self._by_matrix_unit()),
+            adapters=", ".join(f"{what} by {adapter}" for what, adapter in named.items() if adapter is not None),
+        )
 
     def with_head(self, head: nn.Module, conventions: Conventions) -> "Engine":
         """The same engine with another head, read by these conventions; what the model can take is not tried again."""
@@ -97,10 +111,15 @@ class Engine:
         return other
 
     def _by_matrix_unit(self) -> Iterator[str]:
-        if self._body.in_place and uses_matrix_unit(self._body.model):
+        if uses_matrix_unit(self._body.fused.gates):
             yield f"gated layers of batches from {UNIT_ROWS} tokens on"
+        if self._ways.plan.attention == "segments" and self._attends_by_matrix_unit():
+            yield "attention"
         if self._rule is not None and self._rule.uses_matrix_unit:
             yield "token statistics"
+
+    def _attends_by_matrix_unit(self) -> bool:
+        return self.device.type == "cpu" and self._body.dtype == torch.bfloat16 and has_matrix_unit()
 
     @property
     def selects_rows(self) -> bool:
@@ -165,18 +184,42 @@ class Engine:
 
     def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token, asked)
-        wanted = read.statistics(asked)
-        statistics: dict[str, Tensor] = {}
-        if self._rule is None and asked.needs_logits:
-            states, logits = work.strategy.states_and_logits(work.batch)
-            statistics = statistics_of_logits(logits, read.written, wanted)
-        else:
-            states = work.strategy.states(work.batch)
-            if self._rule is not None and asked.needs_logits:
-                # Observations cost no logits: only the rows that predict a token of the model's are read.
-                statistics = token_statistics(states[to_device(read.written, states.device)], self._rule, wanted)
-        computed = self._head_outputs(states, read, asked) | statistics
+        computed: dict[str, Tensor] = {}
+        states = None
+        if asked.needs_logits:
+            with self._through(_POLICY):
+                states, computed = self._statistics(work, read, asked)
+        if any(name in asked for name in read.of_head):
+            if states is None or self._has_two_adapters:
+                with self._through(_VALUE):
+                    states = work.strategy.states(work.batch)
+            computed |= self._head_outputs(states, read, asked)
         return read.aligned({name: computed[name].cpu().numpy() for name in asked.computed}, self._conventions)
+
+    def _statistics(self, work: Work, read: "Read", asked: Asked) -> tuple[Tensor, dict[str, Tensor]]:
+        """The states of a batch, and what is asked about the distributions there."""
+        wanted = read.statistics(asked)
+        if self._rule is None:
+            states, logits = work.strategy.states_and_logits(work.batch)
+            return states, statistics_of_logits(logits, read.written, wanted)
+        states = work.strategy.states(work.batch)
+        # Observations cost no logits: only the rows that predict a token of the model's are read.
+        return states, token_statistics(states[to_device(read.written, states.device)], self._rule, wanted)
+
+    @property
+    def _has_two_adapters(self) -> bool:
+        policy, value = self._adapters.values()
+        model = self._body.model
+        return policy != value and running_adapter(model, policy) != running_adapter(model, value)
+
+    @contextmanager
+    def _through(self, adapter: str) -> Iterator[None]:
+        """Runs the model with the adapter that this option names."""
+        if self._has_two_adapters:
+            # What was kept of shared tokens may be the other one's.
+            self.forget()
+        with using_adapter(self._body.model, self._adapters[adapter]):
+            yield
 
     def forget(self) -> None:
         """Drops what was kept of the model's states, as its weights may change."""

@@ -22,11 +22,11 @@ class Following:
 
     Args:
         directory: The publisher's directory.
-        options: The scorer's; of them `min_step` and `patience`.
+        options: The scorer's; of them `min_step`, `patience` and `share_weights`.
     """
 
     def __init__(self, directory: str | Path, options: ScorerOptions) -> None:
-        self._follower = Follower(directory)
+        self._follower = Follower(directory, share_weights=options.get("share_weights", False))
         self._min_step = options.get("min_step")
         self._patience = options.get("patience") or 0.0
         self._refused = ""

@@ -1,6 +1,7 @@
 """Loading what a scorer needs: a language model, its trained head and its tokenizer."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,20 @@ def load_critic(
     head: str | Path | None,
     allow_random_head: bool,
     trust_remote_code: bool,
+    adapters: Iterable[str | None] = (),
 ) -> Critic:
-    """Loads a model, its trained head and its tokenizer; the arguments are those of `Scorer.from_pretrained`."""
+    """Loads a model, its trained head and its tokenizer.
+
+    Args:
+        path: As `Scorer.from_pretrained` takes it, like all arguments but the last.
+        dtype: Likewise.
+        device: Likewise.
+        head: Likewise.
+        allow_random_head: Likewise.
+        trust_remote_code: Likewise.
+        adapters: The names of adapters that are wanted; those other than the first lie in folders of their names, as
+            peft saves them.
+    """
     with loading(path):
         # A folder that is no model's, or a name with a typing mistake, is found before anything is said about heads.
         Checkpoint(path).require()
@@ -58,6 +71,8 @@ def load_critic(
             "to score with a new, untrained one, pass allow_random_head=True (--allow-random-head)"
         )
     model = _load(path, dtype, head, trust_remote_code=trust_remote_code)
+    for name in adapters:
+        _add_adapter(model.pretrained_model, path, name)
     _move(model, device)
     statistics = (None, None) if weights is None else (weights.mean, weights.std)
     tokenizer = _tokenizer(_home_of_tokenizer(path, model), trust_remote_code=trust_remote_code)
@@ -75,6 +90,15 @@ def _load(
     )
     _check_complete(model, path)
     return model.eval()
+
+
+def _add_adapter(body: Any, path: str | Path, name: str | None) -> None:
+    """Loads a further adapter from the folder of its name, if there is one; a scorer says what is missing."""
+    from vhead.modeling.adapters import load_further  # imports transformers
+
+    known = getattr(body, "peft_config", None)
+    if known and name and name not in known and Path(name).name == name:
+        load_further(body, Checkpoint(path, subfolder=name), name)
 
 
 def _check_complete(model: Any, path: str | Path) -> None:

@@ -33,15 +33,20 @@ class ScorerOptions(TypedDict, total=False):
     separate_tokens: bool
     append_eos: bool
     heads: "Mapping[str, ValueHead] | None"
+    policy_adapter: str | None
+    value_adapter: str | None
     follow: "str | Path | None"
     min_step: int | None
     patience: float
+    share_weights: bool
 
 
 _WHOLE = (Integral, "a whole number")
-_KINDS = dict.fromkeys(
+_KINDS: dict[str, tuple[type, str]] = dict.fromkeys(
     ("token_budget", "chunk_tokens", "num_threads", "max_length", "min_step"), _WHOLE
-) | dict.fromkeys(("batch_invariant", "separate_tokens", "append_eos"), (bool, "True or False"))
+)
+_KINDS |= dict.fromkeys(("batch_invariant", "separate_tokens", "append_eos", "share_weights"), (bool, "True or False"))
+_KINDS |= dict.fromkeys(("policy_adapter", "value_adapter"), (str, "an adapter's name"))
 
 
 def checked_options(options: ScorerOptions) -> ScorerOptions:

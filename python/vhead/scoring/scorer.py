@@ -26,6 +26,7 @@ from vhead.scoring.loading import Critic, load_critic
 from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scores import Score, Scores
+from vhead.scoring.sharing import share_weights
 from vhead.sync.swapping import TURNS
 
 logger = logging.getLogger("vhead")
@@ -72,11 +73,16 @@ class Scorer:
             followed by it; the reward is then read there.
         heads: Several heads by name, which read the same hidden states in one pass, in place of the model's own: the
             scores then have one output for each of theirs, and `Scores.of(name)` has those of one head.
+        policy_adapter: Which of the model's adapters computes log-probabilities and entropies; None: the active one.
+        value_adapter: Which one computes what the head gives. If the two differ, the language model runs once for each.
         follow: A directory in which a `vhead.sync.Publisher` publishes: before each batch, the newest weights are
             brought into the model, and `weights_step` of each score says which. A publication that is refused is a
             warning, and the old weights go on.
         min_step: With `follow`: nothing is scored with weights of an earlier step.
         patience: With `min_step`: seconds that a batch waits for such weights before that is an error.
+        share_weights: Whether the weights are mapped from their files, so that all processes of a machine share one
+            copy: those that `from_pretrained` loads, and with `follow` those of full publications. On the CPU only;
+            the files must stay as they are.
 
     Attributes:
         model: The model.
@@ -84,6 +90,7 @@ class Scorer:
 
     Raises:
         HeadError: The model has no value head.
+        AdapterError: The model has no such adapter.
         VheadError: The model is an encoder-decoder, takes fewer tokens than `max_length`, or cannot take the asked-for
             attention; or `append_eos` is asked for, and the tokenizer has no end-of-sequence token.
         ValueError: The budget, the chunk or the number of threads is below 1, `max_length` is below 2, `truncation` or
@@ -218,7 +225,8 @@ class Scorer:
             normalize_rewards: Whether rewards are normalised by the mean and the standard deviation that the checkpoint
                 states, as OpenRLHF writes them.
             trust_remote_code: Whether code that the checkpoint brings along, or names, is run; nobody is asked.
-            **options: The constructor's other arguments.
+            **options: The constructor's other arguments. An adapter that is named there and not loaded with the
+                model is looked for in the folder of its name, where peft saves it.
 
         Raises:
             HeadNotFoundError: There is no trained head, and a random one is not allowed.
@@ -234,7 +242,10 @@ class Scorer:
             head=head,
             allow_random_head=allow_random_head or bool(options.get("heads")),
             trust_remote_code=trust_remote_code,
+            adapters=(options.get("policy_adapter"), options.get("value_adapter")),
         )
+        if options.get("share_weights"):
+            share_weights(critic.model, path)
         if normalize_rewards:
             options["conventions"] = _normalising(options.get("conventions"), critic, path if head is None else head)
         with loading(path):

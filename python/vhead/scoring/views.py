@@ -86,7 +86,12 @@ def _list_column(pa: Any, flat: NDArray[Any], offsets: NDArray[np.int64]) -> "py
 def nested(pa: Any, flat: NDArray[Any]) -> Any:
     """An array `[N]`, or `[N, K]` as lists of K."""
     values = pa.array(flat.reshape(-1))
-    return values if flat.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+    if flat.ndim == 1:
+        return values
+    if flat.shape[1] == 0:
+        # Nobody gave candidates: nobody knows how many there would be, and Arrow has no lists of 0.
+        return pa.array([[]] * len(flat), pa.list_(values.type))
+    return pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
 
 
 def _one_type(ids: Sequence[Id]) -> list[Id]:

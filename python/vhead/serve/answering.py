@@ -12,7 +12,8 @@ from vhead.errors import RecordError, RequestError, VheadError
 from vhead.scoring.scores import Scores
 from vhead.serve.bodies import Receiver
 from vhead.serve.entrance import CLIENT_GONE, response_to
-from vhead.serve.service import Prepared, Service
+from vhead.serve.models import Prepared
+from vhead.serve.service import Service
 
 
 class ClientGoneError(VheadError):
@@ -65,6 +66,16 @@ class Answering:
                 return await self.service.read(reply, body)
         except (VheadError, ValueError) as error:
             return response_to(error, request.state.request_id)
+
+    async def received(self, request: Request) -> bytes:
+        """The body of a request that brings no rollouts.
+
+        Raises:
+            RequestError: It is too large, or does not arrive.
+            ServerBusyError: There is no room for it.
+        """
+        async with self._receiver.body(request) as body:
+            return body
 
     async def _result(self, request: Request, future: Future[Scores]) -> Scores:
         """The scores when they are there; a client that leaves takes its rollouts out of the queue."""

@@ -9,10 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vhead.errors import RequestError
-from vhead.serve import native, operations, reward_servers, vllm
+from vhead.errors import RequestError, ServerBusyError, ServerStoppingError
+from vhead.serve import native, operations, page, reward_servers, vllm
 from vhead.serve.answering import Answering
-from vhead.serve.entrance import Entrance, error_response, response_to
+from vhead.serve.entrance import OPEN_PATHS, Entrance, error_response, response_to
 from vhead.serve.service import Service
 
 # A new protocol is one more module here, with a function `router`, and the classes of its bodies below.
@@ -23,6 +23,8 @@ _BODIES = (
     vllm.TokenizeBody,
     reward_servers.GetRewardBody,
     reward_servers.EvaluationBody,
+    operations.ReloadBody,
+    operations.RollbackBody,
 )
 
 
@@ -38,11 +40,13 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     answering = Answering(service)
     for protocol in PROTOCOLS:
         app.include_router(protocol.router(answering))
-    app.include_router(operations.router(service))
+    app.include_router(operations.router(answering, is_keyed=api_key is not None))
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestError, _of_request)
+    for error in (RequestError, ServerBusyError, ServerStoppingError):
+        app.add_exception_handler(error, _of_request)
+    app.include_router(page.router())
     app.add_middleware(Entrance, metrics=service.metrics, api_key=api_key)
-    _describe(app)
+    _describe(app, is_keyed=api_key is not None)
     return app
 
 
@@ -55,8 +59,8 @@ async def _of_request(request: Request, error: Any) -> Response:
     return response_to(error, request.state.request_id)
 
 
-def _describe(app: FastAPI) -> None:
-    """Adds the classes of bodies, and the form of errors, to the OpenAPI document, which is made once."""
+def _describe(app: FastAPI, *, is_keyed: bool) -> None:
+    """Adds the classes of bodies, the form of errors and the key to the OpenAPI document, which is made once."""
     document = app.openapi()
     _, components = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -65,9 +69,11 @@ def _describe(app: FastAPI) -> None:
         "description": "An error",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
-    for methods in document["paths"].values():
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in document["paths"].items():
         for method in methods.values():
             method["responses"] |= {"4XX": error, "5XX": error}
+            method["security"] = [{"key": []}] if is_keyed and path not in OPEN_PATHS else []
 
 
 _ERROR = {

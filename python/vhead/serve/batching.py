@@ -1,4 +1,4 @@
-"""Many requests as batches for one scorer: a bounded queue, and a thread that scores what waits in it.
+"""Many requests as batches, scored one after the other: a bounded queue, and a thread that scores what waits in it.
 
 While one batch is computed, requests gather for the next one, which takes as many of them as it holds. Only where
 nothing was being computed does a request wait for company, and no longer than `max_wait_s`.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, groupby, islice
 from math import ceil
 from typing import Protocol
@@ -92,9 +93,9 @@ class BatchReport:
 
 
 class ScoreBatch(Protocol):
-    """Scores rollouts together, in the batcher's thread."""
+    """Scores rollouts together with one model, in the batcher's thread."""
 
-    def __call__(self, rollouts: Sequence[Rollout], asked: Asked, /) -> ScoredBatch: ...
+    def __call__(self, model: str, rollouts: Sequence[Rollout], asked: Asked, /) -> ScoredBatch: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ class _Run:
         return self.prompt_tokens * len(self.rollouts) + self.completion_tokens
 
 
-# What may be scored together: what is asked for, and how many candidates each token has.
-_Kind = tuple[Asked, int]
+# What may be scored together: by which model, what is asked for, and how many candidates each token has.
+_Kind = tuple[str, Asked, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -255,6 +256,7 @@ class Batcher:
         self._queue = _Queue()
         self._changed = threading.Condition()
         self._numbers = count()
+        self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._stopping = False
         self._speed = 0.0
         self._thread = threading.Thread(target=self._work, name="vhead-batcher", daemon=True)
@@ -281,13 +283,14 @@ class Batcher:
         seconds = self.queued_tokens / self._speed if self._speed else 1.0
         return min(max(ceil(seconds), 1), _LONGEST_RETRY_S)
 
-    def submit(self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "") -> Future[Scores]:
+    def submit(self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "", model: str = "") -> Future[Scores]:
         """Queues rollouts of token ids.
 
         Args:
             rollouts: At least one; where one has candidates, all have, and as many for each token.
             asked: What is asked for of them.
             client: Who asks.
+            model: Which model scores them.
 
         Returns:
             The scores, in order, with the rollouts' places in `rollouts` as their indices. Cancelling it takes out of
@@ -298,7 +301,7 @@ class Batcher:
             ServerStoppingError: The batcher is stopping.
         """
         first = rollouts[0].candidates
-        kind = (asked, 0 if first is None else first.shape[1])
+        kind = (model, asked, 0 if first is None else first.shape[1])
         runs = deque(_runs(rollouts, self.limits.batch_tokens))
         request = _Request(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts))
         tokens = request.tokens
@@ -309,6 +312,19 @@ class Batcher:
             self._changed.notify_all()
         request.future.add_done_callback(lambda future: self._withdraw(request) if future.cancelled() else None)
         return request.future
+
+    def call(self, work: Callable[[], None]) -> Future[None]:
+        """Has something done in the thread that scores, between two batches, before any that waits.
+
+        Raises:
+            ServerStoppingError: The batcher is stopping.
+        """
+        future: Future[None] = Future()
+        with self._changed:
+            self.check_open()
+            self._calls.append((work, future))
+            self._changed.notify_all()
+        return future
 
     def check_open(self) -> None:
         """Checks that requests are taken.
@@ -358,25 +374,29 @@ class Batcher:
         return not left and not self._thread.is_alive()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            taken, cost = batch
-            try:
-                self._compute(taken, cost)
-            except Exception:  # A defect here must not end the only thread that scores.
-                logger.exception("a batch failed")
-                for request, _ in taken:
-                    _fail(request, VheadError("the server failed inside while it scored this request"))
+        while (job := self._next()) is not None:
+            job()
 
-    def _next_batch(self) -> tuple[list[tuple[_Request, _Run]], int] | None:
-        """Waits for requests, and takes a batch of them; None: there are none, and none will come."""
+    def _next(self) -> Callable[[], None] | None:
+        """Waits for something to do, and takes it; None: there is nothing, and nothing will come."""
         with self._changed:
             while True:
+                if self._calls:
+                    return partial(_run, *self._calls.popleft())
                 if self._queue.requests and not self._waits_for_company():
-                    return self._queue.take(self.limits.batch_tokens)
+                    return partial(self._run_batch, *self._queue.take(self.limits.batch_tokens))
                 if not self._queue.requests:
                     if self._stopping:
                         return None
                     self._changed.wait()
+
+    def _run_batch(self, taken: list[tuple[_Request, _Run]], cost: int) -> None:
+        try:
+            self._compute(taken, cost)
+        except Exception:  # A defect here must not end the only thread that scores.
+            logger.exception("a batch failed")
+            for request, _ in taken:
+                _fail(request, VheadError("the server failed inside while it scored this request"))
 
     def _waits_for_company(self) -> bool:
         """Whether the batch is not to begin yet; where it may become fuller, this waits once for a change."""
@@ -415,7 +435,8 @@ class Batcher:
         """Scores a batch; where that fails, each request by itself, so that one does not cost the others theirs."""
         rollouts = [rollout for _, run in taken for rollout in run.rollouts]
         try:
-            return self._score(rollouts, taken[0][0].kind[0])
+            model, asked, _ = taken[0][0].kind
+            return self._score(model, rollouts, asked)
         except Exception as error:  # Whatever torch raises, such as for memory.
             alone = [list(entries) for _, entries in groupby(taken, key=lambda entry: entry[0].number)]
             if len(alone) == 1:
@@ -447,6 +468,17 @@ class Batcher:
                 request.left -= size
                 if not request.left:
                     _finish(request)
+
+
+def _run(work: Callable[[], None], future: Future[None]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        work()
+    except Exception as error:  # It goes to whoever asked for it.
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 def _finish(request: _Request) -> None:

@@ -18,8 +18,8 @@ from vhead.serve.metrics import Metrics
 
 logger = logging.getLogger("vhead.serve")
 
-# What a machine that looks whether the server lives asks without a key.
-_OPEN = frozenset({"/health", "/ready"})
+# What a machine that looks whether the server lives asks without a key, and the page, which then asks for one.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _CLIENT = re.compile(r"[ -~]{1,64}")
 # Nobody is there to read it; proxies write this number into their logs.
@@ -83,7 +83,7 @@ class Entrance:
         return None
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
-        if self._key is None or path in _OPEN:
+        if self._key is None or path in OPEN_PATHS:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # In constant time, so that nobody finds the key letter by letter.

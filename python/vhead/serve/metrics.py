@@ -32,15 +32,24 @@ class Metrics:
         self._fill = Histogram(
             "vhead_batch_fill", "Tokens of a batch, as a share of its room", buckets=_SHARES, registry=registry
         )
-        self._step = Gauge("vhead_weights_step", "The step of the weights that are served", registry=registry)
+        self._step = Gauge(
+            "vhead_weights_step", "The step of the weights that are served", ["model"], registry=registry
+        )
 
-    def watch(self, queued_requests: Callable[[], int], queued_tokens: Callable[[], int], step: int | None) -> None:
-        """Shows a queue and a step as they are whenever somebody asks."""
+    def watch(self, queued_requests: Callable[[], int], queued_tokens: Callable[[], int]) -> None:
+        """Shows a queue as it is whenever somebody asks."""
         gauges = (("requests", "Requests", queued_requests), ("tokens", "Tokens of rollouts", queued_tokens))
         for unit, what, value in gauges:
             Gauge(f"vhead_queued_{unit}", f"{what} that wait", registry=self._registry).set_function(value)
-        if step is not None:
-            self._step.set(step)
+
+    def watch_step(self, model: str, step: Callable[[], int | None]) -> None:
+        """Shows the step of a model's weights as it is whenever somebody asks; NaN where nobody knows."""
+
+        def shown() -> float:
+            found = step()
+            return float("nan") if found is None else found
+
+        self._step.labels(model).set_function(shown)
 
     def batch(self, report: BatchReport) -> None:
         """Counts a batch."""

@@ -18,7 +18,8 @@ from vhead.scoring.scores import Scores
 from vhead.serve import arrow, npy
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, decoded, media_type, schema
-from vhead.serve.service import Prepared, Service
+from vhead.serve.models import Prepared
+from vhead.serve.service import Service
 
 Id = str | int | float | None
 TokenIds = list[Annotated[int, Meta(ge=0)]] | str
@@ -88,20 +89,20 @@ class ScoreRoute:
         if query:
             raise RequestError("the address: expected no query, because a body of JSON says what is asked for")
         asked = decoded(body, ScoreBody)
-        self._service.check_name(asked.model)
-        self._service.check_count(len(asked.rollouts))
-        wanted = self._service.scorer.asked(asked.returns, asked.temperature, asked.top_logprobs)
+        model = self._service.model(asked.model)
+        model.check_count(len(asked.rollouts))
+        wanted = model.scorer.asked(asked.returns, asked.temperature, asked.top_logprobs)
         rollouts = [_rollout(_record(one, place), place) for place, one in enumerate(asked.rollouts)]
-        return self._service.prepare(rollouts, wanted)
+        return model.prepare(rollouts, wanted)
 
     def _of_arrow(self, body: bytes, query: QueryParams) -> Prepared:
-        self._service.check_name(query.get("model"))
-        wanted = self._service.scorer.asked(**_asked_in(query))
+        model = self._service.model(query.get("model"))
+        wanted = model.scorer.asked(**_asked_in(query))
         records = arrow.records(body, self._service.limits.rollouts)
-        return self._service.prepare([_rollout(record, place) for place, record in enumerate(records)], wanted)
+        return model.prepare([_rollout(record, place) for place, record in enumerate(records)], wanted)
 
-    def _head(self) -> dict[str, Any]:
-        return {"model": self._service.names[0], "step": self._service.step}
+    def _head(self, prepared: Prepared, scores: Scores) -> dict[str, Any]:
+        return {"model": prepared.model.name, "step": prepared.step(scores)}
 
     def _as_json(self, prepared: Prepared, scores: Scores) -> Response:
         scores = prepared.completed(scores)
@@ -113,7 +114,9 @@ class ScoreRoute:
                 flat, offsets = scores.flat(name)
                 row[name] = flat[place] if offsets is None else flat[offsets[place] : offsets[place + 1]]
             rows.append(row)
-        content = orjson.dumps({**self._head(), "scores": rows}, default=_contiguous, option=orjson.OPT_SERIALIZE_NUMPY)
+        content = orjson.dumps(
+            {**self._head(prepared, scores), "scores": rows}, default=_contiguous, option=orjson.OPT_SERIALIZE_NUMPY
+        )
         return Response(content, media_type=JSON)
 
     def _as_npy(self, prepared: Prepared, scores: Scores) -> Response:
@@ -123,10 +126,13 @@ class ScoreRoute:
         if scores.step_offsets is not None:
             arrays["step_offsets"] = scores.step_offsets
         encoded = {name: npy.encoded(array) for name, array in arrays.items()}
-        return Response(orjson.dumps({**self._head(), "ids": scores.ids, "arrays": encoded}), media_type=npy.MEDIA_TYPE)
+        return Response(
+            orjson.dumps({**self._head(prepared, scores), "ids": scores.ids, "arrays": encoded}),
+            media_type=npy.MEDIA_TYPE,
+        )
 
     def _as_arrow(self, prepared: Prepared, scores: Scores) -> Response:
-        content = arrow.stream(prepared.completed(scores), self._head())
+        content = arrow.stream(prepared.completed(scores), self._head(prepared, scores))
         return Response(content, media_type=arrow.MEDIA_TYPE)
 
 

@@ -14,20 +14,23 @@ from vhead.errors import RequestError
 from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
+from vhead.serve.models import Prepared, ServedModel
 from vhead.serve.sequences import Input, parts_of, prepared, token_ids
-from vhead.serve.service import Prepared, Service
+from vhead.serve.service import Service
 
 
 class GetRewardBody(Struct):
     """What OpenRLHF sends: prompts and responses as texts; its prompts and labels are passed over."""
 
     query: Input
+    model: str | None = None
 
 
 class EvaluationBody(Struct):
     """What LLaMA-Factory sends; its client calls every model `model`."""
 
     messages: Input
+    model: str | None = None
     max_length: Annotated[int, Meta(ge=2)] | None = None
 
 
@@ -42,10 +45,11 @@ class RewardRoutes:
         """OpenRLHF's."""
 
         def prepare(body: bytes) -> Prepared:
-            return self._prepared(decoded(body, GetRewardBody).query, "query")
+            asked = decoded(body, GetRewardBody)
+            return _prepared(self._service.model(asked.model), asked.query, "query")
 
-        def reply(rewards: list[float]) -> dict[str, Any]:
-            return {"rewards": rewards, "scores": rewards, "extra_logs": {}, "step": self._service.step}
+        def reply(about: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
+            return {"rewards": rewards, "scores": rewards, "extra_logs": {}, "step": about["step"]}
 
         return await self._answer(request, prepare, reply)
 
@@ -54,11 +58,11 @@ class RewardRoutes:
 
         def prepare(body: bytes) -> Prepared:
             asked = decoded(body, EvaluationBody)
-            return self._prepared(asked.messages, "messages", asked.max_length)
+            model = self._service.model(asked.model if asked.model in self._service.models else None)
+            return _prepared(model, asked.messages, "messages", asked.max_length)
 
-        def reply(rewards: list[float]) -> dict[str, Any]:
-            about = {"id": f"scoreval-{time.time_ns():x}", "object": "score.evaluation"}
-            return {**about, "model": self._service.names[0], "scores": rewards, "step": self._service.step}
+        def reply(about: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
+            return {"id": f"scoreval-{time.time_ns():x}", "object": "score.evaluation", **about, "scores": rewards}
 
         return await self._answer(request, prepare, reply)
 
@@ -66,24 +70,26 @@ class RewardRoutes:
         self,
         request: Request,
         prepare: Callable[[bytes], Prepared],
-        reply: Callable[[list[float]], dict[str, Any]],
+        reply: Callable[[dict[str, Any], list[float]], dict[str, Any]],
     ) -> Response:
         check_json(request)
-        count = self._service.scorer.num_outputs
-        if count != 1:
-            raise RequestError(f"this protocol has one reward a text, and the head gives {count} numbers; use /score")
 
-        def write(_prepared: Prepared, scores: Scores) -> Response:
-            return Response(orjson.dumps(reply(scores.reward.tolist())), media_type=JSON)
+        def write(given: Prepared, scores: Scores) -> Response:
+            about = {"model": given.model.name, "step": given.step(scores)}
+            return Response(orjson.dumps(reply(about, scores.reward.tolist())), media_type=JSON)
 
         return await self._answering.reply(request, prepare, write)
 
-    def _prepared(self, given: Input, field: str, most: int | None = None) -> Prepared:
-        parts = parts_of(given, field)
-        self._service.check_count(len(parts))
-        names = [f"{field}[{place}]" for place in range(len(parts))]
-        sequences = [token_ids(self._service, part, name)[:most] for part, name in zip(parts, names, strict=True)]
-        return prepared(self._service, sequences, names)
+
+def _prepared(model: ServedModel, given: Input, field: str, most: int | None = None) -> Prepared:
+    count = model.scorer.num_outputs
+    if count != 1:
+        raise RequestError(f"this protocol has one reward a text, and the head gives {count} numbers; use /score")
+    parts = parts_of(given, field)
+    model.check_count(len(parts))
+    names = [f"{field}[{place}]" for place in range(len(parts))]
+    sequences = [token_ids(model, part, name)[:most] for part, name in zip(parts, names, strict=True)]
+    return prepared(model, sequences, names)
 
 
 def router(answering: Answering) -> APIRouter:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from vhead.errors import FieldError, RequestError
 from vhead.rollouts import Rollout
 from vhead.scoring.fields import Asked
-from vhead.serve.service import Prepared, Service
+from vhead.serve.models import Prepared, ServedModel
 
 # One text, one sequence of token ids, or several of either.
 Input = str | list[str | int | list[int]]
@@ -37,28 +37,28 @@ def parts_of(given: Input, field: str) -> list[str | list[int]]:
     return given  # type: ignore[return-value]  # as above
 
 
-def token_ids(service: Service, part: str | list[int] | list[dict[str, Any]], name: str, **options: Any) -> Ids:
+def token_ids(model: ServedModel, part: str | list[int] | list[dict[str, Any]], name: str, **options: Any) -> Ids:
     """A part's token ids; to be run by `Service.read`.
 
     Raises:
         FieldError: It is text, and cannot become token ids.
     """
     if isinstance(part, str) or (part and isinstance(part[0], Mapping)):
-        return service.scorer.encoder.whole(part, name, **options)
+        return model.scorer.encoder.whole(part, name, **options)
     return part  # type: ignore[return-value]
 
 
-def prepared(service: Service, sequences: Sequence[Ids], names: Sequence[str], asked: Asked = AT_THE_END) -> Prepared:
+def prepared(model: ServedModel, sequences: Sequence[Ids], names: Sequence[str], asked: Asked = AT_THE_END) -> Prepared:
     """Sequences as rollouts: of one token and its prompt, or of one prompt token and what follows it.
 
     Raises:
         RequestError: There are more sequences or tokens than a request may have.
         FieldError: One of them has fewer than two tokens, or cannot be scored.
     """
-    service.check_count(len(sequences))
+    model.check_count(len(sequences))
     border = -1 if asked is AT_THE_END else 1
     rollouts = [_rollout(ids, border, name) for ids, name in zip(sequences, names, strict=True)]
-    return service.prepare(rollouts, asked, names)
+    return model.prepare(rollouts, asked, names)
 
 
 def _rollout(ids: Ids, border: int, name: str) -> Rollout:

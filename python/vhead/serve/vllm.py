@@ -4,6 +4,7 @@ import base64
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,11 +19,21 @@ from vhead.errors import RequestError
 from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
+from vhead.serve.models import Prepared, ServedModel
 from vhead.serve.sequences import AT_EACH_TOKEN, AT_THE_END, Input, parts_of, prepared, token_ids
-from vhead.serve.service import Prepared, Service
+from vhead.serve.service import Service
 
 Encoding = Literal["float", "base64", "bytes"]
 Outputs = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """The head's outputs for the sequences of a request, `[K]` or `[N, K]` each, and the step of the weights."""
+
+    given: Prepared
+    outputs: Outputs
+    step: int | None
 
 
 class PoolingBody(Struct):
@@ -60,83 +71,69 @@ class PoolingRoutes:
         self._answering = answering
         self._service: Service = answering.service
 
-    async def answer(self, request: Request, write: Callable[[PoolingBody, Prepared, Outputs], Response]) -> Response:
-        """One request, whose answer `write` makes of the head's outputs for each sequence, `[K]` or `[N, K]`."""
+    async def answer(self, request: Request, write: Callable[[PoolingBody, Pooled], Response]) -> Response:
+        """One request, whose answer `write` makes of the head's outputs."""
         check_json(request)
         asked = PoolingBody()
 
         def prepare(body: bytes) -> Prepared:
             nonlocal asked
             asked = decoded(body, PoolingBody)
-            self._service.check_name(asked.model)
-            sequences, names = self._sequences(asked)
-            return prepared(self._service, sequences, names, AT_THE_END if asked.task == "classify" else AT_EACH_TOKEN)
+            model = self._service.model(asked.model)
+            sequences, names = _sequences(model, asked)
+            return prepared(model, sequences, names, AT_THE_END if asked.task == "classify" else AT_EACH_TOKEN)
 
         def reply(given: Prepared, scores: Scores) -> Response:
             activates = asked.activation if asked.use_activation is None else asked.use_activation
             outputs = _at_the_end(scores) if asked.task == "classify" else _at_each_token(scores)
-            return write(asked, given, [_activated(one) for one in outputs] if activates else outputs)
+            return write(
+                asked, Pooled(given, [_activated(one) for one in outputs] if activates else outputs, given.step(scores))
+            )
 
         return await self._answering.reply(request, prepare, reply)
 
-    def _sequences(self, asked: PoolingBody) -> tuple[list[Any], list[str]]:
-        if (asked.input is None) == (asked.messages is None):
-            raise RequestError("input: expected either input or messages")
-        _check_special_tokens(add=asked.add_special_tokens, given=asked.input)
-        if asked.messages is not None:
-            options = {"generation_prompt": asked.add_generation_prompt}
-            sequences, names = [token_ids(self._service, asked.messages, "messages", **options)], ["messages"]
-        else:
-            parts = parts_of(asked.input or [], "input")
-            self._service.check_count(len(parts))
-            names = [f"input[{place}]" for place in range(len(parts))]
-            sequences = [token_ids(self._service, part, name) for part, name in zip(parts, names, strict=True)]
-        if (kept := asked.truncate_prompt_tokens) is not None:
-            kept = (self._service.scorer.encoder.limit.tokens or 0) if kept < 0 else max(kept, 1)
-            sequences = [ids[-kept:] for ids in sequences]
-        return sequences, names
-
-    def classified(self, asked: PoolingBody, given: Prepared, outputs: Outputs) -> Response:
+    def classified(self, asked: PoolingBody, pooled: Pooled) -> Response:
         """What `/classify` answers."""
         data = [
             {"index": place, "label": f"LABEL_{int(one.argmax())}", "probs": one, "num_classes": len(one)}
-            for place, one in enumerate(outputs)
+            for place, one in enumerate(pooled.outputs)
         ]
-        return self._listed("classify", given, data)
+        return self._listed("classify", pooled, data)
 
-    def embedded(self, asked: PoolingBody, given: Prepared, outputs: Outputs) -> Response:
+    def embedded(self, asked: PoolingBody, pooled: Pooled) -> Response:
         """What `/v1/embeddings` answers."""
-        return self._pooled(asked, given, outputs, "embedding", "embedding")
+        return self._pooled(asked, pooled, "embedding", "embedding")
 
-    def pooled(self, asked: PoolingBody, given: Prepared, outputs: Outputs) -> Response:
+    def pooled(self, asked: PoolingBody, pooled: Pooled) -> Response:
         """What `/pooling` answers."""
-        return self._pooled(asked, given, outputs, "pooling", "data")
+        return self._pooled(asked, pooled, "pooling", "data")
 
-    def _pooled(self, asked: PoolingBody, given: Prepared, outputs: Outputs, kind: str, field: str) -> Response:
+    def _pooled(self, asked: PoolingBody, pooled: Pooled, kind: str, field: str) -> Response:
         if asked.encoding_format == "bytes":
-            return self._raw(kind, given, outputs)
+            return self._raw(kind, pooled)
         encode: Callable[[Any], object] = _base64 if asked.encoding_format == "base64" else (lambda one: one)
-        data = [{"index": place, "object": kind, field: encode(one)} for place, one in enumerate(outputs)]
-        return self._listed(kind, given, data)
+        data = [{"index": place, "object": kind, field: encode(one)} for place, one in enumerate(pooled.outputs)]
+        return self._listed(kind, pooled, data)
 
-    def _head(self, kind: str, given: Prepared) -> dict[str, Any]:
-        usage = {"prompt_tokens": given.tokens, "total_tokens": given.tokens, "completion_tokens": 0}
-        about = {"created": int(time.time()), "model": self._service.names[0], "step": self._service.step}
+    def _head(self, kind: str, pooled: Pooled) -> dict[str, Any]:
+        tokens = pooled.given.tokens
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+        about = {"created": int(time.time()), "model": pooled.given.model.name, "step": pooled.step}
         return {"id": f"{kind}-{time.time_ns():x}", **about, "usage": usage}
 
-    def _listed(self, kind: str, given: Prepared, data: list[dict[str, Any]]) -> Response:
-        content = {**self._head(kind, given), "object": "list", "data": data}
+    def _listed(self, kind: str, pooled: Pooled, data: list[dict[str, Any]]) -> Response:
+        content = {**self._head(kind, pooled), "object": "list", "data": data}
         return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
-    def _raw(self, kind: str, given: Prepared, outputs: Outputs) -> Response:
+    def _raw(self, kind: str, pooled: Pooled) -> Response:
         """The numbers one after the other, little-endian, and in a header where each sequence's are."""
         data, start = [], 0
-        for place, one in enumerate(outputs):
+        for place, one in enumerate(pooled.outputs):
             where = {"start": start, "end": start + one.nbytes, "shape": list(one.shape)}
             data.append({"index": place, "embed_dtype": "float32", "endianness": "little", **where})
             start += one.nbytes
-        headers = {"metadata": json.dumps({**self._head(kind, given), "data": data})}
-        content = b"".join(one.astype("<f4").tobytes() for one in outputs)
+        headers = {"metadata": json.dumps({**self._head(kind, pooled), "data": data})}
+        content = b"".join(one.astype("<f4").tobytes() for one in pooled.outputs)
         return Response(content, headers=headers, media_type="application/octet-stream")
 
     async def tokenized(self, request: Request) -> Response:
@@ -146,17 +143,35 @@ class PoolingRoutes:
 
     def _tokenized(self, body: bytes) -> Response:
         asked = decoded(body, TokenizeBody)
-        self._service.check_name(asked.model)
+        model = self._service.model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt: expected either prompt or messages")
         _check_special_tokens(add=asked.add_special_tokens, given=asked.prompt)
         if asked.messages is not None:
-            ids = token_ids(self._service, asked.messages, "messages", generation_prompt=asked.add_generation_prompt)
+            ids = token_ids(model, asked.messages, "messages", generation_prompt=asked.add_generation_prompt)
         else:
-            ids = token_ids(self._service, asked.prompt or "", "prompt")
-        limit = self._service.scorer.encoder.limit.tokens
+            ids = token_ids(model, asked.prompt or "", "prompt")
+        limit = model.scorer.encoder.limit.tokens
         content = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
         return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
+
+
+def _sequences(model: ServedModel, asked: PoolingBody) -> tuple[list[Any], list[str]]:
+    if (asked.input is None) == (asked.messages is None):
+        raise RequestError("input: expected either input or messages")
+    _check_special_tokens(add=asked.add_special_tokens, given=asked.input)
+    if asked.messages is not None:
+        options = {"generation_prompt": asked.add_generation_prompt}
+        sequences, names = [token_ids(model, asked.messages, "messages", **options)], ["messages"]
+    else:
+        parts = parts_of(asked.input or [], "input")
+        model.check_count(len(parts))
+        names = [f"input[{place}]" for place in range(len(parts))]
+        sequences = [token_ids(model, part, name) for part, name in zip(parts, names, strict=True)]
+    if (kept := asked.truncate_prompt_tokens) is not None:
+        kept = (model.scorer.encoder.limit.tokens or 0) if kept < 0 else max(kept, 1)
+        sequences = [ids[-kept:] for ids in sequences]
+    return sequences, names
 
 
 def _check_special_tokens(*, add: bool, given: object) -> None:

@@ -1,6 +1,7 @@
 """Bringing published weights into a model: all of them, verified, or none."""
 
 import logging
+import os
 import tempfile
 import weakref
 from contextlib import suppress
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vhead import _native
+from vhead.checkpoints.mapping import mapped_bytes, mapped_tensor
+from vhead.checkpoints.tensor_files import TORCH_DTYPES
 from vhead.errors import PublicationMissingError, WrongBaseError
-from vhead.sync.matching import TORCH_DTYPES, Match, matched
+from vhead.sync.matching import Match, Placed, matched
 from vhead.sync.publications import Publication, staging_folder
+from vhead.sync.stores import opened
 from vhead.sync.swapping import TURNS, uninterrupted
 from vhead.sync.weights import MODEL, Source, Weight, as_bytes, weights_of
 
@@ -37,22 +41,36 @@ class Follower:
     While weights are swapped, no `Scorer` of this process computes, and no process is forked. An interrupt (Ctrl-C)
     that comes in these milliseconds is raised when the swap is done.
 
+    With `share_weights`, the files of a full publication are mapped in place of being copied, so that all followers of
+    a machine have one copy of the weights. Parameters are the same objects then, with new storage. Publishers never
+    write to a file that they have published, and nobody else may. Changes make what they touch a follower's own.
+
     Args:
-        directory: The publisher's directory; it need not be there yet.
+        directory: The publisher's directory, or its address in a store that fsspec reaches, such as `s3://bucket/run`;
+            it need not be there yet.
         staging: A folder on a disk of this machine for a copy, without a name, of weights that are too large for
             memory; None: the system's for temporary files.
         convert: Whether weights of another dtype are converted to the model's.
+        share_weights: Whether the files of full publications are mapped.
 
     Attributes:
-        directory: The directory.
+        directory: The directory; of a store, the folder that publications pass through.
         publication: What was brought into the model last, or None.
     """
 
-    def __init__(self, directory: str | Path, *, staging: str | Path | None = None, convert: bool = False) -> None:
-        self.directory = Path(directory)
-        self.publication: Publication | None = None
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        staging: str | Path | None = None,
+        convert: bool = False,
+        share_weights: bool = False,
+    ) -> None:
         self._staging = staging_folder(staging)
+        self.directory, self._store = opened(directory, self._staging)
+        self.publication: Publication | None = None
         self._convert = convert
+        self._share_weights = share_weights
         self._of: Any = lambda: None
         self._seen = b""
 
@@ -97,6 +115,8 @@ class Follower:
 
     def _named(self) -> bytes | None:
         """What `LATEST` says; None where nothing has been published."""
+        if self._store is not None:
+            return self._store.latest()
         with suppress(FileNotFoundError, NotADirectoryError):
             return (self.directory / "LATEST").read_bytes()[:_LONGEST_LATEST]
         return None
@@ -111,7 +131,9 @@ class Follower:
         self, model: Source, step: int | None, have: tuple[int, str] | None
     ) -> "tuple[_native.SyncStage, Match] | None":
         """The publication, verified, and where each of its tensors goes; None where the model has it."""
-        stage = _native.SyncStage.open(self.directory, step, have, self._staging)
+        if self._store is not None:
+            self._store.bring(step, have)
+        stage = _native.SyncStage.open(self.directory, step, have, self._staging, self._share_weights)
         if stage is None:
             return None
         match = matched(stage, _weights_for(stage, model), convert=self._convert)
@@ -128,7 +150,10 @@ class Follower:
         return stage, match
 
     def _swap(self, stage: "_native.SyncStage", match: Match, model: Source, named: bytes) -> None:
-        direct = [(tensor, as_bytes(weight.tensor)) for tensor, weight in match.direct]
+        in_files = _in_files(stage)
+        places = match.direct if in_files is None else []
+        direct = [(tensor, as_bytes(weight.tensor)) for tensor, weight in places]
+        mapped, others = _mapped(in_files, match)
         for _, weight in (*match.direct, *match.others):
             # Autograd notices what has changed between forward and backward.
             if not weight.tensor.is_inference():
@@ -138,11 +163,13 @@ class Follower:
 
         def swap() -> None:
             with TURNS.swapping(), torch.no_grad():
-                undo = _Undo(match.others, self._staging)
+                undo = _Undo(others, self._staging)
                 try:
-                    for tensor, weight in match.others:
+                    for tensor, weight in others:
                         _bring(stage, tensor, tensors[tensor], weight.tensor)
                     stage.install(direct)
+                    for owner, in_file in mapped:
+                        owner.data = in_file
                 except BaseException:
                     undo.run()
                     raise
@@ -161,6 +188,38 @@ def _verify(stage: "_native.SyncStage", match: Match) -> None:
     by_tensor = dict((*match.direct, *match.also))
     while (tensor := stage.next) is not None:
         stage.verify_next(as_bytes(by_tensor[tensor].tensor) if stage.is_over_weights_in_use else None)
+
+
+def _in_files(stage: "_native.SyncStage") -> dict[int, Tensor | None] | None:
+    """The verified tensors, by their places, in the pages of their files; None where they were copied."""
+    found = stage.places()
+    if found is None:
+        return None
+    descriptors, places = found
+    try:
+        files = [mapped_bytes(descriptor) for descriptor in descriptors]
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return {
+        tensor: mapped_tensor(files[file], start, TORCH_DTYPES[dtype], tuple(shape))
+        for tensor, ((file, start), (_, dtype, shape)) in enumerate(zip(places, stage.tensors, strict=True))
+        if dtype in TORCH_DTYPES
+    }
+
+
+def _mapped(in_files: dict[int, Tensor | None] | None, match: Match) -> tuple[list[tuple[Tensor, Tensor]], Placed]:
+    """Which of the model's tensors is to lie in which pages, and what has to be copied all the same."""
+    if in_files is None:
+        return [], match.others
+    mapped, others = [], [*match.others]
+    for place, weight in match.direct:
+        tensor = in_files.get(place)
+        if tensor is None or weight.tensor.is_inference():
+            others.append((place, weight))
+        else:
+            mapped += [(owner, tensor) for owner in weight.owners]
+    return mapped, others
 
 
 def _bring(stage: "_native.SyncStage", tensor: int, described: tuple[str, str, list[int]], into: Tensor) -> None:

@@ -3,18 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from vhead import _native
-from vhead.checkpoints.tensor_files import SAFETENSORS_DTYPES
+from vhead.checkpoints.tensor_files import TORCH_DTYPES
 from vhead.errors import PublicationMismatchError
 from vhead.sync.weights import Weight
 
-TORCH_DTYPES = {
-    name: found
-    for torch_name, name in SAFETENSORS_DTYPES.items()
-    if (found := getattr(torch, torch_name.removeprefix("torch."), None)) is not None
-}
 _NAMES_SHOWN = 8
 
 Placed = list[tuple[int, Weight]]

@@ -79,13 +79,14 @@ def verify(directory: str | Path, step: int | None = None, *, staging: str | Pat
     Args:
         directory: The directory.
         step: Which one; None: what `LATEST` names.
-        staging: A folder for a copy without a name, as long as the weights; None: the system's for temporary files.
+        staging: A folder for a copy without a name, as long as the weights, of changes to another step; None: the
+            system's for temporary files.
 
     Raises:
         PublicationError: It is damaged, or a step that it needs is.
         SyncError: It is not there, or cannot be read.
     """
-    stage = _native.SyncStage.open(Path(directory), step, None, staging_folder(staging))
+    stage = _native.SyncStage.open(Path(directory), step, None, staging_folder(staging), in_place=True)
     if stage is None:
         raise PublicationError(f"{directory}: expected a publication, found none")
     while stage.next is not None:

@@ -14,6 +14,7 @@ from vhead import _native
 from vhead.errors import SyncError
 from vhead.formats.head_settings import in_config
 from vhead.sync.publications import KEPT, Publication, staging_folder
+from vhead.sync.stores import opened
 from vhead.sync.weights import ADAPTER, MODEL, STEMS, Source, Weight, parts_of, pieces, weights_of
 
 # Publications of which one holds everything.
@@ -30,7 +31,8 @@ class Publisher:
     between is noticed by the first, which then stops.
 
     Args:
-        directory: The directory; it is made if need be.
+        directory: The directory, which is made if need be, or its address in a store that fsspec reaches, such as
+            `s3://bucket/run`.
         delta: Whether a publication holds only the elements that have changed since the last one. The publisher then
             keeps a copy of the last weights in a file without a name, in `staging`.
         full_every: With `delta`: one publication of so many holds everything, and so does a new publisher's first.
@@ -57,10 +59,14 @@ class Publisher:
         for name, number in {"full_every": full_every, "keep": keep}.items():
             if number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        place = staging_folder(staging)
+        self.directory, self._store = opened(directory, place)
+        if self._store is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        else:
+            self._store.resume()
         self._parts = parts
-        self._native = _native.SyncPublisher(self.directory, delta, full_every, keep, staging_folder(staging))
+        self._native = _native.SyncPublisher(self.directory, delta, full_every, keep, place)
 
     @property
     def step(self) -> int | None:
@@ -90,8 +96,12 @@ class Publisher:
         if not weights:
             raise ValueError("source: expected a model with weights, or tensors by name, got none")
         said = json.dumps(dict(metadata or {}), allow_nan=False)
-        write = _publish_sharded if any(weight.is_sharded for weight in weights) else _publish
-        return write(self._native, weights, step, said, lambda: _attachments(source, weights))
+        is_sharded = any(weight.is_sharded for weight in weights)
+        write = _publish_sharded if is_sharded else _publish
+        published = write(self._native, weights, step, said, lambda: _attachments(source, weights))
+        if self._store is not None and not (is_sharded and torch.distributed.get_rank()):
+            self._store.send()
+        return published
 
 
 def _begin(native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str) -> list[str]:
@@ -127,6 +137,8 @@ def _publish_sharded(
         whole: Any = weight.tensor.full_tensor() if weight.is_sharded else weight.tensor  # type: ignore[attr-defined]
         if writer is not None:
             writer.tried(writer.append, whole)
+        # Gone before the next one is gathered.
+        del whole
     published: Publication = _shared(
         None if writer is None else writer.tried(lambda: Publication.of(native.finish(attachments())))
     )

@@ -36,13 +36,18 @@ class Weight:
 
     Attributes:
         names: Its names: several where weights are tied.
-        tensor: The tensor.
+        owners: The tensors of these names, as the model has them; several where they only share their memory.
         part: Which part of the model it belongs to.
     """
 
     names: tuple[str, ...]
-    tensor: Tensor
+    owners: tuple[Tensor, ...]
     part: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor, without its gradients."""
+        return self.owners[0].detach()
 
     @property
     def name(self) -> str:
@@ -92,7 +97,9 @@ def weights_of(source: Source, parts: tuple[str, ...] | None = None) -> list[Wei
     names: dict[object, list[str]] = {}
     for name, (tensor, _) in named.items():
         names.setdefault(_place(tensor), []).append(name)
-    weights = [Weight(tuple(same), *named[same[0]]) for same in names.values()]
+    weights = [
+        Weight(tuple(same), tuple(named[name][0] for name in same), named[same[0]][1]) for same in names.values()
+    ]
     if parts is None or MODEL in parts:
         return weights
     return [weight for weight in weights if weight.part in parts]
@@ -119,7 +126,7 @@ def _named(source: Source, *, with_body: bool) -> Iterator[tuple[str, tuple[Tens
     for name, tensor in state.items():
         plain = PRIVATE_WRAPPER.sub("", name).removeprefix(_DATA_PARALLEL)
         if isinstance(tensor, Tensor):
-            yield plain, (tensor.detach(), HEAD if plain.startswith(_HEAD_PREFIX) else MODEL)
+            yield plain, (tensor, HEAD if plain.startswith(_HEAD_PREFIX) else MODEL)
 
 
 def _adapter(model: Any) -> Iterator[tuple[str, tuple[Tensor, str]]]:
@@ -133,12 +140,12 @@ def _adapter(model: Any) -> Iterator[tuple[str, tuple[Tensor, str]]]:
         save_embedding_layers=False,
     )
     for name, tensor in state.items():
-        yield name, (tensor.detach(), ADAPTER)
+        yield name, (tensor, ADAPTER)
 
 
 def _place(tensor: Any) -> object:
     """What two names of one tensor have in common."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
+    local: Tensor = tensor.detach().to_local() if hasattr(tensor, "full_tensor") else tensor
     if local.is_meta or not local.numel():
         return id(tensor)
     return tensor.device, local.data_ptr(), tensor.dtype, tensor.shape, local.stride()

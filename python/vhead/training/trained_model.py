@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from vhead.errors import HeadError, VheadError
 from vhead.heads import distribution
 from vhead.packing import limits
+from vhead.packing.adapters import check_adapter, make_trainable, using_adapter
 from vhead.packing.plan import Attention, Ways, find_ways
 from vhead.packing.strategies import Body
 from vhead.scoring.engine import untrained_output
 from vhead.scoring.logits import LogitsRule, find_logits_rule
-from vhead.training.adapters import check_adapter, make_trainable, using_adapter
 from vhead.training.batches import TrainingBatch
 from vhead.training.gradient_check import GradientCheck, TrainingPlan
 from vhead.training.kept_states import KeptStates, drops, weights_key

@@ -67,11 +67,11 @@ pub enum Error {
         found: String,
     },
     /// The head in a file is more than a projection.
-    #[error(
-        "metadata `v_head`: expected a head whose outputs are its values, found one with {found}; vhead.ValueHead reads it"
-    )]
+    #[error("{place}: expected a head whose outputs are its values, found one with {found}; vhead.ValueHead reads it")]
     Settings {
-        /// The settings, as the file states them.
+        /// What states them: the file's metadata, or the configuration beside it.
+        place: &'static str,
+        /// The settings, as they are stated.
         found: String,
     },
     /// Bytes that are not a whole safetensors file.

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -19,6 +20,10 @@ const EXPECTED: &str = "one head: v_head.summary.weight and v_head.summary.bias,
 
 /// Where a file's metadata has what belongs to a head and is no weight.
 const SETTINGS: &str = "v_head";
+/// Where a model's configuration has it.
+const STATED: [&str; 2] = ["v_head_support", "v_head_activation"];
+/// A weight and a bias.
+const TENSORS_OF_A_HEAD: usize = 2;
 
 /// A head as it lies in a file, widened to float32.
 pub(crate) struct Parameters {
@@ -38,7 +43,10 @@ const HEADER_ROOM: usize = 1024;
 /// The bytes of a file, which must not be truncated while they are in use.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
     let kind = fs::metadata(path)?.file_type();
-    if !kind.is_file() && !kind.is_dir() {
+    if kind.is_dir() {
+        return Err(std::io::Error::new(ErrorKind::IsADirectory, "expected a safetensors file, got a folder").into());
+    }
+    if !kind.is_file() {
         // Opening a pipe waits for whoever writes to it; a device has no length.
         return Err(std::io::Error::new(ErrorKind::InvalidInput, "expected a regular file").into());
     }
@@ -120,7 +128,23 @@ fn check_header(bytes: &[u8]) -> Result<()> {
 fn check_settings(bytes: &[u8]) -> Result<()> {
     let (_, header) = SafeTensors::read_metadata(bytes)?;
     match header.metadata().as_ref().and_then(|metadata| metadata.get(SETTINGS)) {
-        Some(found) => Err(Error::Settings { found: found.clone() }),
+        Some(found) => Err(Error::Settings { place: "metadata `v_head`", found: found.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// The same for a head that lies in a model's file, where transformers states it in the configuration beside that file. A
+/// file with nothing but a head is its own, whatever model lies in the folder.
+pub(crate) fn check_configuration(path: &Path, bytes: &[u8]) -> Result<()> {
+    let (_, header) = SafeTensors::read_metadata(bytes)?;
+    let beside = path.with_file_name("config.json");
+    if header.tensors().len() <= TENSORS_OF_A_HEAD || !fs::metadata(&beside).is_ok_and(|found| found.is_file()) {
+        return Ok(());
+    }
+    let Ok(Value::Object(stated)) = serde_json::from_slice(&fs::read(beside)?) else { return Ok(()) };
+    let settings = STATED.iter().filter_map(|name| Some((name, stated.get(*name).filter(|value| !value.is_null())?)));
+    match settings.map(|(name, value)| format!("{name} {value}")).next() {
+        Some(found) => Err(Error::Settings { place: "the config.json beside it", found }),
         None => Ok(()),
     }
 }

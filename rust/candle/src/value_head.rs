@@ -52,7 +52,12 @@ impl ValueHead {
     /// [`Error::Settings`], [`Error::Tensor`], or [`Error::Kernel`] where there is no memory for the head.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        file::map(path).and_then(|bytes| Self::from_bytes(&bytes, device)).map_err(Error::in_file(path))
+        let checked = |bytes: memmap2::Mmap| {
+            let head = Self::from_bytes(&bytes, device)?;
+            file::check_configuration(path, &bytes)?;
+            Ok(head)
+        };
+        file::map(path).and_then(checked).map_err(Error::in_file(path))
     }
 
     /// [`load`](Self::load) from the bytes of such a file.

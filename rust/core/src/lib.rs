@@ -23,6 +23,7 @@
 //! Kernels are written once, over vectors ([`simd`]), and run on threads of the caller's choice ([`threads`]); neither
 //! changes a bit of a result.
 pub mod allocation;
+mod attention;
 mod buffer;
 pub mod dropout;
 pub mod element;
@@ -33,6 +34,7 @@ pub mod init;
 mod logits_rule;
 mod math;
 pub mod matrix_unit;
+mod norm;
 pub mod philox;
 pub mod reduce;
 pub mod reference;
@@ -43,21 +45,25 @@ pub mod simd;
 pub mod threads;
 mod token_selection;
 pub mod token_statistics;
+pub mod token_statistics_backward;
 mod two_layer;
 mod value_head;
 mod value_head_backward;
 
+pub use attention::{Attention, Visibility};
 pub use dropout::Dropout;
 pub use element::{Dtype, Element};
 pub use error::{Error, Place, Result};
 pub use feed_forward::FeedForward;
 pub use head::Head;
 pub use logits_rule::LogitsRule;
+pub use norm::rms_norm;
 pub use row_state::BLOCK as LOGITS_BLOCK;
 pub use rows::Rows;
 pub use simd::Level;
 pub use threads::{Executor, Pool, Serial};
-pub use token_statistics::{LogitGradients, LogitStatistics, Selected, Statistics};
+pub use token_statistics::{LogitStatistics, Selected, Statistics};
+pub use token_statistics_backward::{LogitGradients, ProductGradients};
 pub use two_layer::{Linear, TwoLayerHead, apply_dropout, linear, linear_with, two_layer, two_layer_with};
 pub use value_head::{value_head, value_head_with};
 pub use value_head_backward::{CHUNK, Gradients, SLOTS, value_head_backward, value_head_backward_with};

@@ -104,10 +104,67 @@ impl Packed {
         });
         Ok(())
     }
+
+    /// Packs the numbers of some rows as columns: number `h` of every row is column `h`.
+    ///
+    /// # Panics
+    /// Where the unit is not available, or there are fewer rows.
+    pub(crate) fn pack_numbers(
+        &mut self,
+        rows: &Rows<'_, bf16>,
+        range: Range<usize>,
+        executor: &dyn Executor,
+    ) -> Result<()> {
+        assert!(is_available() && range.end <= rows.count());
+        let groups = rows.columns().div_ceil(GROUP);
+        self.resize(groups, range.len())?;
+        let (steps, to) = (self.steps, self.shared());
+        let rows = rows.part(range.start, range.len());
+        executor.run(groups, &|group| {
+            // SAFETY: this group's lines are nobody else's.
+            let lines = unsafe { to.slice(group * steps * GROUP, steps * GROUP) };
+            for (step, lines) in lines.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+                pack_pairs(std::array::from_fn(|at| line_of(&rows, step * STEP + at, group)), lines);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Rows `32 * step` on, numbers of one group, as pairs of rows: the first 16 lines are the first 16 columns'.
+fn pack_pairs(rows: [Line; GROUP], to: &mut [Line; GROUP]) {
+    for (pair, [first, second]) in rows.as_chunks::<2>().0.iter().enumerate() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the unit comes with AVX-512 BW.
+        unsafe {
+            (to[pair].0, to[16 + pair].0) = amx::interleave(&first.0, &second.0);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (pair, first, second, &to);
+    }
+}
+
+/// 32 lines with line and number exchanged.
+///
+/// # Panics
+/// Where the unit is not available.
+pub(crate) fn turn(lines: &[Line; GROUP], to: &mut [Line; GROUP]) {
+    assert!(is_available());
+    let mut pairs = [Line([bf16::ZERO; STEP]); GROUP];
+    pack_pairs(*lines, &mut pairs);
+    for (pairs, to) in pairs.as_chunks::<16>().0.iter().zip(to.as_chunks_mut::<16>().0) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the unit comes with AVX-512; each line is 64 bytes.
+        unsafe {
+            amx::transpose(pairs.each_ref().map(|line| line.0.as_ptr().cast()), to.as_mut_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (pairs, to);
+    }
 }
 
 /// Numbers `32 * step` on of a row, zeros behind its end and in rows that are not there.
-fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
+pub(crate) fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
     if row < rows.count() && (step + 1) * STEP <= rows.columns() {
         // SAFETY: the row has these numbers; they may lie anywhere.
         return Line(unsafe { rows.row(row).add(step * STEP).cast::<[bf16; STEP]>().read_unaligned() });
@@ -121,7 +178,7 @@ fn line_of(rows: &Rows<'_, bf16>, row: usize, step: usize) -> Line {
 }
 
 /// Sixteen columns' numbers of one step, in pairs: the first ones of `columns`, zeros where there are fewer.
-fn pack_sixteen(weight: &Rows<'_, bf16>, columns: Range<usize>, step: usize, to: &mut [Line; 16]) {
+pub(crate) fn pack_sixteen(weight: &Rows<'_, bf16>, columns: Range<usize>, step: usize, to: &mut [Line; 16]) {
     let mut lines = [Line([bf16::ZERO; STEP]); 16];
     let mut from = lines.each_ref().map(|line| line.0.as_ptr());
     if columns.len() >= 16 && (step + 1) * STEP <= weight.columns() {
@@ -164,11 +221,20 @@ impl Unit {
     ///
     /// # Panics
     /// Where rows and columns differ in length, or something is outside what is packed or `to`.
-    pub(crate) fn multiply(
+    pub(crate) fn multiply(&self, rows: (&[Line], Range<usize>), columns: (&Packed, usize), to: (&mut [f32], usize)) {
+        self.multiply_onto(rows, columns, to, false);
+    }
+
+    /// [`Unit::multiply`]; with `add`, the products are added to what is there.
+    ///
+    /// # Panics
+    /// As [`Unit::multiply`].
+    pub(crate) fn multiply_onto(
         &self,
         (rows, groups): (&[Line], Range<usize>),
         (columns, column): (&Packed, usize),
         (to, stride): (&mut [f32], usize),
+        add: bool,
     ) {
         let (steps, each) = (columns.steps, columns.group_lines());
         let columns = &columns.lines[column * each..][..each];
@@ -187,13 +253,32 @@ impl Unit {
                         count,
                         to.as_mut_ptr().add(group * GROUP * stride),
                         stride,
-                        first > 0,
+                        add || first > 0,
                     );
                 }
                 #[cfg(not(target_arch = "x86_64"))]
                 let _ = (&rows, columns, group, count, &to);
             }
         }
+    }
+}
+
+impl Unit {
+    /// Writes the products of a group of rows with a group of columns over some of their steps to `to`, 32 rows of 32 numbers;
+    /// with `add`, added to what is there.
+    ///
+    /// # Panics
+    /// Where rows and columns differ in length, or `to` is another size.
+    pub(crate) fn multiply_steps(&self, rows: &[Line], columns: &[Line], to: &mut [f32], add: bool) {
+        assert!(rows.len() == columns.len() && rows.len().is_multiple_of(GROUP) && to.len() == GROUP * GROUP);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a step of a group is 32 lines of 64 bytes; the slices hold as many of them, and `to` the products.
+        unsafe {
+            let (steps, to) = (rows.len() / GROUP, to.as_mut_ptr());
+            self.tiles.multiply(rows.as_ptr().cast(), columns.as_ptr().cast(), steps, to, GROUP, add);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, columns, to, add);
     }
 }
 

@@ -5,7 +5,7 @@
 //! `next` is the next token that the model wrote: the tokens between, which an environment wrote, are no steps. Behind the
 //! last one the value is the bootstrap and the advantage 0. Everything is computed in float64 and rounded once.
 use crate::reduce::{self, LANES};
-use crate::simd::returns::{Advantages, Rescale, Rollout, Scratch, Sum, Terms};
+use crate::simd::returns::{Advantages, Rescale, Rollout, Sum, Terms};
 use crate::threads::{Shared, try_for_each_chunk, try_run};
 use crate::{Error, Executor, Level, Place, Result, allocation};
 use std::ops::Range;
@@ -158,7 +158,7 @@ pub fn gae_with(
     returns.as_ref().map_or(Ok(()), |returns| rollouts.check("returns", returns.len()))?;
     let (advantages, returns) = (Shared::new(advantages), returns.map(Shared::new));
     rollouts.for_each_task(executor, &|part| {
-        let (mut scratch, mut finite) = (Scratch::new(), true);
+        let mut finite = true;
         for i in part {
             let (start, count) = (rollouts.range(i).start, rollouts.range(i).len());
             // SAFETY: rollouts do not overlap, and each is in one task.
@@ -166,8 +166,7 @@ pub fn gae_with(
                 (advantages.slice(start, count), returns.as_ref().map(|returns| returns.slice(start, count)))
             };
             let rollout = inputs.rollout(rollouts, i);
-            let (scratch, finite) = (&mut scratch, &mut finite);
-            level.run(Advantages { rollout, scratch, advantages, returns, finite });
+            level.run(Advantages { rollout, advantages, returns, finite: &mut finite });
         }
         if finite { Ok(()) } else { inputs.not_finite(rollouts) }
     })
@@ -206,7 +205,7 @@ impl<'a> Inputs<'a> {
             gamma: self.discounts.gamma,
             lam: of_rollout(self.discounts.lam),
             value_lam: self.discounts.value_lam.map(of_rollout),
-            bootstrap: self.bootstrap.map_or(0.0, |values| f64::from(values[i])),
+            bootstrap: self.bootstrap.map_or(0.0, |values| values[i]),
             carry: self.masked == Masked::Carried,
         }
     }

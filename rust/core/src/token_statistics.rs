@@ -18,8 +18,8 @@
 //! any instruction set.
 use crate::matrix_unit::{self, GROUP, Line, Packed, TASK_GROUPS, Unit, with_scratch};
 use crate::row_state::RowState;
-use crate::simd::token_statistics::{Differentiate, Fold, RowGradient, Tile};
-use crate::threads::{Shared, for_each_chunk};
+use crate::simd::token_statistics::{Fold, Tile};
+use crate::threads::for_each_chunk;
 use crate::token_selection::Selection;
 use crate::{Error, Executor, Level, LogitsRule, Result, Rows, allocation};
 use half::bf16;
@@ -31,7 +31,7 @@ pub use crate::row_state::BLOCK;
 const STRIDE: usize = BLOCK + 16;
 
 /// Rows of a tile in a task.
-const TASK_ROWS: usize = 16;
+pub(crate) const TASK_ROWS: usize = 16;
 
 /// Where statistics go, `[N]` each.
 #[derive(Debug)]
@@ -266,99 +266,7 @@ impl LogitStatistics {
     }
 }
 
-/// Gradients of log-probabilities and entropies by the products, a tile at a time.
-#[derive(Debug, Clone)]
-pub struct LogitGradients {
-    rule: LogitsRule,
-    bias: Option<Vec<f32>>,
-    vocabulary: usize,
-    states: Vec<RowGradient>,
-}
-
-impl LogitGradients {
-    /// Of `N` rows: their `statistics` are peak, `log_sum` and entropy as [`LogitStatistics::finish`] wrote them,
-    /// `gradients` those of log-probability and entropy.
-    ///
-    /// # Errors
-    /// As [`LogitStatistics::new`], and [`Error::Length`] where there is not a number for each row.
-    pub fn new(
-        rule: LogitsRule,
-        targets: &[i64],
-        bias: Option<Vec<f32>>,
-        vocabulary: usize,
-        statistics: [&[f32]; 3],
-        gradients: [&[f32]; 2],
-    ) -> Result<Self> {
-        if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != vocabulary) {
-            return Err(Error::Length { what: "bias", expected: vocabulary, actual: bias.len() });
-        }
-        let names = ["peak", "log_sum", "entropy", "grad_logprobs", "grad_entropy"];
-        for (what, numbers) in names.into_iter().zip(statistics.into_iter().chain(gradients)) {
-            if numbers.len() != targets.len() {
-                return Err(Error::Length { what, expected: targets.len(), actual: numbers.len() });
-            }
-        }
-        let row = |(n, target)| RowGradient {
-            target,
-            peak: statistics[0][n],
-            log_sum: statistics[1][n],
-            entropy: statistics[2][n],
-            grad_logprob: gradients[0][n],
-            grad_entropy: gradients[1][n],
-        };
-        let targets = checked(targets, vocabulary)?;
-        let states = allocation::collected(targets.len(), targets.into_iter().enumerate().map(row))?;
-        Ok(Self { rule, bias, vocabulary, states })
-    }
-
-    /// Overwrites products, `[rows, columns]` contiguous, with their gradients; places as in [`LogitStatistics::fold`].
-    ///
-    /// # Errors
-    /// [`Error::Length`] where the tile reaches outside rows or vocabulary.
-    pub fn differentiate(
-        &self,
-        products: &mut [f32],
-        columns: usize,
-        row: usize,
-        column: usize,
-        executor: &dyn Executor,
-    ) -> Result<()> {
-        self.differentiate_with(Level::best(), products, columns, row, column, executor)
-    }
-
-    /// [`LogitGradients::differentiate`] on a chosen instruction set.
-    ///
-    /// # Errors
-    /// As [`LogitGradients::differentiate`].
-    pub fn differentiate_with(
-        &self,
-        level: Level,
-        products: &mut [f32],
-        columns: usize,
-        row: usize,
-        column: usize,
-        executor: &dyn Executor,
-    ) -> Result<()> {
-        if !level.is_available() {
-            return Err(Error::Level(level.name()));
-        }
-        let rows = products.len().checked_div(columns).unwrap_or(0);
-        let to = Shared::new(products);
-        // SAFETY: the view is of `products`, which is borrowed for as long; a task reads each number before it writes it.
-        let view = unsafe { Rows::from_raw(to.as_mut_ptr().cast_const(), &[rows], &[columns.cast_signed()], columns) };
-        check_tile(&view, [row, column], [self.states.len(), self.vocabulary])?;
-        let bias = self.bias.as_ref().map(|bias| &bias[column..][..columns]);
-        let tile = Tile { products: &view, rule: &self.rule, bias, first: column };
-        let states = &self.states[row..][..rows];
-        executor.run(rows.div_ceil(TASK_ROWS), &|task| {
-            let range = task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS);
-            level.run(Differentiate { tile: &tile, rows: range.clone(), states: &states[range], to: &to });
-        });
-        Ok(())
-    }
-}
-
-fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
+pub(crate) fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
     let mut places = allocation::reserved(targets.len())?;
     for (row, &target) in targets.iter().enumerate() {
         let place = usize::try_from(target).ok().filter(|place| *place < vocabulary);
@@ -367,7 +275,7 @@ fn checked(targets: &[i64], vocabulary: usize) -> Result<Vec<usize>> {
     Ok(places)
 }
 
-fn check_start(column: usize, count: usize, vocabulary: usize) -> Result<()> {
+pub(crate) fn check_start(column: usize, count: usize, vocabulary: usize) -> Result<()> {
     if !column.is_multiple_of(BLOCK) {
         return Err(Error::Length { what: "column", expected: column / BLOCK * BLOCK, actual: column });
     }
@@ -378,7 +286,7 @@ fn check_start(column: usize, count: usize, vocabulary: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {
+pub(crate) fn check_tile(products: &Rows<'_, f32>, start: [usize; 2], most: [usize; 2]) -> Result<()> {
     let size = [products.count(), products.columns()];
     if !start[1].is_multiple_of(BLOCK) {
         return Err(Error::Length { what: "column", expected: start[1] / BLOCK * BLOCK, actual: start[1] });

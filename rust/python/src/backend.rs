@@ -166,6 +166,19 @@ pub(crate) trait TokenGradients: Send + Sync {
         column: usize,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()>;
+
+    /// Adds the gradients of all rows' hidden states `[N, H]` by the tokens from `column` on to `grad_hidden`, float32, and
+    /// writes those of these tokens' weights `[v, H]` to `grad_weight`, where this backend multiplies itself.
+    fn add_products(
+        &self,
+        _hidden: &Bound<'_, PyAny>,
+        _weight: &Bound<'_, PyAny>,
+        _column: usize,
+        _grad_hidden: Option<&Bound<'_, PyAny>>,
+        _grad_weight: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        Err(PyRuntimeError::new_err("only the CPU's matrix unit multiplies by itself"))
+    }
 }
 
 /// Whether an attribute of a tensor is there and true.

@@ -75,7 +75,8 @@ impl CandleValueHead {
     ///     HeadFileError: It is no whole safetensors file.
     ///     AllocationError: There is no memory for the head that it holds.
     ///     HeadMismatchError: It holds no head, half a head, several heads, or one that does not fit together; or its
-    ///         metadata says that the head is distributional or a classifier, whose outputs are no values.
+    ///         metadata, or the config.json beside a model's file, says that the head is distributional or a classifier,
+    ///         whose outputs are no values.
     #[classmethod]
     #[pyo3(signature = (path, device = "cpu", *, num_threads = None))]
     fn load(

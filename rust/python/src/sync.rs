@@ -3,6 +3,7 @@ use crate::buffers::{elements, overwritten};
 use crate::gate;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
+use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
 use vhead_sync::{Description, Digest, Error, Have, Kind, Manifest, Publisher, Settings, Stage, Staged, Target};
 
@@ -99,10 +100,11 @@ impl SyncStage {
         step: Option<u64>,
         have: Option<(u64, String)>,
         staging: PathBuf,
+        in_place: bool,
     ) -> PyResult<Option<Self>> {
         let staged = gate::sync(py, || {
             let have = have.and_then(|(step, weights)| Some(Have { step, weights: Digest::parse(&weights)? }));
-            Stage::open(&directory, step, have, &staging)
+            Stage::open(&directory, step, have, &staging, in_place)
         })?;
         Ok(match staged {
             Staged::NothingNew => None,
@@ -128,6 +130,13 @@ impl SyncStage {
     #[getter]
     fn is_over_weights_in_use(&self) -> bool {
         self.0.is_over_weights_in_use()
+    }
+
+    /// Descriptors of the open files in which the verified tensors lie, to be closed by the caller, and each tensor's
+    /// file and first byte; None where they were copied.
+    fn places(&self) -> PyResult<Option<(Vec<i32>, Vec<(usize, u64)>)>> {
+        let places = self.0.places().map_err(to_python)?;
+        Ok(places.map(|(files, tensors)| (files.into_iter().map(IntoRawFd::into_raw_fd).collect(), tensors)))
     }
 
     #[getter]

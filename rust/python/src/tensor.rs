@@ -120,6 +120,21 @@ impl TensorView<'_> {
             Cow::Borrowed(floats) => collected(floats.len(), floats.iter().copied()).map_err(gate::to_python),
         }
     }
+
+    /// The elements of a contiguous bfloat16 tensor, to be changed in place.
+    ///
+    /// # Errors
+    /// `ValueError` where it is no such tensor.
+    pub(crate) fn overwritten_halves(&mut self) -> PyResult<&mut [bf16]> {
+        if self.dtype() != Dtype::BFloat16 {
+            return Err(PyValueError::new_err(format!(
+                "{}: expected bfloat16, got {}",
+                self.0.name,
+                self.dtype().name()
+            )));
+        }
+        self.overwritten_as("bfloat16")
+    }
 }
 
 impl TensorView<'_, Float32> {
@@ -141,11 +156,18 @@ impl TensorView<'_, Float32> {
     /// # Errors
     /// `ValueError` where they do not lie in one row-major piece.
     pub(crate) fn overwritten(&mut self) -> PyResult<&mut [f32]> {
+        self.overwritten_as("float32")
+    }
+}
+
+impl<K: Kind> TensorView<'_, K> {
+    /// The elements as `T`, which is the tensor's dtype, by name `dtype`.
+    fn overwritten_as<T: Element>(&mut self, dtype: &str) -> PyResult<&mut [T]> {
         if self.count() == 0 {
             return Ok(&mut []);
         }
-        if !self.is_slice_of::<f32>() {
-            return Err(PyValueError::new_err(format!("{}: expected a contiguous float32 tensor", self.0.name)));
+        if !self.is_slice_of::<T>() {
+            return Err(PyValueError::new_err(format!("{}: expected a contiguous {dtype} tensor", self.0.name)));
         }
         // SAFETY: aligned, contiguous, of this dtype, and kept alive by the owner. The caller asks for an operation in
         // place; as with torch's own, another thread that uses the tensor meanwhile sees unspecified values.

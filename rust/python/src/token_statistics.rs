@@ -89,4 +89,18 @@ impl LogitGradients {
     ) -> PyResult<()> {
         self.0.differentiate(products, row, column, out)
     }
+    /// Adds the gradients of all rows' hidden states `[N, H]` by the tokens from `column` on to `grad_hidden`, float32, and
+    /// writes those of these tokens' weights `[v, H]` to `grad_weight`, bfloat16 as states and weights; the CPU's matrix unit
+    /// multiplies.
+    #[pyo3(signature = (hidden, weight, column, grad_hidden=None, grad_weight=None))]
+    fn add_products(
+        &self,
+        hidden: &Bound<'_, PyAny>,
+        weight: &Bound<'_, PyAny>,
+        column: usize,
+        grad_hidden: Option<&Bound<'_, PyAny>>,
+        grad_weight: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        self.0.add_products(hidden, weight, column, grad_hidden, grad_weight)
+    }
 }

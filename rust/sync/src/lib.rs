@@ -28,5 +28,5 @@ pub use latest::{Latest, folder_of};
 pub use manifest::{Kind, Manifest};
 pub use publisher::{Publisher, Settings};
 pub use retention::{Collected, Listed, collect, list};
-pub use stage::{Have, Stage, Staged, Target};
+pub use stage::{Have, Places, Stage, Staged, Target};
 pub use tensors::Description;

@@ -12,6 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const OF_TENSORS: &str = ".safetensors";
+/// Bytes that are read and hashed at a time, while they are in the cache.
+pub(crate) const PIECE: usize = 1 << 20;
 /// The longest file beside the tensors: a configuration, an index.
 const LONGEST_ATTACHMENT: u64 = 128 << 20;
 
@@ -99,6 +101,18 @@ impl Source {
         Some(Stretch { file: &file.file, start: file.data + start as u64, bytes: end - start })
     }
 
+    /// The file of a tensor, by its place among [`Self::open_files`], and the tensor's first byte in it.
+    pub(crate) fn locate(&self, tensor: &str) -> Option<(usize, u64)> {
+        let name = self.manifest.tensors.get(tensor)?.file.as_ref()?;
+        Some((self.files.keys().position(|file| file == name)?, self.find(tensor)?.start))
+    }
+
+    /// The open files of tensors once more, for who keeps them longer than this.
+    pub(crate) fn open_files(&self) -> Result<Vec<File>> {
+        let again = |(name, file): (&String, &TensorFile)| file.file.try_clone().map_err(Error::at(&self.place(name)));
+        self.files.iter().map(again).collect()
+    }
+
     /// The path of a file of the publication, or of the publication for an empty name, for messages.
     pub(crate) fn place(&self, name: &str) -> PathBuf {
         if name.is_empty() { self.place.clone() } else { self.place.join(name) }
@@ -132,6 +146,18 @@ impl TensorFile {
 }
 
 impl Stretch<'_> {
+    /// The digest of all of it.
+    pub(crate) fn digest(&self, place: &Path) -> Result<Digest> {
+        let mut hasher = blake3::Hasher::new();
+        let mut room = vec![0; PIECE.min(self.bytes)];
+        for from in (0..self.bytes).step_by(PIECE) {
+            let piece = &mut room[..PIECE.min(self.bytes - from)];
+            self.read(from, piece, place)?;
+            hasher.update(piece);
+        }
+        Ok(Digest::finished(&hasher))
+    }
+
     /// Reads bytes that begin at `from` of this stretch.
     pub(crate) fn read(&self, from: usize, into: &mut [u8], place: &Path) -> Result<()> {
         self.file.read_exact_at(into, self.start + from as u64).map_err(|error| match error.kind() {

@@ -4,15 +4,14 @@ use crate::blocks::{BLOCK, Decoder, Frame, frames};
 use crate::folder::Folder;
 use crate::latest::Latest;
 use crate::manifest::{Kind, Manifest};
-use crate::source::Source;
+use crate::source::{PIECE, Source, Stretch};
 use crate::store::Store;
 use crate::tensors::Description;
 use crate::{Digest, Error, Result};
+use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-/// Bytes that are read and hashed at a time, while they are in the cache.
-const PIECE: usize = 1 << 20;
 /// More publications than this are no chain of changes that anybody would make.
 const LONGEST_CHAIN: usize = 10_000;
 
@@ -24,6 +23,9 @@ pub struct Have {
     /// The digest of all of them, from their manifest.
     pub weights: Digest,
 }
+
+/// Open files, and for each tensor which of them it lies in and its first byte there.
+pub type Places = (Vec<File>, Vec<(usize, u64)>);
 
 /// What there is for a follower.
 #[derive(Debug)]
@@ -60,6 +62,8 @@ pub struct Stage {
     /// The publications, oldest first; the last one is the one that is wanted.
     chain: Vec<Source>,
     over_weights_in_use: bool,
+    /// Whether the tensors are verified where they lie in the files, which are then to be mapped.
+    in_place: bool,
     tensors: Vec<Tensor>,
     store: Store,
     scratch: usize,
@@ -69,12 +73,13 @@ pub struct Stage {
 impl Stage {
     /// Opens what `LATEST` names in a directory, or the publication of a step, and all that this is changes to.
     ///
-    /// Changes since the weights that the follower has are taken alone, to be put over these.
+    /// Changes since the weights that the follower has are taken alone, to be put over these. With `in_place`, a
+    /// publication that holds everything is verified where it lies, and not copied.
     ///
     /// # Errors
     /// The publication is damaged or not there, a step is missing that it needs, or `LATEST` names a step below the one
     /// that the follower has.
-    pub fn open(place: &Path, step: Option<u64>, have: Option<Have>, staging: &Path) -> Result<Staged> {
+    pub fn open(place: &Path, step: Option<u64>, have: Option<Have>, staging: &Path, in_place: bool) -> Result<Staged> {
         let root = Folder::at(place)?;
         let latest = if step.is_none() { Latest::read(&root)? } else { None };
         let Some(wanted) = step.or(latest.map(|latest| latest.step)) else { return Ok(Staged::NothingNew) };
@@ -90,10 +95,11 @@ impl Stage {
             return Ok(Staged::NothingNew);
         }
         let (chain, over_weights_in_use) = chain(&root, newest, have)?;
-        Self::planned(chain, over_weights_in_use, staging).map(|stage| Staged::Found(Box::new(stage)))
+        let in_place = in_place && chain.len() == 1 && !over_weights_in_use;
+        Self::planned(chain, over_weights_in_use, in_place, staging).map(|stage| Staged::Found(Box::new(stage)))
     }
 
-    fn planned(chain: Vec<Source>, over_weights_in_use: bool, staging: &Path) -> Result<Self> {
+    fn planned(chain: Vec<Source>, over_weights_in_use: bool, in_place: bool, staging: &Path) -> Result<Self> {
         let Some(newest) = chain.last() else { return Err(Error::Argument("no publication".to_owned())) };
         let (mut end, mut longest) = (0, 0);
         let mut take = |bytes: usize| {
@@ -107,7 +113,7 @@ impl Stage {
             let (mut image, mut changes) = (None, Vec::new());
             if over_weights_in_use {
                 changes = held.map(|stretch| take(stretch.bytes)).collect();
-            } else {
+            } else if !in_place {
                 image = Some(take(description.bytes()));
                 longest = held.skip(1).map(|stretch| stretch.bytes).fold(longest, usize::max);
             }
@@ -115,7 +121,7 @@ impl Stage {
         }
         let scratch = end;
         let store = Store::new(end + longest, staging)?;
-        Ok(Self { chain, over_weights_in_use, tensors, store, scratch, verified: 0 })
+        Ok(Self { chain, over_weights_in_use, in_place, tensors, store, scratch, verified: 0 })
     }
 
     /// The manifest of the publication.
@@ -138,6 +144,20 @@ impl Stage {
     #[must_use]
     pub fn is_over_weights_in_use(&self) -> bool {
         self.over_weights_in_use
+    }
+
+    /// The open files in which the tensors lie as they are, and each tensor's file among these and its first byte there;
+    /// `None` where they are not verified in place.
+    ///
+    /// # Errors
+    /// Not everything is verified, or this process has no room for open files.
+    pub fn places(&self) -> Result<Option<Places>> {
+        self.check_verified()?;
+        let Some(source) = self.chain.first().filter(|_| self.in_place) else { return Ok(None) };
+        let tensors = self.tensors().map(|tensor| source.locate(&tensor.name));
+        let tensors: Option<Vec<_>> = tensors.collect();
+        let tensors = tensors.ok_or_else(|| Error::damaged(&source.place(""), "all tensors", "fewer"))?;
+        Ok(Some((source.open_files()?, tensors)))
     }
 
     /// The tensor that is verified next; `None` where all are.
@@ -166,57 +186,45 @@ impl Stage {
     }
 
     fn refused(&self, at: usize) -> Error {
-        let (tensor, first) = (&self.tensors[at], &self.chain[0]);
-        let name = &tensor.description.name;
+        let (name, first) = (&self.tensors[at].description.name, &self.chain[0]);
         match &first.manifest.base {
             Some(base) => Error::Base {
                 place: first.place(""),
                 base: base.step,
                 why: format!("{name:?} in use is not that of step {}, or the changes are damaged", base.step),
             },
-            None => {
-                Error::damaged(&first.place_of(name), format!("{name:?} of digest {}", tensor.digest), "other bytes")
-            }
+            None => other_bytes(self.chain.last().unwrap_or(first), name),
         }
     }
 
-    /// The digest of a tensor of a full publication with all changes since.
+    /// The digest of a tensor of a full publication with all changes since. Each publication of the chain is verified, also
+    /// where a later one replaces all of it.
     fn build(&mut self, at: usize) -> Result<Digest> {
-        let tensor = &self.tensors[at];
-        let (name, image) = (&tensor.description.name, tensor.image.clone().unwrap_or_default());
-        let missing = |source: &Source| Error::damaged(&source.place(""), format!("the tensor {name:?}"), "none");
-        let stretch = self.chain[0].find(name).ok_or_else(|| missing(&self.chain[0]))?;
-        if stretch.bytes != image.len() {
-            return Err(missing(&self.chain[0]));
-        }
-        let place = self.chain[0].place_of(name);
-        let layers: Vec<_> = self.chain[1..].iter().filter_map(|source| Some((source, source.find(name)?))).collect();
-        let mut hasher = blake3::Hasher::new();
+        let (tensor, source) = (&self.tensors[at], &self.chain[0]);
+        let name = &tensor.description.name;
+        let missing = || Error::damaged(&source.place(""), format!("the tensor {name:?}"), "none");
+        let stretch = source.find(name).filter(|stretch| stretch.bytes == tensor.description.bytes());
+        let (stretch, place) = (stretch.ok_or_else(missing)?, source.place_of(name));
+        let Some(image) = tensor.image.clone() else { return stretch.digest(&place) };
         let (images, scratch) = self.store.bytes_mut().split_at_mut(self.scratch);
         let image = &mut images[image];
+        let mut hasher = blake3::Hasher::new();
         for (index, piece) in image.chunks_mut(PIECE).enumerate() {
             stretch.read(index * PIECE, piece, &place)?;
-            if layers.is_empty() {
-                hasher.update(piece);
-            }
+            hasher.update(piece);
         }
+        let digest = Digest::finished(&hasher);
+        if source.manifest.tensors.get(name).map(|entry| entry.digest) != Some(digest) {
+            return Err(other_bytes(source, name));
+        }
+        let layers: Vec<_> = self.chain[1..].iter().filter_map(|source| Some((source, source.find(name)?))).collect();
         if layers.is_empty() {
-            return Ok(Digest::finished(&hasher));
+            return Ok(digest);
         }
-        let (width, blocks) = (tensor.description.width(), image.len().div_ceil(BLOCK));
         for (source, stretch) in layers {
-            let place = source.place_of(name);
-            let broken = |why: &str| Error::damaged(&place, format!("the changes of {name:?}"), why);
-            let bytes = &mut scratch[..stretch.bytes];
-            stretch.read(0, bytes, &place)?;
-            check_changes(source, name, bytes)?;
-            let mut decoder = Decoder::new().map_err(Error::at(&place))?;
-            for frame in frames(bytes, blocks).map_err(broken)? {
-                decoder.overlay(frame, block_of(image, frame.index), width).map_err(broken)?;
-            }
+            put_changes(source, stretch, &tensor.description, image, scratch)?;
         }
-        hasher.update(image);
-        Ok(Digest::finished(&hasher))
+        Ok(Digest::of(image))
     }
 
     /// The digest of the weights in use with the changes put over a copy of each block.
@@ -296,7 +304,15 @@ impl Stage {
     /// Not everything is verified, or there are no such bytes.
     pub fn copy(&self, tensor: usize, from: usize, into: &mut [u8]) -> Result<()> {
         self.check_verified()?;
-        let image = self.tensors.get(tensor).and_then(|tensor| tensor.image.clone());
+        let tensor = self.tensors.get(tensor);
+        if let (true, Some(tensor)) = (self.in_place, tensor) {
+            let (source, name) = (&self.chain[0], &tensor.description.name);
+            let stretch =
+                source.find(name).filter(|stretch| from <= stretch.bytes && into.len() <= stretch.bytes - from);
+            let stretch = stretch.ok_or_else(|| Error::Argument("no such bytes".to_owned()))?;
+            return stretch.read(from, into, &source.place_of(name));
+        }
+        let image = tensor.and_then(|tensor| tensor.image.clone());
         let bytes = image.and_then(|image| self.store.bytes()[image].get(from..)?.get(..into.len()));
         into.copy_from_slice(bytes.ok_or_else(|| Error::Argument("no such bytes".to_owned()))?);
         Ok(())
@@ -334,6 +350,31 @@ fn chain(root: &Folder, newest: Source, have: Option<Have>) -> Result<(Vec<Sourc
     let begins_full = chain.first().is_some_and(|source| source.manifest.kind == Kind::Full);
     debug_assert!(begins_full);
     Ok((chain, false))
+}
+
+fn other_bytes(source: &Source, name: &str) -> Error {
+    let digest = source.manifest.tensors.get(name).map(|entry| entry.digest.to_string()).unwrap_or_default();
+    Error::damaged(&source.place_of(name), format!("{name:?} of digest {digest}"), "other bytes")
+}
+
+/// Puts what a publication has changed of a tensor over its bytes.
+fn put_changes(
+    source: &Source,
+    stretch: Stretch<'_>,
+    tensor: &Description,
+    image: &mut [u8],
+    scratch: &mut [u8],
+) -> Result<()> {
+    let (name, place) = (&tensor.name, source.place_of(&tensor.name));
+    let broken = |why: &str| Error::damaged(&place, format!("the changes of {name:?}"), why);
+    let bytes = &mut scratch[..stretch.bytes];
+    stretch.read(0, bytes, &place)?;
+    check_changes(source, name, bytes)?;
+    let mut decoder = Decoder::new().map_err(Error::at(&place))?;
+    for frame in frames(bytes, image.len().div_ceil(BLOCK)).map_err(broken)? {
+        decoder.overlay(frame, block_of(image, frame.index), tensor.width()).map_err(broken)?;
+    }
+    Ok(())
 }
 
 fn check_changes(source: &Source, name: &str, bytes: &[u8]) -> Result<()> {

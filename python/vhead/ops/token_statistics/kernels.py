@@ -1,5 +1,6 @@
 """The extension's kernels, which read tiles of products, and how each type of device has them cut."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from vhead.ops.devices import has_kernels
 from vhead.ops.token_statistics.arguments import BackwardInputs, Rule, Selection, are_of_kernels, check_range
 from vhead.ops.token_statistics.cpu import CpuTiling
 from vhead.ops.token_statistics.cuda import CudaTiling
-from vhead.ops.token_statistics.results import Selected
+from vhead.ops.token_statistics.results import Gradients, Selected
 from vhead.ops.token_statistics.tiles import Plan
 
 
@@ -89,6 +90,16 @@ class TileGradients:
         statistics = (inputs.peak, inputs.log_sum, inputs.entropy)
         vocabulary, rule = len(inputs.weight), inputs.forward.rule
         self._gradients = _native.LogitGradients(inputs.targets, vocabulary, inputs.bias, *rule, statistics, upstream)
+
+    def of_products(self, hidden: Tensor, weight: Tensor, needed: Sequence[bool]) -> Gradients:
+        """Those of hidden states and weight, from all products, where the tiling's backend multiplies by itself."""
+        of_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needed[0] else None
+        of_weight = weight.new_empty(weight.shape) if needed[1] else None
+        for start in range(0, len(weight), _COLUMNS_OF_A_CALL):
+            stop = start + _COLUMNS_OF_A_CALL
+            to = None if of_weight is None else of_weight[start:stop]
+            self._gradients.add_products(hidden, weight[start:stop], start, of_hidden, to)
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, None
 
     def differentiate(self, products: Tensor, row: int, column: int) -> Tensor:
         """The gradients of products `[n, v]`: in place in float32, else in a buffer that the next tile overwrites."""

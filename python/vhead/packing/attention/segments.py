@@ -1,5 +1,7 @@
 """Attention by segments: what a mask would hide is not computed.
 
+Where the processor has a matrix unit, bfloat16 rows go to it in blocks of 32. Elsewhere torch's kernels are called:
+
 A segment's queries look at the keys of its path and at their own. Large segments are attended one by one. Small ones,
 of which calls would cost more than arithmetic, are put together: padded to one shape, they are one batched call. Short
 ones after the same long path are one call under a mask, so that the path's keys are not copied for each.
@@ -17,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vhead.backbone.placement import to_device
+from vhead.ops.matrix_unit import MOST_ROWS, RowAttention, suits_matrix_unit
 from vhead.packing.attention.visibility import Visibility
 from vhead.packing.trees import Range, Segment, joined
 
@@ -157,7 +160,8 @@ class SegmentAttention:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
-        self._ends = Visibility.of(segments).ends
+        self._visibility = Visibility.of(segments)
+        self._by_unit: RowAttention | None = None
         self._calls: dict[tuple[torch.device, int | None, int], list[_Call]] = {}
 
     def __call__(
@@ -172,11 +176,27 @@ class SegmentAttention:
     ) -> Tensor:
         """Attends over the row, as `Attend` says."""
         query, key, value = _autocast(query, key, value)
+        if self._suits_unit(query, key, value, scale, softcap):
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            return self._unit()(query[0], key[0], value[0], scale, window)[None]
         calls = self._planned(query, value, window)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             attended: Tensor = _Differentiable.apply(calls, query, key, value, scale, softcap)
             return attended
         return _attend(calls, _States(query, key, value, scale, softcap))
+
+    def _suits_unit(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
+    ) -> bool:
+        plain = softcap is None and (scale is None or scale > 0) and len(self._visibility.ends) < MOST_ROWS
+        return plain and not torch.is_grad_enabled() and suits_matrix_unit(query, key, value)
+
+    def _unit(self) -> RowAttention:
+        """The row for the processor's matrix unit, which needs no calls: it goes through all rows in blocks of 32."""
+        if self._by_unit is None:
+            ends, positions = (torch.from_numpy(rows) for rows in (self._visibility.ends, self._visibility.positions))
+            self._by_unit = RowAttention(ends, positions)
+        return self._by_unit
 
     def _planned(self, query: Tensor, value: Tensor, window: int | None) -> list[_Call]:
         """The calls, found once, as every layer of a kind makes the same ones; layers may be on several devices."""
@@ -185,7 +205,7 @@ class SegmentAttention:
         if kind not in self._calls:
             call_work = _CALL_WORK.get(query.device.type, _DEVICE_CALL_WORK)
             together = groups(branches(pieces(self._segments, window), window), pair_work, call_work)
-            self._calls[kind] = [*_calls(together, query, window, self._ends)]
+            self._calls[kind] = [*_calls(together, query, window, self._visibility.ends)]
         return self._calls[kind]
 
 

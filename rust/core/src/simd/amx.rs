@@ -2,6 +2,7 @@
 //! are written out here.
 //!
 //! A tile is 16 lines of 64 bytes. [`Tiles::multiply`] multiplies 32 rows with 32 columns, which takes all eight tiles.
+use half::bf16;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -164,4 +165,24 @@ pub(crate) unsafe fn transpose(from: [*const u8; 16], to: *mut u8) {
         // SAFETY: as the caller promises.
         unsafe { _mm512_storeu_si512(to.wrapping_add(64 * i).cast(), *line) };
     }
+}
+
+/// Two rows of 32 numbers as 32 pairs: those of the first 16 columns, and those of the last.
+///
+/// # Safety
+/// The processor has AVX-512 BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) unsafe fn interleave(first: &[bf16; 32], second: &[bf16; 32]) -> ([bf16; 32], [bf16; 32]) {
+    let (mut lower, mut upper) = ([bf16::ZERO; 32], [bf16::ZERO; 32]);
+    // SAFETY: each array is 64 bytes; the loads and stores need no alignment.
+    unsafe {
+        let a = _mm512_loadu_si512(first.as_ptr().cast());
+        let b = _mm512_loadu_si512(second.as_ptr().cast());
+        // In each part of eight numbers, the first four pairs, and the last four.
+        let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
+        let order = [_mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4)];
+        _mm512_storeu_si512(lower.as_mut_ptr().cast(), _mm512_permutex2var_epi64(low, order[0], high));
+        _mm512_storeu_si512(upper.as_mut_ptr().cast(), _mm512_permutex2var_epi64(low, order[1], high));
+    }
+    (lower, upper)
 }

@@ -103,16 +103,15 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, value: __m512) {
-        // The hardware's own conversion (AVX512_BF16) flushes subnormal numbers, so the rounding is done on integers:
-        // half of the last place, less one where the last place is even, is added. A NaN keeps its upper half, quiet.
+        // SAFETY: see the head of this block.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(value)))) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_pairs(self, to: *mut bf16, a: __m512, b: __m512) {
         // SAFETY: see the head of this block.
         unsafe {
-            let bits = _mm512_castps_si512(value);
-            let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
-            let result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(result)));
+            let upper = _mm512_and_si512(rounded(b), _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+            _mm512_storeu_si512(to.cast(), _mm512_or_si512(_mm512_srli_epi32::<16>(rounded(a)), upper));
         }
     }
     #[inline(always)]
@@ -176,6 +175,25 @@ impl Simd for Avx512 {
     fn prefetch(self, address: *const u8) {
         // SAFETY: see the head of this block; a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+/// Numbers whose upper halves are the nearest bfloat16 ones.
+///
+/// The hardware's own conversion (AVX512_BF16) flushes subnormal numbers, so the rounding is done on integers: half of the
+/// last place, less one where the last place is even, is added. A NaN keeps its upper half, quiet.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[inline(always)]
+unsafe fn rounded(value: __m512) -> __m512i {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let bits = _mm512_castps_si512(value);
+        let even = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
     }
 }
 

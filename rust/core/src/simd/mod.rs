@@ -4,6 +4,7 @@
 //! it for each instruction set, inside a function that has that set's target features, and calls the one that was asked for.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -13,6 +14,7 @@ pub(crate) mod feed_forward;
 pub(crate) mod keep;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod norm;
 pub(crate) mod returns;
 pub(crate) mod token_statistics;
 pub(crate) mod two_layer;

@@ -1,22 +1,20 @@
 //! One rollout's advantages and returns, from its last token to its first: the kernel of [`crate::returns`].
 //!
-//! `A[t] = delta[t] + w A[t + 1]` is one long chain, whose latency would be the whole cost. A run of the model's tokens is
-//! therefore worked on in blocks: `S[t] = sum_{k < 8} w^k delta[t + k]` comes of three passes that know no order
-//! (`x[t] + w x[t + 1]`, then with `w^2` and a shift of 2, then with `w^4` and 4), and `A[t] = S[t] + w^8 A[t + 8]` takes
-//! eight tokens a step. Everything is float64, multiplied and added apart, so that every instruction set gives the same
-//! bits.
+//! `A[t] = delta[t] + w A[t + 1]` is one long chain, whose latency would be the whole cost. Eight tokens at a time therefore
+//! become eight partial sums `S[i] = sum_{i <= j < 8} w^(j - i) delta[j]`, in which no group needs another, and then
+//! `A[i] = S[i] + w^(8 - i) A[8]` adds what lies behind: the chain takes eight tokens a step. Where the model wrote only some
+//! of eight tokens, they are taken one by one. Everything is float64, in one order on every instruction set.
 use super::{Kernel, Simd};
 use crate::reduce::LANES as SUMS;
-use std::hint::select_unpredictable;
+use std::hint::{black_box, select_unpredictable};
+use std::ops::Range;
 
-/// Tokens that are worked on at once: few enough that the scratch stays in the first-level cache.
-const BLOCK: usize = 512;
-/// Tokens that one step of the chain takes.
+/// Tokens that one step of the chain takes, and whose masks are looked at together.
 const LANES: usize = 8;
-/// A run below this length is cheaper token by token.
-const FEW: usize = 24;
-/// Masks are compared so many tokens at a time.
-const MASKS: usize = 64;
+/// The masks of eight tokens that the model wrote.
+const ALL: u64 = u64::from_ne_bytes([1; LANES]);
+/// The masks of eight tokens that it did not write.
+const NONE: u64 = 0;
 
 /// What one rollout is computed from.
 #[derive(Debug, Clone, Copy)]
@@ -30,22 +28,118 @@ pub(crate) struct Rollout<'a> {
     pub(crate) lam: f64,
     /// Where it is not `lam`.
     pub(crate) value_lam: Option<f64>,
-    pub(crate) bootstrap: f64,
+    pub(crate) bootstrap: f32,
     /// Whether masked places carry what the next model token has; they are 0 otherwise.
     pub(crate) carry: bool,
 }
 
-/// Room for a block; made once for many rollouts.
-#[derive(Debug)]
-pub(crate) struct Scratch {
-    deltas: [f64; BLOCK + LANES],
-    odd: [f64; BLOCK + LANES],
-    even: [f64; BLOCK + LANES],
+impl Rollout<'_> {
+    /// The masks of eight tokens; `None` where there are fewer.
+    #[inline(always)]
+    fn word(&self, tokens: Range<usize>) -> Option<u64> {
+        match self.mask {
+            Some(mask) => mask[tokens].try_into().ok().map(u64::from_ne_bytes),
+            None => (tokens.len() == LANES).then_some(ALL),
+        }
+    }
+
+    /// Where the tokens begin that lie before `end` in groups of eight with these masks.
+    #[inline(always)]
+    fn start_of_run(&self, word: u64, mut end: usize) -> usize {
+        if self.mask.is_none() {
+            return end % LANES;
+        }
+        while end >= LANES && self.word(end - LANES..end) == Some(word) {
+            end -= LANES;
+        }
+        end
+    }
 }
 
-impl Scratch {
-    pub(crate) const fn new() -> Self {
-        Self { deltas: [0.0; BLOCK + LANES], odd: [0.0; BLOCK + LANES], even: [0.0; BLOCK + LANES] }
+/// Powers of what the advantage of one step later weighs.
+#[derive(Debug)]
+struct Powers {
+    /// `within[j][i] = weight^(j - i)`, and 0 where `j < i`.
+    within: [[f64; LANES]; LANES],
+    /// `behind[i] = weight^(8 - i)`.
+    behind: [f64; LANES],
+}
+
+impl Powers {
+    #[inline(always)]
+    fn of(weight: f64) -> Self {
+        let mut powers = [1.0; LANES + 1];
+        for k in 0..LANES {
+            powers[k + 1] = powers[k] * weight;
+        }
+        let within = std::array::from_fn(|j| std::array::from_fn(|i| if i <= j { powers[j - i] } else { 0.0 }));
+        // A compiler that knows where the zeros are leaves them out, and has no whole vectors left.
+        black_box(Self { within, behind: std::array::from_fn(|i| powers[LANES - i]) })
+    }
+
+    /// The advantages of eight tokens; `behind` is the advantage behind them, and becomes the first one's.
+    #[inline(always)]
+    fn step(&self, deltas: &[f64; LANES], behind: &mut f64) -> [f64; LANES] {
+        let mut sums = [0.0; LANES];
+        for (delta, powers) in deltas.iter().zip(&self.within) {
+            for (sum, power) in sums.iter_mut().zip(powers) {
+                *sum = power.mul_add(*delta, *sum);
+            }
+        }
+        let first = sums[0];
+        for (sum, power) in sums.iter_mut().zip(&self.behind) {
+            *sum = power.mul_add(*behind, *sum);
+        }
+        *behind = self.behind[0].mul_add(*behind, first);
+        sums
+    }
+}
+
+/// The chain: its weights, and what the tokens before hear of those behind them.
+#[derive(Debug)]
+struct Chain {
+    gamma: f64,
+    powers: Powers,
+    /// Where the returns have a lambda of their own.
+    value_powers: Option<Powers>,
+    value: f32,
+    advantage: f64,
+    /// Under the returns' lambda.
+    value_advantage: f64,
+}
+
+impl Chain {
+    #[inline(always)]
+    fn new(rollout: &Rollout<'_>) -> Self {
+        let Rollout { gamma, lam, value_lam, bootstrap, .. } = *rollout;
+        Self {
+            gamma,
+            powers: Powers::of(gamma * lam),
+            value_powers: value_lam.map(|lam| Powers::of(gamma * lam)),
+            value: bootstrap,
+            advantage: 0.0,
+            value_advantage: 0.0,
+        }
+    }
+
+    /// The advantages of eight tokens, and those that their returns are made of.
+    #[inline(always)]
+    fn step(&mut self, rewards: &[f32; LANES], values: &[f32; LANES]) -> [[f64; LANES]; 2] {
+        let mut deltas = [0.0; LANES];
+        for (i, delta) in deltas.iter_mut().enumerate() {
+            let next = if i + 1 < LANES { values[i + 1] } else { self.value };
+            let [reward, value, next] = [rewards[i], values[i], next].map(f64::from);
+            *delta = self.gamma.mul_add(next, reward) - value;
+        }
+        // Else the compiler computes one at a time what it then needs in all lanes.
+        let deltas = black_box(deltas);
+        self.value = values[0];
+        let advantages = self.powers.step(&deltas, &mut self.advantage);
+        let Some(powers) = &self.value_powers else {
+            self.value_advantage = self.advantage;
+            return [advantages; 2];
+        };
+        [advantages, powers.step(&deltas, &mut self.value_advantage)]
     }
 }
 
@@ -53,21 +147,10 @@ impl Scratch {
 #[derive(Debug)]
 pub(crate) struct Advantages<'a> {
     pub(crate) rollout: Rollout<'a>,
-    pub(crate) scratch: &'a mut Scratch,
     pub(crate) advantages: &'a mut [f32],
     pub(crate) returns: Option<&'a mut [f32]>,
     /// Set to false where anything that was read is not finite.
     pub(crate) finite: &'a mut bool,
-}
-
-/// What the tokens before hear of those behind them.
-#[derive(Debug, Clone, Copy)]
-struct Behind {
-    value: f64,
-    /// Under `lam`.
-    advantage: f64,
-    /// Under `value_lam`; the same where that is the same.
-    value_advantage: f64,
 }
 
 impl Kernel for Advantages<'_> {
@@ -82,183 +165,89 @@ impl Kernel for Advantages<'_> {
 }
 
 impl Advantages<'_> {
-    /// Run after run of equal masks; where they change, token by token.
     #[inline(always)]
     fn work(mut self) {
-        let mut behind = Behind { value: self.rollout.bootstrap, advantage: 0.0, value_advantage: 0.0 };
+        let mut chain = Chain::new(&self.rollout);
         let mut end = self.rollout.rewards.len();
         while end > 0 {
-            let start = self.rollout.mask.map_or(0, |mask| start_of_run(&mask[..end]));
-            if start == end {
-                end = end.saturating_sub(MASKS);
-                self.mixed(end, start, &mut behind);
-                continue;
+            let tokens = end.saturating_sub(LANES)..end;
+            end = tokens.start;
+            match self.rollout.word(tokens.clone()) {
+                Some(word @ (ALL | NONE)) => {
+                    end = self.rollout.start_of_run(word, end);
+                    if word == ALL {
+                        self.all(end..tokens.end, &mut chain);
+                    } else {
+                        self.pass_over(end..tokens.end, &chain);
+                    }
+                }
+                _ => self.some(tokens, &mut chain),
             }
-            if self.rollout.mask.is_some_and(|mask| mask[start] == 0) {
-                self.pass_over(start, end, behind);
-            } else {
-                self.model_tokens(start, end, &mut behind);
-            }
-            end = start;
         }
         // A number that is not finite never leaves the chain again: infinity and NaN times 0 are NaN.
-        *self.finite &= (behind.advantage + behind.value_advantage).is_finite();
+        *self.finite &= (chain.advantage + chain.value_advantage).is_finite();
     }
 
+    /// Tokens that the model wrote: a whole number of eights.
     #[inline(always)]
-    fn pass_over(&mut self, start: usize, end: usize, behind: Behind) {
-        let carried = if self.rollout.carry { behind.advantage as f32 } else { 0.0 };
-        self.advantages[start..end].fill(carried);
-        let Some(returns) = self.returns.as_deref_mut() else { return };
-        match self.rollout.values.filter(|_| self.rollout.carry) {
-            Some(values) => {
-                for (to, value) in returns[start..end].iter_mut().zip(&values[start..end]) {
-                    *to = (behind.value_advantage + f64::from(*value)) as f32;
-                    *self.finite &= value.is_finite();
+    fn all(&mut self, tokens: Range<usize>, chain: &mut Chain) {
+        let rewards = self.rollout.rewards[tokens.clone()].as_chunks().0;
+        let values = self.rollout.values.map(|values| values[tokens.clone()].as_chunks().0);
+        let advantages = self.advantages[tokens.clone()].as_chunks_mut().0;
+        let mut returns = self.returns.as_deref_mut().map(|returns| returns[tokens].as_chunks_mut::<LANES>().0);
+        for i in (0..rewards.len()).rev() {
+            let values = values.map_or([0.0; LANES], |values| values[i]);
+            let [found, of_returns] = chain.step(&rewards[i], &values);
+            advantages[i] = found.map(|advantage| advantage as f32);
+            if let Some(returns) = &mut returns {
+                for ((to, advantage), value) in returns[i].iter_mut().zip(of_returns).zip(values) {
+                    *to = (advantage + f64::from(value)) as f32;
                 }
             }
-            None => returns[start..end].fill(0.0),
         }
     }
 
+    /// Tokens that the model did not write.
     #[inline(always)]
-    fn model_tokens(&mut self, start: usize, mut end: usize, behind: &mut Behind) {
-        while end > start {
-            let first = start.max(end.saturating_sub(BLOCK));
-            if end - first < FEW {
-                self.mixed(first, end, behind);
-            } else {
-                self.block(first, end, behind);
+    fn pass_over(&mut self, tokens: Range<usize>, chain: &Chain) {
+        let carry = self.rollout.carry;
+        self.advantages[tokens.clone()].fill(if carry { chain.advantage as f32 } else { 0.0 });
+        let Some(returns) = self.returns.as_deref_mut() else { return };
+        let returns = &mut returns[tokens.clone()];
+        match self.rollout.values.filter(|_| carry) {
+            Some(values) => {
+                let values = &values[tokens];
+                for (to, value) in returns.iter_mut().zip(values) {
+                    *to = (chain.value_advantage + f64::from(*value)) as f32;
+                }
+                *self.finite &= values.iter().fold(true, |finite, value| finite & value.is_finite());
             }
-            end = first;
+            None => returns.fill(0.0),
         }
     }
 
-    /// Token by token, without a branch that would have to guess who wrote it.
+    /// At most eight tokens, whoever wrote them: one by one, without a branch that would have to guess who did.
     #[inline(always)]
-    fn mixed(&mut self, start: usize, end: usize, behind: &mut Behind) {
+    fn some(&mut self, tokens: Range<usize>, chain: &mut Chain) {
         let Rollout { rewards, values, mask, gamma, lam, value_lam, carry, .. } = self.rollout;
-        let (mut finite, mut state) = (true, *behind);
-        for t in (start..end).rev() {
+        let [weight, value_weight] = [lam, value_lam.unwrap_or(lam)].map(|lam| gamma * lam);
+        for t in tokens.rev() {
             let is_of_model = mask.is_none_or(|mask| mask[t] != 0);
-            let value = values.map_or(0.0, |values| f64::from(values[t]));
-            let delta = f64::from(rewards[t]) + gamma * state.value - value;
-            let advantage = delta + gamma * lam * state.advantage;
-            let value_advantage = value_lam.map_or(advantage, |lam| delta + gamma * lam * state.value_advantage);
-            state.value = select_unpredictable(is_of_model, value, state.value);
-            state.advantage = select_unpredictable(is_of_model, advantage, state.advantage);
-            state.value_advantage = select_unpredictable(is_of_model, value_advantage, state.value_advantage);
+            let value = values.map_or(0.0, |values| values[t]);
+            let delta = gamma.mul_add(f64::from(chain.value), f64::from(rewards[t])) - f64::from(value);
+            let [advantage, value_advantage] =
+                [weight.mul_add(chain.advantage, delta), value_weight.mul_add(chain.value_advantage, delta)];
+            chain.value = select_unpredictable(is_of_model, value, chain.value);
+            chain.advantage = select_unpredictable(is_of_model, advantage, chain.advantage);
+            chain.value_advantage = select_unpredictable(is_of_model, value_advantage, chain.value_advantage);
             let shown = is_of_model || carry;
-            self.advantages[t] = select_unpredictable(shown, state.advantage as f32, 0.0);
+            self.advantages[t] = select_unpredictable(shown, chain.advantage as f32, 0.0);
             if let Some(returns) = self.returns.as_deref_mut() {
-                returns[t] = select_unpredictable(shown, (state.value_advantage + value) as f32, 0.0);
+                let found = (chain.value_advantage + f64::from(value)) as f32;
+                returns[t] = select_unpredictable(shown, found, 0.0);
             }
-            finite &= !shown | value.is_finite();
+            *self.finite &= !shown | value.is_finite();
         }
-        *self.finite &= finite;
-        *behind = state;
-    }
-
-    #[inline(always)]
-    fn block(&mut self, start: usize, end: usize, behind: &mut Behind) {
-        let Rollout { rewards, values, gamma, lam, value_lam, .. } = self.rollout;
-        let Scratch { deltas, odd, even } = &mut *self.scratch;
-        let count = end - start;
-        let values = values.map(|values| &values[start..end]);
-        fill_deltas(&mut deltas[..count], &rewards[start..end], values, gamma, behind.value);
-        deltas[count..count + LANES].fill(0.0);
-        behind.value = values.map_or(0.0, |values| f64::from(values[0]));
-
-        let sums = scan(deltas, odd, even, count, gamma * lam, behind.advantage);
-        behind.advantage = sums[0];
-        for (to, sum) in self.advantages[start..end].iter_mut().zip(sums) {
-            *to = *sum as f32;
-        }
-        let sums = match value_lam {
-            Some(lam) => scan(deltas, odd, even, count, gamma * lam, behind.value_advantage),
-            None => sums,
-        };
-        behind.value_advantage = sums[0];
-        let Some(returns) = self.returns.as_deref_mut() else { return };
-        let returns = &mut returns[start..end];
-        match values {
-            Some(values) => {
-                for ((to, sum), value) in returns.iter_mut().zip(sums).zip(values) {
-                    *to = (sum + f64::from(*value)) as f32;
-                }
-            }
-            None => returns.iter_mut().zip(sums).for_each(|(to, sum)| *to = *sum as f32),
-        }
-    }
-}
-
-/// Where the run of equal masks begins that the last one belongs to, as far as whole groups of [`MASKS`] go: the end where
-/// there is not one.
-#[inline(always)]
-fn start_of_run(mask: &[u8]) -> usize {
-    let (mut end, last) = (mask.len(), mask[mask.len() - 1]);
-    while end >= MASKS && mask[end - MASKS..end].iter().fold(0, |differs, m| differs | (m ^ last)) == 0 {
-        end -= MASKS;
-    }
-    end
-}
-
-/// `delta[t] = reward[t] + gamma value[t + 1] - value[t]`, with `next` as the value behind the last.
-#[inline(always)]
-fn fill_deltas(deltas: &mut [f64], rewards: &[f32], values: Option<&[f32]>, gamma: f64, next: f64) {
-    let last = deltas.len() - 1;
-    match values {
-        Some(values) => {
-            let pairs = values.iter().zip(&values[1..]);
-            for ((delta, reward), (value, next)) in deltas.iter_mut().zip(rewards).zip(pairs) {
-                *delta = f64::from(*reward) + gamma * f64::from(*next) - f64::from(*value);
-            }
-            deltas[last] = f64::from(rewards[last]) + gamma * next - f64::from(values[last]);
-        }
-        None => {
-            deltas.iter_mut().zip(rewards).for_each(|(delta, reward)| *delta = f64::from(*reward));
-            deltas[last] += gamma * next;
-        }
-    }
-}
-
-/// `A[t] = delta[t] + weight A[t + 1]` for the first `count` deltas, with `behind` as the `A` behind them; the deltas are as
-/// they were afterwards, and zeros follow them.
-#[inline(always)]
-fn scan<'a>(
-    deltas: &mut [f64; BLOCK + LANES],
-    odd: &'a mut [f64; BLOCK + LANES],
-    even: &mut [f64; BLOCK + LANES],
-    count: usize,
-    weight: f64,
-    behind: f64,
-) -> &'a [f64] {
-    let whole = count.next_multiple_of(LANES);
-    let (last, two) = (deltas[count - 1], weight * weight);
-    let four = two * two;
-    deltas[count - 1] += weight * behind;
-    ahead::<1>(deltas, weight, &mut odd[..count]);
-    odd[count..whole.max(count + 2)].fill(0.0);
-    ahead::<2>(odd, two, &mut even[..count]);
-    even[count..whole.max(count + 4)].fill(0.0);
-    ahead::<4>(even, four, &mut odd[..count]);
-    odd[count..whole].fill(0.0);
-    deltas[count - 1] = last;
-    let (eight, mut sums) = (four * four, [0.0; LANES]);
-    for chunk in odd[..whole].as_chunks_mut::<LANES>().0.iter_mut().rev() {
-        for (sum, own) in sums.iter_mut().zip(chunk.iter_mut()) {
-            *sum = *own + eight * *sum;
-            *own = *sum;
-        }
-    }
-    &odd[..count]
-}
-
-/// `to[t] = from[t] + weight from[t + SHIFT]`
-#[inline(always)]
-fn ahead<const SHIFT: usize>(from: &[f64], weight: f64, to: &mut [f64]) {
-    for ((to, own), other) in to.iter_mut().zip(from).zip(&from[SHIFT..]) {
-        *to = own + weight * other;
     }
 }
 

@@ -216,8 +216,10 @@ pub(crate) struct Differentiate<'a> {
     pub(crate) rows: Range<usize>,
     /// One a row of `rows`.
     pub(crate) states: &'a [RowGradient],
-    /// `[rows of the tile, columns]`, contiguous: may be the products' own memory.
+    /// `[rows of the tile, columns]`: may be the products' own memory.
     pub(crate) to: &'a Shared<'a, f32>,
+    /// Numbers from a row of `to` to the next.
+    pub(crate) stride: usize,
 }
 
 impl Kernel for Differentiate<'_> {
@@ -238,7 +240,7 @@ impl Kernel for Differentiate<'_> {
                 let pull = state.grad_entropy.mul_add(clamped + state.entropy, state.grad_logprob);
                 let push = if self.tile.first + column == state.target { state.grad_logprob } else { 0.0 };
                 // SAFETY: this row is nobody else's.
-                let to = unsafe { self.to.slice(row * columns + column, 1) };
+                let to = unsafe { self.to.slice(row * self.stride + column, 1) };
                 to[0] = (push - p * pull) * slope;
             }
         }
@@ -265,7 +267,7 @@ impl Differentiate<'_> {
                 unsafe {
                     let (product, bias) = self.tile.load(simd, row, column, count);
                     let gradient = gradient::<S, RULE>(simd, self.tile.rule, state, product, bias, push);
-                    let to = self.to.slice(row * columns + column, count);
+                    let to = self.to.slice(row * self.stride + column, count);
                     if count == WIDTH {
                         simd.store_f32(to.as_mut_ptr(), gradient);
                     } else {

@@ -64,6 +64,23 @@ pub trait Simd: Copy {
     /// # Safety
     /// As [`Simd::store_f32`].
     unsafe fn store_f16(self, to: *mut f16, value: Self::F32);
+    /// 16 pairs of numbers, one of `a` and one of `b`, rounded to nearest even.
+    ///
+    /// # Safety
+    /// `to` is valid for 32 unaligned writes.
+    #[inline(always)]
+    unsafe fn store_bf16_pairs(self, to: *mut bf16, a: Self::F32, b: Self::F32) {
+        let mut apart = [[bf16::ZERO; WIDTH]; 2];
+        // SAFETY: as the caller promises.
+        unsafe {
+            self.store_bf16(apart[0].as_mut_ptr(), a);
+            self.store_bf16(apart[1].as_mut_ptr(), b);
+            for (i, (a, b)) in apart[0].iter().zip(&apart[1]).enumerate() {
+                to.add(2 * i).write_unaligned(*a);
+                to.add(2 * i + 1).write_unaligned(*b);
+            }
+        }
+    }
     /// Step 2 of [`crate::reduce`]: the octet sums of `GROUPS * 16` lanes.
     ///
     /// # Safety

@@ -8,7 +8,7 @@ use crate::threads::Threads;
 use half::bf16;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use vhead_core::{LogitGradients, LogitStatistics, Statistics};
+use vhead_core::{Dtype, LogitGradients, LogitStatistics, ProductGradients, Statistics};
 
 /// How many plain elements a logit is worth.
 const LOGIT_COST: usize = 4;
@@ -135,5 +135,24 @@ impl TokenGradients for LogitGradients {
         let (cost, columns) = (products.count() * LOGIT_COST, products.columns());
         let (threads, to) = (Threads::worth(py, cost)?, products.overwritten()?);
         gate::run(py, cost, || Self::differentiate(self, to, columns, row, column, threads.executor()))
+    }
+    fn add_products(
+        &self,
+        hidden: &Bound<'_, PyAny>,
+        weight: &Bound<'_, PyAny>,
+        column: usize,
+        grad_hidden: Option<&Bound<'_, PyAny>>,
+        grad_weight: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (py, cost) = (hidden.py(), usize::MAX);
+        let (hidden, weight) = (bf16_rows("hidden", hidden)?, bf16_rows("weight", weight)?);
+        let mut of_hidden = grad_hidden.map(|to| TensorView::<Float32>::new("grad_hidden", to)).transpose()?;
+        let mut of_weight = grad_weight.map(|to| TensorView::<Dtype>::new("grad_weight", to)).transpose()?;
+        let to = ProductGradients {
+            hidden: of_hidden.as_mut().map(TensorView::overwritten).transpose()?,
+            weight: of_weight.as_mut().map(TensorView::overwritten_halves).transpose()?,
+        };
+        let (hidden, weight, threads) = (hidden.rows::<bf16>(), weight.rows::<bf16>(), Threads::now(py)?);
+        gate::run(py, cost, || Self::add_products(self, &hidden, &weight, column, to, threads.executor()))
     }
 }

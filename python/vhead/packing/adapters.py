@@ -23,6 +23,13 @@ def check_adapter(model: nn.Module, argument: str, name: str | None) -> None:
         raise AdapterError(f"{argument}: expected one of the model's adapters, got {name!r}; the model has {has}")
 
 
+def running_adapter(model: Any, name: str | None) -> str | None:
+    """The adapter that a run with `name` goes through: this one, or the active one; None where there are none."""
+    if name is not None or not getattr(model, "peft_config", None):
+        return name
+    return str(_active(model))
+
+
 def make_trainable(model: Any, name: str) -> None:
     """Has an adapter be trained: peft trains the active one alone, and freezes the others."""
     active = _active(model)

@@ -1,0 +1,436 @@
+"""Clients of `vhead serve`: rollouts go out in requests, and come back as the `Scores` that a scorer gives.
+
+What is asked and how an answer is taken is said once, in `_Asking`, whose exchanges say what to send and how long to
+wait. `Client` and `AsyncClient` do that, the one with threads, the other with tasks.
+"""
+
+import asyncio
+import base64
+import importlib
+import io
+import json
+import random
+import re
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Event
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vhead.errors import MissingExtraError, RecordError, ServerError
+from vhead.rollouts import Rollout
+from vhead.scoring.fields import COLUMNS, DEFAULT_RETURNS, WEIGHTS_STEP
+from vhead.scoring.scores import TRUNCATED, Scores
+from vhead.serve import npy
+
+# Of one request; the server's own limits are above these unless its operator says otherwise.
+_BYTES, _TOKENS = 4 << 20, 1 << 16
+# Answers that say: not now. The second is what proxies say while a server is away, and 504 comes from the server alone.
+_BUSY = (429, 502, 503)
+_LONGEST_PAUSE_S = 10.0
+_CONNECT_S = 10.0
+# Arrays that are not fields.
+_BESIDE = ("prompt_lengths", "offsets", "mask", "step_offsets")
+_PLACE = re.compile(r"^rollouts\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """Wait for so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rollouts that follow one another.
+
+    Attributes:
+        first: The place of the first among all.
+        records: Each rollout as JSON.
+    """
+
+    first: int
+    records: Sequence[bytes]
+
+    def halves(self) -> tuple["_Piece", "_Piece"]:
+        middle = len(self.records) // 2
+        first, second = self.records[:middle], self.records[middle:]
+        return _Piece(self.first, first), _Piece(self.first + middle, second)
+
+
+# What an exchange is told: the answer to what it sent, or what came instead; None after a pause.
+_Told = Any
+_Exchange = Generator[bytes | _Pause, _Told, list[Scores]]
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What one call asks for.
+
+    Attributes:
+        asked: The members of each body beside the rollouts.
+        rollouts: The most of a request.
+        patience: Seconds for a request and all its repetitions.
+        where: The server's address, for messages.
+    """
+
+    asked: dict[str, Any]
+    rollouts: int
+    patience: float
+    where: str
+
+    def pieces(self, rollouts: Iterable[Rollout]) -> Iterator[_Piece]:
+        """The rollouts in pieces of as many as a request may have."""
+        records: list[bytes] = []
+        first = size = tokens = 0
+        for place, rollout in enumerate(rollouts):
+            record, count = _encoded(rollout)
+            is_full = size + len(record) > _BYTES or tokens + count > _TOKENS or len(records) == self.rollouts
+            if records and is_full:
+                yield _Piece(first, records)
+                first, records, size, tokens = place, [], 0, 0
+            records.append(record)
+            size, tokens = size + len(record), tokens + count
+        if records:
+            yield _Piece(first, records)
+
+    def joined(self, parts: Iterable[list[Scores]]) -> Scores:
+        """The scores of all pieces; a server is not asked about no rollouts."""
+        return Scores.concat([scores for part in parts for scores in part] or [self._nothing()])
+
+    def _nothing(self) -> Scores:
+        returns, none = self.asked.get("returns", DEFAULT_RETURNS), np.zeros(0, np.int64)
+        columns = [column for column in COLUMNS.values() if column.returned_as in returns]
+        computed = {column.name: np.zeros((0, *(column.width or ())), column.dtype) for column in columns}
+        offsets = np.zeros(1, np.int64)
+        return Scores((), none, none, offsets, computed, step_offsets=offsets if "steps" in computed else None)
+
+    def exchange(self, piece: _Piece) -> _Exchange:
+        """Says what to send and how long to wait, until the piece's scores are there.
+
+        Raises:
+            RecordError: The server cannot score a rollout; it is named by its place among all.
+            ServerError: The server refuses, or did not answer in time.
+        """
+        body = self._body(piece)
+        until, attempt = time.monotonic() + self.patience, 0
+        while True:
+            told = yield body
+            error: ServerError | RecordError
+            if isinstance(told, Exception):
+                pause, error = 0.0, ServerError(f"{self.where}: no answer: {type(told).__name__}: {told}")
+            elif told.status_code == 200:
+                return [_scores_of(told.content, piece.first)]
+            elif told.status_code == 413 and len(piece.records) > 1:
+                return (yield from self._in_halves(piece))
+            else:
+                pause, error = _asked_pause(told), self._refusal(told, piece)
+                if told.status_code not in _BUSY:
+                    raise error
+            # Clients that were refused together do not come back together.
+            pause = max(pause, min(0.1 * 2.0**attempt, _LONGEST_PAUSE_S)) * random.uniform(1.0, 1.25)  # noqa: S311
+            if time.monotonic() + pause > until:
+                raise error
+            yield _Pause(pause)
+            attempt += 1
+
+    def _in_halves(self, piece: _Piece) -> _Exchange:
+        """More than a request may have is asked in two."""
+        first, second = piece.halves()
+        return [*(yield from self.exchange(first)), *(yield from self.exchange(second))]
+
+    def _body(self, piece: _Piece) -> bytes:
+        asked = json.dumps(self.asked).encode()
+        comma = b", " if self.asked else b""
+        return b"%s%s%s]}" % (asked[:-1], comma + b'"rollouts": [', b", ".join(piece.records))
+
+    def _refusal(self, answer: Any, piece: _Piece) -> ServerError | RecordError:
+        said, request_id = _error_of(answer)
+        if answer.status_code in (400, 422) and (found := _PLACE.match(said)):
+            place = piece.first + int(found[1])
+            return RecordError(f"rollouts[{place}]{said[found.end() :]}", record=place)
+        return ServerError(f"{self.where}: {said}", status=answer.status_code, request_id=request_id)
+
+
+class _Settings:
+    """What both clients are given, and have in common."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeout: float = 600.0,
+        rollouts_per_request: int = 256,
+        concurrency: int = 8,
+        **options: Any,
+    ) -> None:
+        for name, number in (("rollouts_per_request", rollouts_per_request), ("concurrency", concurrency)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}: expected a whole number of 1 or more, got {number!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+        self.url = url.rstrip("/")
+        self._model = model
+        self._timeout = timeout
+        self._rollouts = rollouts_per_request
+        self._concurrency = concurrency
+        headers = {"accept": npy.MEDIA_TYPE, "content-type": "application/json"}
+        if api_key is not None:
+            headers["authorization"] = f"Bearer {api_key}"
+        self._httpx = _httpx()
+        self._options = {
+            "base_url": self.url,
+            "headers": headers,
+            "timeout": self._httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            "limits": self._httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            **options,
+        }
+
+    def _asking(self, returns: Sequence[str] | None, temperature: float, top_logprobs: int) -> _Asking:
+        asked = {
+            "returns": None if returns is None else list(returns),
+            "model": self._model,
+            "temperature": temperature,
+            "top_logprobs": top_logprobs,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        return _Asking(given, self._rollouts, self._timeout, self.url)
+
+    def _names(self, answer: Any) -> list[str]:
+        if answer.status_code != 200:
+            said, request_id = _error_of(answer)
+            raise ServerError(f"{self.url}: {said}", status=answer.status_code, request_id=request_id)
+        return [str(one["id"]) for one in answer.json()["data"]]
+
+
+class Client(_Settings):
+    """Scores rollouts on a server, and gives what `Scorer.score` would give there.
+
+    Requests of one call go out together, so that the server can put them into batches with each other. What is refused
+    because the server is busy, or gets no answer, is asked again, as late as the server says at the earliest. Threads
+    may share a client.
+
+    Args:
+        url: The server's address, such as `http://127.0.0.1:8000`.
+        api_key: What the server wants to know before it lets anybody in.
+        model: The served model's name; None: the server's first.
+        timeout: Seconds for a request, repetitions and pauses among them.
+        rollouts_per_request: The most rollouts of a request. Those that share a prompt belong side by side.
+        concurrency: The most requests at a time.
+        **options: More for `httpx2.Client`, such as `verify` or `transport`.
+
+    Raises:
+        MissingExtraError: httpx2 is not installed.
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._client = self._httpx.Client(**self._options)
+
+    def score(
+        self,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        *,
+        top_logprobs: int = 0,
+    ) -> Scores:
+        """Scores all rollouts.
+
+        Args:
+            rollouts: Text, token ids with masks and candidates, or messages.
+            returns: As `Scorer.score` takes them; None: what the server gives by default.
+            temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
+            top_logprobs: How many of the likeliest tokens are wanted at each position.
+
+        Returns:
+            Flat arrays with offsets, in the rollouts' order; `weights_step` is among them where the server knows it.
+
+        Raises:
+            RecordError: A rollout cannot be scored; `record` is its place.
+            ServerError: The server refuses, or did not answer in time.
+        """
+        asking = self._asking(returns, temperature, top_logprobs)
+        left = Event()
+        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="vhead-client") as threads:
+            try:
+                pending = [threads.submit(self._asked, asking, piece, left) for piece in asking.pieces(rollouts)]
+                return asking.joined(future.result() for future in pending)
+            finally:
+                # After an error nobody waits for the others' pauses.
+                left.set()
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def models(self) -> list[str]:
+        """The names under which the server has its models.
+
+        Raises:
+            ServerError: The server refuses, or does not answer.
+        """
+        try:
+            return self._names(self._client.get("/v1/models"))
+        except self._httpx.TransportError as error:
+            raise ServerError(f"{self.url}: no answer: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Closes its connections."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _asked(self, asking: _Asking, piece: _Piece, left: Event) -> list[Scores]:
+        exchange = asking.exchange(piece)
+        told: _Told = None
+        while True:
+            try:
+                wanted = exchange.send(told)
+            except StopIteration as done:
+                scores: list[Scores] = done.value
+                return scores
+            told = None
+            if isinstance(wanted, bytes):
+                told = self._sent(wanted)
+            elif left.wait(wanted.seconds):
+                raise ServerError(f"{self.url}: another request of this call failed")
+
+    def _sent(self, body: bytes) -> Any:
+        try:
+            return self._client.post("/score", content=body)
+        except self._httpx.TransportError as error:
+            return error
+
+
+class AsyncClient(_Settings):
+    """`Client` for programs with an event loop: the same arguments, and `score` and `models` to be awaited."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        self._client = self._httpx.AsyncClient(**self._options)
+
+    async def score(
+        self,
+        rollouts: Iterable[Rollout],
+        returns: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        *,
+        top_logprobs: int = 0,
+    ) -> Scores:
+        """Scores all rollouts; as `Client.score`. A call that is cancelled takes its requests back."""
+        asking = self._asking(returns, temperature, top_logprobs)
+        turn = asyncio.Semaphore(self._concurrency)
+        tasks = [asyncio.create_task(self._asked(asking, piece, turn)) for piece in asking.pieces(rollouts)]
+        try:
+            return asking.joined(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def models(self) -> list[str]:
+        """The names under which the server has its models; as `Client.models`."""
+        try:
+            return self._names(await self._client.get("/v1/models"))
+        except self._httpx.TransportError as error:
+            raise ServerError(f"{self.url}: no answer: {type(error).__name__}: {error}") from error
+
+    async def aclose(self) -> None:
+        """Closes its connections."""
+        await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _asked(self, asking: _Asking, piece: _Piece, turn: asyncio.Semaphore) -> list[Scores]:
+        exchange = asking.exchange(piece)
+        told: _Told = None
+        async with turn:
+            while True:
+                try:
+                    wanted = exchange.send(told)
+                except StopIteration as done:
+                    scores: list[Scores] = done.value
+                    return scores
+                told = None
+                if isinstance(wanted, bytes):
+                    told = await self._sent(wanted)
+                else:
+                    await asyncio.sleep(wanted.seconds)
+
+    async def _sent(self, body: bytes) -> Any:
+        try:
+            return await self._client.post("/score", content=body)
+        except self._httpx.TransportError as error:
+            return error
+
+
+def _httpx() -> Any:
+    try:
+        return importlib.import_module("httpx2")
+    except ImportError as error:
+        raise MissingExtraError("httpx2", "client") from error
+
+
+def _encoded(rollout: Rollout) -> tuple[bytes, int]:
+    """A rollout as the server takes it, and how many tokens it has where they are known."""
+    record: dict[str, Any] = {} if rollout.id is None else {"id": rollout.id}
+    if rollout.kind != "token ids":
+        record |= {"prompt": rollout.prompt, "completion": rollout.completion}
+        if rollout.tools is not None:
+            record["tools"] = rollout.tools
+        return json.dumps(record, default=list).encode(), 0
+    arrays: dict[str, Any] = {"prompt_ids": rollout.prompt, "completion_ids": rollout.completion}
+    arrays |= {"completion_mask": rollout.mask, "candidates": rollout.candidates}
+    record |= {name: npy.encoded(array) for name, array in arrays.items() if array is not None}
+    return json.dumps(record).encode(), len(rollout.prompt) + len(rollout.completion)
+
+
+def _scores_of(content: bytes, first: int) -> Scores:
+    """The scores in an answer, of rollouts from one place on."""
+    answer = json.loads(content)
+    arrays = {name: _array(text) for name, text in answer["arrays"].items()}
+    ids = tuple(answer["ids"])
+    company: dict[str, Any] = {name: arrays.pop(name, None) for name in (*_BESIDE, TRUNCATED)}
+    if answer["step"] is not None and WEIGHTS_STEP not in arrays:
+        arrays[WEIGHTS_STEP] = np.full(len(ids), answer["step"], np.int64)
+    return Scores(ids=ids, indices=np.arange(first, first + len(ids)), computed=arrays, **company)
+
+
+def _array(text: str) -> NDArray[Any]:
+    found: NDArray[Any] = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+    return found
+
+
+def _asked_pause(answer: Any) -> float:
+    """The seconds after which the server would like to be asked again; 0 where it does not say."""
+    with suppress(ValueError):
+        return max(0.0, float(answer.headers.get("retry-after", "0")))
+    return 0.0
+
+
+def _error_of(answer: Any) -> tuple[str, str | None]:
+    """What a server says of a refusal, and the request's id."""
+    said = f"HTTP {answer.status_code}"
+    with suppress(ValueError, KeyError, TypeError):
+        said = str(answer.json()["error"]["message"])
+    return said, answer.headers.get("x-request-id")

@@ -1,0 +1,186 @@
+"""`vhead.Client` and `vhead.AsyncClient`: the scorer's numbers over real sockets, and what comes back otherwise."""
+
+import asyncio
+import pickle
+import threading
+
+import httpx2
+import numpy as np
+import pytest
+
+from vhead import AsyncClient, Client, Rollout
+from vhead.errors import MissingExtraError, RecordError, ServerError
+from vhead.serve import client as module
+
+
+@pytest.fixture
+def client(server):
+    with Client(f"http://127.0.0.1:{server.port}/") as opened:
+        yield opened
+
+
+@pytest.fixture
+def tokens():
+    generator = np.random.default_rng(0)
+    vocabulary = 256
+    made = []
+    for number in range(9):
+        prompt, completion = generator.integers(5, vocabulary, 7), generator.integers(5, vocabulary, 3 + number)
+        mask = generator.random(len(completion)) < 0.5
+        mask[0] = True
+        candidates = generator.integers(5, vocabulary, (len(completion), 4))
+        made.append(Rollout(prompt, completion, id=f"t{number}", mask=mask, candidates=candidates))
+    return made
+
+
+def assert_same(found, expected):
+    assert found.ids == expected.ids
+    for name in ("indices", "prompt_lengths", "offsets", "mask"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert set(found.computed) - {"weights_step"} == set(expected.computed)
+    for name, array in expected.computed.items():
+        assert found.computed[name].dtype == array.dtype
+        assert np.array_equal(found.computed[name], array), name
+
+
+class TestScores:
+    def test_of_texts(self, client, scorer, rollouts):
+        returns = ("values", "logprobs", "entropy", "reward", "tokens")
+        found = client.score(rollouts, returns, temperature=0.7)
+        assert_same(found, scorer.score(rollouts, returns, temperature=0.7))
+        assert found.weights_step.tolist() == [120] * len(rollouts)
+
+    def test_of_token_ids_with_masks_and_candidates_in_many_requests(self, server, scorer, tokens):
+        returns = ("values", "logprobs", "candidates", "prompt_value", "bootstrap")
+        with Client(f"http://127.0.0.1:{server.port}", rollouts_per_request=2, concurrency=3) as client:
+            found = client.score(iter(tokens), returns, top_logprobs=3)
+        assert_same(found, scorer.score(tokens, returns, top_logprobs=3))
+        assert not np.array_equal(found.values, scorer.score(tokens[::-1], returns).values), "the check can fail"
+
+    def test_of_none(self, client, scorer):
+        returns = ("values", "reward", "tokens")
+        found = client.score([], returns)
+        assert_same(found, scorer.score([], returns))
+        assert len(found.values) == 0
+
+    def test_in_an_event_loop(self, server, scorer, tokens):
+        async def score():
+            async with AsyncClient(f"http://127.0.0.1:{server.port}", rollouts_per_request=4) as client:
+                assert await client.models() == ["demo"]
+                return await client.score(tokens, ("values", "reward"))
+
+        plain = [Rollout(one.prompt, one.completion, id=one.id, mask=one.mask) for one in tokens]
+        tokens[:] = plain
+        assert_same(asyncio.run(score()), scorer.score(tokens, ("values", "reward")))
+
+    def test_more_than_a_request_may_have_goes_in_halves(self, client, scorer, rollouts):
+        many = rollouts * 20  # the server takes 64 in a request
+        assert_same(client.score(many, ("reward",)), scorer.score(many, ("reward",)))
+
+
+class TestRefusals:
+    def test_a_rollout_is_named_by_its_place_among_all(self, server, rollouts):
+        broken = [*rollouts, Rollout([1, 2], [10**6])]
+        client = Client(f"http://127.0.0.1:{server.port}", rollouts_per_request=4)
+        with client, pytest.raises(RecordError, match=r"rollouts\[6\]") as caught:
+            client.score(broken)
+        assert caught.value.record == 6
+
+    def test_what_is_not_there(self, server, rollouts):
+        with Client(f"http://127.0.0.1:{server.port}", model="other") as client:
+            with pytest.raises(ServerError, match="other") as caught:
+                client.score(rollouts)
+            assert client.models() == ["demo"]
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert (error.status, str(error), error.request_id) == (404, str(caught.value), caught.value.request_id)
+        assert error.request_id
+
+    def test_nobody_listens(self, rollouts):
+        with Client("http://127.0.0.1:9", timeout=0.3) as client:
+            with pytest.raises(ServerError, match="no answer: ConnectError"):
+                client.score(rollouts)
+            with pytest.raises(ServerError, match="no answer: ConnectError"):
+                client.models()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"concurrency": 0}, "concurrency: expected a whole number of 1 or more, got 0"),
+            ({"rollouts_per_request": 2.5}, "rollouts_per_request: expected a whole number of 1 or more, got 2.5"),
+            ({"timeout": 0}, "timeout: expected seconds above 0, got 0"),
+        ],
+    )
+    def test_numbers_out_of_range(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Client("http://127.0.0.1:9", **options)
+
+    def test_without_httpx2(self, monkeypatch):
+        def gone(name):
+            raise ImportError(name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.importlib, "import_module", gone)
+            with pytest.raises(MissingExtraError, match=r"vhead\[client\]"):
+                Client("http://127.0.0.1:9")
+
+
+class Moody:
+    """Says no so many times, then what the server says."""
+
+    def __init__(self, *moods):
+        self._moods, self._lock = list(moods), threading.Lock()
+        self.real = httpx2.HTTPTransport()
+        self.asked = 0
+
+    def __call__(self, request):
+        with self._lock:
+            self.asked += 1
+            mood = self._moods.pop(0) if self._moods else None
+        if isinstance(mood, Exception):
+            raise mood
+        return mood or self.real.handle_request(request)
+
+
+@pytest.fixture
+def moody(server):
+    transports = []
+
+    def opened(*moods):
+        transports.append(Moody(*moods))
+        transport = httpx2.MockTransport(transports[-1])
+        return transports[-1], Client(f"http://127.0.0.1:{server.port}", transport=transport)
+
+    yield opened
+    for transport in transports:
+        transport.real.close()
+
+
+class TestAskingAgain:
+    def test_as_late_as_the_server_says(self, moody, scorer, rollouts, monkeypatch):
+        pauses = []
+
+        class Impatient(threading.Event):
+            def wait(self, seconds):
+                pauses.append(seconds)
+                return False
+
+        monkeypatch.setattr(module, "Event", Impatient)
+        busy = httpx2.Response(503, headers={"retry-after": "7"}, json={"error": {"message": "the queue is full"}})
+        transport, client = moody(busy, httpx2.ReadError("reset"), httpx2.Response(502))
+        with client:
+            assert_same(client.score(rollouts, ("reward",)), scorer.score(rollouts, ("reward",)))
+        assert transport.asked == 4
+        assert [7 <= pauses[0] <= 8.75, pauses[1] < 1, pauses[2] < 1] == [True] * 3
+
+    def test_not_beyond_its_patience(self, moody, rollouts):
+        busy = httpx2.Response(503, headers={"retry-after": "700"}, json={"error": {"message": "the queue is full"}})
+        transport, client = moody(busy)
+        with client, pytest.raises(ServerError, match="the queue is full") as caught:
+            client.score(rollouts)
+        assert (caught.value.status, transport.asked) == (503, 1)
+
+    def test_never_what_is_wrong_for_good(self, moody, rollouts):
+        transport, client = moody(httpx2.Response(401, json={"error": {"message": "expected a key"}}))
+        with client, pytest.raises(ServerError, match="expected a key"):
+            client.score(rollouts)
+        assert transport.asked == 1
