@@ -424,6 +424,27 @@ def returns(data: Data) -> Iterator[str]:
         yield f"| {name} | {statistics.median(seconds) * 1e3:.2f} |"
 
 
+IDLE, BUSY = MACHINES = ("as it is", "one core taken")
+OWN_CHOICE, ONE_THREAD = THREADS = ("its own choice", "one thread")
+
+
+def busy_machine(data: Data) -> Iterator[str]:
+    """`busy_machine.py`."""
+    times, p = data["times"], data["provenance"]
+    yield f"{source(p)} `vhead score` of {p['rollouts']:,} short rollouts, from the start of Python to its end."
+    yield from ("", *GOALS)
+    taken, idle = {"machine": BUSY, "threads": OWN_CHOICE}, {"machine": IDLE, "threads": ONE_THREAD}
+    over = ratio(times, "seconds", taken, idle)
+    yield at_most("time with one core taken over the time of one thread without that", 1.3, over)
+    yield from ("", *table("| machine | threads | median s | least s | most s |"))
+    for machine, threads in product(MACHINES, THREADS):
+        seconds = [row["seconds"] for row in select(times, machine=machine, threads=threads)]
+        figures = (statistics.median(seconds), min(seconds), max(seconds))
+        yield f"| {machine} | {threads} | {' | '.join(f'{each:.2f}' for each in figures)} |"
+
+
+PAGES: dict[str, Page] = {
+    "busy-machine": busy_machine,
 def agents(data: Data) -> Iterator[str]:
     """`agents.py`."""
     rows, p = data["times"], data["provenance"]

@@ -638,6 +638,17 @@ class TestUsage:
         assert done.exit_code == 2
         assert message in " ".join(done.stderr.replace("│", " ").split())
 
+    def test_an_input_that_is_there_and_no_file_is_called_that(self, tmp_path):
+        pipe, loop = tmp_path / "pipe.jsonl", tmp_path / "loop.jsonl"
+        os.mkfifo(pipe)
+        loop.symlink_to(loop)
+        for name, message in ((pipe, "found a pipe, a device or a folder"), (loop, "Too many levels of symbolic")):
+            done = run(name, "--model", "unused", "--output", tmp_path / "out.jsonl")
+            assert done.exit_code == 2
+            told = " ".join(done.stderr.replace("│", " ").split())
+            assert message in told
+            assert "no such file" not in told
+
     def test_the_input_is_never_overwritten(self, source):
         done = run(source, "--model", "unused", "--output", source.parent / ".." / source.parent.name / source.name)
         assert done.exit_code == 2

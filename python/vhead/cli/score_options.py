@@ -440,10 +440,14 @@ def checked_sources(source: str) -> list[Path]:
         sources = input_files(source)
     except FileFormatError as error:
         raise typer.BadParameter(str(error), param_hint="INPUT") from None
-    except OSError:
-        sources = []
-    if not sources or not all(file.is_file() for file in sources):
-        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT")
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{source}: no such file", param_hint="INPUT") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{source}: {error.strerror}", param_hint="INPUT") from None
+    for file in sources:
+        if not file.is_file():
+            told = "expected a file, found a pipe, a device or a folder; for a pipe, give - and < NAME"
+            raise typer.BadParameter(f"{file}: {told}", param_hint="INPUT")
     return sources
 
 

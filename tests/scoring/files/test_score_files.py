@@ -110,6 +110,12 @@ class TestJsonl:
         ):
             rows[1].rollouts()[0]
 
+    @pytest.mark.parametrize("end", ["", "\n"])
+    def test_a_number_of_more_digits_than_python_reads_is_called_that(self, end: str):
+        (row,) = read(f'{{"prompt": "a", "completion": "b", "x": 1{"0" * 5000}}}{end}')
+        with pytest.raises(FieldError, match=r"got one with a whole number of more than 4,300 digits$"):
+            row.rollouts()
+
     def test_a_whole_last_line_needs_no_line_break(self):
         assert read(f"{GOOD}\n{GOOD}")[1].rollouts()[0].prompt == "a"
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -134,10 +135,11 @@ class JsonRow:
         return FieldError(self.where, "text", expected="a JSON object", got="one nested too deeply")
 
     def _broken(self, error: ValueError) -> str:
+        if not isinstance(error, json.JSONDecodeError):
+            # Python reads no longer ones, as the time for that grows with the square of their length.
+            return f"one with a whole number of more than {sys.get_int_max_str_digits():,} digits"
         if not self.line.endswith(b"\n"):
             return "only half of one, because the file ends in the middle of this line"
-        if not isinstance(error, json.JSONDecodeError):
-            return f"broken JSON ({error})"
         # The line's end is white space to JSON, so that a line that stops short is faulted on the next one.
         column = min(error.pos, len(error.doc.rstrip())) + 1
         return f"broken JSON at column {column} ({error.msg})"
