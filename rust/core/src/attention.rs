@@ -353,7 +353,8 @@ mod tests {
 
     impl Case {
         fn new(lengths: [usize; 6], heads: (usize, usize), sizes: (usize, usize), window: Option<usize>) -> Self {
-            let (tree, rows) = (tree(lengths), lengths.iter().sum::<usize>());
+            let tree = tree(lengths);
+            let rows = tree.0.len();
             let counts = [heads.0 * sizes.0, heads.1 * sizes.0, heads.1 * sizes.1];
             let mut seed = 0.0;
             let states = counts.map(|count| {
