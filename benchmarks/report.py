@@ -443,8 +443,6 @@ def busy_machine(data: Data) -> Iterator[str]:
         yield f"| {machine} | {threads} | {' | '.join(f'{each:.2f}' for each in figures)} |"
 
 
-PAGES: dict[str, Page] = {
-    "busy-machine": busy_machine,
 def agents(data: Data) -> Iterator[str]:
     """`agents.py`."""
     rows, p = data["times"], data["provenance"]
@@ -579,10 +577,12 @@ def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
 
 PAGES: dict[str, Page] = {
     "agents": agents,
+    "busy-machine": busy_machine,
     "fitting": fitting,
     "generation": generation,
     "head": head,
     "loading": loading,
+    "ray-data": ray_data,
     "returns": returns,
     "scoring": scoring_peers,
     "scoring-growth": scoring_growth,

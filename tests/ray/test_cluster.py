@@ -77,7 +77,7 @@ def test_a_processor_s_functions_see_the_good_rows_and_the_bad_one_says_why(foun
     bad = scored.pop("bad")
     assert {row["__inference_error__"] for row in scored.values()} == {""}
     assert all("prompt_ids" not in row or row["prompt_ids"] is None for row in scored.values())
-    assert "completion_ids: expected token ids" in bad["__inference_error__"]
+    assert "completion: expected token ids below the vocabulary's" in bad["__inference_error__"]
     assert bad["reward"] is None
 
 
