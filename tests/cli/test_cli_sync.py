@@ -29,15 +29,15 @@ def test_show_verify_and_gc(tmp_path):
     assert "nothing of it was installed" in failed.stderr
 
 
-def test_verify_finds_damage_that_a_later_delta_would_write_over(vhead, tmp_path):
+def test_verify_finds_damage_that_a_later_delta_would_write_over(tmp_path):
     publisher = Publisher(tmp_path, delta=True)
     for step in (1, 2):
         publisher.publish({"weight": torch.randn(100)}, step=step)
-    assert run(vhead, "verify", tmp_path).stdout == "step 2: whole\n"
+    assert run("verify", tmp_path).stdout == "step 2: whole\n"
     file = tmp_path / "step-00000001" / "model.safetensors"
     broken = bytearray(file.read_bytes())
     broken[-50] ^= 1
     file.write_bytes(broken)
-    failed = run(vhead, "verify", tmp_path)
-    assert failed.returncode == 1
+    failed = run("verify", tmp_path)
+    assert failed.exit_code == 1
     assert "step-00000001" in failed.stderr

@@ -1,6 +1,8 @@
 """Batches of rows as an actor of Ray Data scores them, without Ray."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -112,9 +114,16 @@ def test_pairs_are_refused_with_what_to_do(of_rewards: BatchScorer) -> None:
         of_rewards(pa.Table.from_pylist([pair]))
 
 
-def test_chats_say_which_tokens_are_the_model_s(of_rewards: BatchScorer) -> None:
+def test_chats_say_which_tokens_are_the_model_s(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    config["chat_template"] += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
-    scored = of_rewards(pa.Table.from_pylist([{"messages": chat}, {"messages": chat}]))
+    scored = BatchScorer(str(folder), device="cpu", returns=["values"])(
+        pa.Table.from_pylist([{"messages": chat}, {"messages": chat}])
+    )
     (mask, _), (values, _) = scored["completion_mask"].to_pylist(), scored["values"].to_pylist()
     assert any(mask)
     assert len(mask) == len(values)
