@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.attack.scale import scaled
 
-EXAMPLES = scaled(8, 2000)
+EXAMPLES = scaled(5, 2000)
 OPERATIONS = [
     ("POST", path)
     for path in (

@@ -44,6 +44,6 @@ def test_what_the_page_asks_for_is_there(server):
 
 def test_every_element_that_the_script_writes_to_is_on_the_page():
     text = resources.files("vhead.serve.page").joinpath("page.html").read_text()
-    written = set(re.findall(r'at\("(\w+)"\)', text))
+    written = set(re.findall(r'\bat\("(\w+)"\)', text))
     assert len(written) > 10
     assert written <= set(re.findall(r'id="(\w+)"', text))

@@ -353,6 +353,7 @@ mod tests {
 
     impl Case {
         fn new(lengths: [usize; 6], heads: (usize, usize), sizes: (usize, usize), window: Option<usize>) -> Self {
+            #[expect(clippy::disallowed_methods, reason = "integers")]
             let (tree, rows) = (tree(lengths), lengths.iter().sum::<usize>());
             let counts = [heads.0 * sizes.0, heads.1 * sizes.0, heads.1 * sizes.1];
             let mut seed = 0.0;

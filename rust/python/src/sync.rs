@@ -23,6 +23,9 @@ fn summary(manifest: &Manifest) -> Summary {
     (manifest.step(), is_full, manifest.base_step(), parts, manifest.metadata(), digest, bytes)
 }
 
+/// Descriptors of open files, and for each tensor which of them it is in and where.
+type Places = (Vec<i32>, Vec<(usize, u64)>);
+
 /// Publishes weights in a directory: `begin`, then the bytes of each tensor in the order that it gives, then `finish`.
 #[pyclass(name = "SyncPublisher", module = "vhead._native")]
 pub(crate) struct SyncPublisher(Publisher);
@@ -134,7 +137,7 @@ impl SyncStage {
 
     /// Descriptors of the open files in which the verified tensors lie, to be closed by the caller, and each tensor's
     /// file and first byte; None where they were copied.
-    fn places(&self) -> PyResult<Option<(Vec<i32>, Vec<(usize, u64)>)>> {
+    fn places(&self) -> PyResult<Option<Places>> {
         let places = self.0.places().map_err(to_python)?;
         Ok(places.map(|(files, tensors)| (files.into_iter().map(IntoRawFd::into_raw_fd).collect(), tensors)))
     }
