@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -61,6 +62,18 @@ class TestPublishing:
             raise Stopped
         with suppress(Stopped), open_output(str(tmp_path / name)):
             raise Stopped
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("size", [0, 40])
+    def test_nothing_is_left_of_nothing_on_a_full_disk(self, tmp_path, name, size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # What a full disk is to the program: writing fails after some bytes. Python ignores the signal.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"), open_output(str(tmp_path / name)) as output:
+                output.begin({})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert names(tmp_path) == []
 
     def test_no_records_are_a_complete_file(self, tmp_path, name):

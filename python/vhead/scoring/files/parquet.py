@@ -171,14 +171,10 @@ class ParquetOutput(OutputFile):
     def _complete(self, nothing: Scores | PairScores) -> None:
         """Writes the Parquet file beside its place and moves it there."""
         with new_file(self.path.with_name(f".{self.path.name}.unfinished")) as target, self._part.read_back() as grown:
-            try:
-                cast("ParquetWriter", self._writer).finish(grown, self._part.tell(), target, nothing)
-                target.sync()
-                self._note_published(target)
-                target.path.replace(self.path)
-            except BaseException:
-                target.path.unlink(missing_ok=True)
-                raise
+            cast("ParquetWriter", self._writer).finish(grown, self._part.tell(), target, nothing)
+            target.sync()
+            self._note_published(target)
+            target.path.replace(self.path)
         self.partial.unlink()
 
 

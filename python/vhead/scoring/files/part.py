@@ -7,6 +7,8 @@ import io
 import logging
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,10 +108,16 @@ class GrowingFile(io.RawIOBase):
             os.close(self._file)
 
 
-def new_file(path: Path) -> GrowingFile:
-    """Makes a new file, in place of one that a killed run may have left under this name."""
+@contextmanager
+def new_file(path: Path) -> Iterator[GrowingFile]:
+    """Makes a new file, in place of one that a killed run may have left; it is deleted if the block fails."""
     path.unlink(missing_ok=True)
-    return GrowingFile(path, new=True)
+    with GrowingFile(path, new=True) as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(path: Path) -> None:
