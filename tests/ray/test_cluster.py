@@ -16,9 +16,14 @@ from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.sync import Publisher
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed; it comes with: pip install 'vhead[ray]'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    # Seven processes start, four of which import torch: beside other work, that takes minutes on two cores.
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="ray is not installed; it comes with: pip install 'vhead[ray]'"
+    ),
+]
 STEP = 7
 
 
