@@ -1,12 +1,13 @@
 """A head that was written in a format comes back bit for bit, or the format says what it cannot hold."""
 
+import json
 import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from vhead import CandleValueHead
+from vhead import CandleValueHead, Support
 from vhead.checkpoints import tensor_files
 from vhead.checkpoints.checkpoint import Checkpoint
 from vhead.errors import HeadError
@@ -224,3 +225,14 @@ def test_the_head_without_torch_refuses_two_projections(tmp_path):
     file = save(random_head(1, 16), tmp_path / "head.safetensors", "vhead")
     with pytest.raises(HeadError, match=r"summary\.0\.weight"):
         CandleValueHead.load(file)
+
+
+def test_a_model_s_file_is_read_by_the_configuration_beside_it_and_a_head_alone_is_not(tmp_path):
+    head = {"v_head.summary.weight": torch.randn(5, 8), "v_head.summary.bias": torch.randn(5)}
+    save_file({**head, "model.norm.weight": torch.randn(8)}, tmp_path / "model.safetensors")
+    save_file(head, tmp_path / "alone.safetensors")
+    settings = {"low": -1.0, "high": 1.0, "bins": 5, "kind": "two_hot"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "v_head_support": settings}))
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert load(place).support == Support(-1.0, 1.0, 5, kind="two_hot")
+    assert load(tmp_path / "alone.safetensors").support is None

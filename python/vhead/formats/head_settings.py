@@ -5,6 +5,7 @@ A safetensors file of a head alone has them in its metadata, a checkpoint with a
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from vhead.checkpoints.checkpoint import Checkpoint
@@ -14,6 +15,7 @@ from vhead.support import Support
 SUPPORT, ACTIVATION = "v_head_support", "v_head_activation"
 
 _METADATA = "v_head"
+_HEAD = "v_head."
 
 
 class HeadSettings(NamedTuple):
@@ -71,11 +73,14 @@ def from_metadata(checkpoint: Checkpoint, file: str) -> HeadSettings:
 
 
 def from_config(checkpoint: Checkpoint) -> HeadSettings:
-    """What the configuration of a checkpoint states about its head.
+    """What the configuration of a checkpoint states about its head; that of a model's file lies beside it.
 
     Raises:
         HeadFileError: It states something else than a support and an activation.
     """
+    # A file of a head alone may lie beside anything.
+    if checkpoint.is_file and not all(_HEAD in name for name in checkpoint.weight_map):
+        checkpoint = Checkpoint(str(Path(checkpoint.location).parent))
     return _checked(checkpoint.config, checkpoint.describe("config.json"))
 
 
