@@ -1,9 +1,6 @@
 """Two gloo processes: DDP, FSDP2, DTensor. One spawn runs all, since starting processes is what takes the time."""
 
-import tempfile
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +8,10 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import Tensor, nn
 
+from tests.two_processes import RANKS, outcomes_of
 from vhead.ops import init_linear_, init_normal_, value_head
 
-RANKS, COLUMNS, P = 2, 37, 0.3
+COLUMNS, P = 37, 0.3
 
 
 class Head(nn.Module):
@@ -117,35 +115,9 @@ def check_dtensor(_rank: int) -> None:
 CHECKS: list[Callable[[int], None]] = [check_data_parallel, check_fully_sharded, check_sharded_init, check_dtensor]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    for check in CHECKS:
-        try:
-            check(rank)
-            outcome = "passed"
-        except Exception:
-            outcome = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(outcome)
-        if outcome != "passed":
-            raise RuntimeError(outcome)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(run_rank, (folder,), nprocs=RANKS, join=False)
-        try:
-            while not context.join(timeout=120):
-                pass
-        except torch.multiprocessing.ProcessRaisedException:
-            pass  # The files say what failed, by name.
-
-        def read(path: Path) -> str:
-            return path.read_text() if path.exists() else "did not run"
-
-        return {c.__name__: [read(Path(folder, f"{c.__name__}.{rank}")) for rank in range(RANKS)] for c in CHECKS}
+    return outcomes_of(CHECKS)
 
 
 @pytest.mark.slow

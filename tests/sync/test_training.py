@@ -1,9 +1,6 @@
 """Publishing from transformers' `Trainer`, and from a model that two processes have shards of."""
 
-import tempfile
-import traceback
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,10 @@ import torch.distributed.fsdp
 
 from tests.sync.conftest import bits
 from tests.trainers.toy_task import language_model
+from tests.two_processes import RANKS, outcomes_of
 from vhead import AutoModelForCausalLMWithValueHead
 from vhead.errors import SyncStepError
 from vhead.sync import Follower, PublishCallback, Publisher, publications
-
-RANKS = 2
 
 
 def critic(seed):
@@ -101,35 +97,9 @@ CHECKS = [
 ]
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    for check in CHECKS:
-        try:
-            check(Path(folder))
-            outcome = "passed"
-        except Exception:
-            outcome = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(outcome)
-        if outcome != "passed":
-            raise RuntimeError(outcome)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes():
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(run_rank, (folder,), nprocs=RANKS, join=False)
-        try:
-            while not context.join(timeout=120):
-                pass
-        except torch.multiprocessing.ProcessRaisedException:
-            pass  # The files say what failed, by name.
-
-        def read(path):
-            return path.read_text() if path.exists() else "did not run"
-
-        return {c.__name__: [read(Path(folder, f"{c.__name__}.{rank}")) for rank in range(RANKS)] for c in CHECKS}
+    return outcomes_of(CHECKS, in_folder=True)
 
 
 @pytest.mark.slow

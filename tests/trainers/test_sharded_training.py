@@ -2,12 +2,9 @@
 
 import copy
 import tempfile
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from tests.trainers.toy_task import language_model
+from tests.two_processes import RANKS, outcomes_of
 from vhead import AutoModelForCausalLMWithValueHead
 
-RANKS = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -214,35 +211,9 @@ CHECKS = [
 ]
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    for check in CHECKS:
-        try:
-            check(rank)
-            outcome = "passed"
-        except Exception:
-            outcome = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(outcome)
-        if outcome != "passed":
-            raise RuntimeError(outcome)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes():
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(run_rank, (folder,), nprocs=RANKS, join=False)
-        try:
-            while not context.join(timeout=120):
-                pass
-        except torch.multiprocessing.ProcessRaisedException:
-            pass  # The files say what failed, by name.
-
-        def read(path):
-            return path.read_text() if path.exists() else "did not run"
-
-        return {c.__name__: [read(Path(folder, f"{c.__name__}.{rank}")) for rank in range(RANKS)] for c in CHECKS}
+    return outcomes_of(CHECKS)
 
 
 @pytest.mark.slow

@@ -1,20 +1,14 @@
 """Two gloo processes update one model with DDP and FSDP2, with shares of rollouts that are not equal."""
 
-import tempfile
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 
 from tests.trainers.toy_task import language_model
 from tests.training.padded_loop import rollouts
 from tests.training.test_gradients import with_head
+from tests.two_processes import RANKS, outcomes_of
 from vhead import TrainingPass, VheadError, losses
-
-RANKS = 2
 
 
 def share(rank):
@@ -73,35 +67,9 @@ def check_a_model_that_is_wrapped_already_is_refused(rank):
 CHECKS = [check_ddp, check_fsdp2, check_a_model_that_is_wrapped_already_is_refused]
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    for check in CHECKS:
-        try:
-            check(rank)
-            outcome = "passed"
-        except Exception:
-            outcome = traceback.format_exc()
-        Path(folder, f"{check.__name__}.{rank}").write_text(outcome)
-        if outcome != "passed":
-            raise RuntimeError(outcome)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes():
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(run_rank, (folder,), nprocs=RANKS, join=False)
-        try:
-            while not context.join(timeout=120):
-                pass
-        except torch.multiprocessing.ProcessRaisedException:
-            pass  # The files say what failed, by name.
-
-        def read(path):
-            return path.read_text() if path.exists() else "did not run"
-
-        return {c.__name__: [read(Path(folder, f"{c.__name__}.{rank}")) for rank in range(RANKS)] for c in CHECKS}
+    return outcomes_of(CHECKS)
 
 
 @pytest.mark.slow
