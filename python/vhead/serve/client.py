@@ -125,7 +125,7 @@ class _Asking:
             told = yield body
             error: ServerError | RecordError
             if isinstance(told, Exception):
-                pause, error = 0.0, ServerError(f"{self.where}: no answer: {type(told).__name__}: {told}")
+                pause, error = 0.0, _no_answer(self.where, told)
             elif told.status_code == 200:
                 return [_scores_of(told.content, piece.first)]
             elif told.status_code == 413 and len(piece.records) > 1:
@@ -206,6 +206,8 @@ class _Settings:
         return _Asking(given, self._rollouts, self._timeout, self.url)
 
     def _names(self, answer: Any) -> list[str]:
+        if isinstance(answer, Exception):
+            raise _no_answer(self.url, answer) from answer
         if answer.status_code != 200:
             said, request_id = _error_of(answer)
             raise ServerError(f"{self.url}: {said}", status=answer.status_code, request_id=request_id)
@@ -277,10 +279,7 @@ class Client(_Settings):
         Raises:
             ServerError: The server refuses, or does not answer.
         """
-        try:
-            return self._names(self._client.get("/v1/models"))
-        except self._httpx.TransportError as error:
-            raise ServerError(f"{self.url}: no answer: {type(error).__name__}: {error}") from error
+        return self._names(self._sent("GET", "/v1/models"))
 
     def close(self) -> None:
         """Closes its connections."""
@@ -305,13 +304,13 @@ class Client(_Settings):
                 return scores
             told = None
             if isinstance(wanted, bytes):
-                told = self._sent(wanted)
+                told = self._sent("POST", "/score", wanted)
             elif left.wait(wanted.seconds):
                 raise ServerError(f"{self.url}: another request of this call failed")
 
-    def _sent(self, body: bytes) -> Any:
+    def _sent(self, method: str, path: str, body: bytes | None = None) -> Any:
         try:
-            return self._client.post("/score", content=body)
+            return self._client.request(method, path, content=body)
         except self._httpx.TransportError as error:
             return error
 
@@ -344,10 +343,7 @@ class AsyncClient(_Settings):
 
     async def models(self) -> list[str]:
         """The names under which the server has its models; as `Client.models`."""
-        try:
-            return self._names(await self._client.get("/v1/models"))
-        except self._httpx.TransportError as error:
-            raise ServerError(f"{self.url}: no answer: {type(error).__name__}: {error}") from error
+        return self._names(await self._sent("GET", "/v1/models"))
 
     async def aclose(self) -> None:
         """Closes its connections."""
@@ -373,13 +369,13 @@ class AsyncClient(_Settings):
                     return scores
                 told = None
                 if isinstance(wanted, bytes):
-                    told = await self._sent(wanted)
+                    told = await self._sent("POST", "/score", wanted)
                 else:
                     await asyncio.sleep(wanted.seconds)
 
-    async def _sent(self, body: bytes) -> Any:
+    async def _sent(self, method: str, path: str, body: bytes | None = None) -> Any:
         try:
-            return await self._client.post("/score", content=body)
+            return await self._client.request(method, path, content=body)
         except self._httpx.TransportError as error:
             return error
 
@@ -419,6 +415,10 @@ def _scores_of(content: bytes, first: int) -> Scores:
 def _array(text: str) -> NDArray[Any]:
     found: NDArray[Any] = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
     return found
+
+
+def _no_answer(where: str, error: Exception) -> ServerError:
+    return ServerError(f"{where}: no answer: {type(error).__name__}: {error}")
 
 
 def _asked_pause(answer: Any) -> float:

@@ -89,6 +89,7 @@ impl LogitGradients {
     ) -> PyResult<()> {
         self.0.differentiate(products, row, column, out)
     }
+
     /// Adds the gradients of all rows' hidden states `[N, H]` by the tokens from `column` on to `grad_hidden`, float32, and
     /// writes those of these tokens' weights `[v, H]` to `grad_weight`, bfloat16 as states and weights; the CPU's matrix unit
     /// multiplies.

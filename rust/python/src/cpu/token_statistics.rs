@@ -136,6 +136,7 @@ impl TokenGradients for LogitGradients {
         let (threads, to) = (Threads::worth(py, cost)?, products.overwritten()?);
         gate::run(py, cost, || Self::differentiate(self, to, columns, row, column, threads.executor()))
     }
+
     fn add_products(
         &self,
         hidden: &Bound<'_, PyAny>,
