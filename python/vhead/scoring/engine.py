@@ -70,8 +70,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, options: ScorerOptions, conventions: Conventions) -> None:
         heads = options.get("heads")
-        body = getattr(model, "pretrained_model", model if heads else None)
-        head = stacked(heads) if heads else getattr(model, "v_head", None)
+        body = getattr(model, "pretrained_model", None if heads is None else model)
+        head = getattr(model, "v_head", None) if heads is None else stacked(heads)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
         self._model, self._head = model, head
