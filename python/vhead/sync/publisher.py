@@ -13,7 +13,7 @@ from torch import nn
 from vhead import _native
 from vhead.errors import SyncError
 from vhead.formats.head_settings import in_config
-from vhead.sync.publications import KEPT, Publication, staging_folder
+from vhead.sync.publications import KEPT, Publication, made_folder, staging_folder
 from vhead.sync.stores import opened
 from vhead.sync.weights import ADAPTER, MODEL, STEMS, Source, Weight, parts_of, pieces, weights_of
 
@@ -62,7 +62,7 @@ class Publisher:
         place = staging_folder(staging)
         self.directory, self._store = opened(directory, place)
         if self._store is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            made_folder(self.directory)
         else:
             self._store.resume()
         self._parts = parts
