@@ -5,7 +5,9 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
-use vhead_sync::{Checksum, Description, Digest, Error, Have, Kind, Manifest, Publisher, Settings, Stage, Staged, Target};
+use vhead_sync::{
+    Checksum, Description, Digest, Error, Have, Kind, Manifest, Publisher, Settings, Stage, Staged, Target,
+};
 
 /// A tensor's name, dtype by safetensors' name, and shape.
 type Described = (String, String, Vec<usize>);
@@ -202,9 +204,8 @@ pub(crate) fn sync_export(
     full: bool,
     staging: PathBuf,
 ) -> PyResult<u64> {
-    let known = Checksum::named(checksum).ok_or_else(|| {
-        Error::Argument(format!("checksum: expected \"xxh3-128\" or \"blake3\", got {checksum:?}"))
-    });
+    let known = Checksum::named(checksum)
+        .ok_or_else(|| Error::Argument(format!("checksum: expected \"xxh3-128\" or \"blake3\", got {checksum:?}")));
     gate::sync(py, || vhead_sync::export(&directory, &to, step, known?, full, &staging))
 }
 
