@@ -39,7 +39,9 @@ def share_weights(model: nn.Module, path: str | Path) -> None:
     found, private = _by_ending(_checkpoints(path)), 0
     shared = 0
     for name, parameter in model.named_parameters():
-        same = next((tensor for tensor in _candidates(found, name.replace(_ADAPTED, ".")) if _same(tensor, parameter)), None)
+        same = next(
+            (tensor for tensor in _candidates(found, name.replace(_ADAPTED, ".")) if _same(tensor, parameter)), None
+        )
         if same is not None:
             parameter.data = same
             shared += parameter.nbytes

@@ -46,6 +46,4 @@ def export(
     """
     if layout != "slime":
         raise ValueError(f"layout: expected 'slime', got {layout!r}")
-    return _native.sync_export(
-        Path(directory), made_folder(Path(to)), step, checksum, full, staging_folder(staging)
-    )
+    return _native.sync_export(Path(directory), made_folder(Path(to)), step, checksum, full, staging_folder(staging))
