@@ -14,6 +14,8 @@ use std::path::Path;
 
 /// Bytes that are hashed and written at a time, while they are in the cache.
 const PIECE: usize = 1 << 20;
+/// Bytes that are sent on their way to the disk at a time: a page that is written again meanwhile would have to wait.
+const STRETCH: u64 = 16 << 20;
 const CHANGES: &str = "changes.safetensors";
 
 /// The weights of the last publication, against which changes are found.
@@ -68,6 +70,8 @@ struct Open {
     file: File,
     /// Where the next byte goes.
     end: u64,
+    /// What precedes this is on its way to the disk.
+    flushed: u64,
     /// Tensors that still belong into it.
     left: usize,
 }
@@ -168,7 +172,8 @@ impl Draft {
         let room = room.fold(256, |all, one| all + one).next_multiple_of(8);
         let encoder = Encoder::new().map_err(Error::at(&place))?;
         let file = self.folder.create(CHANGES)?;
-        self.open = Some(Open { name: CHANGES.to_owned(), file, end: (8 + room) as u64, left: self.order.len() });
+        self.open =
+            Some(Open { name: CHANGES.to_owned(), file, end: (8 + room) as u64, flushed: 0, left: self.order.len() });
         self.delta = Some(Delta { base, encoder, room, written: Vec::new() });
         Ok(())
     }
@@ -202,8 +207,11 @@ impl Draft {
         for piece in bytes.chunks(PIECE) {
             self.current.hasher.update(piece);
             open.file.write_all_at(piece, open.end).map_err(Error::at(&self.folder.place(&open.name)))?;
-            begin_flush(&open.file, open.end, piece.len());
             open.end += piece.len() as u64;
+            if open.end - open.flushed >= STRETCH {
+                begin_flush(&open.file, open.flushed, STRETCH as usize);
+                open.flushed += STRETCH;
+            }
             if let Some(kept) =
                 self.shadow.as_mut().and_then(|s| s.bytes(&tensor.name, self.current.taken, piece.len()))
             {
@@ -253,7 +261,8 @@ impl Draft {
         let bytes = (header.len() + planned.tensors.iter().fold(0, |all, tensor| all + tensor.bytes())) as u64;
         file.write_all_at(&header, 0).map_err(Error::at(&self.folder.place(&planned.name)))?;
         self.files.insert(planned.name.clone(), FileEntry { bytes, digest: Digest::of(&header) });
-        self.open = Some(Open { name: planned.name, file, end: header.len() as u64, left: planned.tensors.len() });
+        self.open =
+            Some(Open { name: planned.name, file, end: header.len() as u64, flushed: 0, left: planned.tensors.len() });
         Ok(true)
     }
 

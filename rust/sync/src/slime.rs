@@ -2,7 +2,7 @@
 //!
 //! A folder `weight_v000007` is a checkpoint: whole, or, where its index names a `delta_encoding`, of changes to version
 //! 6. A changed tensor is a compressed list of bytes: how many have changed, their places, and their new values.
-use crate::folder::{Folder, begin_flush, beside};
+use crate::folder::{Folder, beside};
 use crate::publisher::plan;
 use crate::retention::LOCK;
 use crate::stage::{Stage, Staged};
@@ -328,7 +328,6 @@ impl Writing {
 impl Write for Writing {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = self.file.write_at(bytes, self.end)?;
-        begin_flush(&self.file, self.end, taken);
         self.end += taken as u64;
         Ok(taken)
     }
