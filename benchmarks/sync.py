@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import report
 import torch
-from measure import Figures, add_options, memory
+from measure import Figures, add_options, in_fresh_process, memory
 from torch import Tensor
 from workloads import log_normal, qwen2, small_llama
 
@@ -28,9 +28,9 @@ from vhead.scoring.sharing import share_weights
 from vhead.sync import Follower, Publisher, verify
 
 PLACES = {"tmpfs": "/dev/shm", "disk": None}  # noqa: S108, what is in it has random names
-HEAD, BODY_TENSORS, WORKERS, SHARED_LAYERS = 2048, 16, 4, 4
+HEAD, BODY_TENSORS, WORKERS, SHARED_LAYERS = 2048, 16, 4, 2
 CHANGED = 0.01
-TURN_S, TURNS = 1.0, 5
+TURN_S, TURNS = 1.0, 4
 FLUSHED = 3  # files, and as many folders: what a publication of a head flushes
 
 Times = dict[str, list[tuple[float, float]]]
@@ -226,8 +226,8 @@ def _head_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("v_head.")}
 
 
-def _worker(folder: str, results: Any, together: Any, *, share: bool) -> None:
-    """Scores, and says by how much that has raised this process' share of the machine's memory beside activations."""
+def _worker(folder: Path, together: Any, results: Any) -> None:
+    """Scores, and says by how much its share of the machine's memory has risen beside activations; then with a copy."""
     torch.set_num_threads(1)
     # What an interpreter takes for itself, it takes now.
     Scorer.from_pretrained(demo_model_path()).score([Rollout([5, 6], [7, 8])], ("values",))
@@ -235,18 +235,18 @@ def _worker(folder: str, results: Any, together: Any, *, share: bool) -> None:
     before, _ = _proportional()
     together.wait()
     model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    if share:
-        share_weights(model, folder)
-    else:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+    share_weights(model, folder)
     together.wait()
     _, loaded = _proportional()
     Scorer(model).score(log_normal(1, 2), ("values",))
     together.wait()
-    after, own = _proportional()
+    shared, own = _proportional()
     activations = max(0, own - loaded)
-    results.put((after - before - activations, activations))
+    together.wait()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    together.wait()
+    results.put((shared - before - activations, _proportional()[0] - before - activations, activations))
     together.wait()
 
 
@@ -257,29 +257,31 @@ def _proportional() -> tuple[int, int]:
     return found["Pss"], found["Pss_Anon"]
 
 
-def _shared(options: argparse.Namespace) -> Iterator[Row]:
+def _rises(folder: Path) -> list[int]:
+    """Of all workers together."""
+    fork = multiprocessing.get_context("fork")
+    together, results = fork.Barrier(WORKERS), fork.Queue()
+    workers = [fork.Process(target=_worker, args=(folder, together, results)) for _ in range(WORKERS)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    return [sum(each) for each in zip(*found, strict=True)]
+
+
+def _shared(_: argparse.Namespace) -> Iterator[Row]:
     """The proportional memory of workers on one body, and beside it what they compute in."""
-    spawn = multiprocessing.get_context("spawn")
     with _folder("disk") as folder:
         model = AutoModelForCausalLMWithValueHead.from_pretrained(qwen2(SHARED_LAYERS).to(torch.bfloat16))
         torch.nn.init.normal_(model.v_head.summary.weight)
         model.save_pretrained(folder)
         body = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         del model
-        for share in (False, True):
-            results, together = spawn.Queue(), spawn.Barrier(WORKERS)
-            arguments = (str(folder), results, together)
-            workers = [spawn.Process(target=_worker, args=arguments, kwargs={"share": share}) for _ in range(WORKERS)]
-            for worker in workers:
-                worker.start()
-            found = [results.get(timeout=300) for _ in workers]
-            for worker in workers:
-                worker.join()
-            proportional, activations = (sum(each) for each in zip(*found, strict=True))
-            yield {
-                "share": share, "workers": WORKERS, "proportional_bytes": proportional, "activation_bytes": activations,
-                "body_bytes": body,
-            }  # fmt: skip
+        shared, copied, activations = in_fresh_process(_rises, folder)
+        for share, rise in ((True, shared), (False, copied)):
+            about = {"workers": WORKERS, "activation_bytes": activations, "body_bytes": body}
+            yield {"share": share, "proportional_bytes": rise, **about}
 
 
 def _main() -> None:
