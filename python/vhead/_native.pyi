@@ -38,6 +38,7 @@ __all__ = [
     "panic_on_purpose",
     "rms_norm",
     "sync_collect",
+    "sync_export",
     "sync_list",
     "token_rewards",
     "try_value_head",
@@ -346,3 +347,11 @@ class SyncStage:
 
 def sync_list(directory: PathLike[str]) -> list[tuple[int, _Summary | None, str, bool]]: ...
 def sync_collect(directory: PathLike[str], keep: int) -> tuple[list[int], list[str]]: ...
+def sync_export(
+    directory: PathLike[str],
+    to: PathLike[str],
+    step: int | None,
+    checksum: str,
+    full: bool,
+    staging: PathLike[str],
+) -> int: ...

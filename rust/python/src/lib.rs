@@ -39,7 +39,7 @@ mod _native {
     #[pymodule_export]
     use super::returns::{explained_variance, gae, token_rewards, whiten};
     #[pymodule_export]
-    use super::sync::{SyncPublisher, SyncStage, sync_collect, sync_list};
+    use super::sync::{SyncPublisher, SyncStage, sync_collect, sync_export, sync_list};
     #[pymodule_export]
     use super::token_statistics::{LogitGradients, LogitStatistics};
     #[pymodule_export]
