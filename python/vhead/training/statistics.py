@@ -25,16 +25,25 @@ class Statistics:
 
 
 def of_states(
-    states: Tensor, rule: LogitsRule, targets: Tensor, candidates: Tensor | None, temperature: float
+    states: Tensor,
+    rule: LogitsRule,
+    targets: Tensor,
+    candidates: Tensor | None,
+    temperature: float,
+    weight: Tensor | None = None,
 ) -> Statistics:
-    """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed."""
+    """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed.
+
+    `weight` is the language-model head's where its gradient goes another way than to the parameter.
+    """
     lm_head = rule.lm_head
     if not is_plain_linear(lm_head) or lm_head.weight.device != states.device:
         return _in_chunks(states, rule, targets, candidates, temperature)
     readable = rule.readable(states)
+    weight = lm_head.weight if weight is None else weight
     logprobs, entropy = ops.token_logprobs(
         readable,
-        lm_head.weight,
+        weight,
         targets,
         bias=lm_head.bias,
         temperature=temperature,
@@ -45,7 +54,7 @@ def of_states(
         return Statistics(logprobs, entropy)
     # Candidates have no gradient in the operation, but the target has one: theirs is the difference of the logits.
     tokens = torch.cat([targets[:, None], candidates], dim=1)
-    chosen = embedding(tokens, lm_head.weight).float() @ readable.float()[:, :, None]
+    chosen = embedding(tokens, weight).float() @ readable.float()[:, :, None]
     logits = chosen.squeeze(-1) if lm_head.bias is None else chosen.squeeze(-1) + lm_head.bias[tokens]
     logits = _ruled(logits, rule) / temperature
     return Statistics(logprobs, entropy, logits[:, 1:] - logits[:, :1] + logprobs[:, None])

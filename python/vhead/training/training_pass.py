@@ -26,7 +26,7 @@ from vhead.training.gradient_check import TrainingPlan
 from vhead.training.kept_states import KeptStates
 from vhead.training.outputs import TrainingOutput
 from vhead.training.totals import Totals, is_distributed, of_all_processes, own_totals
-from vhead.training.trained_model import TrainedModel
+from vhead.training.trained_model import Selected, TrainedModel
 
 # Activations are kept until backward, so that a batch takes more memory than a scorer's.
 _CPU_TOKEN_BUDGET = 1024
@@ -183,34 +183,36 @@ class TrainingPass(nn.Module):
         rule, found = self._trained.rule, dict[str, Tensor | None]()
         if "logprobs" in asked and rule is None:
             states, logits = self._trained.states_and_logits(batch)
-            selected = {"values": states} if "values" in asked else {}
+            selected = {"values": Selected(states)} if "values" in asked else {}
             found |= self._of_logits(batch, logits)
         else:
             selected = self._trained.selected(batch, asked)
             if "logprobs" in asked and rule is not None:
                 found |= self._of_states(batch, selected["logprobs"], rule)
         if "values" in asked:
-            found["values"], found["value_logits"] = self._trained.head_outputs(selected["values"])
+            found["values"], found["value_logits"] = self._trained.head_outputs(selected["values"].states)
         self._watch(batch, selected, found)
         return TrainingOutput(**found)
 
-    def _of_states(self, batch: TrainingBatch, selected: Tensor, rule: LogitsRule) -> dict[str, Tensor | None]:
-        read = batch.read.to(selected.device)
-        written = selected if read.written is None else selected.index_select(0, read.written)
-        return _aligned(statistics.of_states(written, rule, read.targets, read.candidates, self._temperature), read)
+    def _of_states(self, batch: TrainingBatch, selected: Selected, rule: LogitsRule) -> dict[str, Tensor | None]:
+        states, weight = selected
+        read = batch.read.to(states.device)
+        written = states if read.written is None else states.index_select(0, read.written)
+        found = statistics.of_states(written, rule, read.targets, read.candidates, self._temperature, weight)
+        return _aligned(found, read)
 
     def _of_logits(self, batch: TrainingBatch, logits: Tensor) -> dict[str, Tensor | None]:
         read = batch.read.to(logits.device)
         written = logits if read.written is None else logits.index_select(0, read.written)
         return _aligned(statistics.of_logits(written, read.targets, read.candidates, self._temperature), read)
 
-    def _watch(self, batch: TrainingBatch, selected: dict[str, Tensor], found: dict[str, Tensor | None]) -> None:
+    def _watch(self, batch: TrainingBatch, selected: dict[str, Selected], found: dict[str, Tensor | None]) -> None:
         if not self._check_finite or _scales_losses(batch.mask.device):
             return
         for name, tensor in found.items():
             if tensor is not None:
                 watch(batch, name, tensor)
-        for tensor in {id(states): states for states in selected.values()}.values():
+        for tensor in {id(states): states for states, _ in selected.values()}.values():
             watch(batch, "the hidden states", tensor)
 
     def _check(self, rollout: Encoded, first: Encoded) -> None:
