@@ -7,7 +7,8 @@ from torch import nn
 from tests.trainers.toy_task import language_model
 from tests.training.padded_loop import difference, of_loop, of_pass, rollouts, weights_of
 from tests.training.test_gradients import in_double, with_head
-from vhead import TrainingPass, freeze
+from vhead import TrainingPass, VheadError, freeze
+from vhead.training.shared_weight import _Shared
 
 TOLERANCE = 2e-5
 
@@ -97,8 +98,40 @@ def test_a_token_that_comes_often_is_summed_in_float32(given):
     weight = body.lm_head.weight
     token = int(given[0].prompt[0])
     rows = torch.nn.functional.embedding(torch.full((1, 600), token), weight)
-    from vhead.training.shared_weight import _Shared
-
-    found, _ = _Shared.apply(weight, torch.full((1, 600), token), rows.detach(), None)
+    found, _ = _Shared.apply(weight, torch.full((1, 600), token), rows.detach(), None, False)
     found.backward(torch.full_like(found, 1.0078125))
     assert torch.equal(weight.grad[token], torch.full_like(weight.grad[token], 600 * 1.0078125))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradients_in_place_are_those_of_autograd(given, weights, dtype, tied):
+    model = with_head(language_model(tied=tied).to(dtype))
+    _, expected = of_pass(TrainingPass(model), given, weights)
+    _, found = of_pass(TrainingPass(model, accumulate_in_place=True), given, weights)
+    assert found.keys() == expected.keys()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert max(difference(found, expected).values()) < tolerance
+
+
+def test_in_place_autograd_makes_no_gradient_of_the_vocabulary(given):
+    model = with_head(language_model(tied=True))
+    weight = model.pretrained_model.lm_head.weight
+    training_pass = TrainingPass(model, accumulate_in_place=True)
+    out = training_pass(training_pass.batches(given)[0])
+    loss = out.logprobs.sum() + out.values.sum()
+    assert torch.autograd.grad(loss, [weight], allow_unused=True, retain_graph=True) == (None,)
+    weight.grad = None
+    loss.backward()
+    assert weight.grad.abs().max() > 0
+
+
+def test_hooks_on_the_weight_are_refused_where_they_would_see_nothing(given):
+    model = with_head(language_model(tied=True))
+    training_pass = TrainingPass(model, accumulate_in_place=True)
+    (batch, *_) = training_pass.batches(given)
+    handle = model.pretrained_model.lm_head.weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(VheadError, match="accumulate_in_place: expected False with hooks"):
+        training_pass(batch)
+    handle.remove()
+    training_pass(batch)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vhead import ops
 from vhead.heads import is_plain_linear
+from vhead.ops.token_statistics import accumulating_token_logprobs
 from vhead.scoring.logits import LogitsRule
 
 # Logits of rows that are there at once, where the language-model head has to be called as a module.
@@ -31,17 +32,21 @@ def of_states(
     candidates: Tensor | None,
     temperature: float,
     weight: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Statistics:
     """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed.
 
-    `weight` is the language-model head's where its gradient goes another way than to the parameter.
+    `weight` is the language-model head's where its gradient goes another way than to the parameter. With `in_place`,
+    backward adds that gradient to the parameter's by itself.
     """
     lm_head = rule.lm_head
     if not is_plain_linear(lm_head) or lm_head.weight.device != states.device:
         return _in_chunks(states, rule, targets, candidates, temperature)
     readable = rule.readable(states)
     weight = lm_head.weight if weight is None else weight
-    logprobs, entropy = ops.token_logprobs(
+    adds = in_place and torch.is_grad_enabled() and weight.requires_grad
+    logprobs, entropy = (accumulating_token_logprobs if adds else ops.token_logprobs)(
         readable,
         weight,
         targets,

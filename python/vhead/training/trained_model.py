@@ -41,6 +41,7 @@ class TrainedModel:
         attention: How tokens are to see each other in packed rollouts, or None.
         adapters: By what is computed, the adapter that computes it; None: the active one.
         kept: Hidden states of a frozen body.
+        in_place: Whether backward adds the gradient of the language-model head's weight to its `.grad` by itself.
 
     Attributes:
         body: The language model.
@@ -51,7 +52,13 @@ class TrainedModel:
     """
 
     def __init__(
-        self, model: nn.Module, attention: Attention | None, adapters: dict[str, str | None], kept: KeptStates
+        self,
+        model: nn.Module,
+        attention: Attention | None,
+        adapters: dict[str, str | None],
+        kept: KeptStates,
+        *,
+        in_place: bool = False,
     ) -> None:
         _check_unwrapped(model)
         body = getattr(model, "pretrained_model", model)
@@ -66,7 +73,7 @@ class TrainedModel:
         self.returns = tuple(name for name in RETURNS if (has_head if name == "values" else not self._untrained))
         with _evaluating(body), torch.no_grad():
             self.rule: LogitsRule | None = find_logits_rule(body, self.body.plan)
-            self._shared = SharedWeight(body, self.rule)
+            self._shared = SharedWeight(body, self.rule, in_place=in_place)
             context = limits.context_length(body)
             check = GradientCheck(self.body, context)
             self.ways: Ways = find_ways(self.body, own_logits=self.rule is None, attention=attention, gradients=check)
