@@ -377,13 +377,16 @@ def _ratio(over: list[float], under: list[float]) -> float:
 
 def fitting(data: Data) -> Iterator[str]:
     """`fitting.py`."""
-    times, p = {(row["dtype"], row["implementation"]): row["seconds"] for row in data["times"]}, data["provenance"]
-    yield f"{source(p)} {p['prompts']} prompts x {p['completions']}, Qwen2-0.5B's shape with {p['layers']} layers."
-    yield from ("", *table("| figure | goal | measured | reached |"))
-    for dtype in dict.fromkeys(dtype for dtype, _ in times):
-        ratio = _ratio(times[dtype, "fit"], times[dtype, "score"])
-        what = f"time over scoring values, {dtype.removeprefix('torch.')}"
-        yield judged(what, "<= 1.1x", f"{ratio:.3f}x", reached=ratio <= 1.1)
+    times, p = data["times"], data["provenance"]
+    yield f"{source(p)} Prompts with {p['completions']} completions, Qwen2-0.5B's shape with {p['layers']} layers."
+    yield from ("", *GOALS)
+    for dtype, tokens in dict.fromkeys((row["dtype"], row["tokens"]) for row in times):
+        of = select(times, dtype=dtype, tokens=tokens)
+        for measure, how in MEASURES.items():
+            taken = ratio(of, measure, {"implementation": "fit"}, {"implementation": "score"})
+            if taken is not None:
+                what = f"time over scoring values of {tokens:,} tokens, {dtype.removeprefix('torch.')}, {how}"
+                yield judged(what, "<= 1.1x", f"{taken:.3f}x", reached=taken <= 1.1)
     yield from ("", *table("| completion tokens | peak MiB of the process |"))
     for row in data["memory"]:
         yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"

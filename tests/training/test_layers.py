@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.scoring.scoring_models import critic
+from vhead import TrainingPass
 from vhead.packing.gates import Fused, is_gated
 from vhead.training import layers
 from vhead.training.layers import keeping_less
@@ -87,8 +88,6 @@ def test_modules_are_left_alone(change):
 
 
 def test_a_layer_whose_gradients_differ_keeps_its_own(monkeypatch):
-    from vhead import TrainingPass
-
     own = layers._GatedProduct.backward
 
     def wrong(ctx, grad_output):
@@ -101,6 +100,7 @@ def test_a_layer_whose_gradients_differ_keeps_its_own(monkeypatch):
     training_pass = TrainingPass(model)
     assert not training_pass._trained._layers
     assert training_pass.plan.packing.attention is not None
+    assert "as their gradients differed" in str(training_pass.plan)
 
 
 def test_frozen_projections_get_no_gradients():

@@ -83,6 +83,8 @@ class TrainedModel:
     def _plan(self, check: GradientCheck) -> TrainingPlan:
         logits = "of the whole batch, by the model" if self.rule is None else str(self.rule)
         notes = []
+        if self.body.fused and not self._layers:
+            notes.append("modules with kernels of this package run by their own ones, as their gradients differed")
         if self.ways.plan.attention is None:
             notes.append("nothing is shared, so a prompt is computed once for each of its completions")
         if self.rule is None and "logprobs" in self.returns:
