@@ -545,6 +545,7 @@ def update(data: Data) -> Iterator[str]:
 
 UPDATES = {
     "vhead": "`vhead.TrainingPass`",
+    "vhead, in place": "the same with `accumulate_in_place=True`",
     "padded loop, 4": "padded loop of TRL's class, 4 rows",
     "padded loop, 8": "padded loop of TRL's class, 8 rows",
     "sorted loop, 4": "the same sorted by length, 4 rows",
@@ -565,11 +566,10 @@ def _update_goals(times: list[Row], memory: list[Row], dtype: str) -> Iterator[s
         saved = ratio(times, measure, {"contestant": "full passes"}, {"contestant": "states kept"})
         if saved is not None:
             yield at_least(f"{dtype}: a frozen body's states kept for 4 updates, {how}", 3.0, saved)
-    own = median(memory, "extra_bytes", contestant="vhead")
-    for name in ("padded loop, 4", "padded loop, 8"):
-        peer = median(memory, "extra_bytes", contestant=name)
-        if own is not None and peer is not None:
-            yield at_least(f"{dtype}: less peak memory than the {name}", 6.0, peer / own)
+    for own, name in product(("vhead", "vhead, in place"), ("padded loop, 4", "padded loop, 8")):
+        ours, peer = (median(memory, "extra_bytes", contestant=each) for each in (own, name))
+        if ours is not None and peer is not None:
+            yield at_least(f"{dtype}: less peak memory of {own} than of the {name}", 6.0, peer / ours)
 
 
 def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:

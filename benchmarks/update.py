@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CRITIC_UPDATES = 4
 TILE = 8192
 # Those whose first run makes kernels for its sizes.
-WARM = {"vhead", "bare products"}
+WARM = {"vhead", "vhead, in place", "bare products"}
 QUICK = {"prompts": 1, "rounds": 1}
 
 
@@ -66,16 +66,17 @@ class Contestant:
 def contestants() -> Iterator[Contestant]:
     """Everything that is measured."""
     yield Contestant("vhead", training_pass)
+    yield Contestant("vhead, in place", partial(training_pass, accumulate_in_place=True))
     yield Contestant("padded loop, 4", partial(padded_loop, rows=4))
     yield Contestant("padded loop, 8", partial(padded_loop, rows=8))
     yield Contestant("sorted loop, 4", partial(padded_loop, rows=4, by_length=True))
     yield Contestant("bare products", bare_products, has_memory=False)
 
 
-def training_pass(body: PreTrainedModel, rollouts: list[Rollout]) -> Work:
+def training_pass(body: PreTrainedModel, rollouts: list[Rollout], *, accumulate_in_place: bool = False) -> Work:
     """`vhead.TrainingPass`, with the packing in its time."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body).eval()
-    packed, given = TrainingPass(model), Given.drawn(rollouts)
+    packed, given = TrainingPass(model, accumulate_in_place=accumulate_in_place), Given.drawn(rollouts)
 
     def update() -> None:
         for batch in packed.batches(rollouts):
