@@ -42,7 +42,7 @@ class Fused:
     def of(cls, model: nn.Module) -> Self:
         """The modules that are recognised; whether the model's states stay the same, a check has to show."""
         modules = list(model.modules())
-        return cls(tuple(filter(is_gated, modules)), tuple(m for m in modules if _is_untouched(m) and norms.is_norm(m)))
+        return cls(tuple(filter(is_gated, modules)), tuple(m for m in modules if is_untouched(m) and norms.is_norm(m)))
 
     def __bool__(self) -> bool:
         return bool(self.gates or self.norms)
@@ -65,7 +65,7 @@ class Fused:
         """
         unit = GatedLayers()
         layers = [layer for layer in self.gates if is_gated(layer)]
-        plain = [norm for norm in self.norms if _is_untouched(norm)]
+        plain = [norm for norm in self.norms if is_untouched(norm)]
         try:
             for layer in layers:
                 layer.forward = (
@@ -82,7 +82,7 @@ class Fused:
 def is_gated(module: nn.Module) -> bool:
     """Whether a layer looks like `down(silu(gate(x)) * up(x))` of plain projections; a check has to show that it is."""
     children = dict(module.named_children())
-    if set(children) != {*_PARTS, "act_fn"} or not all(map(_is_untouched, (module, *children.values()))):
+    if set(children) != {*_PARTS, "act_fn"} or not all(map(is_untouched, (module, *children.values()))):
         return False
     return type(children["act_fn"]).__name__ in _SILU and all(type(children[part]) is nn.Linear for part in _PARTS)
 
@@ -97,7 +97,7 @@ def uses_matrix_unit(layers: Iterable[nn.Module]) -> bool:
     return any(map(_suits_unit, layers))
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else."""
     return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
