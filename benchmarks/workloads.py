@@ -109,7 +109,7 @@ class Workload:
     completions: int
     layers: int = 12
     model: Callable[[int], PreTrainedModel] = qwen2
-    described: str = "the shape of Qwen2-0.5B"
+    described: str = "Qwen2-0.5B's shape"
     # As many padded rows as leave room for the logits of all their tokens.
     padded_rows: int = 8
 
@@ -124,7 +124,7 @@ WORKLOADS = {
         completions=4,
         layers=2,
         model=small_qwen2,
-        described="Qwen2 of hidden size 256 and 8,192 tokens in its vocabulary",
+        described="A Qwen2 of hidden size 256 and a vocabulary of 8,192",
         padded_rows=2,
     ),
     "unrelated": Workload(unrelated, prompts=16, completions=1),
