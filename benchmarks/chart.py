@@ -71,6 +71,8 @@ BARS = {
     "vhead": ("vhead", OURS),
 }
 THICKNESS = 0.17
+# Two threads, and what they leave behind in an average over a minute.
+QUIET = 3.0
 PRODUCTS = "the matrix products of vhead's work alone, with nothing around them"
 GROUPS = {"values": "values", "all fields": "values, log-\nprobabilities,\nentropies,\nrewards"}
 
@@ -82,10 +84,17 @@ def scoring_peers(data: Data) -> Figure:
     )
     draw_times(times, data["times"])
     draw_memory(memory, data)
+    memory.set_visible("memory" in data)
     # One column, so that it is read in the bars' order.
     legend(figure, times, [*(label for label, _ in BARS.values()), PRODUCTS], loc="outside upper left")
-    _caption(figure, f"{_scored(data)}; {machine(data['provenance'])}")
+    _caption(figure, f"{_scored(data)}; {machine(data['provenance'])}{_load(data['times'])}")
     return figure
+
+
+def _load(times: list[Row]) -> str:
+    """The load while the figures were taken, where another program took part in it."""
+    most = max(row["load_after"] for row in times)
+    return f"; load average up to {most:.0f}" if most > QUIET else ""
 
 
 def _scored(data: Data) -> str:
@@ -115,7 +124,8 @@ def scoring_workloads(data: Data) -> Figure:
     legend(
         figure, figure.axes[0], [*(label for label, _ in BARS.values()), PRODUCTS], loc="outside upper left", ncols=2
     )
-    _caption(figure, machine(data[kinds[0]]["provenance"]))
+    load = _load([row for kind in kinds for row in data[kind]["times"]])
+    _caption(figure, machine(data[kinds[0]]["provenance"]) + load)
     return figure
 
 

@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+
 
 def processor_seconds() -> float:
     """Of all processes of this session: vLLM computes in children."""
@@ -33,8 +36,6 @@ def main(folder: Path) -> None:
     # What vLLM and its children print is a log, and goes to where errors do.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import numpy as np
-    import torch
     import vllm
 
     rollouts = json.loads((folder / "rollouts.json").read_text())
