@@ -1,7 +1,7 @@
 """The ways of scoring that are compared: TRL's loop, the scorer with one mechanism off at a time, and the limit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from vhead.benchmark.document import Row
 from vhead.benchmark.trl_head import trl_model
 from vhead.packing.attention.segments import SegmentAttention
 from vhead.packing.caching import PrefixCache
+from vhead.packing.gates import Fused
 from vhead.packing.strategies import OneByOne, PaddedBatches
 from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
 from vhead.scoring.engine import Read, Work
@@ -70,8 +71,13 @@ def ablations() -> Iterator[Contestant]:
     yield Contestant("dense mask", partial(scorer, way=lambda body: MaskedTreePacking(body, None)))
     yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
     yield Contestant("attention by calls", partial(scorer, way=_AttendedByCalls))
-    yield Contestant("norms by the model", partial(scorer, without="norms"))
-    yield Contestant("gated layers by the model", partial(scorer, without="gates"))
+    for kind in _fused_kinds():
+        yield Contestant(f"{kind} by the model", partial(scorer, without=kind))
+
+
+def _fused_kinds() -> list[str]:
+    """What the scorer computes in place of a model's modules."""
+    return [field.name for field in fields(Fused) if field.default is not False]
 
 
 def trl_loop(body: PreTrainedModel, rollouts: list[Rollout], *, rows: int, logprobs: bool = True) -> Score:
@@ -123,7 +129,7 @@ def scorer(
         own._ways = replace(own._ways, usual=way(own._body))
     if without:
         body_of = made._engine._body
-        body_of.fused = replace(body_of.fused, **{without: ()})
+        body_of.fused = replace(body_of.fused, **{without: getattr(Fused(), without)})
     return lambda fields: made.score(rollouts, fields)
 
 
