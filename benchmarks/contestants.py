@@ -22,6 +22,7 @@ from vhead.packing.caching import PrefixCache
 from vhead.packing.gates import Fused
 from vhead.packing.strategies import OneByOne, PaddedBatches
 from vhead.packing.tree_packing import MaskedTreePacking, TreePacking
+from vhead.packing.trees import pack_trees
 from vhead.scoring.engine import Read, Work
 from vhead.scoring.fields import Asked
 from vhead.scoring.logits import token_statistics
@@ -173,6 +174,14 @@ class VllmScore:
     def clocked(self) -> Row:
         """Seconds of one turn."""
         return self._server.clocked()
+
+
+def attention(tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Attention by segments of one rollout, by the heads of a layer of Qwen2-0.5B."""
+    (pack,) = pack_trees([np.arange(tokens)], tokens)
+    attend = SegmentAttention(pack.segments)
+    query, key, value = (torch.randn(1, tokens, heads, 64).to(dtype).transpose(1, 2) for heads in (14, 2, 2))
+    return partial(attend, query, key, value)
 
 
 def logits_of_all_rows(body: PreTrainedModel, rollouts: list[Rollout]) -> Score:

@@ -406,6 +406,7 @@ PAGES: dict[str, Page] = {
     "returns": returns,
     "scoring": scoring.peers,
     "scoring-ablations": scoring.ablations,
+    "scoring-context": scoring.context,
     "scoring-growth": scoring.growth,
     "scoring-memory": scoring.peaks,
     "scoring-overhead": scoring.overhead,

@@ -3,6 +3,7 @@
     python benchmarks/scoring.py peers      # against vLLM, TRL's loop, and the machine
     python benchmarks/scoring.py ablations  # with its mechanisms off, one at a time
     python benchmarks/scoring.py peaks      # peak memory
+    python benchmarks/scoring.py context    # what a visible pair of tokens costs as rollouts get longer
     python benchmarks/scoring.py overhead   # what it adds to the language model, on a model small enough to show it
     python benchmarks/scoring.py growth     # what a token costs as rollouts, vocabulary, sharing and lengths grow
     python benchmarks/scoring.py scale      # the memory of a process that scores a million rollouts
@@ -155,6 +156,35 @@ def _memory_of(name: str, fields: tuple[str, ...], options: argparse.Namespace) 
     for parameter in body.parameters():
         parameter.detach().sum()
     return extra_bytes(partial(score, fields))
+
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16_384)
+
+
+def context(options: argparse.Namespace) -> None:
+    """The cost of a visible pair of tokens, in attention alone, as rollouts get longer."""
+    torch.set_num_threads(options.threads)
+    figures = Figures(options)
+    figures.add("times", _context_times(options))
+    _close(figures, scoring_pages.context, options)
+
+
+def _context_times(options: argparse.Namespace) -> Iterator[Row]:
+    cases = [(dtype, tokens) for dtype in ("bfloat16", "float32") for tokens in CONTEXTS]
+    works = {case: contestants.attention(case[1], getattr(torch, case[0])) for case in cases}
+    for number, (dtype, tokens) in turns(cases, options.rounds):
+        # Short ones as often as takes as long as a long one.
+        times = max(1, (8192 // tokens) ** 2)
+        before, seconds = load_average(), clocked(partial(_repeat, works[dtype, tokens], times))
+        pairs = times * tokens * (tokens + 1) // 2
+        print(f"round {number}, {dtype}, {tokens} tokens: {seconds['wall_s']:.2f} s", flush=True)
+        row = {"round": number, "dtype": dtype, "tokens": tokens, "pairs": pairs, **seconds}
+        yield row | {"load_before": before, "load_after": load_average()}
+
+
+def _repeat(work: Work, times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 # --- What is added to the model --------------------------------------------------------------------------------------
@@ -359,6 +389,7 @@ def _main() -> None:
         (peers, None, {"rounds": 3, "slow_rounds": 1}),
         (ablations, None, {"rounds": 3, "slow_rounds": 1}),
         (peaks, None, {}),
+        (context, "scoring-context", {"rounds": 3}),
         (overhead, "scoring-overhead", {"rounds": 5, "prompts": 512, "completions": 8}),
         (growth, "scoring-growth", {"rounds": 3}),
         (scale, "scoring-scale", {"rollouts": 1_000_000, "parquet_rows": 200_000}),

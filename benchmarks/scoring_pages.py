@@ -1,9 +1,10 @@
 """The pages about the scorer: what `scoring.py` measures."""
 
+import statistics
 from collections.abc import Iterator
 from itertools import product
 
-from results import cost, median, ratio, scored_by, speed
+from results import cost, median, ratio, scored_by, select, speed
 from tables import GOALS, MEASURES, Data, at_least, at_most, share, source, table
 
 from vhead.benchmark.document import Row
@@ -60,15 +61,22 @@ def _about(data: Data) -> Iterator[str]:
     p, work = data["provenance"], data["provenance"]["workload"]
     rounds = {"rounds": len({row["round"] for row in data["times"]})} if "times" in data else {}
     yield source(p | rounds)
-    unit = "a" if any(flag.startswith("amx") for flag in p["simd"]) else "no"
-    loads = [row[at] for row in data.get("times", ()) for at in ("load_before", "load_after")]
-    measuring = f" While measuring, the load average was {min(loads):.1f} to {max(loads):.1f}." if loads else ""
-    yield f"The processor has {unit} matrix unit (AMX).{measuring}"
+    yield f"{_unit(p)}{_load(data.get('times', []))}"
     yield (
         f"{p['model']} with {p['layers']} layers, {p['dtype']}, random weights; "
         f"{work['rollouts']} rollouts ({p['kind']}): {work['tokens']:,} tokens, {work['unique_tokens']:,} of them "
         f"unique, {work['completion_tokens']:,} the model's."
     )
+
+
+def _unit(p: Row) -> str:
+    unit = "a" if any(flag.startswith("amx") for flag in p["simd"]) else "no"
+    return f"The processor has {unit} matrix unit (AMX)."
+
+
+def _load(times: list[Row]) -> str:
+    loads = [row[at] for row in times for at in ("load_before", "load_after")]
+    return f" While measuring, the load average was {min(loads):.1f} to {max(loads):.1f}." if loads else ""
 
 
 def _vllm(agreement: Row, p: Row) -> str:
@@ -166,6 +174,35 @@ def peaks(data: Data) -> Iterator[str]:
     for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
         extra = (median(data["memory"], "extra_bytes", contestant=name, fields=f) for f in ("values", "all fields"))
         yield f"| {name} | {' | '.join('' if peak is None else f'{peak / 2**20:,.0f}' for peak in extra)} |"
+
+
+# How much more a visible pair may cost at one length than at another.
+FLAT = 1.2
+
+
+def context(data: Data) -> Iterator[str]:
+    """`scoring.py context`."""
+    times, p = data["times"], data["provenance"]
+    yield source(p)
+    yield f"{_unit(p)}{_load(times)}"
+    yield "Attention of one rollout, 14 heads of size 64 over 2 of keys: nanoseconds for each token and each that it sees."
+    dtypes, lengths = (sorted({row[name] for row in times}) for name in ("dtype", "tokens"))
+    costs = {(d, n, m): _pair_cost(times, d, n, m) for d, n, m in product(dtypes, lengths, MEASURES)}
+    yield from ("", *GOALS)
+    for dtype, (measure, how) in product(dtypes, MEASURES.items()):
+        found = [costs[dtype, length, measure] for length in lengths]
+        name = f"{dtype}: a pair at its dearest over its cheapest, {lengths[0]:,} to {lengths[-1]:,} tokens, {how}"
+        yield at_most(name, FLAT, max(found) / min(found))
+    yield from ("", *table(f"| by the clock (in processor time) | {' | '.join(f'{length:,}' for length in lengths)} |"))
+    for dtype in dtypes:
+        cells = [f"{costs[dtype, n, 'wall_s']:.1f} ({costs[dtype, n, 'processor_s']:.1f})" for n in lengths]
+        yield f"| {dtype} | {' | '.join(cells)} |"
+
+
+def _pair_cost(times: list[Row], dtype: str, tokens: int, measure: str) -> float:
+    """Nanoseconds."""
+    rows = select(times, dtype=dtype, tokens=tokens)
+    return statistics.median(row[measure] / row["pairs"] for row in rows) * 1e9
 
 
 # --- What is added to the model, what grows, and long runs ------------------------------------------------------------
