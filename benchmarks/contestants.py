@@ -70,7 +70,7 @@ def ablations() -> Iterator[Contestant]:
     yield Contestant("one at a time", partial(scorer, way=OneByOne), slow=True)
     yield Contestant("batch-invariant", partial(scorer, batch_invariant=True), slow=True)
     yield Contestant("dense mask", partial(scorer, way=lambda body: MaskedTreePacking(body, None)))
-    yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,))
+    yield Contestant("logits of all rows", logits_of_all_rows, (ALL_FIELDS,), slow=True)
     yield Contestant("attention by calls", partial(scorer, way=_AttendedByCalls))
     for kind in _fused_kinds():
         yield Contestant(f"{kind} by the model", partial(scorer, without=kind))

@@ -185,7 +185,7 @@ def context(data: Data) -> Iterator[str]:
     times, p = data["times"], data["provenance"]
     yield source(p)
     yield f"{_unit(p)}{_load(times)}"
-    yield "Attention of one rollout, 14 heads of size 64 over 2 of keys: nanoseconds for each token and each that it sees."
+    yield "Attention of one rollout, 14 heads of size 64 over 2 of keys: nanoseconds of a token and one that it sees."
     dtypes, lengths = (sorted({row[name] for row in times}) for name in ("dtype", "tokens"))
     costs = {(d, n, m): _pair_cost(times, d, n, m) for d, n, m in product(dtypes, lengths, MEASURES)}
     yield from ("", *GOALS)
