@@ -18,7 +18,7 @@ PEERS = {
     "vllm-cpu": "vLLM, `token_classify`: values",
     "sorted batches": "vhead, length-sorted batches: no tree packing",
     "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
-    "bare GEMM": "only the matrix products over unique tokens and completion rows",
+    "bare GEMM": "only the matrix products over unique tokens and completion rows, without those of attention",
 }
 # Shares of the bare matrix products to reach, and how often faster than others; by the workload, and the model's dtype.
 SHARES = {
@@ -84,7 +84,7 @@ def _vllm(agreement: Row, p: Row) -> str:
         f"vLLM {agreement['vllm']} (torch {agreement['vllm_torch']}) scores the same tokens by the same weights, in a "
         f"process of its own that stands still while others are timed: eager, {p['torch_threads']} threads, prefix "
         "caching on, which `token_classify` does not read from. Between its values and vhead's, the root mean square "
-        f"of the difference is {agreement['relative_difference']:.2%} of that of the values."
+        f"of the difference is {100 * agreement['relative_difference']:.2g}% of that of the values."
     )
 
 
@@ -138,7 +138,7 @@ MECHANISMS = {
     "last by the model": "the last layer for all rows, and not only for those that are read",
     "batch-invariant": "`batch_invariant=True`",
     "vhead": "vhead as it is",
-    "bare GEMM": "only the matrix products over unique tokens and completion rows",
+    "bare GEMM": "only the matrix products over unique tokens and completion rows, without those of attention",
 }
 
 
