@@ -147,7 +147,7 @@ def ablations(data: Data) -> Iterator[str]:
     times = data["times"]
     yield from _about(data)
     yield "A mechanism gives what the scorer without it takes longer: × is its time over vhead's in the same round."
-    yield from ("", *table("| seconds (processor seconds; ×) | values | all fields |"))
+    yield from ("", *table("| seconds, × (processor seconds, ×) | values | all fields |"))
     names = dict.fromkeys([*MECHANISMS, *(row["contestant"] for row in times)])
     for name in names:
         cells = [_without(times, name, fields) for fields in ("values", "all fields")]
@@ -157,9 +157,13 @@ def ablations(data: Data) -> Iterator[str]:
 
 def _without(times: list[Row], name: str, fields: str) -> str:
     own, other = ({"contestant": each, "fields": fields} for each in ("vhead", name))
-    wall, processor = (median(times, measure, **other) for measure in MEASURES)
-    over = ratio(times, "wall_s", other, own)
-    return "" if over is None else f"{wall:.2f} ({processor:.2f}; {over:.2f}×)"
+    overs = [ratio(times, measure, other, own) for measure in MEASURES]
+    if None in overs:
+        return ""
+    clock, processor = (
+        f"{median(times, measure, **other):.2f}, {over:.2f}×" for measure, over in zip(MEASURES, overs, strict=True)
+    )
+    return f"{clock} ({processor})"
 
 
 def peaks(data: Data) -> Iterator[str]:
