@@ -245,9 +245,9 @@ class TestOnCuda:
             own = object.__new__(engine.Engine)
             own._head, own.outputs = head, Outputs(1)
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
-            states = strategy.states(batch)
             asked = Asked(FIELDS)
             read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None, asked)
+            states = strategy.states_of(batch, read.rows)
             computed = own._head_outputs(states, read, asked)
             rows = states[to_device(read.written, states.device)]
             computed |= token_statistics(rows, LogitsRule(model.lm_head), read.statistics(asked))

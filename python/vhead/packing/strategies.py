@@ -77,6 +77,11 @@ class Strategy(ABC, Generic[Content]):
     def states(self, batch: Batch[Content]) -> Tensor:
         """The last hidden states `[N, H]` of a batch."""
 
+    def states_of(self, batch: Batch[Content], rows: Rows) -> Tensor:
+        """The last hidden states `[R, H]` of some rows of a batch, int64 `[R]`; a strategy may spare the others."""
+        states = self.states(batch)
+        return states[to_device(torch.from_numpy(rows), states.device)]
+
     def states_and_logits(self, batch: Batch[Content]) -> tuple[Tensor, Tensor]:
         """The last hidden states `[N, H]` and the model's own logits `[N, V]`, if this strategy shares no tokens.
 
@@ -137,14 +142,20 @@ class Body:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         return dtype
 
-    def states(self, tokens: Tensor, **inputs: object) -> Tensor:
-        """The last hidden states `[N, H]` of `[B, T]` token ids, N = B * T."""
+    def states(self, tokens: Tensor, *, rows: Tensor | None = None, **inputs: object) -> Tensor:
+        """The last hidden states `[N, H]` of `[B, T]` token ids, N = B * T.
+
+        Args:
+            tokens: The token ids.
+            rows: Where the last layer selects rows: those of a single row of tokens whose states are wanted.
+            **inputs: What else the model takes.
+        """
         device = self.device
         on_device = {
             name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
         # Autograd needs what would be overwritten.
-        with nullcontext() if torch.is_grad_enabled() else self.fused.running(self.unit_rows):
+        with nullcontext() if torch.is_grad_enabled() else self.fused.running(self.unit_rows, rows):
             hidden = last_hidden_state(self.model, plan=self.plan, input_ids=to_device(tokens, device), **on_device)
         return hidden.flatten(0, 1)
 

@@ -19,7 +19,7 @@ from vhead.packing import limits
 from vhead.packing.adapters import check_adapter, running_adapter, using_adapter
 from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
 from vhead.packing.plan import find_ways
-from vhead.packing.strategies import Batch, Body, Strategy
+from vhead.packing.strategies import Batch, Body, Rows, Strategy
 from vhead.rollouts.encoding import Encoded
 from vhead.scoring.chunks import Outputs
 from vhead.scoring.conventions import Conventions
@@ -192,7 +192,7 @@ class Engine:
         if any(name in asked for name in read.of_head):
             if states is None or self._has_two_adapters:
                 with self._through(_VALUE):
-                    states = work.strategy.states(work.batch)
+                    states = work.strategy.states_of(work.batch, read.rows)
             computed |= self._head_outputs(states, read, asked)
         return read.aligned({name: computed[name].cpu().numpy() for name in asked.computed}, self._conventions)
 
@@ -201,8 +201,9 @@ class Engine:
         wanted = read.statistics(asked)
         if self._rule is None:
             states, logits = work.strategy.states_and_logits(work.batch)
-            return states, statistics_of_logits(logits, read.written, wanted)
-        states = work.strategy.states(work.batch)
+            rows = to_device(torch.from_numpy(read.rows), states.device)
+            return states[rows], statistics_of_logits(logits, torch.from_numpy(read.rows)[read.written], wanted)
+        states = work.strategy.states_of(work.batch, read.rows)
         # Observations cost no logits: only the rows that predict a token of the model's are read.
         return states, token_statistics(states[to_device(read.written, states.device)], self._rule, wanted)
 
@@ -262,17 +263,19 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """What is read off a batch's hidden states `[N, H]`, for R rollouts with T computed entries in all.
+    """What is read off a batch's hidden states `[N, H]`, for rollouts with T computed entries in all.
 
     Attributes:
-        of_head: Rows at which the head is read, for each column that it gives, int64.
-        written: Rows that predict a token of the model's, int64 `[W]`.
+        rows: The R of the N rows that are read, in order, int64 `[R]`.
+        of_head: Which of the R rows the head is read at, for each column that it gives, int64.
+        written: Which of them predict a token of the model's, int64 `[W]`.
         targets: The tokens that they predict, int64 `[W]`.
         candidates: The other tokens that are asked about there, int64 `[W, M]`, or None.
         places: Which of the T entries they are, int64 `[W]`; None: all of them.
         counts: Computed entries of each rollout.
     """
 
+    rows: Rows
     of_head: dict[str, Tensor]
     written: Tensor
     targets: Tensor
@@ -314,9 +317,13 @@ class Read:
         if "candidate_logprobs" in asked:
             given = [_candidates(rollout, len(own)) for rollout, own in zip(rollouts, targets, strict=True)]
             candidates = torch.from_numpy(np.concatenate(given)[chosen])
+        written = predicting[chosen] if asked.needs_logits else predicting[:0]
+        of_head = {name: rows for name, rows in of_head.items() if name in asked}
+        read = np.unique(np.concatenate([written, *of_head.values()]))
         return cls(
-            of_head={name: torch.from_numpy(rows) for name, rows in of_head.items()},
-            written=torch.from_numpy(predicting[chosen]),
+            rows=read,
+            of_head={name: torch.from_numpy(np.searchsorted(read, rows)) for name, rows in of_head.items()},
+            written=torch.from_numpy(np.searchsorted(read, written)),
             targets=torch.from_numpy(np.concatenate(targets)[chosen]),
             candidates=candidates,
             places=places,
