@@ -161,7 +161,8 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing\n"
             "  attention: segments, the fastest measured on a CPU\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms"
+            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms, "
+            "2 of 2 decoder layers\n  last layer: where few rows are read, of those alone"
         )
 
     def test_flex_is_the_first_choice_on_cuda(self, models, as_on_cuda):
@@ -169,7 +170,8 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing with FlexAttention\n"
             "  attention: flex, expected to be the fastest on CUDA\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms"
+            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms, "
+            "2 of 2 decoder layers\n  last layer: where few rows are read, of those alone"
         )
 
     def test_flash_is_the_next_and_what_failed_is_said(self, models, as_on_cuda, monkeypatch):
