@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone.placement import to_device
+from vhead.backbone.placement import Arriving, to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
 from vhead.ops.matrix_unit import has_matrix_unit
@@ -155,34 +155,42 @@ class Engine:
                 work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
         return work
 
-    def score(self, chunk: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
-        """The computed columns of a batch's rollouts, one after the other in the batch's order.
+    @property
+    def computes_behind(self) -> bool:
+        """Whether the device computes a batch while the host goes on, so that more may be queued before it is read."""
+        return self.device.type != "cpu"
+
+    def score(self, chunk: Sequence[Encoded], work: Work, asked: Asked) -> "Queued":
+        """Gives a batch to the device, without waiting for it.
 
         Raises:
             VheadError: The device has not enough memory for the batch.
         """
         rollouts = [chunk[place] for place in work.batch.places]
-        try:
-            with self._computing():
-                computed = self._score(rollouts, work, asked)
-                if len(rollouts) > 1 and not all(np.isfinite(array).all() for array in computed.values()):
-                    return self._one_by_one(rollouts, asked)
+        with _out_of_memory_named(work.batch.tokens), self._computing():
+            read, computed = self._score(rollouts, work, asked)
+            return Queued(self, rollouts, work.batch.tokens, asked, read, Arriving(computed))
+
+    def _finished(self, queued: "Queued") -> Fields:
+        rollouts, asked = queued.rollouts, queued.asked
+        with _out_of_memory_named(queued.tokens):
+            computed = queued.read.aligned(queued.computed.arrays(), self._conventions)
+            if len(rollouts) == 1 or all(np.isfinite(array).all() for array in computed.values()):
                 return computed
-        except torch.cuda.OutOfMemoryError as error:
-            raise VheadError(
-                f"out of memory with a batch of {work.batch.tokens} tokens; a smaller token_budget "
-                f"(--token-budget) needs less: {str(error).splitlines()[0]}"
-            ) from error
+            with self._computing():
+                return self._one_by_one(rollouts, asked)
 
     def _one_by_one(self, rollouts: Sequence[Encoded], asked: Asked) -> Fields:
         """Scores each rollout of a batch alone, if a number is not finite: a masked NaN is still NaN, and spreads."""
         alone, parts = self._ways.alone, []
         for rollout in rollouts:
             (batch,) = alone.batches([rollout.tokens], [rollout.prompt_length], 1)
-            parts.append(self._score([rollout], Work(alone, batch), asked))
+            read, computed = self._score([rollout], Work(alone, batch), asked)
+            parts.append(read.aligned(Arriving(computed).arrays(), self._conventions))
         return {name: np.concatenate([part[name] for part in parts]) for name in asked.computed}
 
-    def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
+    def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> tuple["Read", dict[str, Tensor]]:
+        """What is read off a batch, and the computed columns, which the device may still be computing."""
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token, asked)
         computed: dict[str, Tensor] = {}
         states = None
@@ -194,7 +202,7 @@ class Engine:
                 with self._through(_VALUE):
                     states = work.strategy.states_of(work.batch, read.rows)
             computed |= self._head_outputs(states, read, asked)
-        return read.aligned({name: computed[name].cpu().numpy() for name in asked.computed}, self._conventions)
+        return read, {name: computed[name] for name in asked.computed}
 
     def _statistics(self, work: Work, read: "Read", asked: Asked) -> tuple[Tensor, dict[str, Tensor]]:
         """The states of a batch, and what is asked about the distributions there."""
@@ -259,6 +267,46 @@ class Engine:
                 torch.set_num_threads(threads)
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def _out_of_memory_named(tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise VheadError(
+            f"out of memory with a batch of {tokens} tokens; a smaller token_budget "
+            f"(--token-budget) needs less: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queued:
+    """A batch that the device computes, or has computed.
+
+    Attributes:
+        engine: What queued it.
+        rollouts: Those of the batch.
+        tokens: Tokens that the model computes for it.
+        asked: What is asked for.
+        read: What is read off it.
+        computed: The columns, on their way to the host.
+    """
+
+    engine: Engine
+    rollouts: Sequence[Encoded]
+    tokens: int
+    asked: Asked
+    read: "Read"
+    computed: Arriving
+
+    def fields(self) -> Fields:
+        """The computed columns of the rollouts, one after the other in the batch's order; waits for the device.
+
+        Raises:
+            VheadError: The device has not enough memory to compute a batch again that has numbers which are not finite.
+        """
+        return self.engine._finished(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,7 @@ from vhead.rollouts.wording import named
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.engine import Engine, Work, candidate_count
+from vhead.scoring.engine import Engine, candidate_count
 from vhead.scoring.fields import DEFAULT_RETURNS, Asked, check_returns
 from vhead.scoring.following import Following
 from vhead.scoring.loading import Critic, load_critic
@@ -27,7 +27,7 @@ from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scores import Score, Scores
 from vhead.scoring.sharing import share_weights
-from vhead.sync.swapping import TURNS
+from vhead.scoring.underway import BatchHandler, Chunk, Underway
 
 logger = logging.getLogger("vhead")
 
@@ -38,7 +38,6 @@ _DEVICE_TOKEN_BUDGET = 16384
 _BATCHES_PER_CHUNK = 8
 
 ErrorHandler = Callable[[RecordError], None]
-BatchHandler = Callable[[int, int, int], None]
 SourceCheck = Callable[[Any, Sequence[Rollout]], None]
 
 
@@ -374,10 +373,22 @@ class Scorer:
             check: Called with each source and its rollouts, and raises `RecordError` if they cannot be scored.
         """
         with Ahead(self._prepared(sources, asked, on_error, ids, check)) as ready:
+            before: Underway[Sourced] | None = None
             for chunk in ready:
-                yield from _report(chunk, self._score(chunk, asked, on_batch), on_error)
+                underway = self._underway(chunk, asked, on_batch)
+                # While the device computes this batch, the chunk before is read back and used.
+                underway.queue(1)
+                if before is not None:
+                    yield from _report(before.chunk, before.finish(), on_error)
+                underway.queue(len(chunk.work))
+                before = underway
+                if chunk.failure is not None or not (underway.computes_behind and ready.has_next):
+                    yield from _report(chunk, underway.finish(), on_error)
+                    before = None
                 if chunk.failure is not None:
                     raise chunk.failure
+            if before is not None:
+                yield from _report(before.chunk, before.finish(), on_error)
 
     def nothing(self, asked: Asked) -> Scores:
         """The scores of no rollouts."""
@@ -390,13 +401,13 @@ class Scorer:
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
         check: SourceCheck | None,
-    ) -> Iterator["_Chunk[Sourced]"]:
+    ) -> Iterator[Chunk[Sourced]]:
         """Chunks with all that can be done before the model is needed."""
         encoded = self._encoded(sources, asked, on_error, ids, check)
         for chunk, failure in chunks(encoded, self._chunk_tokens):
             rollouts = [rollout for _, sides in chunk for rollout in sides]
             work = self._engine.work(rollouts, self.token_budget, asked) if asked.computed else []
-            yield _Chunk([source for source, _ in chunk], rollouts, work, failure)
+            yield Chunk([source for source, _ in chunk], rollouts, work, failure)
 
     def _encoded(
         self,
@@ -430,22 +441,9 @@ class Scorer:
             else:
                 yield source, encoded
 
-    def _score(self, chunk: "_Chunk[Any]", asked: Asked, on_batch: BatchHandler | None) -> Results:
+    def _underway(self, chunk: Chunk[Sourced], asked: Asked, on_batch: BatchHandler | None) -> Underway[Sourced]:
         results = self._results(chunk.rollouts, asked)
-        for work in chunk.work:
-            batch = work.batch
-            if self._following is not None:
-                if self._following.refresh(self.model):
-                    # What was kept of shared tokens is of the old weights.
-                    self._engine.forget()
-                results.stamp(batch.places, self._following.step)
-            with TURNS.reading():
-                computed = self._engine.score(chunk.rollouts, work, asked)
-            results.put(batch.places, computed)
-            if on_batch is not None:
-                on_batch(len(batch.places), sum(len(chunk.rollouts[place]) for place in batch.places), batch.tokens)
-        self._engine.forget()
-        return results
+        return Underway(self._engine, self.model, chunk, asked, results, self._following, on_batch)
 
     def _results(self, rollouts: Sequence[Encoded], asked: Asked) -> Results:
         return Results(
@@ -524,23 +522,6 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Chunk(Generic[Sourced]):
-    """Consecutive rollouts, ready for the model.
-
-    Attributes:
-        sources: Where they come from.
-        rollouts: In input order, those of a source one after the other.
-        work: Their batches.
-        failure: What ended the input after them.
-    """
-
-    sources: list[Sourced]
-    rollouts: list[Encoded]
-    work: list[Work]
-    failure: Exception | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ScoredChunk(Generic[Sourced]):
     """Consecutive rollouts that have been scored.
 
@@ -555,7 +536,7 @@ class ScoredChunk(Generic[Sourced]):
     last: Sourced
 
 
-def _report(chunk: _Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
+def _report(chunk: Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
     """Yields the good scores. Errors between them go to `on_error`, or the first one is raised."""
     scores, sources = results.scores, chunk.sources
     each = len(chunk.rollouts) // max(len(sources), 1)
