@@ -161,8 +161,9 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing\n"
             "  attention: segments, the fastest measured on a CPU\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms, "
-            "2 of 2 decoder layers\n  last layer: where few rows are read, of those alone"
+            "  logits: the language-model head's output\n  batches: 2048 tokens, as VHEAD_TOKEN_BUDGET says\n"
+            "  own kernels: 2 of 2 gated layers, 5 of 5 norms, 2 of 2 decoder layers\n"
+            "  last layer: where few rows are read, of those alone"
         )
 
     def test_flex_is_the_first_choice_on_cuda(self, models, as_on_cuda):
@@ -170,8 +171,9 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing with FlexAttention\n"
             "  attention: flex, expected to be the fastest on CUDA\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms, "
-            "2 of 2 decoder layers\n  last layer: where few rows are read, of those alone"
+            "  logits: the language-model head's output\n  batches: 2048 tokens, as VHEAD_TOKEN_BUDGET says\n"
+            "  own kernels: 2 of 2 gated layers, 5 of 5 norms, 2 of 2 decoder layers\n"
+            "  last layer: where few rows are read, of those alone"
         )
 
     def test_flash_is_the_next_and_what_failed_is_said(self, models, as_on_cuda, monkeypatch):

@@ -32,6 +32,7 @@ class ScorerPlan:
         longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
+        batches: How many tokens a batch has, and why.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
         fused: How many of the modules that look alike are computed by this package; empty: there are none.
         last_layer: Which rows the last layer computes; empty: all.
@@ -46,6 +47,7 @@ class ScorerPlan:
     longest_shared: int | None
     long_strategy: str
     logits: str = ""
+    batches: str = ""
     matrix_unit: str = ""
     fused: str = ""
     last_layer: str = ""
@@ -60,6 +62,7 @@ class ScorerPlan:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
         lines.append(f"  logits: {self.logits}")
         parts = {
+            "batches": self.batches,
             "matrix unit": self.matrix_unit,
             "own kernels": self.fused,
             "last layer": self.last_layer,

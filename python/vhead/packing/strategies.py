@@ -55,6 +55,7 @@ class Strategy(ABC, Generic[Content]):
         heeds_windows: Whether it attends within the model's sliding windows by itself.
         works_in_blocks: Whether its kernel works in blocks of rows, so that short sequences alone do not try it.
         is_differentiable: Whether it can be trained with.
+        heeds_budget: Whether its batches have as many sequences as the budget allows; else they have one.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Strategy(ABC, Generic[Content]):
     heeds_windows: ClassVar[bool] = False
     works_in_blocks: ClassVar[bool] = False
     is_differentiable: ClassVar[bool] = True
+    heeds_budget: ClassVar[bool] = True
 
     @abstractmethod
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Content]]:
@@ -207,6 +209,7 @@ class OneByOne(PaddedBatches):
     """
 
     name = "one sequence at a time"
+    heeds_budget = False
 
     def __init__(self, body: Body, *, forgets: bool = False) -> None:
         super().__init__(body)

@@ -17,6 +17,7 @@ from vhead.heads import stacked
 from vhead.ops.matrix_unit import has_matrix_unit
 from vhead.packing import limits
 from vhead.packing.adapters import check_adapter, running_adapter, using_adapter
+from vhead.packing.budget import chosen
 from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
 from vhead.packing.plan import find_ways
 from vhead.packing.strategies import Batch, Body, Rows, Strategy
@@ -59,6 +60,7 @@ class Engine:
         vocabulary_size: How many token ids there are; each is below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
         plan: How rollouts are batched and logits reached.
+        token_budget: The tokens of a batch, as given or chosen.
         untrained_output: The parameters of the language-model head that were drawn and not loaded, by name.
 
     Raises:
@@ -95,11 +97,14 @@ class Engine:
                 own_logits=self._rule is None,
                 attention=options.get("attention"),
             )
+            budget = chosen(self._body, self._ways.usual, options.get("token_budget"))
+        self.token_budget = budget.tokens
         logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
         named = {"log-probabilities": self._adapters[_POLICY], "values": self._adapters[_VALUE]}
         self.plan = replace(
             self._ways.plan,
             logits=logits,
+            batches=str(budget),
             matrix_unit=", ".join(self._by_matrix_unit()),
             adapters=", ".join(f"{what} by {adapter}" for what, adapter in named.items() if adapter is not None),
         )

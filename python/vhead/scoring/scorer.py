@@ -31,8 +31,6 @@ from vhead.scoring.underway import BatchHandler, Chunk, Underway
 
 logger = logging.getLogger("vhead")
 
-_CPU_TOKEN_BUDGET = 2048
-_DEVICE_TOKEN_BUDGET = 16384
 # A chunk is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
 # finishes one in seconds.
 _BATCHES_PER_CHUNK = 8
@@ -53,7 +51,8 @@ class Scorer:
     Args:
         model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
         tokenizer: Needed for rollouts of text or messages.
-        token_budget: Tokens of a batch; None: 2048 on a CPU, 16384 elsewhere.
+        token_budget: Tokens of a batch; None: the fastest of a few sizes around 2048 on a CPU and 16384 elsewhere,
+            which are tried for a second when a model is first scored on a machine. The plan says which it is.
         chunk_tokens: Tokens of rollouts that are read before they are batched, among which shared beginnings are
             found; None: eight times the budget.
         num_threads: Torch's threads while scoring; None leaves them as they are.
@@ -118,8 +117,7 @@ class Scorer:
             append_eos=options.get("append_eos", False),
         )
         self._truncates = options.get("truncation") is not None
-        is_cpu = self._engine.device.type == "cpu"
-        self.token_budget = options.get("token_budget") or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
+        self.token_budget = self._engine.token_budget
         self._chunk_tokens = options.get("chunk_tokens") or self.token_budget * _BATCHES_PER_CHUNK
         self._has_said_what_is_left_out = False
         follow = options.get("follow")
