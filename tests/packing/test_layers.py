@@ -1,5 +1,7 @@
 """Decoder layers in place along packed rows: the same bits, never for what only looks alike, and rows nobody reads."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -179,14 +181,17 @@ def test_a_layer_that_computes_something_else_is_noticed_and_the_plan_says_so(mo
     assert worst(model, trees(), scorer.score(trees(), FIELDS)) < 1e-4
 
 
-def test_a_last_layer_that_gives_other_rows_is_noticed(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_that_gives_other_rows_is_noticed(monkeypatch, dtype):
     own = layers.forward
 
     def shifted(layer, rows, *arguments, **named):
-        return own(layer, rows if rows is None else rows + 1, *arguments, **named)
+        return own(layer, rows if rows is None else rows.roll(1), *arguments, **named)
 
     monkeypatch.setattr(layers, "forward", shifted)
-    scorer = Scorer(critic("llama"))
+    model = critic("llama")
+    model.pretrained_model.to(dtype)
+    scorer = Scorer(model)
     assert scorer.plan.last_layer == ""
     assert len(scorer._engine._body.fused.layers) == 2
 
@@ -263,3 +268,13 @@ def test_a_hook_anywhere_sees_all_rows():
     model.pretrained_model.model.norm.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     scorer.score(records(), ("reward",))
     assert seen[0].shape[1] > 3 * len(records())
+
+
+@pytest.mark.parametrize("without", [{"layers": ()}, {"last": None}, {"layers": (), "last": None}])
+def test_without_its_kernels_the_scores_are_the_same(without):
+    model = critic("llama")
+    scorer = Scorer(model)
+    expected = scorer.score(records(), ("reward",))
+    body = scorer._engine._body
+    body.fused = dataclasses.replace(body.fused, **without)
+    np.testing.assert_allclose(scorer.score(records(), ("reward",)).reward, expected.reward, rtol=0, atol=1e-5)

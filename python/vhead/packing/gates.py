@@ -88,7 +88,7 @@ class Fused:
 
     def selects_rows(self, model: nn.Module) -> bool:
         """Whether the last layer computes the wanted rows alone: nobody listens to what any module computes."""
-        return self.last is not None and all(map(_is_untouched, model.modules()))
+        return any(layer is self.last for layer in self.layers) and all(map(_is_untouched, model.modules()))
 
     def _forwards(
         self, unit: GatedLayers, unit_rows: int, rows: Tensor | None

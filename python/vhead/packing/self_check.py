@@ -138,13 +138,16 @@ class SelfCheck:
         last = layers.last_of(self.body.model, usual.layers)
         if last is None or strategy.attention is None:
             return usual
-        self.body.fused = replace(usual, last=last)
+        selecting, most = replace(usual, last=last), self.body.most_selected
+        # Filled up to whole kernels, a trial's few rows would be all that there are.
+        self.body.fused, self.body.most_selected = selecting, math.inf
         try:
             agrees = all(self._selects(strategy, batch) for batch in self._batches(strategy))
         except Exception as error:  # Whatever a model raises means that it cannot.
             self._refused(strategy, error)
             agrees = False
-        selecting, self.body.fused = self.body.fused, usual
+        finally:
+            self.body.fused, self.body.most_selected = usual, most
         return selecting if agrees else usual
 
     def _selects(self, strategy: Strategy[Any], batch: Batch[Any]) -> bool:

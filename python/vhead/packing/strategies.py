@@ -100,6 +100,10 @@ class Strategy(ABC, Generic[Content]):
         """Drops what is kept of the model's states, as its weights may change."""
 
 
+# What is chosen before the last layer's products is copied: with more rows than this, for nothing.
+_MOST_SELECTED = 0.9
+
+
 class Body:
     """A language model that runs up to its last hidden state.
 
@@ -108,11 +112,12 @@ class Body:
         plan: How the state is reached.
         fused: The modules that are computed by kernels of this package.
         unit_rows: Rows of a batch from which on gated layers are computed by the processor's matrix unit.
+        most_selected: The largest part of a packed row for which the last layer computes that part alone.
     """
 
     def __init__(self, model: nn.Module, plan: BackbonePlan) -> None:
         self.model, self.plan = model, plan
-        self.fused, self.unit_rows = Fused(), UNIT_ROWS
+        self.fused, self.unit_rows, self.most_selected = Fused(), UNIT_ROWS, _MOST_SELECTED
 
     @classmethod
     def decoder_only(cls, model: nn.Module) -> Self:

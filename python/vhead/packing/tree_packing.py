@@ -17,9 +17,6 @@ from vhead.packing.attention.visibility import dense_mask
 from vhead.packing.strategies import Batch, Body, Rows, Strategy, as_row, row_multiple
 from vhead.packing.trees import Pack, Segment, Tokens, pack_trees
 
-# The largest part of a row's states for which it is worth while to choose them before the last layer's products.
-_MOST_SELECTED = 0.9
-
 
 class _Packing(Strategy[Pack]):
     """Trees of sequences as one row each."""
@@ -57,12 +54,12 @@ class TreePacking(_Packing):
 
     def states_of(self, batch: Batch[Pack], rows: Rows) -> Tensor:
         """Runs the row through the last layer for these rows alone, if that is worth it and the model can take it."""
-        few = 0 < len(rows) <= _MOST_SELECTED * len(batch.content.tokens)
-        if not few or torch.is_grad_enabled() or not self._body.fused.selects_rows(self._body.model):
+        body = self._body
+        filled = np.pad(rows, (0, -len(rows) % row_multiple(body.device, body.dtype)))
+        few = 0 < len(filled) <= body.most_selected * len(batch.content.tokens)
+        if not few or torch.is_grad_enabled() or not body.fused.selects_rows(body.model):
             return super().states_of(batch, rows)
-        multiple = row_multiple(self._body.device, self._body.dtype)
-        filled = np.pad(rows, (0, -len(rows) % multiple))
-        return self._run(batch.content, to_device(torch.from_numpy(filled), self._body.device))[: len(rows)]
+        return self._run(batch.content, to_device(torch.from_numpy(filled), body.device))[: len(rows)]
 
     def _run(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
         with self._interface.attending(type(self).attend(pack.segments)):
