@@ -27,7 +27,7 @@ from vhead.errors import MissingExtraError, RecordError, ServerError
 from vhead.rollouts import Rollout
 from vhead.scoring.fields import COLUMNS, DEFAULT_RETURNS, WEIGHTS_STEP
 from vhead.scoring.scores import TRUNCATED, Scores
-from vhead.serve import npy
+from vhead.serve.protocols import npy
 
 # Of one request; the server's own limits are above these unless its operator says otherwise.
 _BYTES, _TOKENS = 4 << 20, 1 << 16

@@ -15,10 +15,10 @@ from vhead.errors import FieldError, RecordError, RequestError
 from vhead.rollouts import Rollout
 from vhead.rollouts.records import rollouts_of
 from vhead.scoring.scores import Scores
-from vhead.serve import arrow, npy
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, decoded, media_type, schema
 from vhead.serve.models import Prepared
+from vhead.serve.protocols import arrow, npy
 from vhead.serve.service import Service
 
 Id = str | int | float | None
