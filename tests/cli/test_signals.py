@@ -46,6 +46,19 @@ def compute(*_arguments):
         os.write(1, b"asked")
 Engine.score = compute
 """
+# The signal comes in the middle of a library's call, which makes an error of its own of what it raises.
+TURNS = """
+import time
+from vhead.errors import LoadError
+from vhead.scoring.engine import Engine
+def compute(*_arguments):
+    os.write(1, b"computing")
+    try:
+        time.sleep(30)
+    except SystemExit:
+        raise LoadError("could not determine the shape") from None
+Engine.score = compute
+"""
 # Without the thread that ends the process where it does not end by itself.
 ASKS_ONLY = """
 from vhead.cli.signals import Signals
@@ -126,6 +139,15 @@ def test_a_signal_in_the_middle_of_a_del_is_not_dropped(forks, score, sent):
         assert os.read(command.stdout, 100) == b"deleting"
         check_ended(command, sent)
         assert os.read(command.stdout, 100) == b"asked"
+
+
+@both
+def test_an_error_that_a_library_makes_of_a_signal_is_not_told(forks, score, sent):
+    with forks.run(*score, before=TURNS) as command:
+        os.write(command.stdin, RECORD)
+        assert os.read(command.stdout, 100) == b"computing"
+        check_ended(command, sent)
+        assert os.read(command.stdout, 1000) == b""
 
 
 def test_the_check_can_fail_where_nobody_insists(forks, score):

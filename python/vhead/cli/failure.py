@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
+from vhead.cli.signals import asked_to_end
 from vhead.cli.terminal import say
 from vhead.errors import VheadError
 
@@ -17,7 +18,8 @@ def reported() -> Iterator[None]:
     try:
         yield
     except (VheadError, OSError, MemoryError) as error:
-        say(described(error))
+        if not asked_to_end():
+            say(described(error))
         raise typer.Exit(FAILED) from None
 
 

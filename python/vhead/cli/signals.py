@@ -21,6 +21,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 0.6
 _ASK_AGAIN_S = 0.01
 _STANDARD_ERROR = 2
+_asked = threading.Event()
+
+
+def asked_to_end() -> bool:
+    """Whether a signal has come: what goes wrong from then on may be what a library made of the interruption."""
+    return _asked.is_set()
 
 
 class Signals:
@@ -57,6 +63,7 @@ class Signals:
         """Runs in the main thread, and raises only once: a second time would interrupt the orderly end."""
         if self._code is None:
             self._code = 128 + number
+            _asked.set()
             self._request = SystemExit(self._code)
             raise self._request
 
