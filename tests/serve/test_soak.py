@@ -122,8 +122,8 @@ def check_times(before: float, crowd: Crowd, after: float, sizes: list[int]) -> 
     early, late = (statistics.median(each) for each in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
     refused = sum(one.status == 503 for one in crowd.seen)
     sys.stdout.write(
-        f"\n{OVERLOAD_S:g} s: {len(times)} accepted and answered, {refused} refused, {len(crowd.seen) / OVERLOAD_S:.0f} "
-        f"requests a second\nanswers a second: {before:.0f} before, {throughput:.0f} meanwhile, {after:.0f} after\n"
+        f"\n{OVERLOAD_S:g} s: {len(times)} accepted and answered, {refused} refused, "
+        f"{len(crowd.seen) / OVERLOAD_S:.0f} requests a second\nanswers a second: {before:.0f} before, {throughput:.0f} meanwhile, {after:.0f} after\n"
         f"seconds: median {statistics.median(times):.2f}, p99 {p99:.2f}, at most {bound:.2f} allowed\n"
         f"memory: {early / 2**20:.0f} MiB, then {late / 2**20:.0f} MiB\n"
     )

@@ -1,17 +1,28 @@
 """Bodies as streams of Arrow's IPC format."""
 
 import importlib
+import importlib.util
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vhead.errors import MissingExtraError, RequestError
+from vhead.rollouts import Rollout
 from vhead.rollouts.fields import INPUT_FIELDS
-from vhead.scoring.scores import Scores
+from vhead.scoring.fields import COLUMNS
+from vhead.scoring.scores import TRUNCATED, Scores
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 _DEEPEST = 8
+
+
+def is_there() -> bool:
+    """Whether pyarrow is installed."""
+    return importlib.util.find_spec("pyarrow") is not None
 
 
 def _arrow() -> Any:
@@ -35,14 +46,11 @@ def records(body: bytes, most: int) -> list[dict[str, Any]]:
     pa = _arrow()
     found: list[dict[str, Any]] = []
     try:
-        _check_messages(pa, body)
-        with pa.ipc.open_stream(body) as reader:
-            _check_schema(pa, reader.schema)
-            for batch in reader:
-                batch.validate(full=True)
-                if len(found) + batch.num_rows > most:
-                    raise RequestError(f"expected at most {most} rollouts in a request, got more", 413)
-                found += _rows(pa, batch)
+        for batch in _batches(pa, body):
+            batch.validate(full=True)
+            if len(found) + batch.num_rows > most:
+                raise RequestError(f"expected at most {most} rollouts in a request, got more", 413)
+            found += _rows(pa, batch)
     except (pa.ArrowException, OSError, ValueError, struct.error, IndexError) as error:
         if isinstance(error, RequestError):
             raise
@@ -54,10 +62,62 @@ def records(body: bytes, most: int) -> list[dict[str, Any]]:
 def stream(scores: Scores, head: Mapping[str, Any]) -> bytes:
     """Scores as a stream; what describes the server is in the schema's metadata, as JSON under `vhead`.
 
-    Columns of which each rollout has several entries are lists.
+    Columns of which each rollout has several entries are lists. Behind those of `Scores.to_arrow` come `prompt_length`
+    and `mask`.
     """
     pa = _arrow()
-    table = scores.to_arrow().replace_schema_metadata({"vhead": json.dumps(head)})
+    mask = pa.ListArray.from_arrays(pa.array(scores.offsets.astype(np.int32)), pa.array(scores.mask))
+    table = scores.to_arrow().append_column("prompt_length", pa.array(scores.prompt_lengths))
+    return _written(pa, table.append_column("mask", mask).replace_schema_metadata({"vhead": json.dumps(head)}))
+
+
+def arrays(content: bytes) -> tuple[dict[str, NDArray[Any]], int | None]:
+    """What `stream` wrote: the arrays of `Scores` by their names, the offsets among them, and the weights' step."""
+    pa = _arrow()
+    table = pa.ipc.open_stream(content).read_all().combine_chunks()
+    found = {"prompt_lengths": table.column("prompt_length").to_numpy()}
+    found["mask"], found["offsets"] = _flat(pa, table.column("mask"))
+    for name in table.column_names:
+        if name in COLUMNS:
+            found[name], offsets = _flat(pa, table.column(name))
+            if COLUMNS[name].unit == "step":
+                found["step_offsets"] = offsets
+        elif name == TRUNCATED:
+            found[name] = table.column(name).to_numpy()
+    return found, json.loads(table.schema.metadata[b"vhead"])["step"]
+
+
+def _flat(pa: Any, column: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The entries of all rows, and where each row's are."""
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        whole = whole.chunk(0) if whole.num_chunks else pa.array([], whole.type)
+    offsets, widths = np.zeros(0, np.int64), []
+    if pa.types.is_list(whole.type):
+        offsets, whole = whole.offsets.to_numpy().astype(np.int64), whole.values
+    while pa.types.is_fixed_size_list(whole.type):
+        widths.append(whole.type.list_size)
+        whole = whole.values
+    return whole.to_numpy(zero_copy_only=False).reshape(-1, *widths), offsets
+
+
+def stream_of_rollouts(rollouts: Sequence[Rollout]) -> bytes:
+    """Rollouts, all of token ids or all of text, as a stream; their ids stay with whoever sends them."""
+    pa = _arrow()
+    if rollouts[0].kind != "token ids":
+        texts = {name: [getattr(rollout, name) for rollout in rollouts] for name in ("prompt", "completion")}
+        return _written(pa, pa.table(texts))
+    columns = {
+        "prompt_ids": [rollout.prompt for rollout in rollouts],
+        "completion_ids": [rollout.completion for rollout in rollouts],
+        "completion_mask": [rollout.mask for rollout in rollouts],
+        "candidates": [None if one.candidates is None else list(one.candidates) for one in rollouts],
+    }
+    given = {name: column for name, column in columns.items() if any(each is not None for each in column)}
+    return _written(pa, pa.table(given))
+
+
+def _written(pa: Any, table: Any) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -105,21 +165,34 @@ def _values(pa: Any, column: Any) -> list[Any]:
     return [flat[offsets[at] : offsets[at + 1]] if valid[at] else None for at in range(len(column))]
 
 
-def _check_messages(pa: Any, body: bytes) -> None:
-    """Refuses compressed buffers, whose size in memory has no bound, before pyarrow reads any.
-
-    Pyarrow does not tell, so that this looks into the metadata of each message: a table of flatbuffers, whose third
-    field is the record batch. The fourth field of that one says how it is compressed.
-    """
+def _batches(pa: Any, body: bytes) -> Iterator[Any]:
+    """The record batches of a stream, each checked before it is read."""
+    schema = None
     for message in pa.ipc.MessageReader.open_stream(body):
         if message.type == "dictionary":
             raise RequestError("the body: expected columns without dictionaries")
-        metadata = message.metadata.to_pybytes()
-        place = _field(metadata, struct.unpack_from("<I", metadata)[0], 2)
-        if message.type == "record batch" and place is not None:
-            batch = place + struct.unpack_from("<I", metadata, place)[0]
-            if _field(metadata, batch, 3) is not None:
-                raise RequestError("the body: expected an uncompressed stream of Arrow's IPC format", 415)
+        if message.type == "schema":
+            schema = pa.ipc.read_schema(message)
+            _check_schema(pa, schema)
+        elif message.type == "record batch" and schema is not None:
+            _check_uncompressed(message)
+            yield pa.ipc.read_record_batch(message, schema)
+    if schema is None:
+        raise RequestError("the body: expected a stream of Arrow's IPC format: it has no schema")
+
+
+def _check_uncompressed(message: Any) -> None:
+    """Refuses compressed buffers, whose size in memory has no bound, before pyarrow reads any.
+
+    Pyarrow does not tell, so that this looks into the metadata of the message: a table of flatbuffers, whose third
+    field is the record batch. The fourth field of that one says how it is compressed.
+    """
+    metadata = message.metadata.to_pybytes()
+    place = _field(metadata, struct.unpack_from("<I", metadata)[0], 2)
+    if place is not None:
+        batch = place + struct.unpack_from("<I", metadata, place)[0]
+        if _field(metadata, batch, 3) is not None:
+            raise RequestError("the body: expected an uncompressed stream of Arrow's IPC format", 415)
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:

@@ -60,9 +60,10 @@ class ScoreRoute:
         self._writers: dict[str, Callable[[Prepared, Scores], Response]] = {
             JSON: self._as_json,
             npy.MEDIA_TYPE: self._as_npy,
-            arrow.MEDIA_TYPE: self._as_arrow,
         }
-        self._readers[arrow.MEDIA_TYPE] = self._of_arrow
+        if arrow.is_there():
+            self._readers[arrow.MEDIA_TYPE] = self._of_arrow
+            self._writers[arrow.MEDIA_TYPE] = self._as_arrow
 
     async def __call__(self, request: Request) -> Response:
         """One request, in the form that its Content-Type says, answered in the form that Accept asks for."""
