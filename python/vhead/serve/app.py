@@ -46,7 +46,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     for error in (RequestError, ServerBusyError, ServerStoppingError):
         app.add_exception_handler(error, _of_request)
     app.include_router(page.router())
-    app.add_middleware(Entrance, metrics=service.metrics, api_key=api_key)
+    app.add_middleware(Entrance, metrics=service.metrics, tracing=service.tracing, api_key=api_key)
     _describe(app, is_keyed=api_key is not None)
     return app
 

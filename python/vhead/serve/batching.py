@@ -78,10 +78,14 @@ class BatchReport:
     """What is told of each batch: its rollouts, requests and tokens, how full it was, and how long it took.
 
     Attributes:
+        number: How many there were before it.
+        names: What its requests are called.
         fill: The tokens that it was expected to take through the model, as a share of those that a batch may have.
         waited_s: Seconds for which its oldest request had waited.
     """
 
+    number: int
+    names: tuple[str, ...]
     rollouts: int
     requests: int
     tokens: int
@@ -121,6 +125,7 @@ class Batcher:
         self._queue = Queue()
         self._changed = threading.Condition()
         self._numbers = count()
+        self._batches = count()
         self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._stopping = False
         self._speed = 0.0
@@ -148,7 +153,9 @@ class Batcher:
         seconds = self.queued_tokens / self._speed if self._speed else 1.0
         return min(max(ceil(seconds), 1), _LONGEST_RETRY_S)
 
-    def submit(self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "", model: str = "") -> Future[Scores]:
+    def submit(
+        self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "", model: str = "", name: str = ""
+    ) -> Future[Scores]:
         """Queues rollouts of token ids.
 
         Args:
@@ -156,6 +163,7 @@ class Batcher:
             asked: What is asked for of them.
             client: Who asks.
             model: Which model scores them.
+            name: What reports call the request.
 
         Returns:
             The scores, in order, with the rollouts' places in `rollouts` as their indices. Cancelling it takes out of
@@ -168,7 +176,7 @@ class Batcher:
         first = rollouts[0].candidates
         kind = (model, asked, 0 if first is None else first.shape[1])
         runs = deque(runs_of(rollouts, self.limits.batch_tokens))
-        request = QueuedRequest(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts))
+        request = QueuedRequest(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts), name)
         tokens = request.tokens
         with self._changed:
             self.check_open()
@@ -285,6 +293,8 @@ class Batcher:
         if self._on_batch is not None:
             self._on_batch(
                 BatchReport(
+                    number=next(self._batches),
+                    names=tuple(request.name for request in requests),
                     rollouts=sum(len(run.rollouts) for _, run in taken),
                     requests=len(requests),
                     tokens=outcome.tokens,

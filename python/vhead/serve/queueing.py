@@ -52,6 +52,7 @@ class QueuedRequest:
     runs: deque[Run]
     arrived: float
     left: int
+    name: str = ""
     parts: list[Scores] = field(default_factory=list)
     future: Future[Scores] = field(default_factory=Future)
 
