@@ -285,7 +285,7 @@ def _groups(rollouts: list[Rollout]) -> list[list[Rollout]]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "serving", rounds=3, layers=4, prompts=32, completions=4)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="the interpreter of an environment with vLLM")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from vhead.serve.app import make_app
+from vhead.serve.connections import protocol
 from vhead.serve.service import Service
 
 # Connections that are open at one moment; beyond it, the next one is answered with 503.
@@ -86,7 +87,7 @@ class Server:
         self._service, self._bound, self._drain_s = service, bound, drain_s
         config = uvicorn.Config(
             make_app(service, address.api_key),
-            http="h11",
+            http=protocol(service.limits.body_s),
             ws="none",
             loop="asyncio",
             lifespan="off",
