@@ -73,6 +73,8 @@ class Address:
 class Server:
     """A server that runs in a thread until it is told to stop.
 
+    Connections are taken from its beginning on, and wait for `run`.
+
     Args:
         service: The model; it is closed at the end.
         address: Where it listens.
@@ -106,6 +108,7 @@ class Server:
         self._server = uvicorn.Server(config)
         # Signals come to the main thread, which has nothing else to do.
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="vhead-http", daemon=True)
+        bound.listen(_BACKLOG)
 
     def stop(self) -> None:
         """Takes no more connections, and ends when what was accepted is answered; at once when it is called again."""
