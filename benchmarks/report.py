@@ -295,6 +295,36 @@ AGENT_RATIOS = (
 )
 
 
+SERVING_MEASURES = ("seconds", "server_s", "own_s", "clients_s", "load")
+
+
+def serving(data: Data) -> Iterator[str]:
+    """`serving.py`."""
+    p = data["provenance"]
+    yield (
+        f"{source(p)} {p['clients']} clients. Qwen2-0.5B's shape with {p['layers']} layers in {p['dtype']}, values of "
+        f"{p['work']['rollouts']} rollouts; the bundled model: {p['bundled_work']['rollouts']} rollouts."
+    )
+    yield from ("", *GOALS)
+    for unit, goal in (("groups", 0.9), ("rollouts", 0.8)):
+        for body in ("Arrow", "JSON"):
+            over = ratio(data["qwen2"], "seconds", {"unit": "stream"}, {"unit": unit, "body": body})
+            yield at_least(f"throughput over `Scorer.stream`, requests of {unit}, {body}", goal, over)
+    for model, body, goal in (("qwen2", "Arrow", 0.05), ("qwen2", "JSON", 0.12), ("bundled", "Arrow", 0.3)):
+        share = median(data[model], "own_share", unit="groups", body=body)
+        yield at_most(f"what is not the model's of the server's processor time: {model}, groups, {body}", goal, share)
+    if "vllm" in data:
+        over = ratio(data["vllm"], "seconds", {"server": "vLLM"}, {"server": "vhead"})
+        yield at_least("requests/s over vLLM's `/pooling`, groups", 2.5, over)
+    for model in ("qwen2", "bundled"):
+        headings = "| requests | body | median s | server's processor s | its own part | clients' processor s | load |"
+        yield from ("", f"{model}:", "", *table(headings))
+        for unit, body in dict.fromkeys((row["unit"], row["body"]) for row in data[model]):
+            rows = select(data[model], unit=unit, body=body)
+            figures = (statistics.median(row.get(m, 0) for row in rows) for m in SERVING_MEASURES)
+            yield f"| {unit} | {body} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
 def sync(data: Data) -> Iterator[str]:
     """`sync.py`."""
     p = data["provenance"]
@@ -426,6 +456,7 @@ PAGES: dict[str, Page] = {
     "scoring-memory": scoring.peaks,
     "scoring-overhead": scoring.overhead,
     "scoring-scale": scoring.scale,
+    "serving": serving,
     "sync": sync,
     "token-statistics": token_statistics,
     "update": update,
