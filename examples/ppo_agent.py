@@ -11,7 +11,7 @@ agent only reads. The critic's head begins with zeros, or is fitted by `vhead.fi
 taught by before: no game is played for it. All else is the same for both.
 
     pip install vhead matplotlib
-    python examples/ppo_agent.py --chart ppo-agent.svg
+    python examples/ppo_agent.py --chart ppo-agent.png
 """
 
 import argparse
@@ -263,7 +263,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel=f"updates of the policy, {ROLLOUTS} rollouts each", ylabel="mean reward")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", dpi=160)
 
 
 def main() -> None:
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--demonstrations", type=int, default=1600, help="games that the first policy is taught by")
-    parser.add_argument("--curves", type=Path, default=Path("ppo-agent.json"), help="a file for the curves")
+    parser.add_argument("--curves", type=Path, default=Path("ppo_agent.json"), help="a file for the curves")
     parser.add_argument("--chart", type=Path, help="a picture of them, which needs matplotlib")
     options = parser.parse_args()
 

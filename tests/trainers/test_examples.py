@@ -189,8 +189,24 @@ def test_distillation(run):
 def test_ppo_agent(run):
     """The short form: both heads begin with the same policy and games, and only the fitted one knows of the reward."""
     run("ppo_agent.py", "--demonstrations", "64", "--updates", "2", "--seeds", "0")
-    fresh, fitted = (json.loads(Path("ppo-agent.json").read_text())[at] for at in (0, 1))
+    fresh, fitted = (json.loads(Path("ppo_agent.json").read_text())[at] for at in (0, 1))
     assert (fresh["head"], fitted["head"]) == ("fresh", "fitted")
     assert fresh["rewards"][0] == fitted["rewards"][0]
     assert fresh["explained_variance"][0] == pytest.approx(0.0, abs=1e-6)
     assert fitted["explained_variance"][0] > 0.2
+
+
+def test_the_page_about_the_agent_says_what_its_curves_show():
+    example = runpy.run_path(str(EXAMPLES / "ppo_agent.py"))
+    runs = json.loads((EXAMPLES / "ppo_agent.json").read_text())
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    medians = {}
+    for kind in ("fitted", "fresh"):
+        curves = [run["rewards"] for run in runs if run["head"] == kind]
+        needed = [example["needed"](rewards) for rewards in curves]
+        said = [f"{count:.0f}" if np.isfinite(count) else f"more than {len(curves[0])}" for count in needed]
+        median = sorted(zip(needed, said, strict=True))[len(needed) // 2]
+        medians[kind] = min(median[0], len(curves[0]))
+        assert len(curves) == 5
+        assert f"| {kind} | {', '.join(said)} | {median[1]} |" in page
+    assert medians["fitted"] <= 0.6 * medians["fresh"]
