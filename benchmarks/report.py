@@ -7,64 +7,16 @@ any other file is taken for one of `vhead bench`. The measuring scripts write th
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
 
-from results import HeadFigures, cost, median, ratio, scored_by, select, speed
+import scoring_pages as scoring
+from results import HeadFigures, median, ratio, select
+from tables import GOALS, MEASURES, RESULTS, Data, Page, at_least, at_most, judged, source, table, write
 
 from vhead.benchmark.document import Row
-
-Data: TypeAlias = dict[str, Any]
-Page: TypeAlias = Callable[[Data], Iterator[str]]
-
-RESULTS = Path(__file__).parent / "results"
-GOALS = ("| figure | goal | measured | reached |", "|---" * 4 + "|")
-
-
-def write(path: Path, page: Page) -> Path:
-    """Writes the page about the figures in a file, beside it."""
-    lines = [f"<!-- Written by benchmarks/report.py from {path.name}. -->", *page(json.loads(path.read_text()))]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    return path.with_suffix(".md")
-
-
-def source(p: Row) -> str:
-    """Where the figures come from."""
-    where = f"{p['device_name']}, " if p.get("device_name") else ""
-    versions = ", ".join(f"{name} {p[name] or 'not installed'}" for name in ("torch", "transformers", "trl"))
-    commit = f"commit {p['commit'][:12]}" if "commit" in p else f"vhead {p['vhead']}"
-    uncommitted = " with uncommitted sources" if p.get("uncommitted_sources") else ""
-    load = f"; load average {p['load_before']:.1f} before, {p['load_after']:.1f} after" if "load_before" in p else ""
-    settings = "".join(f"; {name}={value}" for name, value in p["environment"].items())
-    return (
-        f"{where}{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; {versions}, "
-        f"Python {p['python']}; {commit}{uncommitted}, {p['date']}; rounds: {p['rounds']}{load}{settings}."
-    )
-
-
-def table(headings: str) -> tuple[str, str]:
-    """The first two lines of a table."""
-    return headings, "|---" * (headings.count("|") - 1) + "|"
-
-
-def judged(name: str, goal: str, measured: str, *, reached: bool) -> str:
-    """A row of the table of goals."""
-    return f"| {name} | {goal} | {measured} | {'yes' if reached else '**no**'} |"
-
-
-def at_least(name: str, goal: float, measured: float) -> str:
-    """A row for a figure that should be high."""
-    return judged(name, f"≥ {goal:g}×", f"{measured:.3g}×", reached=measured >= goal)
-
-
-def at_most(name: str, goal: float, measured: float, unit: str = "×") -> str:
-    """A row for a figure that should be low."""
-    return judged(name, f"≤ {goal:g}{unit}", f"{measured:.3g}{unit}", reached=measured <= goal)
-
 
 # --- The head --------------------------------------------------------------------------------------------------------
 
@@ -156,138 +108,6 @@ def _head_errors(figures: HeadFigures) -> Iterator[str]:
         yield f"| {what} | {dtype} | {dropout:g} | {cells} |"
 
 
-# --- The scorer ------------------------------------------------------------------------------------------------------
-
-SPEED_GOALS = {"values": 11.0, "all fields": 7.0}
-PEERS = {
-    "trl": "TRL 1.12: right-padded batches of 8 in input order; values and log-probabilities, no entropies",
-    "trl, forward only": "the same, forward only: values, and logits that nobody reads",
-    "one at a time": "vhead, each rollout alone",
-    "sorted batches": "vhead, length-sorted batches: no tree packing",
-    "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
-    "dense mask": "vhead, packed trees under one dense mask: no attention by segments",
-    "logits of all rows": "vhead, logits of every packed row: no choice of rows, no fused statistics",
-    "attention by calls": "vhead, attention by segments in calls of torch's kernel: not by the matrix unit (bfloat16)",
-    "norms by the model": "vhead, norms by the model: no fused ones",
-    "gated layers by the model": "vhead, gated layers by the model: none in place, none by the matrix unit",
-    "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
-    "batch-invariant": "vhead, `batch_invariant=True`",
-    "bare GEMM": "only the matrix products over unique tokens and completion rows",
-}
-
-
-def scoring_peers(data: Data) -> Iterator[str]:
-    """`scoring.py peers`."""
-    p, work = data["provenance"], data["provenance"]["workload"]
-    yield source(p | {"rounds": len({row["round"] for row in data["times"]})})
-    yield (
-        f"Qwen2-0.5B's shape with {p['layers']} layers, {p.get('dtype', 'float32')}, random weights; "
-        f"{work['rollouts']} rollouts ({p.get('kind', 'group')}): {work['tokens']:,} tokens, {work['unique_tokens']:,} "
-        f"of them unique, {work['completion_tokens']:,} the model's."
-    )
-    yield from ("", *GOALS, *_scoring_goals(data["times"], data.get("memory", [])))
-    yield from ("", *table("| seconds (× TRL's speed; processor seconds) | values | all fields |"))
-    for name, what in PEERS.items():
-        cells = [_peer_cell(data["times"], name, fields) for fields in SPEED_GOALS]
-        if any(cells):
-            yield f"| {what} | {' | '.join(cells)} |"
-    if not data.get("memory"):
-        return
-    yield from ("", *table("| peak above the model, MiB | values | all fields |"))
-    for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
-        extra = (median(data["memory"], "extra_bytes", contestant=name, fields=fields) for fields in SPEED_GOALS)
-        yield f"| {name} | {' | '.join('' if peak is None else f'{peak / 2**20:,.0f}' for peak in extra)} |"
-
-
-def _scoring_goals(times: list[Row], memory: list[Row]) -> Iterator[str]:
-    for fields, goal in SPEED_GOALS.items():
-        yield at_least(f"{fields}: speed over TRL's loop", goal, speed(times, fields))
-        yield at_least(f"{fields}: the same in processor time", goal, speed(times, fields, "processor_s"))
-    forward = speed(times, "values", peer="trl, forward only")
-    if forward is not None:
-        yield f"| values: speed over TRL's forward alone, which leaves log-probabilities out | | {forward:.1f}× | |"
-    for fields in SPEED_GOALS:
-        yield at_least(f"{fields}: speed over the bare matrix products", 0.85, speed(times, fields, peer="bare GEMM"))
-    for fields in SPEED_GOALS:
-        extra = median(memory, "extra_bytes", **scored_by("vhead", fields))
-        if extra is not None:
-            yield at_most(f"{fields}: peak memory above the model", 250, extra / 2**20, " MiB")
-
-
-def _peer_cell(times: list[Row], name: str, fields: str) -> str:
-    wall, processor = (median(times, m, contestant=name, fields=fields) for m in ("wall_s", "processor_s"))
-    return "" if wall is None else f"{wall:.1f} ({speed(times, fields, own=name):.1f}×; {processor:.1f})"
-
-
-MEASURES = {"wall_s": "by the clock", "processor_s": "in processor time"}
-CONTESTANTS = {
-    "model": "the model's part of the scorer: batches made and rows chosen before the clock starts",
-    "model, own attention": "the same rows through the model's own attention, each packed row for one sequence",
-    "stream of ids": "`Scorer.stream` of token ids",
-    "stream of text": "`Scorer.stream` of text",
-    "text to Arrow": "text to Arrow tables",
-    "command, text in JSON Lines": "`vhead score`, text, JSON Lines to JSON Lines",
-    "command, ids in Parquet": "`vhead score`, token ids, Parquet to Parquet",
-}
-COMMANDS = {"command, text in JSON Lines": "stream of text", "command, ids in Parquet": "stream of ids"}
-
-
-def scoring_overhead(data: Data) -> Iterator[str]:
-    """`scoring.py overhead`."""
-    times, p, work = data["times"], data["provenance"], data["provenance"]["workload"]
-    yield source(p)
-    yield (
-        f"The demo model, its checkpoint's dtype; {work['rollouts']:,} rollouts of {work['tokens']:,} bytes, of which "
-        f"{work['computed_tokens']:,} go through the model; {', '.join(p['fields'])}; {p['rounds']} rounds."
-    )
-    yield from ("", *GOALS)
-    for measure, how in MEASURES.items():
-        added = 100 * (ratio(times, measure, {"contestant": "text to Arrow"}, {"contestant": "model"}) - 1)
-        name = f"tokenising, packing and Arrow, over the model's part, {how}"
-        yield at_most(name, 15.0, added, " %")
-    for (command, stream), (measure, how) in product(COMMANDS.items(), MEASURES.items()):
-        name = f"{CONTESTANTS[command]}, speed over {CONTESTANTS[stream]}, {how}"
-        yield at_least(name, 0.9, ratio(times, measure, {"contestant": stream}, {"contestant": command}))
-    yield from ("", *table("| seconds (processor seconds) | |"))
-    for name, what in CONTESTANTS.items():
-        wall, processor = (median(times, measure, contestant=name) for measure in MEASURES)
-        yield f"| {what} | {wall:.2f} ({processor:.2f}) |"
-
-
-# What grows in `scoring.py growth`, with what a reader calls it.
-AXES = {
-    "rollouts": "rollouts",
-    "vocabulary": "vocabulary",
-    "completions per prompt": "completions of each prompt",
-    "completion length": "tokens of a completion",
-}
-
-
-def scoring_growth(data: Data) -> Iterator[str]:
-    """`scoring.py growth`."""
-    yield source(data["provenance"])
-    yield "Processor microseconds per token of prompts and completions, shared or not."
-    for axis, label in AXES.items():
-        costs = {fields: dict(cost(data["times"], axis, fields)) for fields in ("values", "all fields")}
-        places = list(costs["values"])
-        yield from ("", *table(f"| {label} | {' | '.join(f'{at:,}' for at in places)} |"))
-        for fields, at in costs.items():
-            yield f"| {fields} | {' | '.join(f'{at[place]:.1f}' for place in places)} |"
-
-
-def scoring_scale(data: Data) -> Iterator[str]:
-    """`scoring.py scale`."""
-    yield source(data["provenance"])
-    yield from ("Resident memory, from a tenth of the run to its last record; at most: in the whole run.", "")
-    yield from table("| | rollouts | a second | MiB at first | at last | at most | MiB per million rollouts |")
-    for name, what in {"stream": "`Scorer.stream`", "command": "`vhead score`, Parquet to Parquet"}.items():
-        if name in data:
-            r = data[name]
-            memory = f"{r['mib_at_first']:,.0f} | {r['mib_at_last']:,.0f} | {r['mib_at_most']:,.0f}"
-            rate = f"{r['rollouts_per_s']:,.0f}"
-            yield f"| {what} | {r['asked']:,} | {rate} | {memory} | {r['mib_per_million_rollouts']:+.1f} |"
-
-
 # --- Everything else -------------------------------------------------------------------------------------------------
 
 LAYOUTS = ("single file", "shards of 500 MB")
@@ -377,13 +197,16 @@ def _ratio(over: list[float], under: list[float]) -> float:
 
 def fitting(data: Data) -> Iterator[str]:
     """`fitting.py`."""
-    times, p = {(row["dtype"], row["implementation"]): row["seconds"] for row in data["times"]}, data["provenance"]
-    yield f"{source(p)} {p['prompts']} prompts x {p['completions']}, Qwen2-0.5B's shape with {p['layers']} layers."
-    yield from ("", *table("| figure | goal | measured | reached |"))
-    for dtype in dict.fromkeys(dtype for dtype, _ in times):
-        ratio = _ratio(times[dtype, "fit"], times[dtype, "score"])
-        what = f"time over scoring values, {dtype.removeprefix('torch.')}"
-        yield judged(what, "<= 1.1x", f"{ratio:.3f}x", reached=ratio <= 1.1)
+    times, p = data["times"], data["provenance"]
+    yield f"{source(p)} Prompts with {p['completions']} completions, Qwen2-0.5B's shape with {p['layers']} layers."
+    yield from ("", *GOALS)
+    for dtype, tokens in dict.fromkeys((row["dtype"], row["tokens"]) for row in times):
+        of = select(times, dtype=dtype, tokens=tokens)
+        for measure, how in MEASURES.items():
+            taken = ratio(of, measure, {"implementation": "fit"}, {"implementation": "score"})
+            if taken is not None:
+                what = f"time over scoring values of {tokens:,} tokens, {dtype.removeprefix('torch.')}, {how}"
+                yield judged(what, "<= 1.1x", f"{taken:.3f}x", reached=taken <= 1.1)
     yield from ("", *table("| completion tokens | peak MiB of the process |"))
     for row in data["memory"]:
         yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"
@@ -472,6 +295,36 @@ AGENT_RATIOS = (
 )
 
 
+SERVING_MEASURES = ("seconds", "server_s", "own_s", "clients_s", "load")
+
+
+def serving(data: Data) -> Iterator[str]:
+    """`serving.py`."""
+    p = data["provenance"]
+    yield (
+        f"{source(p)} {p['clients']} clients. Qwen2-0.5B's shape with {p['layers']} layers in {p['dtype']}, values of "
+        f"{p['work']['rollouts']} rollouts; the bundled model: {p['bundled_work']['rollouts']} rollouts."
+    )
+    yield from ("", *GOALS)
+    for unit, goal in (("groups", 0.9), ("rollouts", 0.8)):
+        for body in ("Arrow", "JSON"):
+            over = ratio(data["qwen2"], "seconds", {"unit": "stream"}, {"unit": unit, "body": body})
+            yield at_least(f"throughput over `Scorer.stream`, requests of {unit}, {body}", goal, over)
+    for model, body, goal in (("qwen2", "Arrow", 0.05), ("qwen2", "JSON", 0.12), ("bundled", "Arrow", 0.3)):
+        share = median(data[model], "own_share", unit="groups", body=body)
+        yield at_most(f"what is not the model's of the server's processor time: {model}, groups, {body}", goal, share)
+    if "vllm" in data:
+        over = ratio(data["vllm"], "seconds", {"server": "vLLM"}, {"server": "vhead"})
+        yield at_least("requests/s over vLLM's `/pooling`, groups", 2.5, over)
+    for model in ("qwen2", "bundled"):
+        headings = "| requests | body | median s | server's processor s | its own part | clients' processor s | load |"
+        yield from ("", f"{model}:", "", *table(headings))
+        for unit, body in dict.fromkeys((row["unit"], row["body"]) for row in data[model]):
+            rows = select(data[model], unit=unit, body=body)
+            figures = (statistics.median(row.get(m, 0) for row in rows) for m in SERVING_MEASURES)
+            yield f"| {unit} | {body} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
 def sync(data: Data) -> Iterator[str]:
     """`sync.py`."""
     p = data["provenance"]
@@ -554,6 +407,7 @@ def update(data: Data) -> Iterator[str]:
 
 UPDATES = {
     "vhead": "`vhead.TrainingPass`",
+    "vhead, in place": "the same with `accumulate_in_place=True`",
     "padded loop, 4": "padded loop of TRL's class, 4 rows",
     "padded loop, 8": "padded loop of TRL's class, 8 rows",
     "sorted loop, 4": "the same sorted by length, 4 rows",
@@ -574,11 +428,10 @@ def _update_goals(times: list[Row], memory: list[Row], dtype: str) -> Iterator[s
         saved = ratio(times, measure, {"contestant": "full passes"}, {"contestant": "states kept"})
         if saved is not None:
             yield at_least(f"{dtype}: a frozen body's states kept for 4 updates, {how}", 3.0, saved)
-    own = median(memory, "extra_bytes", contestant="vhead")
-    for name in ("padded loop, 4", "padded loop, 8"):
-        peer = median(memory, "extra_bytes", contestant=name)
-        if own is not None and peer is not None:
-            yield at_least(f"{dtype}: less peak memory than the {name}", 6.0, peer / own)
+    for own, name in product(("vhead", "vhead, in place"), ("padded loop, 4", "padded loop, 8")):
+        ours, peer = (median(memory, "extra_bytes", contestant=each) for each in (own, name))
+        if ours is not None and peer is not None:
+            yield at_least(f"{dtype}: less peak memory of {own} than of the {name}", 6.0, peer / ours)
 
 
 def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
@@ -596,10 +449,14 @@ PAGES: dict[str, Page] = {
     "loading": loading,
     "ray-data": ray_data,
     "returns": returns,
-    "scoring": scoring_peers,
-    "scoring-growth": scoring_growth,
-    "scoring-overhead": scoring_overhead,
-    "scoring-scale": scoring_scale,
+    "scoring": scoring.peers,
+    "scoring-ablations": scoring.ablations,
+    "scoring-context": scoring.context,
+    "scoring-growth": scoring.growth,
+    "scoring-memory": scoring.peaks,
+    "scoring-overhead": scoring.overhead,
+    "scoring-scale": scoring.scale,
+    "serving": serving,
     "sync": sync,
     "token-statistics": token_statistics,
     "update": update,

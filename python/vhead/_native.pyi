@@ -37,6 +37,7 @@ __all__ = [
     "linear",
     "panic_on_purpose",
     "rms_norm",
+    "rotate",
     "sync_collect",
     "sync_export",
     "sync_list",
@@ -211,6 +212,9 @@ class Attention:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + epsilon)` of `[..., H]`, in its dtype, which is the weight's as well."""
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary position embeddings of `x` `[..., heads * D]` in place, by `cos` and `sin` `[..., D]` of its dtype."""
 
 @final
 class LogitStatistics:

@@ -35,7 +35,7 @@ mod _native {
     #[pymodule_export]
     use super::init::{init_linear, init_normal};
     #[pymodule_export]
-    use super::matrix_unit::{Attention, FeedForward, has_matrix_unit, rms_norm};
+    use super::matrix_unit::{Attention, FeedForward, has_matrix_unit, rms_norm, rotate};
     #[pymodule_export]
     use super::returns::{explained_variance, gae, token_rewards, whiten};
     #[pymodule_export]
