@@ -14,7 +14,7 @@ from vhead.demo import demo_model_path
 from vhead.scoring.sharing import share_weights
 
 WORKERS = scaled(2, 4)
-VOCABULARY = scaled(100_000, 400_000)
+VOCABULARY = scaled(60_000, 400_000)
 HIDDEN_SIZE = 512
 MOST = 1.15
 ROLLOUTS = [Rollout([5, 6, 7, place], [8, 9, 3]) for place in range(4)]

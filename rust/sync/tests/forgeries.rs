@@ -22,7 +22,7 @@ impl Drop for Published {
 fn weights(step: u64) -> Vec<(Description, Vec<u8>)> {
     let tensor = |name: &str, dtype: &str, shape: Vec<usize>| {
         let description = Description::new(name.to_owned(), dtype, shape).unwrap();
-        let scrambled = (0..description.bytes() as u64).map(|at| ((at + 3) * (step + 7) * 2_654_435_761 >> 11) as u8);
+        let scrambled = (0..description.bytes() as u64).map(|at| (((at + 3) * (step + 7) * 2_654_435_761) >> 11) as u8);
         (description, scrambled.collect())
     };
     vec![tensor("bias", "F32", vec![9]), tensor("weight", "BF16", vec![33, 8])]
