@@ -2,7 +2,8 @@
 
     python benchmarks/chart.py [NAME ...]
 
-Without NAME, every picture whose figures are there: head, scoring, scoring-growth, scoring-scale, update.
+Without NAME, every picture whose figures are there: head, scoring, scoring-workloads, scoring-growth, scoring-scale,
+update.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from report import AXES, DTYPES, RESULTS, SHAPE, Data
+from report import DTYPES, SHAPE
 from results import HeadFigures, cost, machine, median, scored_by, speed
+from scoring_pages import AXES
+from tables import RESULTS, Data
 
 from vhead.benchmark.document import Row
 
@@ -63,9 +66,13 @@ def draw_head(axes: Axes, figures: HeadFigures, mode: str, title: str) -> None:
 BARS = {
     "trl": ("TRL 1.12: values and log-probabilities, no entropies", PEER),
     "trl, forward only": ("TRL 1.12, forward only: values", PALE),
+    "vllm-cpu": ("vLLM's CPU build, token_classify: values", "#7c8ea6"),
     "sorted batches": ("vhead, length-sorted batches", "#fdba74"),
     "vhead": ("vhead", OURS),
 }
+THICKNESS = 0.17
+# Two threads, and what they leave behind in an average over a minute.
+QUIET = 3.0
 PRODUCTS = "the matrix products of vhead's work alone, with nothing around them"
 GROUPS = {"values": "values", "all fields": "values, log-\nprobabilities,\nentropies,\nrewards"}
 
@@ -77,11 +84,48 @@ def scoring_peers(data: Data) -> Figure:
     )
     draw_times(times, data["times"])
     draw_memory(memory, data)
+    memory.set_visible("memory" in data)
     # One column, so that it is read in the bars' order.
     legend(figure, times, [*(label for label, _ in BARS.values()), PRODUCTS], loc="outside upper left")
+    _caption(figure, f"{_scored(data)}; {machine(data['provenance'])}{_load(data['times'])}")
+    return figure
+
+
+def _load(times: list[Row]) -> str:
+    """The load while the figures were taken, where another program took part in it."""
+    most = max(row["load_after"] for row in times)
+    return f"; load average up to {most:.0f}" if most > QUIET else ""
+
+
+def _scored(data: Data) -> str:
+    """What was scored, by which model."""
     p, work = data["provenance"], data["provenance"]["workload"]
-    about = f"{work['rollouts']} rollouts of {work['tokens']:,} tokens, Qwen2-0.5B's shape with {p['layers']} layers"
-    _caption(figure, f"{about}, float32; {machine(p)}")
+    return (
+        f"{work['rollouts']} rollouts of {work['tokens']:,} tokens ({work['unique_tokens']:,} unique), "
+        f"{p['model']} with {p['layers']} layers, {p['dtype']}"
+    )
+
+
+WORKLOADS = {
+    "group": "Completions of the same prompts",
+    "traces": "Traces of agents",
+    "long": "Long completions",
+    "unrelated": "Nothing shared",
+}
+
+
+def scoring_workloads(data: Data) -> Figure:
+    """Time of every contestant on each kind of rollouts, a panel each."""
+    kinds = [kind for kind in WORKLOADS if kind in data]
+    figure, panels = pyplot.subplots(len(kinds), figsize=(10, 0.6 + 2.6 * len(kinds)), layout="constrained")
+    for axes, kind in zip(mpl.cbook.flatten([panels]), kinds, strict=True):
+        draw_times(axes, data[kind]["times"])
+        axes.set_title(f"{WORKLOADS[kind]}, seconds: {_scored(data[kind])}", loc="left", fontsize=8)
+    legend(
+        figure, figure.axes[0], [*(label for label, _ in BARS.values()), PRODUCTS], loc="outside upper left", ncols=2
+    )
+    load = _load([row for kind in kinds for row in data[kind]["times"]])
+    _caption(figure, machine(data[kinds[0]]["provenance"]) + load)
     return figure
 
 
@@ -91,7 +135,7 @@ def draw_times(axes: Axes, times: list[Row]) -> None:
         for y, name in bars(times, group, fields):
             label, colour = BARS[name]
             seconds = median(times, "wall_s", **scored_by(name, fields))
-            bar(axes, y, seconds, 0.2, annotation(times, name, fields, seconds), color=colour, label=label)
+            bar(axes, y, seconds, THICKNESS, annotation(times, name, fields, seconds), color=colour, label=label)
         products = median(times, "wall_s", contestant="bare GEMM", fields=fields)
         if products is not None:
             limit(axes, products, group, PRODUCTS)
@@ -105,9 +149,9 @@ def draw_memory(axes: Axes, data: Data) -> None:
     """The peak above the model, in bars that stand where those of the times do."""
     for group, fields in enumerate(GROUPS):
         for y, name in bars(data["times"], group, fields):
-            extra = median(data["memory"], "extra_bytes", **scored_by(name, fields))
+            extra = median(data.get("memory", []), "extra_bytes", **scored_by(name, fields))
             if extra is not None:
-                bar(axes, y, extra / 2**20, 0.2, f"{extra / 2**20:,.0f}", color=BARS[name][1])
+                bar(axes, y, extra / 2**20, THICKNESS, f"{extra / 2**20:,.0f}", color=BARS[name][1])
     axes.set_ylim(-0.5, len(GROUPS) - 0.5)
     axes.set_yticks([])
     axes.tick_params(axis="x", labelsize=8)
@@ -118,16 +162,17 @@ def bars(times: list[Row], group: int, fields: str) -> Iterator[tuple[float, str
     """Where the bars of a group stand, without gaps: one for each contestant that was timed."""
     present = [name for name in BARS if median(times, "wall_s", **scored_by(name, fields)) is not None]
     for slot, name in enumerate(present):
-        yield group + (slot - (len(present) - 1) / 2) * 0.2, name
+        yield group + (slot - (len(present) - 1) / 2) * THICKNESS, name
 
 
 def annotation(times: list[Row], name: str, fields: str, seconds: float) -> str:
     """The time, and for ours how often faster than the peer."""
     if name != "vhead":
         return f"{seconds:.1f}"
-    text = f"{seconds:.1f}: {speed(times, fields):.1f}× TRL's speed"
-    forward = speed(times, fields, peer="trl, forward only")
-    return text if forward is None else f"{text}, {forward:.1f}× forward only"
+    peers = {"trl": "TRL's speed", "trl, forward only": "forward only", "vllm-cpu": "vLLM's"}
+    faster = {what: speed(times, fields, peer=peer) for peer, what in peers.items()}
+    ratios = [f"{ratio:.1f}× {what}" for what, ratio in faster.items() if ratio is not None]
+    return ": ".join([f"{seconds:.1f}", *([", ".join(ratios)] if ratios else [])])
 
 
 def growth(data: Data) -> Figure:
@@ -251,7 +296,30 @@ def _caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color="#555555")
 
 
-PICTURES = {"head": head, "scoring": scoring_peers, "scoring-growth": growth, "scoring-scale": scale, "update": update}
+PICTURES = {
+    "head": head,
+    "scoring": scoring_peers,
+    "scoring-workloads": scoring_workloads,
+    "scoring-growth": growth,
+    "scoring-scale": scale,
+    "update": update,
+}
+
+
+def figures_of(name: str, results: Path) -> Data | None:
+    """The figures that a picture is drawn from; None where they were not measured."""
+
+    def read(stem: str) -> Data:
+        path = results / f"{stem}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    if name == "scoring-workloads":
+        found = {kind: read(f"scoring-{kind}-bfloat16") for kind in WORKLOADS}
+        return {kind: data for kind, data in found.items() if data} or None
+    if name == "scoring":
+        times = read("scoring-group-bfloat16")
+        return times and {**read("scoring-memory-group-bfloat16"), **times}
+    return read(name) or None
 
 
 def _main() -> None:
@@ -263,9 +331,9 @@ def _main() -> None:
     mpl.rcParams["svg.hashsalt"] = "vhead"  # The same picture is the same file.
     options.images.mkdir(parents=True, exist_ok=True)
     for name in options.names or PICTURES:
-        data, image = options.results / f"{name}.json", options.images / f"{name}.png"
-        if data.exists():
-            figure = PICTURES[name](json.loads(data.read_text()))
+        data, image = figures_of(name, options.results), options.images / f"{name}.png"
+        if data:
+            figure = PICTURES[name](data)
             # White, so that it can be read on a dark page as well.
             figure.savefig(image, facecolor="white", dpi=160)
             if name != "head":

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
 
 
-def add_options(parser: argparse.ArgumentParser, name: str, **counts: int) -> None:
-    """Threads, where to write, and the counts of a measurement with what they usually are."""
+def add_options(parser: argparse.ArgumentParser, name: str | None, **counts: int) -> None:
+    """Threads, the counts of a measurement with what they usually are, and where to write: None where that depends."""
     for option, usual in {**counts, "threads": 2}.items():
         parser.add_argument(f"--{option.replace('_', '-')}", type=int, default=usual)
-    parser.add_argument("--output", type=Path, default=report.RESULTS / f"{name}.json")
+    parser.add_argument("--output", type=Path, default=name and report.RESULTS / f"{name}.json")
 
 
 class Figures:

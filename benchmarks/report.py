@@ -7,64 +7,16 @@ any other file is taken for one of `vhead bench`. The measuring scripts write th
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
 
-from results import HeadFigures, cost, median, ratio, scored_by, select, speed
+import scoring_pages as scoring
+from results import HeadFigures, median, ratio, select
+from tables import GOALS, MEASURES, RESULTS, Data, Page, at_least, at_most, judged, source, table, write
 
 from vhead.benchmark.document import Row
-
-Data: TypeAlias = dict[str, Any]
-Page: TypeAlias = Callable[[Data], Iterator[str]]
-
-RESULTS = Path(__file__).parent / "results"
-GOALS = ("| figure | goal | measured | reached |", "|---" * 4 + "|")
-
-
-def write(path: Path, page: Page) -> Path:
-    """Writes the page about the figures in a file, beside it."""
-    lines = [f"<!-- Written by benchmarks/report.py from {path.name}. -->", *page(json.loads(path.read_text()))]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    return path.with_suffix(".md")
-
-
-def source(p: Row) -> str:
-    """Where the figures come from."""
-    where = f"{p['device_name']}, " if p.get("device_name") else ""
-    versions = ", ".join(f"{name} {p[name] or 'not installed'}" for name in ("torch", "transformers", "trl"))
-    commit = f"commit {p['commit'][:12]}" if "commit" in p else f"vhead {p['vhead']}"
-    uncommitted = " with uncommitted sources" if p.get("uncommitted_sources") else ""
-    load = f"; load average {p['load_before']:.1f} before, {p['load_after']:.1f} after" if "load_before" in p else ""
-    settings = "".join(f"; {name}={value}" for name, value in p["environment"].items())
-    return (
-        f"{where}{p['cpu']}, {p['cores']} cores ({p['torch_capability']}), {p['torch_threads']} threads; {versions}, "
-        f"Python {p['python']}; {commit}{uncommitted}, {p['date']}; rounds: {p['rounds']}{load}{settings}."
-    )
-
-
-def table(headings: str) -> tuple[str, str]:
-    """The first two lines of a table."""
-    return headings, "|---" * (headings.count("|") - 1) + "|"
-
-
-def judged(name: str, goal: str, measured: str, *, reached: bool) -> str:
-    """A row of the table of goals."""
-    return f"| {name} | {goal} | {measured} | {'yes' if reached else '**no**'} |"
-
-
-def at_least(name: str, goal: float, measured: float) -> str:
-    """A row for a figure that should be high."""
-    return judged(name, f"≥ {goal:g}×", f"{measured:.3g}×", reached=measured >= goal)
-
-
-def at_most(name: str, goal: float, measured: float, unit: str = "×") -> str:
-    """A row for a figure that should be low."""
-    return judged(name, f"≤ {goal:g}{unit}", f"{measured:.3g}{unit}", reached=measured <= goal)
-
 
 # --- The head --------------------------------------------------------------------------------------------------------
 
@@ -156,138 +108,6 @@ def _head_errors(figures: HeadFigures) -> Iterator[str]:
         yield f"| {what} | {dtype} | {dropout:g} | {cells} |"
 
 
-# --- The scorer ------------------------------------------------------------------------------------------------------
-
-SPEED_GOALS = {"values": 11.0, "all fields": 7.0}
-PEERS = {
-    "trl": "TRL 1.12: right-padded batches of 8 in input order; values and log-probabilities, no entropies",
-    "trl, forward only": "the same, forward only: values, and logits that nobody reads",
-    "one at a time": "vhead, each rollout alone",
-    "sorted batches": "vhead, length-sorted batches: no tree packing",
-    "prefix cache": "vhead, the prompt's keys and values computed once, completions padded",
-    "dense mask": "vhead, packed trees under one dense mask: no attention by segments",
-    "logits of all rows": "vhead, logits of every packed row: no choice of rows, no fused statistics",
-    "attention by calls": "vhead, attention by segments in calls of torch's kernel: not by the matrix unit (bfloat16)",
-    "norms by the model": "vhead, norms by the model: no fused ones",
-    "gated layers by the model": "vhead, gated layers by the model: none in place, none by the matrix unit",
-    "vhead": "vhead as it is: packed trees, attention by segments, completion rows, fused statistics",
-    "batch-invariant": "vhead, `batch_invariant=True`",
-    "bare GEMM": "only the matrix products over unique tokens and completion rows",
-}
-
-
-def scoring_peers(data: Data) -> Iterator[str]:
-    """`scoring.py peers`."""
-    p, work = data["provenance"], data["provenance"]["workload"]
-    yield source(p | {"rounds": len({row["round"] for row in data["times"]})})
-    yield (
-        f"Qwen2-0.5B's shape with {p['layers']} layers, {p.get('dtype', 'float32')}, random weights; "
-        f"{work['rollouts']} rollouts ({p.get('kind', 'group')}): {work['tokens']:,} tokens, {work['unique_tokens']:,} "
-        f"of them unique, {work['completion_tokens']:,} the model's."
-    )
-    yield from ("", *GOALS, *_scoring_goals(data["times"], data.get("memory", [])))
-    yield from ("", *table("| seconds (× TRL's speed; processor seconds) | values | all fields |"))
-    for name, what in PEERS.items():
-        cells = [_peer_cell(data["times"], name, fields) for fields in SPEED_GOALS]
-        if any(cells):
-            yield f"| {what} | {' | '.join(cells)} |"
-    if not data.get("memory"):
-        return
-    yield from ("", *table("| peak above the model, MiB | values | all fields |"))
-    for name in dict.fromkeys(row["contestant"] for row in data["memory"]):
-        extra = (median(data["memory"], "extra_bytes", contestant=name, fields=fields) for fields in SPEED_GOALS)
-        yield f"| {name} | {' | '.join('' if peak is None else f'{peak / 2**20:,.0f}' for peak in extra)} |"
-
-
-def _scoring_goals(times: list[Row], memory: list[Row]) -> Iterator[str]:
-    for fields, goal in SPEED_GOALS.items():
-        yield at_least(f"{fields}: speed over TRL's loop", goal, speed(times, fields))
-        yield at_least(f"{fields}: the same in processor time", goal, speed(times, fields, "processor_s"))
-    forward = speed(times, "values", peer="trl, forward only")
-    if forward is not None:
-        yield f"| values: speed over TRL's forward alone, which leaves log-probabilities out | | {forward:.1f}× | |"
-    for fields in SPEED_GOALS:
-        yield at_least(f"{fields}: speed over the bare matrix products", 0.85, speed(times, fields, peer="bare GEMM"))
-    for fields in SPEED_GOALS:
-        extra = median(memory, "extra_bytes", **scored_by("vhead", fields))
-        if extra is not None:
-            yield at_most(f"{fields}: peak memory above the model", 250, extra / 2**20, " MiB")
-
-
-def _peer_cell(times: list[Row], name: str, fields: str) -> str:
-    wall, processor = (median(times, m, contestant=name, fields=fields) for m in ("wall_s", "processor_s"))
-    return "" if wall is None else f"{wall:.1f} ({speed(times, fields, own=name):.1f}×; {processor:.1f})"
-
-
-MEASURES = {"wall_s": "by the clock", "processor_s": "in processor time"}
-CONTESTANTS = {
-    "model": "the model's part of the scorer: batches made and rows chosen before the clock starts",
-    "model, own attention": "the same rows through the model's own attention, each packed row for one sequence",
-    "stream of ids": "`Scorer.stream` of token ids",
-    "stream of text": "`Scorer.stream` of text",
-    "text to Arrow": "text to Arrow tables",
-    "command, text in JSON Lines": "`vhead score`, text, JSON Lines to JSON Lines",
-    "command, ids in Parquet": "`vhead score`, token ids, Parquet to Parquet",
-}
-COMMANDS = {"command, text in JSON Lines": "stream of text", "command, ids in Parquet": "stream of ids"}
-
-
-def scoring_overhead(data: Data) -> Iterator[str]:
-    """`scoring.py overhead`."""
-    times, p, work = data["times"], data["provenance"], data["provenance"]["workload"]
-    yield source(p)
-    yield (
-        f"The demo model, its checkpoint's dtype; {work['rollouts']:,} rollouts of {work['tokens']:,} bytes, of which "
-        f"{work['computed_tokens']:,} go through the model; {', '.join(p['fields'])}; {p['rounds']} rounds."
-    )
-    yield from ("", *GOALS)
-    for measure, how in MEASURES.items():
-        added = 100 * (ratio(times, measure, {"contestant": "text to Arrow"}, {"contestant": "model"}) - 1)
-        name = f"tokenising, packing and Arrow, over the model's part, {how}"
-        yield at_most(name, 15.0, added, " %")
-    for (command, stream), (measure, how) in product(COMMANDS.items(), MEASURES.items()):
-        name = f"{CONTESTANTS[command]}, speed over {CONTESTANTS[stream]}, {how}"
-        yield at_least(name, 0.9, ratio(times, measure, {"contestant": stream}, {"contestant": command}))
-    yield from ("", *table("| seconds (processor seconds) | |"))
-    for name, what in CONTESTANTS.items():
-        wall, processor = (median(times, measure, contestant=name) for measure in MEASURES)
-        yield f"| {what} | {wall:.2f} ({processor:.2f}) |"
-
-
-# What grows in `scoring.py growth`, with what a reader calls it.
-AXES = {
-    "rollouts": "rollouts",
-    "vocabulary": "vocabulary",
-    "completions per prompt": "completions of each prompt",
-    "completion length": "tokens of a completion",
-}
-
-
-def scoring_growth(data: Data) -> Iterator[str]:
-    """`scoring.py growth`."""
-    yield source(data["provenance"])
-    yield "Processor microseconds per token of prompts and completions, shared or not."
-    for axis, label in AXES.items():
-        costs = {fields: dict(cost(data["times"], axis, fields)) for fields in ("values", "all fields")}
-        places = list(costs["values"])
-        yield from ("", *table(f"| {label} | {' | '.join(f'{at:,}' for at in places)} |"))
-        for fields, at in costs.items():
-            yield f"| {fields} | {' | '.join(f'{at[place]:.1f}' for place in places)} |"
-
-
-def scoring_scale(data: Data) -> Iterator[str]:
-    """`scoring.py scale`."""
-    yield source(data["provenance"])
-    yield from ("Resident memory, from a tenth of the run to its last record; at most: in the whole run.", "")
-    yield from table("| | rollouts | a second | MiB at first | at last | at most | MiB per million rollouts |")
-    for name, what in {"stream": "`Scorer.stream`", "command": "`vhead score`, Parquet to Parquet"}.items():
-        if name in data:
-            r = data[name]
-            memory = f"{r['mib_at_first']:,.0f} | {r['mib_at_last']:,.0f} | {r['mib_at_most']:,.0f}"
-            rate = f"{r['rollouts_per_s']:,.0f}"
-            yield f"| {what} | {r['asked']:,} | {rate} | {memory} | {r['mib_per_million_rollouts']:+.1f} |"
-
-
 # --- Everything else -------------------------------------------------------------------------------------------------
 
 LAYOUTS = ("single file", "shards of 500 MB")
@@ -377,13 +197,16 @@ def _ratio(over: list[float], under: list[float]) -> float:
 
 def fitting(data: Data) -> Iterator[str]:
     """`fitting.py`."""
-    times, p = {(row["dtype"], row["implementation"]): row["seconds"] for row in data["times"]}, data["provenance"]
-    yield f"{source(p)} {p['prompts']} prompts x {p['completions']}, Qwen2-0.5B's shape with {p['layers']} layers."
-    yield from ("", *table("| figure | goal | measured | reached |"))
-    for dtype in dict.fromkeys(dtype for dtype, _ in times):
-        ratio = _ratio(times[dtype, "fit"], times[dtype, "score"])
-        what = f"time over scoring values, {dtype.removeprefix('torch.')}"
-        yield judged(what, "<= 1.1x", f"{ratio:.3f}x", reached=ratio <= 1.1)
+    times, p = data["times"], data["provenance"]
+    yield f"{source(p)} Prompts with {p['completions']} completions, Qwen2-0.5B's shape with {p['layers']} layers."
+    yield from ("", *GOALS)
+    for dtype, tokens in dict.fromkeys((row["dtype"], row["tokens"]) for row in times):
+        of = select(times, dtype=dtype, tokens=tokens)
+        for measure, how in MEASURES.items():
+            taken = ratio(of, measure, {"implementation": "fit"}, {"implementation": "score"})
+            if taken is not None:
+                what = f"time over scoring values of {tokens:,} tokens, {dtype.removeprefix('torch.')}, {how}"
+                yield judged(what, "<= 1.1x", f"{taken:.3f}x", reached=taken <= 1.1)
     yield from ("", *table("| completion tokens | peak MiB of the process |"))
     for row in data["memory"]:
         yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"
@@ -508,24 +331,32 @@ def sync(data: Data) -> Iterator[str]:
     yield f"{source(p)} Bodies of {p['mebibytes']} MiB of bfloat16 in 16 tensors; {p['changed']:.0%} of it changed."
     yield from ("", *table("| figure | goal | measured | reached |"))
     for row in data["head"]:
-        goal = 5 if row["what"] == "publish" else 2
-        yield at_most(f"{row['what']} a head, {row['place']}", goal, statistics.median(row["seconds"]) * 1e3, " ms")
+        taken, used = (statistics.median(row[key]) * 1e3 for key in ("seconds", "processor"))
+        measured = f"{taken:.3g} ms ({used:.3g} of the processor)"
+        if row["what"] == "flushes":
+            yield f"| six flushes alone, {row['place']} | | {measured} | |"
+        else:
+            goal = 5 if row["what"] == "publish" else 2
+            yield judged(f"{row['what']} a head, {row['place']}", f"≤ {goal} ms", measured, reached=taken <= goal)
     yield from _sync_whole({row["what"]: row for row in data["body"]})
     yield from _sync_changes({row["what"]: row for row in data["changes"]})
-    rates = [
-        [row["rollouts_per_s"] for row in data["reloads"] if row["publishes"] == publishes]
-        for publishes in (True, False)
-    ]
-    yield at_least("rollouts/s with a head a second, over none", 0.99, _ratio(*rates))
+    for what, key in (("s", "rollouts_per_s"), ("processor s", "rollouts_per_processor_s")):
+        rates = [[row[key] for row in data["reloads"] if row["publishes"] == publishes] for publishes in (True, False)]
+        yield at_least(f"rollouts/{what} with a head a second, over none", 0.99, _ratio(*rates))
     for row in data["shared"]:
         share = row["proportional_bytes"] / row["body_bytes"]
-        what = "share_weights" if row["share"] else "each its own"
-        yield at_most(f"memory of {row['workers']} workers over one body, {what}", 1.15, share)
-    yield from ("", *table("| | median ms | load |"))
+        name = f"memory of {row['workers']} workers over one body"
+        if row["share"]:
+            beside = f"{row['activation_bytes'] / 2**20:.0f} MiB of activations left out"
+            yield at_most(f"{name}, {beside}", 1.15, share)
+        else:
+            yield f"| {name}, each with a copy | | {share:.3g}× | |"
+    yield from ("", *table("| | median ms | processor ms | load |"))
     for row in (*data["body"], *data["changes"]):
         if row["seconds"]:
             kind = "changes" if "share" in row else "full"
-            yield f"| {kind}: {row['what']} | {statistics.median(row['seconds']) * 1e3:.0f} | {row['load']:.1f} |"
+            taken, used = (statistics.median(row[key]) * 1e3 for key in ("seconds", "processor"))
+            yield f"| {kind}: {row['what']} | {taken:.0f} | {used:.0f} | {row['load']:.1f} |"
 
 
 def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
@@ -533,17 +364,21 @@ def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
     beside = [copy + digest for copy, digest in zip(times["cp"], times["digest"], strict=True)]
     yield at_least("publishing: cp, sync and digest over it", 0.8, _ratio(beside, times["publish"]))
     yield at_least("swap: a memory copy over it", 0.8, _ratio(times["memory copy"], times["swap"]))
-    rate = rows["digest"]["bytes"] / statistics.median(times["digest"]) / 1e9
-    yield judged("reading and digest, one core", "≥ 1.5 GB/s", f"{rate:.2f} GB/s", reached=rate >= 1.5)
+    yield _rate("reading and digest, one core", 1.5, rows["digest"]["bytes"], rows["digest"])
     extra = rows["anonymous memory"]["bytes"] / 2**20
     yield at_most("extra anonymous memory of apply", 64, extra, " MiB")
+
+
+def _rate(name: str, goal: float, size: int, row: Data) -> str:
+    """A row for bytes a second of processor time, with those by the clock."""
+    rate, by_clock = (size / statistics.median(row[key]) / 1e9 for key in ("processor", "seconds"))
+    return judged(name, f"≥ {goal:g} GB/s", f"{rate:.2f} GB/s ({by_clock:.2f} by the clock)", reached=rate >= goal)
 
 
 def _sync_changes(rows: dict[str, Data]) -> Iterator[str]:
     size, times = rows["publish"]["bytes"], {what: row["seconds"] for what, row in rows.items()}
     yield at_most("bytes of changes over those of all", 0.04, rows["publish"]["share"])
-    rate = 2 * size / statistics.median(times["publish"]) / 1e9
-    yield judged("publishing changes, of scanned pairs", "≥ 2 GB/s", f"{rate:.2f} GB/s", reached=rate >= 2)
+    yield _rate("publishing changes, of scanned pairs", 2, 2 * size, rows["publish"])
     yield at_least(
         "swap of changes: a memory copy of the body over it", 0.5, _ratio(times["memory copy"], times["swap"])
     )
@@ -572,6 +407,7 @@ def update(data: Data) -> Iterator[str]:
 
 UPDATES = {
     "vhead": "`vhead.TrainingPass`",
+    "vhead, in place": "the same with `accumulate_in_place=True`",
     "padded loop, 4": "padded loop of TRL's class, 4 rows",
     "padded loop, 8": "padded loop of TRL's class, 8 rows",
     "sorted loop, 4": "the same sorted by length, 4 rows",
@@ -592,11 +428,10 @@ def _update_goals(times: list[Row], memory: list[Row], dtype: str) -> Iterator[s
         saved = ratio(times, measure, {"contestant": "full passes"}, {"contestant": "states kept"})
         if saved is not None:
             yield at_least(f"{dtype}: a frozen body's states kept for 4 updates, {how}", 3.0, saved)
-    own = median(memory, "extra_bytes", contestant="vhead")
-    for name in ("padded loop, 4", "padded loop, 8"):
-        peer = median(memory, "extra_bytes", contestant=name)
-        if own is not None and peer is not None:
-            yield at_least(f"{dtype}: less peak memory than the {name}", 6.0, peer / own)
+    for own, name in product(("vhead", "vhead, in place"), ("padded loop, 4", "padded loop, 8")):
+        ours, peer = (median(memory, "extra_bytes", contestant=each) for each in (own, name))
+        if ours is not None and peer is not None:
+            yield at_least(f"{dtype}: less peak memory of {own} than of the {name}", 6.0, peer / ours)
 
 
 def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
@@ -614,10 +449,13 @@ PAGES: dict[str, Page] = {
     "loading": loading,
     "ray-data": ray_data,
     "returns": returns,
-    "scoring": scoring_peers,
-    "scoring-growth": scoring_growth,
-    "scoring-overhead": scoring_overhead,
-    "scoring-scale": scoring_scale,
+    "scoring": scoring.peers,
+    "scoring-ablations": scoring.ablations,
+    "scoring-context": scoring.context,
+    "scoring-growth": scoring.growth,
+    "scoring-memory": scoring.peaks,
+    "scoring-overhead": scoring.overhead,
+    "scoring-scale": scoring.scale,
     "serving": serving,
     "sync": sync,
     "token-statistics": token_statistics,

@@ -1,6 +1,9 @@
 """Measures the scorer, and writes figures and their page.
 
-    python benchmarks/scoring.py peers      # against TRL's loop, its own mechanisms one by one, and the machine
+    python benchmarks/scoring.py peers      # against vLLM, TRL's loop, and the machine
+    python benchmarks/scoring.py ablations  # with its mechanisms off, one at a time
+    python benchmarks/scoring.py peaks      # peak memory
+    python benchmarks/scoring.py context    # what a visible pair of tokens costs as rollouts get longer
     python benchmarks/scoring.py overhead   # what it adds to the language model, on a model small enough to show it
     python benchmarks/scoring.py growth     # what a token costs as rollouts, vocabulary, sharing and lengths grow
     python benchmarks/scoring.py scale      # the memory of a process that scores a million rollouts
@@ -21,15 +24,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import contestants
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import report
+import scoring_pages
+import tables
 import torch
-from contestants import ALL_FIELDS, VALUES, Contestant, ModelOnly, Score, contestants
+from contestants import ALL_FIELDS, REWARD, VALUES, Contestant, ModelOnly, Score, VllmScore
 from measure import Figures, add_options, extra_bytes, in_fresh_process, memory
 from transformers import PreTrainedModel
-from workloads import AXES, BASE, WORKLOADS, as_ids, qwen2, short, sizes, small_llama, texts
+from workloads import AXES, BASE, WORKLOADS, as_ids, short, sizes, small_llama, texts
 
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.benchmark.document import Row
@@ -37,73 +42,149 @@ from vhead.benchmark.timing import Work, clocked, load_average, turns
 from vhead.cli.app import app
 from vhead.demo import demo_model_path
 
-LABELS = {VALUES: "values", ALL_FIELDS: "all fields"}
+LABELS = {VALUES: "values", ALL_FIELDS: "all fields", REWARD: "reward alone"}
 # What is asked for in the measurements on the demo model.
 DEMO_FIELDS = ("values", "logprobs", "reward")
 
 
-# --- Against others --------------------------------------------------------------------------------------------------
+# --- Against others, and with mechanisms off -------------------------------------------------------------------------
 
 MEASURED_MEMORY = ("vhead", "sorted batches", "batch-invariant", "trl")
 
 
 def peers(options: argparse.Namespace) -> None:
-    """Time of every contestant, and peak memory of some, each in a process of its own."""
+    """Time of the scorer, of what a user would take instead, and of the matrix products alone."""
+    figures = _figures(options, "scoring")
+    rows = WORKLOADS[options.workload].padded_rows
+    figures.add("times", turns_taken(options, contestants.peers(rows, options.vllm_python), figures))
+    _close(figures, scoring_pages.peers, options)
+
+
+def ablations(options: argparse.Namespace) -> None:
+    """Time of the scorer, as it is and with one mechanism off."""
+    figures = _figures(options, "scoring-ablations")
+    figures.add("times", turns_taken(options, contestants.ablations(), figures))
+    _close(figures, scoring_pages.ablations, options)
+
+
+def peaks(options: argparse.Namespace) -> None:
+    """Peak memory of some contestants, each in a process of its own; other programs do not change it."""
+    figures = _figures(options, "scoring-memory")
+    figures.add("memory", _peak_rows(options))
+    _close(figures, scoring_pages.peaks, options)
+
+
+def _figures(options: argparse.Namespace, name: str) -> Figures:
+    """With the workload's usual counts where others were not asked for, and a file for each workload and dtype."""
+    workload = WORKLOADS[options.workload]
+    for count in ("layers", "prompts", "completions"):
+        if getattr(options, count) is None:
+            setattr(options, count, getattr(workload, count))
     if options.output is None:
-        options.output = report.RESULTS / f"scoring{_suffix(options)}.json"
-    about = {"dtype": options.dtype, "kind": options.workload, "workload": sizes(_rollouts(options))}
-    figures = Figures(options, layers=options.layers, **about)
-    figures.add("times", peer_times(options))
-    figures.add("memory", _peer_memory(options))
-    figures.close(report.scoring_peers)
+        options.output = tables.RESULTS / f"{name}-{options.workload}-{options.dtype}.json"
+    about = {"dtype": options.dtype, "kind": options.workload, "model": workload.described, "layers": options.layers}
+    return Figures(options, **about, padded_rows=workload.padded_rows, workload=sizes(_rollouts(options)))
 
 
-def _qwen2_workload(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Rollout]]:
+def _close(figures: Figures, page: tables.Page, options: argparse.Namespace) -> None:
+    figures.close(page)
+    print(options.output.with_suffix(".md").read_text())
+
+
+def _model_and_rollouts(options: argparse.Namespace) -> tuple[PreTrainedModel, list[Rollout]]:
     torch.set_num_threads(options.threads)
-    return qwen2(options.layers).to(getattr(torch, options.dtype)), _rollouts(options)
+    body = WORKLOADS[options.workload].model(options.layers)
+    return body.to(getattr(torch, options.dtype)), _rollouts(options)
 
 
 def _rollouts(options: argparse.Namespace) -> list[Rollout]:
-    return WORKLOADS[options.workload](options.prompts, options.completions)
+    return WORKLOADS[options.workload].rollouts(options.prompts, options.completions)
 
 
-def _suffix(options: argparse.Namespace) -> str:
-    """What the name of a run's results says about it; the first one measured was the group in float32."""
-    parts = [options.dtype] * (options.dtype != "float32") + [options.workload] * (options.workload != "group")
-    return "".join(f"-{part}" for part in parts)
+def _chosen(options: argparse.Namespace, found: Iterable[Contestant]) -> list[Contestant]:
+    """Those that were asked for, or all.
+
+    Raises:
+        SystemExit: There is none of such a name.
+    """
+    by_name = {each.name: each for each in found}
+    unknown = [name for name in options.contestants if name not in by_name]
+    if unknown:
+        raise SystemExit(f"--contestants: expected some of {', '.join(map(repr, by_name))}, got {unknown[0]!r}")
+    return [by_name[name] for name in options.contestants or by_name]
 
 
-def _chosen(options: argparse.Namespace) -> list[Contestant]:
-    names = options.contestants.split(",") if options.contestants else None
-    return [each for each in contestants() if names is None or each.name in names]
-
-
-def peer_times(options: argparse.Namespace) -> Iterator[Row]:
+def turns_taken(options: argparse.Namespace, found: Iterable[Contestant], figures: Figures) -> Iterator[Row]:
     """Wall and processor seconds of every contestant on every set of fields, which take turns."""
-    body, rollouts = _qwen2_workload(options)
-    asked = [(each.name, each.make(body, rollouts), fields) for each in _chosen(options) for fields in each.fields]
-    for number, (name, score, fields) in turns(asked, options.rounds):
-        before = load_average()
-        row = {"round": number, "contestant": name, "fields": LABELS[fields], **clocked(partial(score, fields))}
-        print(f"round {number}, {name}, {LABELS[fields]}: {row['wall_s']:.2f} s", flush=True)
-        yield row | {"load_before": before, "load_after": load_average()}
+    chosen = _chosen(options, found)
+    body, rollouts = _model_and_rollouts(options)
+    made = {each.name: each.make(body, rollouts) for each in chosen}
+    for score in made.values():
+        if isinstance(score, VllmScore):
+            figures.put("agreement", score.agreement)
+    asked = [(each, fields) for each in chosen for fields in each.fields]
+    for number, (each, fields) in turns(asked, options.rounds):
+        if not each.slow or number < options.slow_rounds:
+            before = load_average()
+            row = {"round": number, "contestant": each.name, "fields": LABELS[fields]}
+            row |= _clocked(made[each.name], fields)
+            print(f"round {number}, {each.name}, {LABELS[fields]}: {row['wall_s']:.2f} s", flush=True)
+            yield row | {"load_before": before, "load_after": load_average()}
 
 
-def _peer_memory(options: argparse.Namespace) -> Iterator[Row]:
-    for name, fields in [(each.name, fields) for each in _chosen(options) for fields in each.fields]:
-        if name in MEASURED_MEMORY:
-            extra = in_fresh_process(_memory_of, name, fields, options)
-            print(f"{name}, {LABELS[fields]}: {extra / 2**20:.0f} MiB", flush=True)
-            yield {"contestant": name, "fields": LABELS[fields], "extra_bytes": extra}
+def _clocked(score: Score, fields: tuple[str, ...]) -> Row:
+    return score.clocked() if isinstance(score, VllmScore) else clocked(partial(score, fields))
+
+
+def _peak_rows(options: argparse.Namespace) -> Iterator[Row]:
+    asked = _chosen(options, _memory_contestants(options).values())
+    for name, fields in [(each.name, fields) for each in asked for fields in each.fields]:
+        extra = in_fresh_process(_memory_of, name, fields, options)
+        print(f"{name}, {LABELS[fields]}: {extra / 2**20:.0f} MiB", flush=True)
+        yield {"contestant": name, "fields": LABELS[fields], "extra_bytes": extra}
+
+
+def _memory_contestants(options: argparse.Namespace) -> dict[str, Contestant]:
+    found = (*contestants.ablations(), *contestants.peers(WORKLOADS[options.workload].padded_rows))
+    return {each.name: each for each in found if each.name in MEASURED_MEMORY}
 
 
 def _memory_of(name: str, fields: tuple[str, ...], options: argparse.Namespace) -> int:
-    body, rollouts = _qwen2_workload(options)
-    score: Score = next(each for each in contestants() if each.name == name).make(body, rollouts)
+    body, rollouts = _model_and_rollouts(options)
+    score = _memory_contestants(options)[name].make(body, rollouts)
     # Every weight is touched, as pages of a model that was never run would count for its first user.
     for parameter in body.parameters():
         parameter.detach().sum()
     return extra_bytes(partial(score, fields))
+
+
+CONTEXTS = (1024, 2048, 4096, 8192, 16_384)
+
+
+def context(options: argparse.Namespace) -> None:
+    """The cost of a visible pair of tokens, in attention alone, as rollouts get longer."""
+    torch.set_num_threads(options.threads)
+    figures = Figures(options)
+    figures.add("times", _context_times(options))
+    _close(figures, scoring_pages.context, options)
+
+
+def _context_times(options: argparse.Namespace) -> Iterator[Row]:
+    cases = [(dtype, tokens) for dtype in ("bfloat16", "float32") for tokens in CONTEXTS]
+    works = {case: contestants.attention(case[1], getattr(torch, case[0])) for case in cases}
+    for number, (dtype, tokens) in turns(cases, options.rounds):
+        # Short ones as often as takes as long as a long one.
+        times = max(1, (8192 // tokens) ** 2)
+        before, seconds = load_average(), clocked(partial(_repeat, works[dtype, tokens], times))
+        pairs = times * tokens * (tokens + 1) // 2
+        print(f"round {number}, {dtype}, {tokens} tokens: {seconds['wall_s']:.2f} s", flush=True)
+        row = {"round": number, "dtype": dtype, "tokens": tokens, "pairs": pairs, **seconds}
+        yield row | {"load_before": before, "load_after": load_average()}
+
+
+def _repeat(work: Work, times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 # --- What is added to the model --------------------------------------------------------------------------------------
@@ -129,7 +210,7 @@ def overhead(options: argparse.Namespace) -> None:
             return
         figures = Figures(options, fields=DEMO_FIELDS, workload=workload)
         figures.add("times", _overhead_times(works, options))
-    figures.close(report.scoring_overhead)
+    figures.close(scoring_pages.overhead)
 
 
 def _demo_scorer(options: argparse.Namespace) -> Scorer:
@@ -190,13 +271,16 @@ def growth(options: argparse.Namespace) -> None:
     """The cost of a token at every place of every axis."""
     figures = Figures(options, base=asdict(BASE))
     figures.add("times", _growth_times(options))
-    figures.close(report.scoring_growth)
+    figures.close(scoring_pages.growth)
 
 
 def _growth_times(options: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     cases = [
-        (axis, at, grid, fields) for axis, grids in AXES.items() for at, grid in grids.items() for fields in LABELS
+        (axis, at, grid, fields)
+        for axis, grids in AXES.items()
+        for at, grid in grids.items()
+        for fields in (VALUES, ALL_FIELDS)
     ]
     scorers = {
         size: Scorer(AutoModelForCausalLMWithValueHead(small_llama(size)).eval(), num_threads=options.threads)
@@ -226,7 +310,7 @@ def scale(options: argparse.Namespace) -> None:
             figures.put(name, {"asked": asked, **slope(samples), "samples": samples})
         if asked:
             print(f"{name}: " + ", ".join(f"{key} {value:,.1f}" for key, value in slope(samples).items()), flush=True)
-    figures.close(report.scoring_scale)
+    figures.close(scoring_pages.scale)
 
 
 class Samples:
@@ -302,7 +386,10 @@ def _main() -> None:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     # With the counts that each has, and what they usually are.
     for measurement, name, counts in (
-        (peers, "scoring", {"rounds": 3, "layers": 12, "prompts": 4, "completions": 8}),
+        (peers, None, {"rounds": 3, "slow_rounds": 1}),
+        (ablations, None, {"rounds": 3, "slow_rounds": 1}),
+        (peaks, None, {}),
+        (context, "scoring-context", {"rounds": 3}),
         (overhead, "scoring-overhead", {"rounds": 5, "prompts": 512, "completions": 8}),
         (growth, "scoring-growth", {"rounds": 3}),
         (scale, "scoring-scale", {"rollouts": 1_000_000, "parquet_rows": 200_000}),
@@ -310,15 +397,25 @@ def _main() -> None:
         subcommand = commands.add_parser(measurement.__name__, help=measurement.__doc__)
         add_options(subcommand, name, **counts)
         subcommand.set_defaults(measure=measurement)
+        if name is None:
+            _add_workload(subcommand)
         if measurement is peers:
-            subcommand.set_defaults(output=None)
-            subcommand.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-            subcommand.add_argument("--workload", choices=list(WORKLOADS), default="group")
-            subcommand.add_argument("--contestants", default="", help="these alone, with commas between; else all")
+            told = os.environ.get("VLLM_PYTHON")
+            help_ = "an interpreter that has vLLM; else what VLLM_PYTHON says; without either, vLLM is left out"
+            subcommand.add_argument("--vllm-python", type=Path, default=told and Path(told), help=help_)
         if measurement is overhead:
             subcommand.add_argument("--only", default="", help="contestants of such names, and nothing is written")
     options = parser.parse_args()
     options.measure(options)
+
+
+def _add_workload(subcommand: argparse.ArgumentParser) -> None:
+    """Model and rollouts, whose counts are the workload's unless given; where to write follows from both."""
+    subcommand.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    subcommand.add_argument("--workload", choices=list(WORKLOADS), default="group")
+    subcommand.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="these alone; else all")
+    for count in ("layers", "prompts", "completions"):
+        subcommand.add_argument(f"--{count}", type=int)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Language models of random weights, and rollouts to score with them."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +15,18 @@ from vhead.demo.rollouts import read_demo_rollouts
 BYTE_SHIFT = 3
 BYTES = 256
 QWEN2_VOCABULARY = 151_936
+SMALL_VOCABULARY = 8192
 
 
 def qwen2(layers: int) -> PreTrainedModel:
     """Qwen2-0.5B's shape with fewer layers, float32."""
     return _drawn(Qwen2Config, layers, heads=14, hidden_size=896, intermediate_size=4864, vocab_size=QWEN2_VOCABULARY)
+
+
+def small_qwen2(layers: int) -> PreTrainedModel:
+    """A quarter of that width and a small vocabulary, for completions so long that a larger one would take minutes."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "vocab_size": SMALL_VOCABULARY}
+    return _drawn(Qwen2Config, layers, heads=4, **sizes)
 
 
 def small_llama(vocabulary: int) -> PreTrainedModel:
@@ -77,17 +84,51 @@ def _turn(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def long_reasoning(prompts: int, completions: int) -> list[Rollout]:
     """Prompts of 100 to 300 tokens, each with completions of 2,048 to 8,192."""
     rng = np.random.default_rng(3)
-    heads = [rng.integers(0, QWEN2_VOCABULARY, int(rng.integers(100, 300))) for _ in range(prompts)]
+    heads = [rng.integers(0, SMALL_VOCABULARY, int(rng.integers(100, 300))) for _ in range(prompts)]
     lengths = [[int(rng.integers(2048, 8193)) for _ in range(completions)] for _ in heads]
     return [
-        Rollout(head, rng.integers(0, QWEN2_VOCABULARY, length))
+        Rollout(head, rng.integers(0, SMALL_VOCABULARY, length))
         for head, own in zip(heads, lengths, strict=True)
         for length in own
     ]
 
 
-# By what `scoring.py peers --workload` calls them; for the last one, fewer layers and prompts are enough.
-WORKLOADS = {"group": log_normal, "traces": agent_traces, "long": long_reasoning}
+def unrelated(prompts: int, completions: int) -> list[Rollout]:
+    """Rollouts of equal length that share nothing: prompts of 64 tokens, completions of 128."""
+    rng = np.random.default_rng(4)
+    drawn = rng.integers(0, QWEN2_VOCABULARY, (prompts * completions, 192))
+    return [Rollout(tokens[:64], tokens[64:]) for tokens in drawn]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rollouts of one kind, and the language model that they go through; the counts are the usual ones."""
+
+    rollouts: Callable[[int, int], list[Rollout]]
+    prompts: int
+    completions: int
+    layers: int = 12
+    model: Callable[[int], PreTrainedModel] = qwen2
+    described: str = "Qwen2-0.5B's shape"
+    # As many padded rows as leave room for the logits of all their tokens.
+    padded_rows: int = 8
+
+
+# By what `scoring.py --workload` calls them.
+WORKLOADS = {
+    "group": Workload(log_normal, prompts=4, completions=8),
+    "traces": Workload(agent_traces, prompts=1, completions=8),
+    "long": Workload(
+        long_reasoning,
+        prompts=8,
+        completions=4,
+        layers=2,
+        model=small_qwen2,
+        described="A Qwen2 of hidden size 256 and a vocabulary of 8,192",
+        padded_rows=2,
+    ),
+    "unrelated": Workload(unrelated, prompts=16, completions=1),
+}
 
 
 def sizes(rollouts: list[Rollout]) -> dict[str, int]:

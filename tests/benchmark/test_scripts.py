@@ -55,10 +55,39 @@ def test_every_script_starts_and_every_way_of_scoring_runs():
         f"import {', '.join(sorted(scripts))}",
         "from vhead.benchmark.trl_head import trl_absence",
         "body, rollouts = workloads.small_llama(1024), workloads.Grid(1024, 2, 2, 4, 4).rollouts()",
-        "ways = [way for way in contestants.contestants() if not (way.name.startswith('trl') and trl_absence())]",
+        "found = [*contestants.peers(), *contestants.ablations()]",
+        "ways = [way for way in found if not (way.name.startswith('trl') and trl_absence())]",
         "print(len([way.make(body, rollouts)(fields) for way in ways for fields in way.fields]))",
     )
-    assert int(python("-c", "\n".join(lines)).split()[-1]) == (21 if trl_absence() else 23)
+    assert int(python("-c", "\n".join(lines)).split()[-1]) >= (28 if trl_absence() else 30)
+
+
+@pytest.mark.slow
+def test_the_scorer_is_measured_beside_those_that_are_named(tmp_path):
+    output = tmp_path / "scoring-long-bfloat16.json"
+    counts = ("--layers", 1, "--prompts", 1, "--completions", 1, "--rounds", 1, "--threads", 1, "--slow-rounds", 0)
+    named = ("--contestants", "vhead", "bare GEMM", "trl, forward only")
+    printed = python("scoring.py", "peers", "--workload", "long", *counts, "--output", output, *named)
+    times = json.loads(output.read_text())["times"]
+    assert [row["contestant"] for row in times].count("vhead") == 3
+    assert {row["contestant"] for row in times} == {"vhead", "bare GEMM"}, "slow ones take part in no round"
+    assert output.with_suffix(".md").read_text() in printed
+    assert "| vhead as it is: " in printed
+
+
+def test_what_cannot_be_measured_is_said():
+    lines = (
+        "import sys, argparse, pathlib, torch, contestants, scoring, workloads, vllm_peer",
+        "try: scoring._chosen(argparse.Namespace(contestants=['vhead', 'trl forward']), contestants.peers())",
+        "except SystemExit as error: print(error)",
+        "body, python = workloads.small_llama(64), pathlib.Path(sys.executable)",
+        "try: vllm_peer.VllmServer(python, body, torch.nn.Linear(256, 1), workloads.Grid(64, 1, 1, 2, 2).rollouts())",
+        "except RuntimeError as error: print(error)",
+    )
+    printed = python("-c", "\n".join(lines))
+    assert "'trl, forward only', got 'trl forward'" in printed
+    assert "vLLM ended without an answer" in printed
+    assert "No module named 'vllm'" in printed
 
 
 @pytest.mark.slow
