@@ -7,8 +7,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +84,13 @@ class Crowd:
         stop, began = threading.Event(), time.monotonic()
 
         def client(number: int) -> None:
-            with suppress(ConnectionRefusedError):
-                for turn, connection in enumerate(self._connections(stop)):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+            with closing(connection), suppress(ConnectionRefusedError):
+                for turn in count():
                     due = 0.0 if self.rate is None else began + (turn * clients + number) / self.rate
-                    if not stop.wait(max(0.0, due - time.monotonic())):
-                        self.seen.append(self._asked(connection, f"{self.name}.{number}.{turn}", number + turn))
+                    if stop.wait(max(0.0, due - time.monotonic())):
+                        break
+                    self.seen.append(self._asked(connection, f"{self.name}.{number}.{turn}", number + turn))
 
         threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
         for thread in threads:
@@ -99,15 +102,6 @@ class Crowd:
             for thread in threads:
                 thread.join()
 
-    def _connections(self, stop: threading.Event) -> Iterator[http.client.HTTPConnection]:
-        """One connection for as long as it lasts."""
-        while not stop.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-            connection.connect()
-            while connection.sock is not None and not stop.is_set():
-                yield connection
-            connection.close()
-
     def _asked(self, connection: http.client.HTTPConnection, name: str, number: int) -> Seen:
         began, group = time.monotonic(), number % len(self.groups.bodies)
         try:
@@ -115,7 +109,10 @@ class Crowd:
             connection.request("POST", "/score", self.groups.bodies[group], headers)
             answer = connection.getresponse()
             content = json.loads(answer.read())
+        except ConnectionRefusedError:
+            raise
         except (OSError, http.client.HTTPException):
+            # The next request opens another one.
             connection.close()
             return Seen(name, None, 0.0, 0.0)
         done = time.monotonic()
