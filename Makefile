@@ -107,10 +107,12 @@ test-newest: toolchain
 attack: $(VENV)/.test $(VENV)/.built
 	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/attack
 
-# Handing weights over, in the long form: kills, corruptions, interrupts; and requests made of the OpenAPI document.
+# Handing weights over, in the long form: kills, corruptions, interrupts, the memory of workers that share; requests made of
+# the OpenAPI document; and at last, alone, a server with too much to do, which prints the figures of docs/serve.md.
 soak: $(VENV)/.test $(VENV)/.built
 	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 0 tests/attack/test_handing_over.py \
-	  tests/serve/test_openapi.py
+	  tests/attack/test_sharing.py tests/serve/test_openapi.py
+	VHEAD_ATTACK_SCALE=long OMP_NUM_THREADS=1 $(BIN)/pytest --timeout 0 -rP tests/serve/test_soak.py
 
 # Moves every pin to today's newest release; what the demo and the build need has the same pins as the whole.
 lock: $(VENV)/.python

@@ -247,7 +247,7 @@ class ModelOnly:
         """The hidden states as the scorer makes them, attended along each rollout's own path."""
         with self._engine._computing():
             for work, read in self._ready:
-                self._finish(work.strategy.states(work.batch), read)
+                self._finish(work.strategy.states_of(work.batch, read.rows), read)
 
     def own_forward(self) -> None:
         """The same rows through the language model as it is, whose attention takes each packed row for one sequence."""
@@ -255,7 +255,8 @@ class ModelOnly:
             for work, read in self._ready:
                 pack = work.batch.content
                 tokens, positions = (torch.from_numpy(array)[None] for array in (pack.tokens, pack.positions))
-                self._finish(self._engine._body.states(tokens, position_ids=positions), read)
+                states = self._engine._body.states(tokens, position_ids=positions)
+                self._finish(states[torch.from_numpy(read.rows)], read)
 
     def _finish(self, states: Tensor, read: Read) -> None:
         self._engine._head_outputs(states, read, self._asked)

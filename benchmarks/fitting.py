@@ -1,4 +1,11 @@
-"""Measures `vhead.fit` beside scoring the same rollouts, and how its memory grows: see README.md."""
+"""Measures `vhead.fit` beside scoring the same rollouts, and how its memory grows: see README.md.
+
+python benchmarks/fitting.py                    # 2,000 and 10^4 completion tokens, memory up to 10^6
+python benchmarks/fitting.py --quick            # two rounds, memory up to 10^5, in less than three minutes
+python benchmarks/fitting.py --prompts 200      # 10^5 completion tokens
+
+README.md here says of what.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -13,9 +20,10 @@ from workloads import log_normal, qwen2, small_llama
 import vhead
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.benchmark.document import Row
-from vhead.benchmark.timing import Work, interleaved, load_average
+from vhead.benchmark.timing import Work, clocked, load_average, turns
+from vhead.fitting.fitting import DEFAULT_FOLDS
 
-LAYERS, PROMPTS, COMPLETIONS = 4, 4, 8
+LAYERS, PROMPTS, COMPLETIONS = 4, (4, 20), 8
 SIZES = (10**4, 10**5, 10**6)
 BYTES, PROMPT, COMPLETION = 256, 10, 100
 
@@ -23,18 +31,20 @@ BYTES, PROMPT, COMPLETION = 256, 10, 100
 def _times(options: argparse.Namespace) -> Iterator[Row]:
     """Seconds of scoring values alone and of fitting, in turns."""
     torch.set_num_threads(options.threads)
-    rollouts = log_normal(PROMPTS, COMPLETIONS)
-    rewards = np.random.default_rng(0).normal(size=len(rollouts)).tolist()
     for dtype in (torch.float32, torch.bfloat16):
         scorer = Scorer(AutoModelForCausalLMWithValueHead.from_pretrained(qwen2(LAYERS).to(dtype)).eval())
-        before = load_average()
-        works: dict[str, Work] = {
-            "score": partial(scorer.score, rollouts, ("values",)),
-            "fit": partial(vhead.fit, scorer, rollouts, rewards, folds=PROMPTS),
-        }
-        for name, seconds in interleaved(works, options.rounds).items():
-            about = {"load_before": before, "load_after": load_average()}
-            yield {"implementation": name, "dtype": str(dtype), "seconds": seconds, **about}
+        for prompts in options.prompts:
+            rollouts, before = log_normal(prompts, COMPLETIONS), load_average()
+            rewards = np.random.default_rng(0).normal(size=len(rollouts)).tolist()
+            works: dict[str, Work] = {
+                "score": partial(scorer.score, rollouts, ("values",)),
+                "fit": partial(vhead.fit, scorer, rollouts, rewards, folds=min(prompts, DEFAULT_FOLDS)),
+            }
+            about = {"dtype": str(dtype), "tokens": sum(len(each.completion) for each in rollouts)}
+            for number, name in turns(works, options.rounds):
+                row = {"round": number, "implementation": name, **about, **clocked(works[name])}
+                print("{dtype}, {tokens:,} tokens, {implementation}: {wall_s:.2f} s".format(**row), flush=True)
+                yield row | {"load_before": before, "load_after": load_average()}
 
 
 def drawn(tokens: int) -> Iterator[Rollout]:
@@ -54,15 +64,18 @@ def peak(tokens: int, threads: int) -> int:
 
 
 def _peaks(options: argparse.Namespace) -> Iterator[Row]:
-    for tokens in SIZES:
+    for tokens in SIZES[: 2 if options.quick else None]:
         yield {"tokens": tokens, "bytes": in_fresh_process(peak, tokens, options.threads)}
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "fitting", rounds=5)
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="of rollouts, for each size")
+    parser.add_argument("--quick", action="store_true", help="two rounds, and memory up to 10^5 tokens")
     options = parser.parse_args()
-    figures = Figures(options, layers=LAYERS, prompts=PROMPTS, completions=COMPLETIONS)
+    options.rounds = 2 if options.quick else options.rounds
+    figures = Figures(options, layers=LAYERS, completions=COMPLETIONS)
     figures.add("times", _times(options))
     figures.add("memory", _peaks(options))
     figures.close(report.fitting)

@@ -197,13 +197,16 @@ def _ratio(over: list[float], under: list[float]) -> float:
 
 def fitting(data: Data) -> Iterator[str]:
     """`fitting.py`."""
-    times, p = {(row["dtype"], row["implementation"]): row["seconds"] for row in data["times"]}, data["provenance"]
-    yield f"{source(p)} {p['prompts']} prompts x {p['completions']}, Qwen2-0.5B's shape with {p['layers']} layers."
-    yield from ("", *table("| figure | goal | measured | reached |"))
-    for dtype in dict.fromkeys(dtype for dtype, _ in times):
-        ratio = _ratio(times[dtype, "fit"], times[dtype, "score"])
-        what = f"time over scoring values, {dtype.removeprefix('torch.')}"
-        yield judged(what, "<= 1.1x", f"{ratio:.3f}x", reached=ratio <= 1.1)
+    times, p = data["times"], data["provenance"]
+    yield f"{source(p)} Prompts with {p['completions']} completions, Qwen2-0.5B's shape with {p['layers']} layers."
+    yield from ("", *GOALS)
+    for dtype, tokens in dict.fromkeys((row["dtype"], row["tokens"]) for row in times):
+        of = select(times, dtype=dtype, tokens=tokens)
+        for measure, how in MEASURES.items():
+            taken = ratio(of, measure, {"implementation": "fit"}, {"implementation": "score"})
+            if taken is not None:
+                what = f"time over scoring values of {tokens:,} tokens, {dtype.removeprefix('torch.')}, {how}"
+                yield judged(what, "<= 1.1x", f"{taken:.3f}x", reached=taken <= 1.1)
     yield from ("", *table("| completion tokens | peak MiB of the process |"))
     for row in data["memory"]:
         yield f"| {row['tokens']:,} | {row['bytes'] / 2**20:,.0f} |"
@@ -292,30 +295,68 @@ AGENT_RATIOS = (
 )
 
 
+SERVING_MEASURES = ("seconds", "server_s", "own_s", "clients_s", "load")
+
+
+def serving(data: Data) -> Iterator[str]:
+    """`serving.py`."""
+    p = data["provenance"]
+    yield (
+        f"{source(p)} {p['clients']} clients. Qwen2-0.5B's shape with {p['layers']} layers in {p['dtype']}, values of "
+        f"{p['work']['rollouts']} rollouts; the bundled model: {p['bundled_work']['rollouts']} rollouts."
+    )
+    yield from ("", *GOALS)
+    for unit, goal in (("groups", 0.9), ("rollouts", 0.8)):
+        for body in ("Arrow", "JSON"):
+            over = ratio(data["qwen2"], "seconds", {"unit": "stream"}, {"unit": unit, "body": body})
+            yield at_least(f"throughput over `Scorer.stream`, requests of {unit}, {body}", goal, over)
+    for model, body, goal in (("qwen2", "Arrow", 0.05), ("qwen2", "JSON", 0.12), ("bundled", "Arrow", 0.3)):
+        share = median(data[model], "own_share", unit="groups", body=body)
+        yield at_most(f"what is not the model's of the server's processor time: {model}, groups, {body}", goal, share)
+    if "vllm" in data:
+        over = ratio(data["vllm"], "seconds", {"server": "vLLM"}, {"server": "vhead"})
+        yield at_least("requests/s over vLLM's `/pooling`, groups", 2.5, over)
+    for model in ("qwen2", "bundled"):
+        headings = "| requests | body | median s | server's processor s | its own part | clients' processor s | load |"
+        yield from ("", f"{model}:", "", *table(headings))
+        for unit, body in dict.fromkeys((row["unit"], row["body"]) for row in data[model]):
+            rows = select(data[model], unit=unit, body=body)
+            figures = (statistics.median(row.get(m, 0) for row in rows) for m in SERVING_MEASURES)
+            yield f"| {unit} | {body} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"
+
+
 def sync(data: Data) -> Iterator[str]:
     """`sync.py`."""
     p = data["provenance"]
     yield f"{source(p)} Bodies of {p['mebibytes']} MiB of bfloat16 in 16 tensors; {p['changed']:.0%} of it changed."
     yield from ("", *table("| figure | goal | measured | reached |"))
     for row in data["head"]:
-        goal = 5 if row["what"] == "publish" else 2
-        yield at_most(f"{row['what']} a head, {row['place']}", goal, statistics.median(row["seconds"]) * 1e3, " ms")
+        taken, used = (statistics.median(row[key]) * 1e3 for key in ("seconds", "processor"))
+        measured = f"{taken:.3g} ms ({used:.3g} of the processor)"
+        if row["what"] == "flushes":
+            yield f"| six flushes alone, {row['place']} | | {measured} | |"
+        else:
+            goal = 5 if row["what"] == "publish" else 2
+            yield judged(f"{row['what']} a head, {row['place']}", f"≤ {goal} ms", measured, reached=taken <= goal)
     yield from _sync_whole({row["what"]: row for row in data["body"]})
     yield from _sync_changes({row["what"]: row for row in data["changes"]})
-    rates = [
-        [row["rollouts_per_s"] for row in data["reloads"] if row["publishes"] == publishes]
-        for publishes in (True, False)
-    ]
-    yield at_least("rollouts/s with a head a second, over none", 0.99, _ratio(*rates))
+    for what, key in (("s", "rollouts_per_s"), ("processor s", "rollouts_per_processor_s")):
+        rates = [[row[key] for row in data["reloads"] if row["publishes"] == publishes] for publishes in (True, False)]
+        yield at_least(f"rollouts/{what} with a head a second, over none", 0.99, _ratio(*rates))
     for row in data["shared"]:
         share = row["proportional_bytes"] / row["body_bytes"]
-        what = "share_weights" if row["share"] else "each its own"
-        yield at_most(f"memory of {row['workers']} workers over one body, {what}", 1.15, share)
-    yield from ("", *table("| | median ms | load |"))
+        name = f"memory of {row['workers']} workers over one body"
+        if row["share"]:
+            beside = f"{row['activation_bytes'] / 2**20:.0f} MiB of activations left out"
+            yield at_most(f"{name}, {beside}", 1.15, share)
+        else:
+            yield f"| {name}, each with a copy | | {share:.3g}× | |"
+    yield from ("", *table("| | median ms | processor ms | load |"))
     for row in (*data["body"], *data["changes"]):
         if row["seconds"]:
             kind = "changes" if "share" in row else "full"
-            yield f"| {kind}: {row['what']} | {statistics.median(row['seconds']) * 1e3:.0f} | {row['load']:.1f} |"
+            taken, used = (statistics.median(row[key]) * 1e3 for key in ("seconds", "processor"))
+            yield f"| {kind}: {row['what']} | {taken:.0f} | {used:.0f} | {row['load']:.1f} |"
 
 
 def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
@@ -323,17 +364,21 @@ def _sync_whole(rows: dict[str, Data]) -> Iterator[str]:
     beside = [copy + digest for copy, digest in zip(times["cp"], times["digest"], strict=True)]
     yield at_least("publishing: cp, sync and digest over it", 0.8, _ratio(beside, times["publish"]))
     yield at_least("swap: a memory copy over it", 0.8, _ratio(times["memory copy"], times["swap"]))
-    rate = rows["digest"]["bytes"] / statistics.median(times["digest"]) / 1e9
-    yield judged("reading and digest, one core", "≥ 1.5 GB/s", f"{rate:.2f} GB/s", reached=rate >= 1.5)
+    yield _rate("reading and digest, one core", 1.5, rows["digest"]["bytes"], rows["digest"])
     extra = rows["anonymous memory"]["bytes"] / 2**20
     yield at_most("extra anonymous memory of apply", 64, extra, " MiB")
+
+
+def _rate(name: str, goal: float, size: int, row: Data) -> str:
+    """A row for bytes a second of processor time, with those by the clock."""
+    rate, by_clock = (size / statistics.median(row[key]) / 1e9 for key in ("processor", "seconds"))
+    return judged(name, f"≥ {goal:g} GB/s", f"{rate:.2f} GB/s ({by_clock:.2f} by the clock)", reached=rate >= goal)
 
 
 def _sync_changes(rows: dict[str, Data]) -> Iterator[str]:
     size, times = rows["publish"]["bytes"], {what: row["seconds"] for what, row in rows.items()}
     yield at_most("bytes of changes over those of all", 0.04, rows["publish"]["share"])
-    rate = 2 * size / statistics.median(times["publish"]) / 1e9
-    yield judged("publishing changes, of scanned pairs", "≥ 2 GB/s", f"{rate:.2f} GB/s", reached=rate >= 2)
+    yield _rate("publishing changes, of scanned pairs", 2, 2 * size, rows["publish"])
     yield at_least(
         "swap of changes: a memory copy of the body over it", 0.5, _ratio(times["memory copy"], times["swap"])
     )
@@ -362,6 +407,7 @@ def update(data: Data) -> Iterator[str]:
 
 UPDATES = {
     "vhead": "`vhead.TrainingPass`",
+    "vhead, in place": "the same with `accumulate_in_place=True`",
     "padded loop, 4": "padded loop of TRL's class, 4 rows",
     "padded loop, 8": "padded loop of TRL's class, 8 rows",
     "sorted loop, 4": "the same sorted by length, 4 rows",
@@ -382,11 +428,10 @@ def _update_goals(times: list[Row], memory: list[Row], dtype: str) -> Iterator[s
         saved = ratio(times, measure, {"contestant": "full passes"}, {"contestant": "states kept"})
         if saved is not None:
             yield at_least(f"{dtype}: a frozen body's states kept for 4 updates, {how}", 3.0, saved)
-    own = median(memory, "extra_bytes", contestant="vhead")
-    for name in ("padded loop, 4", "padded loop, 8"):
-        peer = median(memory, "extra_bytes", contestant=name)
-        if own is not None and peer is not None:
-            yield at_least(f"{dtype}: less peak memory than the {name}", 6.0, peer / own)
+    for own, name in product(("vhead", "vhead, in place"), ("padded loop, 4", "padded loop, 8")):
+        ours, peer = (median(memory, "extra_bytes", contestant=each) for each in (own, name))
+        if ours is not None and peer is not None:
+            yield at_least(f"{dtype}: less peak memory of {own} than of the {name}", 6.0, peer / ours)
 
 
 def _update_cell(times: list[Row], memory: list[Row], key: Row) -> str:
@@ -411,6 +456,7 @@ PAGES: dict[str, Page] = {
     "scoring-memory": scoring.peaks,
     "scoring-overhead": scoring.overhead,
     "scoring-scale": scoring.scale,
+    "serving": serving,
     "sync": sync,
     "token-statistics": token_statistics,
     "update": update,

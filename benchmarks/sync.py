@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import tempfile
 import threading
@@ -15,20 +16,24 @@ from typing import Any
 import numpy as np
 import report
 import torch
-from measure import Figures, add_options, memory
+from measure import Figures, add_options, in_fresh_process, memory
 from torch import Tensor
 from workloads import log_normal, qwen2, small_llama
 
-from vhead import AutoModelForCausalLMWithValueHead, Scorer, _native
+from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, _native
 from vhead.benchmark.document import Row
 from vhead.benchmark.timing import load_average
-from vhead.scoring.options import ScorerOptions
+from vhead.demo import demo_model_path
+from vhead.scoring.sharing import share_weights
 from vhead.sync import Follower, Publisher, verify
 
 PLACES = {"tmpfs": "/dev/shm", "disk": None}  # noqa: S108, what is in it has random names
-HEAD, BODY_TENSORS, WORKERS, SHARED_LAYERS = 2048, 16, 4, 4
+HEAD, BODY_TENSORS, WORKERS, SHARED_LAYERS = 2048, 16, 4, 2
 CHANGED = 0.01
-RELOADS_S = 5.0
+TURN_S, TURNS = 1.0, 4
+FLUSHED = 3  # files, and as many folders: what a publication of a head flushes
+
+Times = dict[str, list[tuple[float, float]]]
 
 
 @contextmanager
@@ -37,14 +42,30 @@ def _folder(place: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _times(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of this process' processor time: on a busy machine, the second say what a core does."""
+    began, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
-def _row(what: str, seconds: list[float], **about: object) -> Row:
-    return {"what": what, "seconds": seconds, "load": load_average(), **about}
+def _row(what: str, times: list[tuple[float, float]], **about: object) -> Row:
+    by_clock, processor = ([time[which] for time in times] for which in (0, 1))
+    return {"what": what, "seconds": by_clock, "processor": processor, "load": load_average(), **about}
+
+
+def _flushes(folder: Path) -> None:
+    """As many small files and folders as publishing a head flushes, one after the other."""
+    opened = [folder / f"flushed-{number}" for number in range(FLUSHED)]
+    for place in (*opened, *[folder] * FLUSHED):
+        flags = os.O_RDONLY if place == folder else os.O_WRONLY | os.O_CREAT
+        file = os.open(place, flags)
+        if place != folder:
+            os.write(file, b"0" * 4096)
+        os.fsync(file)
+        os.close(file)
+    for place in opened:
+        place.unlink()
 
 
 def _head(options: argparse.Namespace) -> Iterator[Row]:
@@ -54,12 +75,13 @@ def _head(options: argparse.Namespace) -> Iterator[Row]:
             tensors = {"v_head.summary.weight": torch.randn(1, HEAD), "v_head.summary.bias": torch.randn(1)}
             own = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
             publisher, follower = Publisher(folder), Follower(folder)
-            published, applied = [], []
+            times: Times = {"publish": [], "apply": [], "flushes": []}
             for step in range(10 * options.rounds):
-                published.append(_seconds(partial(publisher.publish, tensors, step=step)))
-                applied.append(_seconds(partial(follower.apply, own)))
-            yield _row("publish", published, place=place)
-            yield _row("apply", applied, place=place)
+                times["publish"].append(_times(partial(publisher.publish, tensors, step=step)))
+                times["apply"].append(_times(partial(follower.apply, own)))
+                times["flushes"].append(_times(partial(_flushes, folder)))
+            for what, measured in times.items():
+                yield _row(what, measured, place=place)
 
 
 def _body(mebibytes: int) -> dict[str, Tensor]:
@@ -76,8 +98,16 @@ def _copied(publication: Path, folder: Path) -> None:
     copy.unlink()
 
 
-def _staged(folder: Path, have: tuple[int, str] | None, weights: dict[str, Tensor]) -> tuple[float, float]:
-    """Seconds of reading and verifying what is new, and of swapping it in."""
+def _read(publication: Path) -> None:
+    """What a digest is compared with: reading alone."""
+    room = memoryview(bytearray(1 << 20))
+    with open(publication / "model.safetensors", "rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
+
+
+def _staged(folder: Path, have: tuple[int, str] | None, weights: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """What reading and verifying what is new takes, and what swapping it in does."""
     arrays = [tensor.view(torch.uint8).numpy() for _, tensor in sorted(weights.items())]
 
     def verified() -> "_native.SyncStage":
@@ -88,10 +118,9 @@ def _staged(folder: Path, have: tuple[int, str] | None, weights: dict[str, Tenso
             raise RuntimeError("nothing new")
         return stage
 
-    began = time.perf_counter()
-    stage = verified()
-    seconds = time.perf_counter() - began
-    return seconds, _seconds(lambda: stage.install(list(enumerate(arrays))))
+    stages: list[_native.SyncStage] = []
+    read = _times(lambda: stages.append(verified()))
+    return [read, _times(lambda: stages[0].install(list(enumerate(arrays))))]
 
 
 def _whole(options: argparse.Namespace) -> Iterator[Row]:
@@ -102,18 +131,19 @@ def _whole(options: argparse.Namespace) -> Iterator[Row]:
     copies = {name: tensor.clone() for name, tensor in body.items()}
     with _folder("disk") as folder:
         publisher = Publisher(folder, keep=1)
-        times: dict[str, list[float]] = {}
+        times: Times = {}
         for step in range(options.rounds + 1):
-            turn = {"publish": _seconds(partial(publisher.publish, body, step=step))}
+            turn = {"publish": _times(partial(publisher.publish, body, step=step))}
             place = folder / f"step-{step:08d}"
-            turn["cp"] = _seconds(partial(_copied, place, folder))
-            turn["digest"] = _seconds(partial(verify, folder))
+            turn["cp"] = _times(partial(_copied, place, folder))
+            turn["read"] = _times(partial(_read, place))
+            turn["digest"] = _times(partial(verify, folder))
             turn["read and verify"], turn["swap"] = _staged(folder, None, other)
-            turn["memory copy"] = _seconds(lambda: [np.copyto(_bytes(copies[n]), _bytes(body[n])) for n in body])
-            for what, seconds in turn.items() if step else ():
-                times.setdefault(what, []).append(seconds)
-        for what, seconds in times.items():
-            yield _row(what, seconds, **sizes)
+            turn["memory copy"] = _times(lambda: [np.copyto(_bytes(copies[n]), _bytes(body[n])) for n in body])
+            for what, taken in turn.items() if step else ():
+                times.setdefault(what, []).append(taken)
+        for what, measured in times.items():
+            yield _row(what, measured, **sizes)
         yield _row("anonymous memory", [], bytes=_anonymous(lambda: Follower(folder).apply(other)))
 
 
@@ -148,26 +178,26 @@ def _changes(options: argparse.Namespace) -> Iterator[Row]:
         publisher.publish(body, step=0)
         own = {name: torch.zeros_like(tensor) for name, tensor in body.items()}
         follower.apply(own)
-        times: dict[str, list[float]] = {"publish": [], "verify": [], "swap": [], "memory copy": []}
+        times: Times = {"publish": [], "verify": [], "swap": [], "memory copy": []}
         share = 0.0
         for step in range(1, options.rounds + 1):
             for tensor in body.values():
                 places = torch.randint(len(tensor), (int(CHANGED * len(tensor)),))
                 tensor.view(torch.int16)[places] ^= torch.randint(1, 2**10, places.shape, dtype=torch.int16)
             have = follower.publication
-            times["publish"].append(_seconds(partial(publisher.publish, body, step=step)))
+            times["publish"].append(_times(partial(publisher.publish, body, step=step)))
             share = sum(path.stat().st_size for path in (folder / f"step-{step:08d}").iterdir()) / size
             assert have is not None  # noqa: S101, a full one was applied
             staged = _staged(folder, (have.step, have.digest), {name: tensor.clone() for name, tensor in own.items()})
-            for what, seconds in zip(("verify", "swap"), staged, strict=True):
-                times[what].append(seconds)
+            for what, taken in zip(("verify", "swap"), staged, strict=True):
+                times[what].append(taken)
             follower.apply(own)
             room = np.empty_like(_bytes(body["layers.0.weight"]))
             times["memory copy"].append(
-                _seconds(lambda room=room: [np.copyto(room, _bytes(tensor)) for tensor in body.values()])
+                _times(lambda room=room: [np.copyto(room, _bytes(tensor)) for tensor in body.values()])
             )
-        for what, seconds in times.items():
-            yield _row(what, seconds, bytes=size, share=share)
+        for what, measured in times.items():
+            yield _row(what, measured, bytes=size, share=share)
 
 
 def _reloads(options: argparse.Namespace) -> Iterator[Row]:
@@ -179,58 +209,79 @@ def _reloads(options: argparse.Namespace) -> Iterator[Row]:
     with _folder("disk") as folder:
         publisher = Publisher(folder, parts=("head",))
         publisher.publish(model, step=0)
-        scorer = Scorer(model, follow=folder)
-        step = 0
-        for number in range(2 * options.rounds):
-            publishes, began, scored, last = number % 2 == 1, time.perf_counter(), 0, 0.0
-            while (passed := time.perf_counter() - began) < RELOADS_S:
-                if publishes and passed - last >= 1:
-                    last, step = passed, step + 1
-                    publisher.publish({n: t + 1 for n, t in _head_of(model).items()}, step=step)
+        scorer, step = Scorer(model, follow=folder), 0
+        for number in range(2 * TURNS * options.rounds):
+            publishes, began, used, scored = number % 2 == 1, time.perf_counter(), time.process_time(), 0
+            if publishes:
+                step += 1
+                publisher.publish({n: t + 1 for n, t in _head_of(model).items()}, step=step)
+            while time.perf_counter() - began < TURN_S:
                 scored += len(scorer.score(rollouts, ("values",)))
-            rate = scored / (time.perf_counter() - began)
-            yield {"publishes": publishes, "rollouts_per_s": rate, "load": load_average()}
+            rates = {"rollouts_per_s": scored / (time.perf_counter() - began)}
+            rates["rollouts_per_processor_s"] = scored / (time.process_time() - used)
+            yield {"publishes": publishes, "load": load_average(), **rates}
 
 
 def _head_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("v_head.")}
 
 
-def _worker(folder: str, results: Any, together: Any, options: ScorerOptions) -> None:
-    """Scores, and says by how much that has raised this process' share of the machine's memory."""
+def _worker(folder: Path, together: Any, results: Any) -> None:
+    """Scores, and says by how much its share of the machine's memory has risen beside activations; then with a copy."""
     torch.set_num_threads(1)
-    before = _proportional()
-    scorer = Scorer.from_pretrained(folder, **options)
-    scorer.score(log_normal(1, 2), ("values",))
+    # What an interpreter takes for itself, it takes now.
+    Scorer.from_pretrained(demo_model_path()).score([Rollout([5, 6], [7, 8])], ("values",))
     together.wait()
-    results.put(_proportional() - before)
+    before, _ = _proportional()
+    together.wait()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    share_weights(model, folder)
+    together.wait()
+    _, loaded = _proportional()
+    Scorer(model).score(log_normal(1, 2), ("values",))
+    together.wait()
+    shared, own = _proportional()
+    activations = max(0, own - loaded)
+    together.wait()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    together.wait()
+    results.put((shared - before - activations, _proportional()[0] - before - activations, activations))
     together.wait()
 
 
-def _proportional() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+def _proportional() -> tuple[int, int]:
+    """Bytes of this process' share of the machine's memory, and how many of them are of no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    found = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return found["Pss"], found["Pss_Anon"]
 
 
-def _shared(options: argparse.Namespace) -> Iterator[Row]:
-    """The proportional memory of workers on one body, with what they compute in."""
-    spawn = multiprocessing.get_context("spawn")
+def _rises(folder: Path) -> list[int]:
+    """Of all workers together."""
+    fork = multiprocessing.get_context("fork")
+    together, results = fork.Barrier(WORKERS), fork.Queue()
+    workers = [fork.Process(target=_worker, args=(folder, together, results)) for _ in range(WORKERS)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    return [sum(each) for each in zip(*found, strict=True)]
+
+
+def _shared(_: argparse.Namespace) -> Iterator[Row]:
+    """The proportional memory of workers on one body, and beside it what they compute in."""
     with _folder("disk") as folder:
         model = AutoModelForCausalLMWithValueHead.from_pretrained(qwen2(SHARED_LAYERS).to(torch.bfloat16))
         torch.nn.init.normal_(model.v_head.summary.weight)
         model.save_pretrained(folder)
         body = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         del model
-        for share in (False, True):
-            results, together = spawn.Queue(), spawn.Barrier(WORKERS)
-            arguments = (str(folder), results, together, {"share_weights": share})
-            workers = [spawn.Process(target=_worker, args=arguments) for _ in range(WORKERS)]
-            for worker in workers:
-                worker.start()
-            found = [results.get(timeout=300) for _ in workers]
-            for worker in workers:
-                worker.join()
-            yield {"share": share, "workers": WORKERS, "proportional_bytes": sum(found), "body_bytes": body}
+        shared, copied, activations = in_fresh_process(_rises, folder)
+        for share, rise in ((True, shared), (False, copied)):
+            about = {"workers": WORKERS, "activation_bytes": activations, "body_bytes": body}
+            yield {"share": share, "proportional_bytes": rise, **about}
 
 
 def _main() -> None:

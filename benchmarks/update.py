@@ -1,19 +1,20 @@
 """Measures the update: a batch of rollouts forward and backward with gradients of a policy's and a value loss.
 
     python benchmarks/update.py            # the whole: 12 layers, float32 and bfloat16, about an hour
-    python benchmarks/update.py --quick    # fewer layers, prompts and contestants, in less than four minutes
+    python benchmarks/update.py --quick    # one prompt, one round and fewer contestants, in less than three minutes
 
 README.md here says who is measured.
 """
 
 import argparse
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import report
 import torch
-from measure import Figures, add_options, extra_bytes, in_fresh_process
+from measure import Figures, add_options, extra_bytes
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +29,9 @@ from vhead.benchmark.trl_head import trl_model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CRITIC_UPDATES = 4
 TILE = 8192
-QUICK = {"layers": 4, "prompts": 2, "rounds": 1}
+# Those whose first run makes kernels for its sizes.
+WARM = {"vhead", "vhead, in place", "bare products"}
+QUICK = {"prompts": 1, "rounds": 1}
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,17 @@ class Contestant:
 def contestants() -> Iterator[Contestant]:
     """Everything that is measured."""
     yield Contestant("vhead", training_pass)
+    yield Contestant("vhead, in place", partial(training_pass, accumulate_in_place=True))
     yield Contestant("padded loop, 4", partial(padded_loop, rows=4))
     yield Contestant("padded loop, 8", partial(padded_loop, rows=8))
     yield Contestant("sorted loop, 4", partial(padded_loop, rows=4, by_length=True))
     yield Contestant("bare products", bare_products, has_memory=False)
 
 
-def training_pass(body: PreTrainedModel, rollouts: list[Rollout]) -> Work:
+def training_pass(body: PreTrainedModel, rollouts: list[Rollout], *, accumulate_in_place: bool = False) -> Work:
     """`vhead.TrainingPass`, with the packing in its time."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(body).eval()
-    packed, given = TrainingPass(model), Given.drawn(rollouts)
+    packed, given = TrainingPass(model, accumulate_in_place=accumulate_in_place), Given.drawn(rollouts)
 
     def update() -> None:
         for batch in packed.batches(rollouts):
@@ -189,42 +193,31 @@ CRITICS = {"states kept": partial(critic_updates, keeps=True), "full passes": pa
 # --- The measurements ------------------------------------------------------------------------------------------------
 
 
-def _times(options: argparse.Namespace) -> Iterator[Row]:
-    """Wall and processor seconds of every contestant, which take turns, and of a critic's updates."""
+def _measured(options: argparse.Namespace) -> Iterator[Row]:
+    """Seconds and peak memory of every contestant, which take turns, and of a critic's updates."""
     torch.set_num_threads(options.threads)
     rollouts = log_normal(options.prompts, options.completions)
     for dtype in options.dtypes:
         # Each has a model of its own, as a frozen body stays frozen.
         works = {name: make(qwen2(options.layers).to(DTYPES[dtype]), rollouts) for name, make in CRITICS.items()}
         body = qwen2(options.layers).to(DTYPES[dtype])
+        for parameter in body.parameters():
+            parameter.grad = torch.empty_like(parameter).fill_(0.0)
         works |= {each.name: each.make(body, rollouts) for each in contestants() if _is_asked(each, options)}
+        for name in WARM & works.keys():
+            works[name]()
         for number, name in turns(works, options.rounds):
-            body.zero_grad(set_to_none=False)
-            before = load_average()
-            row = {"round": number, "contestant": name, "dtype": dtype, **clocked(works[name])}
-            print(f"round {number}, {dtype}, {name}: {row['wall_s']:.2f} s, {row['processor_s']:.2f} s", flush=True)
-            squares = [float(p.grad.float().square().sum()) for p in body.parameters() if p.grad is not None]
-            yield row | {"gradient_norm": sum(squares) ** 0.5, "load_before": before, "load_after": load_average()}
+            yield {"round": number, "contestant": name, "dtype": dtype, **_measure(body, works[name])}
 
 
-def _memory(options: argparse.Namespace) -> Iterator[Row]:
-    for dtype in options.dtypes:
-        for name in [each.name for each in contestants() if each.has_memory and _is_asked(each, options)]:
-            extra = in_fresh_process(memory_of, name, dtype, options)
-            print(f"{dtype}, {name}: {extra / 2**20:.0f} MiB", flush=True)
-            yield {"contestant": name, "dtype": dtype, "extra_bytes": extra}
-
-
-def memory_of(name: str, dtype: str, options: argparse.Namespace) -> int:
-    """Peak bytes of an update above the model and its gradients, which are there before it begins."""
-    torch.set_num_threads(options.threads)
-    body = qwen2(options.layers).to(DTYPES[dtype])
-    rollouts = log_normal(options.prompts, options.completions)
-    work = next(each for each in contestants() if each.name == name).make(body, rollouts)
-    for parameter in body.parameters():
-        parameter.detach().sum()
-        parameter.grad = torch.empty_like(parameter).fill_(0.0)
-    return extra_bytes(work)
+def _measure(body: PreTrainedModel, work: Work) -> Row:
+    """Seconds of one run, the norm of its gradients, and bytes above what is there before, gradients among them."""
+    body.zero_grad(set_to_none=False)
+    ctypes.CDLL(None).malloc_trim(0)  # What the allocator has kept of earlier contestants would not be counted.
+    before, row = load_average(), Row()
+    row["extra_bytes"] = extra_bytes(lambda: row.update(clocked(work)))
+    squares = [float(p.grad.float().square().sum()) for p in body.parameters() if p.grad is not None]
+    return row | {"gradient_norm": sum(squares) ** 0.5, "load_before": before, "load_after": load_average()}
 
 
 def _is_asked(contestant: Contestant, options: argparse.Namespace) -> bool:
@@ -237,15 +230,18 @@ def _main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help=f"{QUICK}, and no loop of 8 rows")
     parser.add_argument("--only", default="", help="contestants of such names")
-    parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
     workload = sizes(log_normal(options.prompts, options.completions))
     figures = Figures(options, layers=options.layers, critic_updates=CRITIC_UPDATES, workload=workload)
-    figures.add("times", _times(options))
-    if not options.no_memory:
-        figures.add("memory", _memory(options))
+    times: list[Row] = []
+    for row in _measured(options):
+        print("{dtype}, {contestant}: {wall_s:.2f} s, {processor_s:.2f} s of processors".format(**row), flush=True)
+        times.append(row)
+        figures.put("times", times)
+    with_memory = {each.name for each in contestants() if each.has_memory}
+    figures.put("memory", [row for row in times if row["contestant"] in with_memory])
     figures.close(report.update)
 
 

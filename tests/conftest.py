@@ -20,6 +20,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The golden files are our own, and pickled ones of them are read on torch before 2.6 as well.
 os.environ["VHEAD_ALLOW_PICKLE"] = "1"
+# A measurement would batch differently from run to run.
+os.environ["VHEAD_TOKEN_BUDGET"] = "2048"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

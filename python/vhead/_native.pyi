@@ -37,7 +37,9 @@ __all__ = [
     "linear",
     "panic_on_purpose",
     "rms_norm",
+    "rotate",
     "sync_collect",
+    "sync_export",
     "sync_list",
     "token_rewards",
     "try_value_head",
@@ -211,6 +213,9 @@ class Attention:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + epsilon)` of `[..., H]`, in its dtype, which is the weight's as well."""
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary position embeddings of `x` `[..., heads * D]` in place, by `cos` and `sin` `[..., D]` of its dtype."""
+
 @final
 class LogitStatistics:
     """Statistics of `[N]` targets, a tile of products at a time.
@@ -346,3 +351,11 @@ class SyncStage:
 
 def sync_list(directory: PathLike[str]) -> list[tuple[int, _Summary | None, str, bool]]: ...
 def sync_collect(directory: PathLike[str], keep: int) -> tuple[list[int], list[str]]: ...
+def sync_export(
+    directory: PathLike[str],
+    to: PathLike[str],
+    step: int | None,
+    checksum: str,
+    full: bool,
+    staging: PathLike[str],
+) -> int: ...

@@ -6,10 +6,11 @@
 | `VHEAD_NUM_THREADS` | threads of the native CPU kernels, 1 to 1024; unset: as many as torch has been told to use |
 | `VHEAD_ALLOW_PICKLE` | `1`: read pickled checkpoints also on torch before 2.6, where such a file can run code |
 | `VHEAD_TENSOR_VIEW` | `attributes`: read tensors by their Python attributes even where torch offers DLPack's C table |
+| `VHEAD_TOKEN_BUDGET` | tokens of a scorer's batch where none are asked for; unset: the fastest on the machine |
 | `VHEAD_API_KEY` | what clients of `vhead serve` have to send as a bearer token; unset or empty: nothing |
 
-They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened, and
-`VHEAD_API_KEY` when a server starts.
+They are read once, when `vhead.ops` is imported; `VHEAD_ALLOW_PICKLE` whenever a pickled file is opened,
+`VHEAD_TOKEN_BUDGET` when a scorer is made, and `VHEAD_API_KEY` when a server starts.
 The commands also set variables of OpenMP: see `vhead.cli.threads`.
 """
 
@@ -53,6 +54,20 @@ def allows_pickle() -> bool:
         EnvironmentVariableError: `VHEAD_ALLOW_PICKLE` is neither 0 nor 1.
     """
     return _choice("VHEAD_ALLOW_PICKLE", ("0", "1")) == "1"
+
+
+def token_budget() -> int | None:
+    """How many tokens a scorer's batch has where none are asked for; None: that is not said.
+
+    Raises:
+        EnvironmentVariableError: `VHEAD_TOKEN_BUDGET` is no whole number from 1 on.
+    """
+    value = os.environ.get("VHEAD_TOKEN_BUDGET")
+    if not value:
+        return None
+    if re.fullmatch(r"0*[1-9][0-9]{0,8}", value) is None:
+        raise EnvironmentVariableError(f"VHEAD_TOKEN_BUDGET: expected a whole number from 1 on, got {value!r}")
+    return int(value)
 
 
 def api_key() -> str | None:

@@ -79,6 +79,16 @@ def test_a_limit_that_is_exceeded_is_said_and_fails(scored: str) -> None:
     assert [run(scored, "--fail-above", f"{name}=0").exit_code for name in ("k1", "chi2", "outside")] == [1, 1, 1]
 
 
+def test_a_limit_fails_where_something_could_not_be_compared(scored: str, tmp_path: Path) -> None:
+    lines = Path(scored).read_text().splitlines()
+    part = tmp_path / "part.jsonl"
+    part.write_text("\n".join(lines[1:]) + "\n")
+    assert run(scored, str(part)).exit_code == 0
+    done = run(scored, str(part), "--fail-above", "k3=10")
+    assert done.exit_code == 1
+    assert "expected all records to be compared, got 0 left out, 1 in ours only and 0 in theirs only" in done.stderr
+
+
 @pytest.mark.parametrize("limit", ["k3", "k3=much", "reward=1", "k3=nan"])
 def test_a_limit_of_another_form_is_wrong_usage(scored: str, limit: str) -> None:
     done = run(scored, "--fail-above", limit)

@@ -161,7 +161,9 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing\n"
             "  attention: segments, the fastest measured on a CPU\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms"
+            "  logits: the language-model head's output\n  batches: 2048 tokens, as VHEAD_TOKEN_BUDGET says\n"
+            "  own kernels: 2 of 2 gated layers, 5 of 5 norms, 2 of 2 decoder layers\n"
+            "  last layer: where few rows are read, of those alone"
         )
 
     def test_flex_is_the_first_choice_on_cuda(self, models, as_on_cuda):
@@ -169,7 +171,9 @@ class TestChoice:
         assert str(found) == (
             "LlamaForCausalLM: tree packing with FlexAttention\n"
             "  attention: flex, expected to be the fastest on CUDA\n"
-            "  logits: the language-model head's output\n  own kernels: 2 of 2 gated layers, 5 of 5 norms"
+            "  logits: the language-model head's output\n  batches: 2048 tokens, as VHEAD_TOKEN_BUDGET says\n"
+            "  own kernels: 2 of 2 gated layers, 5 of 5 norms, 2 of 2 decoder layers\n"
+            "  last layer: where few rows are read, of those alone"
         )
 
     def test_flash_is_the_next_and_what_failed_is_said(self, models, as_on_cuda, monkeypatch):
@@ -245,9 +249,9 @@ class TestOnCuda:
             own = object.__new__(engine.Engine)
             own._head, own.outputs = head, Outputs(1)
             (batch,) = strategy.batches([rollout.tokens for rollout in encoded], [], 2048)
-            states = strategy.states(batch)
             asked = Asked(FIELDS)
             read = engine.Read.of([encoded[place] for place in batch.places], batch, scorer._conventions, None, asked)
+            states = strategy.states_of(batch, read.rows)
             computed = own._head_outputs(states, read, asked)
             rows = states[to_device(read.written, states.device)]
             computed |= token_statistics(rows, LogitsRule(model.lm_head), read.statistics(asked))

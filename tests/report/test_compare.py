@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,9 @@ RECORDS = [
 Edit = Callable[[dict[str, Any]], object]
 
 
+MOVED = [{**record, "logprobs": (np.array(record["logprobs"]) + 0.1).tolist()} for record in RECORDS]
+
+
 def written(path: Path, records: list[dict[str, Any]]) -> str:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
@@ -200,6 +204,52 @@ def test_records_without_ids_are_matched_by_position(tmp_path: Path, ours: str) 
     assert (found.rollouts, found.only_ours, found.by_id) == (4, 2, False)
 
 
+def test_columns_with_a_suffix_are_compared_with_each_other_and_the_mask(tmp_path: Path, ours: str) -> None:
+    """And never with the environment's own reward."""
+    plain = compare_files(ours, written(tmp_path / "b.jsonl", MOVED))
+    names = ("logprobs", "values", "reward", "completion_mask", "token_ids")
+    sides = [
+        [
+            {"id": record["id"], "reward": 1.0, **{f"{n}_v": record[n] for n in names if n in record}}
+            for record in records
+        ]
+        for records in (RECORDS, MOVED)
+    ]
+    files = [written(tmp_path / name, side) for name, side in zip(("c.jsonl", "d.jsonl"), sides, strict=True)]
+    found = compare_files(*files, ours_column="logprobs_v")
+    assert replace(found, logprobs=None) == replace(plain, logprobs=None)
+    assert found.logprobs is not None
+    assert plain.logprobs is not None
+    assert (found.tokens, found.logprobs.k3) == (plain.tokens, plain.logprobs.k3)
+    with pytest.raises(FieldError, match=r"logprobs: expected the column, or the name of another .* logprobs_v, got"):
+        compare_files(*files)
+
+
+def test_null_at_a_token_that_does_not_count_is_as_good_as_a_number(tmp_path: Path) -> None:
+    records = [{"logprobs": [-1.0, None], "old_logprobs": [-1.5, None], "completion_mask": [True, False]}]
+    found = compare_files(written(tmp_path / "a.jsonl", records))
+    assert (found.tokens, found.left_out) == (1, 0)
+    assert found.logprobs is not None
+    assert found.logprobs.max_abs == 0.5
+
+
+def test_scores_of_other_completions_are_not_compared(tmp_path: Path) -> None:
+    sides = [[{"id": at, "logprobs": [-1.0], "completion_ids": [token]} for at in range(2)] for token in (7, 8)]
+    sides[1][0]["completion_ids"] = [7]
+    found = compare_files(*(written(tmp_path / f"{at}.jsonl", side) for at, side in enumerate(sides)))
+    assert (found.rollouts, found.left_out) == (1, 1)
+    assert "completion_ids: expected those of" in found.problems[0]
+
+
+def test_a_file_of_which_nothing_can_be_read_is_named_with_the_reason(tmp_path: Path, ours: str) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(pickle.dumps(RECORDS))
+    with pytest.raises(
+        FileFormatError, match=r"b.jsonl: expected records with scores, got none that can be read: .*line 1"
+    ):
+        compare_files(ours, str(path))
+
+
 def test_ids_that_repeat_are_taken_in_the_same_order_only(tmp_path: Path) -> None:
     repeated = [{**record, "id": f"r{at // 2}"} for at, record in enumerate(RECORDS)]
     first = written(tmp_path / "a.jsonl", repeated)
@@ -213,7 +263,7 @@ def test_ids_that_repeat_are_taken_in_the_same_order_only(tmp_path: Path) -> Non
     [
         (lambda r: r["logprobs"].pop(), "logprobs: expected 3 of them, as `logprobs` of .*a.jsonl: line 3 has, got 2"),
         (lambda r: r["logprobs"].__setitem__(1, math.nan), "logprobs: expected finite numbers .* got nan at token 1"),
-        (lambda r: r["logprobs"].__setitem__(1, None), "logprobs: expected numbers, got nothing at token 1"),
+        (lambda r: r["logprobs"].__setitem__(1, None), "logprobs: expected finite numbers .* got nan at token 1"),
         (lambda r: r.update(logprobs=["-1", "-2", "-3"]), "logprobs: expected a number for each token"),
         (lambda r: r.update(logprobs=-1.0), "logprobs: expected a number for each token"),
         (lambda r: r.pop("logprobs"), "logprobs: expected the field, which other records have"),

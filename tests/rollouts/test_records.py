@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vhead import Rollout
 from vhead.errors import FieldError
 from vhead.rollouts import from_records
 from vhead.rollouts.fields import parsed_fields
@@ -18,6 +19,11 @@ from vhead.rollouts.files.opening import open_reader
 ASK = {"role": "user", "content": "2 and 2?"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
 TOLD = {"role": "tool", "content": "4"}
+OTHER_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "say", "arguments": {"text": "x"}}}],
+}
 SAY = {"role": "assistant", "content": "four"}
 TRACE = [ASK, CALL, TOLD, SAY]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"required": ["a"]}}}]
@@ -56,6 +62,19 @@ def read(read_all):
         return rollout
 
     return read
+
+
+def test_what_a_data_set_fills_up_with_null_is_not_there():
+    """Arrow gives every object all members that any has, and data sets give them back."""
+    records = [{"messages": [ASK, CALL, TOLD, SAY], "tools": TOOLS}, {"messages": [ASK, OTHER_CALL], "tools": None}]
+    filled = pa.Table.from_pylist(records).to_pylist()
+    assert filled[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 2, "text": None}
+    for record in (filled[0], json.loads(json.dumps(filled[0]))):
+        (rollout,) = from_records([record])
+        assert [*rollout.prompt, *rollout.completion] == TRACE
+        assert list(rollout.tools) == TOOLS
+    straight = Rollout.from_messages(filled[0]["messages"], tools=filled[0]["tools"])
+    assert ([*straight.prompt, *straight.completion], list(straight.tools)) == (TRACE, TOOLS)
 
 
 class TestForms:

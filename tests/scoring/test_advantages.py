@@ -208,13 +208,13 @@ class TestInFiles:
         records[2]["earned"] = None
         path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
         scored = []
-        original = Scorer._score
+        original = Scorer._underway
 
         def noting(scorer, chunk, *rest):
             scored.append(len(chunk.rollouts))
             return original(scorer, chunk, *rest)
 
-        monkeypatch.setattr(Scorer, "_score", noting)
+        monkeypatch.setattr(Scorer, "_underway", noting)
         options = ("--returns", "advantages", "--reward-field", "earned", "--on-error", "skip")
         assert self.run(path, "-m", folder, "-o", tmp_path / "a.jsonl", *options).exit_code == 0
         assert sum(scored) == 5, "the record without a reward is not computed"

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.scoring.scoring_models import VOCABULARY, critic, reference
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, Scores, ValueHead
@@ -11,6 +13,14 @@ from vhead.scoring import Conventions
 
 TOLERANCE = 1e-4
 TURN = 90
+
+
+def merging_tokenizer():
+    """Words, and a full stop with two line breaks behind it as a part of the word's token."""
+    words = ["[UNK]", "One", " ", "is.\n\n", "Then", "two", "\n\n", "end", "Go."]
+    tokenizer = Tokenizer(models.WordLevel(dict(zip(words, range(3, 3 + len(words)), strict=True)), unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-Za-z]+\.\n\n|[A-Za-z.]+|\n\n| "), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +128,23 @@ class TestSteps:
         conventions = Conventions(step_separator=separator)
         (score,) = Scorer(model, conventions=conventions).score([Rollout([9, 6], [7, 9, 10, 12, 9, 14])], ["steps"])
         assert score.step_positions.tolist() == places
+
+    def test_a_separator_in_what_the_model_read_ends_no_step(self, model):
+        rollout = Rollout([1], [4, 7, 5, 7, 7, 9], mask=[True, True, False, False, True, True])
+        scorer = Scorer(model, conventions=Conventions(step_separator=7))
+        (score,) = scorer.score([rollout], ["steps"])
+        assert score.step_positions.tolist() == [1, 4]
+        read_alone = Rollout([1], [4, 7], "read", mask=[True, False])
+        with pytest.raises(FieldError, match="at least once among what the model wrote"):
+            scorer.score([read_alone], ["steps"])
+
+    def test_a_separator_of_text_is_found_in_longer_tokens(self, model):
+        scorer = Scorer(model, tokenizer=merging_tokenizer(), conventions=Conventions(step_separator="\n\n"))
+        rollout = Rollout("Go. ", "One is.\n\nThen two\n\nend")
+        (score,) = scorer.score([rollout], ["steps", "tokens"])
+        ends = [stop for _, stop in score.token_offsets[score.step_positions].tolist()]
+        assert ends == [len("One is.\n\n"), len("One is.\n\nThen two\n\n")]
+        assert len(set(score.token_ids[score.step_positions].tolist())) == 2
 
     def test_a_separator_that_never_occurs_is_that_record_s_error(self, model):
         scorer = Scorer(model, conventions=Conventions(step_separator=60))

@@ -126,8 +126,8 @@ def test_the_active_adapter_and_what_trains_stay_as_they_were():
 def test_the_body_runs_once_for_each_adapter_that_is_needed(named, returns, runs, monkeypatch):
     scorer = Scorer(with_two_adapters(), token_budget=10_000, **named)
     usual, calls = scorer._engine._ways.usual, []
-    states = usual.states
-    monkeypatch.setattr(usual, "states", lambda batch: calls.append(batch) or states(batch))
+    states = usual.states_of
+    monkeypatch.setattr(usual, "states_of", lambda *given: calls.append(given) or states(*given))
     scorer.score(rollouts()[:4], returns)
     assert len(calls) == runs
 

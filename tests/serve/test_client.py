@@ -11,10 +11,14 @@ import pytest
 from vhead import AsyncClient, Client, Rollout
 from vhead.errors import MissingExtraError, RecordError, ServerError
 from vhead.serve import client as module
+from vhead.serve.protocols import arrow
 
 
-@pytest.fixture
-def client(server):
+@pytest.fixture(params=["Arrow", "JSON"])
+def client(server, request, monkeypatch):
+    """With pyarrow and without."""
+    if request.param == "JSON":
+        monkeypatch.setattr(arrow, "is_there", lambda: False)
     with Client(f"http://127.0.0.1:{server.port}/") as opened:
         yield opened
 
@@ -50,12 +54,21 @@ class TestScores:
         assert_same(found, scorer.score(rollouts, returns, temperature=0.7))
         assert found.weights_step.tolist() == [120] * len(rollouts)
 
-    def test_of_token_ids_with_masks_and_candidates_in_many_requests(self, server, scorer, tokens):
-        returns = ("values", "logprobs", "candidates", "prompt_value", "bootstrap")
-        with Client(f"http://127.0.0.1:{server.port}", rollouts_per_request=2, concurrency=3) as client:
-            found = client.score(iter(tokens), returns, top_logprobs=3)
+    def test_of_token_ids_with_masks_and_candidates_in_many_requests(self, client, scorer, tokens):
+        returns = ("values", "logprobs", "candidates", "prompt_value", "bootstrap", "tokens")
+        client._rollouts = 2
+        found = client.score(iter(tokens), returns, top_logprobs=3)
         assert_same(found, scorer.score(tokens, returns, top_logprobs=3))
         assert not np.array_equal(found.values, scorer.score(tokens[::-1], returns).values), "the check can fail"
+
+    def test_of_steps_and_rewards_alone(self, client, scorer, tokens):
+        plain = [Rollout(one.prompt, one.completion) for one in tokens]
+        assert_same(client.score(plain, ("steps",)), scorer.score(plain, ("steps",)))
+        assert client.rewards(plain).tolist() == scorer.score(plain, ("reward",)).reward.tolist()
+
+    def test_of_a_mixture_of_texts_ids_and_chats_with_ids_of_several_kinds(self, client, scorer, rollouts, tokens):
+        plain = [Rollout(one.prompt, one.completion, id=number) for number, one in enumerate(tokens)]
+        assert_same(client.score([*rollouts, *plain], ("reward",)), scorer.score([*rollouts, *plain], ("reward",)))
 
     def test_of_none(self, client, scorer):
         returns = ("values", "reward", "tokens")
@@ -76,6 +89,20 @@ class TestScores:
     def test_more_than_a_request_may_have_goes_in_halves(self, client, scorer, rollouts):
         many = rollouts * 20  # the server takes 64 in a request
         assert_same(client.score(many, ("reward",)), scorer.score(many, ("reward",)))
+
+
+class TestForms:
+    def test_arrow_goes_out_and_comes_back_where_it_can(self, moody, scorer, rollouts):
+        transport, client = moody()
+        with client:
+            assert_same(client.score(rollouts, ("reward",)), scorer.score(rollouts, ("reward",)))
+        assert transport.media_types == [(arrow.MEDIA_TYPE, arrow.MEDIA_TYPE)]
+
+    def test_a_server_without_pyarrow_is_asked_in_json(self, moody, scorer, rollouts):
+        transport, client = moody(httpx2.Response(415, json={"error": {"message": "expected application/json"}}))
+        with client:
+            assert_same(client.score(rollouts, ("reward",)), scorer.score(rollouts, ("reward",)))
+        assert transport.media_types == [("application/json", arrow.MEDIA_TYPE)]
 
 
 class TestRefusals:
@@ -131,6 +158,7 @@ class Moody:
         self._moods, self._lock = list(moods), threading.Lock()
         self.real = httpx2.HTTPTransport()
         self.asked = 0
+        self.media_types = []
 
     def __call__(self, request):
         with self._lock:
@@ -138,7 +166,11 @@ class Moody:
             mood = self._moods.pop(0) if self._moods else None
         if isinstance(mood, Exception):
             raise mood
-        return mood or self.real.handle_request(request)
+        if mood:
+            return mood
+        answer = self.real.handle_request(request)
+        self.media_types.append((request.headers["content-type"], answer.headers["content-type"]))
+        return answer
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from tests.serve.conftest import PATIENCE_S, RunningServer
 from vhead.demo import demo_model_path
-from vhead.serve.running import Address
+from vhead.serve.running import Address, Server
+from vhead.serve.service import Service
 
 LARGE = {"rollouts": [{"prompt_ids": [1, 2], "completion_ids": [3 + n % 90] * 400} for n in range(24)]}
 
@@ -63,6 +64,19 @@ def test_a_second_signal_ends_a_server_that_is_busy(tmp_path):
         server.process.terminate()
         assert server.process.wait(PATIENCE_S) == 1
     assert "before every accepted request was answered" in server.log.read_text()
+
+
+def test_a_server_takes_connections_before_it_says_that_it_serves(scorer):
+    address = Address(port=0)
+    bound = address.bound()
+    place = bound.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(place, PATIENCE_S)
+    service = Service(scorer, ["demo"])
+    server = Server(service, address, bound)
+    with socket.create_connection(place, PATIENCE_S):
+        server.stop()
+        assert server.run()
 
 
 def command(*options: str) -> subprocess.CompletedProcess:

@@ -3,9 +3,13 @@
 import base64
 import hashlib
 import re
+import shutil
+import subprocess
 from importlib import resources
 
 import pytest
+
+from tests.serve.conftest import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,26 @@ def test_every_element_that_the_script_writes_to_is_on_the_page():
     written = set(re.findall(r'\bat\("(\w+)"\)', text))
     assert len(written) > 10
     assert written <= set(re.findall(r'id="(\w+)"', text))
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def test_a_browser_shows_what_is_served_and_a_text_s_tokens_in_colours(server, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom",
+        "--virtual-time-budget=6000", f"http://127.0.0.1:{server.port}/#score",
+    ]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+    shown = dict(re.findall(r'id="(\w+)"[^>]*>([^<]+)<', page))
+    assert (shown["name"], shown["step"]) == ("demo", "120")
+    rollout = {"prompt": "Question: What is 17 + 25?\n", "completion": "17 + 25 = 42. The answer is 42."}
+    (score,) = server.post("/score", {"rollouts": [rollout], "returns": ["values", "reward", "tokens"]}).json["scores"]
+    assert float(shown["reward"]) == pytest.approx(score["reward"], rel=1e-4)
+    tokens = re.findall(r'<span title="value ([^"]+)" style="background-color: rgba\([^"]+\);">([^<]+)</span>', page)
+    assert "".join(text for _, text in tokens) == rollout["completion"]
+    assert [float(value) for value, _ in tokens] == pytest.approx(score["values"], rel=1e-4)
+    assert not shown["shared"].startswith("-"), "a share is never below nothing"

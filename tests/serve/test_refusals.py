@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.serve.conftest import PATIENCE_S
+
 ARROW = "application/vnd.apache.arrow.stream"
 GOOD = {"rollouts": [{"prompt": "The value", "completion": " of the head"}]}
 
@@ -188,6 +190,28 @@ def test_a_body_that_does_not_come_is_not_waited_for_for_ever(server):
             b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [
+        (b"", b"HTTP/1.1 408"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow", b"HTTP/1.1 408"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nHo", b"HTTP/1.1 200"),
+        (b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n[[[[", b"HTTP/1.1 413"),
+    ],
+)
+def test_a_connection_whose_request_stays_unfinished_is_closed(server, sent, answered):
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as connection:
+        connection.sendall(sent)
+        received = b""
+        with suppress(ConnectionResetError):
+            while part := connection.recv(4096):
+                received += part
+                with suppress(OSError):
+                    connection.sendall(b"a")  # A trickle does not set the clock back.
+    assert received.startswith(answered)
+    assert received.count(b"HTTP/1.1 ") <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is published is what is applied, bit for bit, in place, in steps that rise."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -302,6 +303,57 @@ def test_a_reader_in_another_thread_never_meets_a_swap(published):
         assert bits(other) == bits(Small(2))
     thread.join(30)
     assert done == [1]
+
+
+def test_a_directory_that_vanishes_is_nothing_new_and_one_that_comes_back_is_followed(published):
+    directory, model = published
+    other, follower = Small(2), Follower(directory)
+    follower.apply(other)
+    directory.rename(directory.with_name("gone"))
+    assert follower.apply(other) is None
+    with pytest.raises(PublicationMissingError):
+        follower.apply(other, step=1)
+    with pytest.raises(PublicationMissingError):
+        publications(directory)
+    assert bits(other) == bits(model)
+    directory.with_name("gone").rename(directory)
+    train(model, 2)
+    Publisher(directory).publish(model, step=2)
+    assert follower.apply(other) == 2
+
+
+def test_clocks_that_jump_are_not_asked(published):
+    directory, model = published
+    other, follower, publisher = Small(2), Follower(directory), Publisher(directory, keep=2)
+    for step, time in enumerate((2**32, 0, 10**9, 1), 2):
+        train(model, step)
+        publisher.publish(model, step=step)
+        for path in (directory, *directory.rglob("*")):
+            os.utime(path, (time, time))
+        assert follower.apply(other) == step
+        assert bits(other) == bits(model)
+    assert [entry.step for entry in publications(directory)] == [4, 5]
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "weights"):
+        with pytest.raises(SyncFileError, match="file"):
+            Publisher(place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_is_only_to_be_read_is_named_and_followed(published):
+    directory, model = published
+    publisher, other = Publisher(directory), Small(2)
+    directory.chmod(0o555)
+    try:
+        with pytest.raises(SyncFileError, match="ermission"):
+            publisher.publish(model, step=2)
+        assert Follower(directory).apply(other) == 1
+    finally:
+        directory.chmod(0o755)
+    assert bits(other) == bits(model)
 
 
 def test_manifests_are_json(published):

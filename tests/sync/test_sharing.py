@@ -136,6 +136,29 @@ def test_a_damaged_publication_is_not_mapped(tmp_path):
     assert bits(other) == before
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
+def test_the_body_under_an_adapter_is_shared_and_the_adapter_is_followed(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        checkpoint,
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    model.save_pretrained(tmp_path / "adapter")
+    shared = Scorer.from_pretrained(tmp_path / "adapter", share_weights=True, follow=tmp_path / "weights")
+    scores = scored(shared)
+    assert of(shared, checkpoint) > BODY_BYTES
+    alone = scored(Scorer.from_pretrained(tmp_path / "adapter"))
+    assert torch.equal(torch.tensor(scores.values), torch.tensor(alone.values))
+    with torch.no_grad():
+        model.v_head.summary.weight.neg_()
+    Publisher(tmp_path / "weights").publish(model, step=3)
+    after = scored(shared)
+    assert set(after.weights_step.tolist()) == {3}
+    assert not torch.equal(torch.tensor(after.values), torch.tensor(scores.values))
+    assert of(shared, checkpoint) > BODY_BYTES
+
+
 def test_weights_of_another_dtype_cannot_be_shared(checkpoint):
     with pytest.raises(LoadError, match="expected safetensors files of the model's own dtype"):
         Scorer.from_pretrained(checkpoint, share_weights=True, dtype="float64")

@@ -1,7 +1,9 @@
 """Publishing from transformers' `Trainer`, and from a model that two processes have shards of."""
 
 import weakref
+from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from tests.sync.conftest import bits
 from tests.trainers.toy_task import language_model
 from tests.two_processes import RANKS, outcomes_of
 from vhead import AutoModelForCausalLMWithValueHead
-from vhead.errors import SyncStepError
+from vhead.errors import PublicationMismatchError, SyncFileError, SyncStepError
 from vhead.sync import Follower, PublishCallback, Publisher, publications
 
 
@@ -90,7 +92,69 @@ def check_no_two_whole_tensors_are_in_memory_at_a_time(folder):
     assert len(gathered) == len(list(model.parameters()))
 
 
+def check_a_store_that_refuses_is_told_to_all_processes(folder):
+    model = sharded(3)
+    publisher = Publisher(f"memory://{folder.name}/refused", staging=folder)
+
+    def refuse(*_):
+        raise OSError("full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("memory")), "put_file", refuse)
+        with pytest.raises(SyncFileError, match="full"):
+            publisher.publish(model, step=1)
+    assert publisher.publish(model, step=2).step == publisher.step == 2
+
+
+def check_a_failure_in_one_process_is_raised_in_all_and_nothing_is_published(folder):
+    from torch.distributed.tensor import DTensor
+
+    model, publisher = sharded(3), Publisher(folder / "failed")
+    for failing in range(RANKS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DTensor, "full_tensor", refused(DTensor.full_tensor, dist.get_rank() == failing))
+            with pytest.raises(MemoryError, match="no room"):
+                publisher.publish(model, step=1)
+        assert not publications(folder / "failed")
+        dist.barrier()
+    assert publisher.publish(model, step=1).step == publisher.step == 1
+
+
+def refused(gather, fails):
+    """Gathers a tensor and has no room for it, in the process that fails."""
+
+    def full_tensor(tensor, **options):
+        whole = gather(tensor, **options)
+        if fails and tensor.numel() > 8:
+            raise MemoryError("no room")
+        return whole
+
+    return full_tensor
+
+
+def check_processes_with_other_tensors_are_told(folder):
+    model, publisher = sharded(3), Publisher(folder / "other")
+    if dist.get_rank():
+        model.more = torch.nn.Parameter(torch.randn(2))
+    with pytest.raises(PublicationMismatchError, match="others in process 1: more"):
+        publisher.publish(model, step=1)
+
+
+def check_the_callback_publishes_the_last_step_once_in_all_processes(folder):
+    callback, model = PublishCallback(folder / "callback"), sharded(3)
+    state = SimpleNamespace(global_step=1, is_world_process_zero=dist.get_rank() == 0, epoch=0.5)
+    callback.on_step_end(None, state, None, model=model)
+    assert callback._publisher.step == 1
+    callback.on_train_end(None, state, None, model=model)
+    dist.barrier()
+    assert [entry.step for entry in publications(folder / "callback")] == [1]
+
+
 CHECKS = [
+    check_a_store_that_refuses_is_told_to_all_processes,
+    check_a_failure_in_one_process_is_raised_in_all_and_nothing_is_published,
+    check_processes_with_other_tensors_are_told,
+    check_the_callback_publishes_the_last_step_once_in_all_processes,
     check_full_and_changed_weights_arrive,
     check_a_refusal_reaches_all_processes,
     check_no_two_whole_tensors_are_in_memory_at_a_time,

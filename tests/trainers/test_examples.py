@@ -184,3 +184,13 @@ def test_distillation(run):
         before, after = (numbers(line_with(f"{texts} texts {when}", printed))[0] for when in ("before", "after"))
         assert before > 3.0
         assert after < 0.6 * before
+
+
+def test_ppo_agent(run):
+    """The short form: both heads begin with the same policy and games, and only the fitted one knows of the reward."""
+    run("ppo_agent.py", "--demonstrations", "64", "--updates", "2", "--seeds", "0")
+    fresh, fitted = (json.loads(Path("ppo-agent.json").read_text())[at] for at in (0, 1))
+    assert (fresh["head"], fitted["head"]) == ("fresh", "fitted")
+    assert fresh["rewards"][0] == fitted["rewards"][0]
+    assert fresh["explained_variance"][0] == pytest.approx(0.0, abs=1e-6)
+    assert fitted["explained_variance"][0] > 0.2

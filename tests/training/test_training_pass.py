@@ -259,6 +259,18 @@ class TestBadInput:
         (batch,) = TrainingPass(with_head(language_model())).batches([long])
         assert len(batch.mask) == 57
 
+    def test_of_several_rollouts_that_are_too_long_the_first_is_named_and_without_a_budget_each_goes_alone(self, given):
+        long = [Rollout(range(3, 40), range(3, 60 + count), id=f"long {count}") for count in range(3)]
+        model = with_head(language_model())
+        with pytest.raises(FieldError, match=r"record 9 \(id 'long 0'\): completion: expected at most"):
+            TrainingPass(model, token_budget=64).batches([*given, *long])
+        training_pass = TrainingPass(model)
+        training_pass.token_budget = 50
+        batches = training_pass.batches([*long, *given])
+        alone = [batch.places.tolist() for batch in batches if set(batch.places) & {0, 1, 2}]
+        assert sorted(alone) == [[0], [1], [2]]
+        assert sorted(place for batch in batches for place in batch.places) == list(range(12))
+
     def test_numbers_of_another_length_are_named_by_rollout(self, given):
         (batch,) = TrainingPass(with_head(language_model())).batches(given)
         arrays = [np.zeros(len(each.completion)) for each in given]

@@ -1,8 +1,10 @@
 """On which devices a language model computes, and how tensors get there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vhead.backbone.hidden_states import without_adapter
@@ -32,6 +34,42 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class Arriving:
+    """Tensors on their way to the host, which does not wait for them before they are asked for.
+
+    Args:
+        tensors: By name; those on CUDA go to page-locked memory.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._copies = {name: _to_host(tensor) for name, tensor in tensors.items()}
+        devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
+        self._events = [_recorded(device) for device in devices]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The same as arrays; waits until all are there."""
+        for event in self._events:
+            event.synchronize()
+        return {name: copy.numpy() for name, copy in self._copies.items()}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return _page_locked(tensor).copy_(tensor, non_blocking=True)
+
+
+def _page_locked(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """An event after everything that the device has been given so far."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:

@@ -36,8 +36,8 @@ def compare(
         typer.Option(
             "--theirs",
             metavar="COLUMN",
-            help="The column with theirs. Default: logprobs of THEIRS, or old_logprobs of OURS where it is the only "
-            "file.",
+            help="The column with theirs. Default: the same column of THEIRS, or old_logprobs of OURS where it is "
+            "the only file.",
         ),
     ] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the tokens that differ most are shown.")] = 5,
@@ -46,8 +46,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME=LIMIT",
-            help=f"Exit with 1 if a number is above a limit, such as k3=0.01. Names: {', '.join(BOUNDED)}. Give the "
-            "option again for more than one.",
+            help="Exit with 1 if a number is above a limit, such as k3=0.01, or if something could not be compared. "
+            f"Names: {', '.join(BOUNDED)}. Give the option again for more than one.",
         ),
     ] = None,
 ) -> None:
@@ -59,8 +59,8 @@ def compare(
 
     Records are matched by their `id` where all have one, otherwise by position.
 
-    Exit codes: 0 done, whatever the difference; 1 failed, or a number is above its `--fail-above`; 2 wrong usage, 130
-    interrupted, 143 terminated.
+    Exit codes: 0 done, whatever the difference; 1 failed, or a number is above its `--fail-above`, or with that option
+    something could not be compared; 2 wrong usage, 130 interrupted, 143 terminated.
 
     **Examples**
 
@@ -79,7 +79,14 @@ def compare(
             show_json(document(found))
         else:
             _show_tables(found, ours, theirs, ours_column, theirs_column)
-    if exceeded := [text for name, limit in limits.items() if (text := _exceeded(found, name, limit))]:
+    exceeded = [text for name, limit in limits.items() if (text := _exceeded(found, name, limit))]
+    if limits and (found.left_out or found.only_ours or found.only_theirs):
+        # Otherwise a limit would be kept by whatever is left.
+        exceeded.append(
+            f"--fail-above: expected all records to be compared, got {found.left_out:,} left out, {found.only_ours:,} "
+            f"in ours only and {found.only_theirs:,} in theirs only"
+        )
+    if exceeded:
         for text in exceeded:
             say(text)
         raise typer.Exit(FAILED)
@@ -123,7 +130,7 @@ def _show_tables(
 
     from vhead.cli.comparison_tables import report  # for a fast --help
 
-    column = theirs_column or ("logprobs" if theirs else "old_logprobs")
+    column = theirs_column or (ours_column if theirs else "old_logprobs")
     with naming("standard output"):
         report(Console(), found, f"{ours} ({ours_column})", f"{theirs or ours} ({column})")
 

@@ -134,7 +134,7 @@ Device = Annotated[
     typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... Default: cuda if there is one, otherwise cpu."),
 ]
 TokenBudget = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch. Default: 2048 on a CPU, 16384 elsewhere.")
+    int | None, typer.Option(min=1, metavar="N", help="Tokens of a batch. Default: the fastest on this machine.")
 ]
 ChunkTokens = Annotated[
     int | None,

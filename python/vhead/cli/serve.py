@@ -203,16 +203,19 @@ def _address(given: dict[str, Any]) -> "Address":
 def _run(given: dict[str, Any], address: "Address") -> bool:
     from vhead.serve.running import Server  # for a fast --help
     from vhead.serve.service import Service  # for a fast --help
+    from vhead.serve.tracing import from_environment as tracing_from_environment  # for a fast --help
 
     names = given["served_model_name"] or [given["model"]]
-    others, follow = _others(given, names), _follow(given)
+    others, follow, tracing = _others(given, names), _follow(given), tracing_from_environment()
     # The address is taken before a model is loaded for minutes.
     with address.bound() as bound:
         quiet = given["quiet"]
         with loading_shown(given["model"], shown=sys.stderr.isatty() and not quiet, quiet=quiet):
             scorer = _scorer(given)
         queue, limits = _limits(given, scorer)
-        service = Service(scorer, names, queue=queue, limits=limits, step=given["step"], follow=follow.pop("", None))
+        service = Service(
+            scorer, names, queue=queue, limits=limits, step=given["step"], follow=follow.pop("", None), tracing=tracing
+        )
         for name, path in others.items():
             _add(service, name, path, given, follow.pop(name, None))
         server = Server(service, address, bound, given["drain_timeout"])

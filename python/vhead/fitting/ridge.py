@@ -12,7 +12,7 @@ from vhead.fitting.moments import FoldMoments, Moments
 
 # Times the mean of the eigenvalues of the centred sums.
 _RELATIVE = tuple(10.0**exponent for exponent in range(-9, 3))
-# Of these, every third is tried first, from the second on, and then the neighbours of the best: none is out of reach.
+# Of these, every third is tried first, from the second on.
 _COARSE = slice(1, None, 3)
 
 
@@ -32,11 +32,10 @@ def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Soluti
     total = moments.total()
     xx, xy = total.centred()
     candidates = tuple(strengths or (xx.diagonal().mean().item() * factor for factor in _RELATIVE))
-    tried = range(len(candidates)) if strengths else range(len(candidates))[_COARSE]
-    held_out = _held_out(moments, total, {place: candidates[place] for place in tried})
-    if not strengths:
-        nearby = {place + step for place in _best(held_out) for step in (-1, 1)} & set(range(len(candidates)))
-        held_out |= _held_out(moments, total, {place: candidates[place] for place in sorted(nearby - held_out.keys())})
+    if strengths:
+        held_out = _held_out(moments, total, dict(enumerate(candidates)))
+    else:
+        held_out = _climbed(moments, total, candidates)
     chosen = _best(held_out)
     weight = torch.empty_like(xy.T)
     for output, place in enumerate(chosen):
@@ -60,6 +59,26 @@ def solved(xx: Tensor, xy: Tensor, strength: float) -> Tensor | None:
     return None if info else torch.cholesky_solve(xy, factor)
 
 
+def _climbed(moments: FoldMoments, total: Moments, candidates: Sequence[float]) -> dict[int, Agreement]:
+    """How strengths do around those that do best: each trial of one costs a decomposition for each fold.
+
+    The largest fold says from a few strengths where to begin. From there all folds go on to better neighbours, so that
+    no strength is out of reach.
+    """
+    largest = int(torch.stack([moments[fold].weight for fold in range(len(moments))]).argmax())
+    coarse = {place: candidates[place] for place in range(len(candidates))[_COARSE]}
+    found = dict[int, Agreement]()
+    best = _best(_held_out(moments, total, coarse, folds=(largest,)))
+    while untried := _nearby(best, len(candidates)) - found.keys():
+        found |= _held_out(moments, total, {place: candidates[place] for place in sorted(untried)})
+        best = _best(found)
+    return found
+
+
+def _nearby(places: Sequence[int], count: int) -> set[int]:
+    return {place + step for place in places for step in (-1, 0, 1)} & set(range(count))
+
+
 def _best(held_out: Mapping[int, Agreement]) -> list[int]:
     """The place of the strength that does best, for each output."""
     places = sorted(held_out)
@@ -67,10 +86,12 @@ def _best(held_out: Mapping[int, Agreement]) -> list[int]:
     return [places[at] for at in errors.argmin(0).tolist()]
 
 
-def _held_out(moments: FoldMoments, total: Moments, strengths: Mapping[int, float]) -> dict[int, Agreement]:
-    """For each strength, how the maps of the other folds do on each fold, all folds together."""
+def _held_out(
+    moments: FoldMoments, total: Moments, strengths: Mapping[int, float], folds: Sequence[int] | None = None
+) -> dict[int, Agreement]:
+    """For each strength, how the maps of the other folds do on each of these folds (None: all), taken together."""
     sums: dict[int, Agreement] = {}
-    for fold in range(len(moments)):
+    for fold in range(len(moments)) if folds is None else folds:
         held = moments[fold]
         others = total - held
         xx, xy = others.centred()

@@ -23,11 +23,16 @@ class StackedHeads(nn.Module):
         columns: Where each head's outputs are among the K, by name.
 
     Raises:
-        HeadError: There is no head, or the heads read hidden states of different widths.
+        HeadError: There is no head, one is no `ValueHead`, or they read hidden states of different widths.
     """
 
     def __init__(self, heads: Mapping[str, ValueHead]) -> None:
         super().__init__()
+        if not isinstance(heads, Mapping):
+            raise HeadError(f"heads: expected a mapping from names to heads, got a {type(heads).__name__}")
+        for name, head in heads.items():
+            if not isinstance(head, ValueHead):
+                raise HeadError(f"heads: expected a ValueHead under {name!r}, got a {type(head).__name__}")
         if not heads:
             raise HeadError("heads: expected at least one head, got none")
         widths = {name: head.hidden_size for name, head in heads.items()}

@@ -93,6 +93,7 @@ class PromptThenCompletion(Strategy[PromptAndCompletion]):
 
     name = "batch-invariant: prompt, then completion"
     is_differentiable = False
+    heeds_budget = False
 
     def __init__(self, body: Body) -> None:
         self._body = body

@@ -32,8 +32,10 @@ class ScorerPlan:
         longest_shared: Rollouts with more tokens than this go by `long_strategy`; None: there is no such limit.
         long_strategy: How those are batched.
         logits: How log-probabilities and entropies are reached.
+        batches: How many tokens a batch has, and why.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
-        fused: How many of the modules that look alike are computed by kernels of this package; empty: there are none.
+        fused: How many of the modules that look alike are computed by this package; empty: there are none.
+        last_layer: Which rows the last layer computes; empty: all.
         adapters: Which adapter computes what; empty: the active one computes everything, or there are none.
     """
 
@@ -45,8 +47,10 @@ class ScorerPlan:
     longest_shared: int | None
     long_strategy: str
     logits: str = ""
+    batches: str = ""
     matrix_unit: str = ""
     fused: str = ""
+    last_layer: str = ""
     adapters: str = ""
 
     def __str__(self) -> str:
@@ -57,7 +61,13 @@ class ScorerPlan:
         if self.longest_shared is not None:
             lines.append(f"  more than {self.longest_shared} tokens: {self.long_strategy}")
         lines.append(f"  logits: {self.logits}")
-        parts = {"matrix unit": self.matrix_unit, "own kernels": self.fused, "adapters": self.adapters}
+        parts = {
+            "batches": self.batches,
+            "matrix unit": self.matrix_unit,
+            "own kernels": self.fused,
+            "last layer": self.last_layer,
+            "adapters": self.adapters,
+        }
         return "\n".join([*lines, *(f"  {what}: {which}" for what, which in parts.items() if which)])
 
 
@@ -148,6 +158,7 @@ def find_ways(
         reason = next(iter(reasons.values()), "no gradients flow through it")
         raise VheadError(f"attention: expected one that the {architecture} can take, got {attention!r}: {reason}")
     chosen = usual or padded
+    body.fused = check.selecting(chosen)
     plan = ScorerPlan(
         architecture=architecture,
         strategy=chosen.name,
@@ -156,7 +167,8 @@ def find_ways(
         rejected=reasons | rejected,
         longest_shared=longest,
         long_strategy=padded.name,
-        fused=body.fused.described(body.model) if body.device.type == "cpu" else "",
+        fused=body.fused.described(body.model),
+        last_layer="" if body.fused.last is None else "where few rows are read, of those alone",
     )
     logits = alone if own_logits and not check.logits_agree(padded) else padded
     return Ways(plan, chosen, padded, bounds.batched, alone, logits)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vhead.packing import limits
+from vhead.packing import layers, limits
 from vhead.packing.attention.interface import AttentionInterface
 from vhead.packing.gates import Fused
 from vhead.packing.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
+from vhead.packing.tree_packing import TreePacking
 from vhead.packing.trees import Tokens
 from vhead.upstream import warn_once
 
@@ -33,6 +34,8 @@ _UNLIMITED = 10**6
 _PROMPT, _FIRST, _SECOND, _FORK, _THIRD, _OTHER = 10, 5, 7, 3, 4, 9
 # A window that ends within the shortest sequence, and that is never the model's own.
 _SHORT_WINDOW = 6
+# Of the rows of a trial, every third is chosen.
+_EVERY = 3
 # Kernels that work in blocks of 128 rows are tried on sequences of several blocks too.
 LONG = 16
 
@@ -105,12 +108,68 @@ class SelfCheck:
 
     def fused(self) -> Fused:
         """The modules that may be computed by kernels of this package, found on the sequences alone."""
-        found = Fused.of(self.body.model) if self.body.device.type == "cpu" else Fused()
-        if not found or self._fused_agrees(found):
-            return found
-        # One kind that differs does not cost the other.
-        kinds = [kind for kind in (Fused(gates=found.gates), Fused(norms=found.norms)) if kind]
-        return next((kind for kind in kinds if len(kinds) > 1 and self._fused_agrees(kind)), Fused())
+        found = Fused.of(self.body.model)
+        if self.body.device.type != "cpu":
+            return self._in_place(Fused(), found.layers)
+        if found and not self._fused_agrees(replace(found, layers=())):
+            # One kind that differs does not cost the other.
+            kinds = [kind for kind in (Fused(gates=found.gates), Fused(norms=found.norms)) if kind]
+            agreeing = (kind for kind in kinds if len(kinds) > 1 and self._fused_agrees(kind))
+            return self._in_place(next(agreeing, Fused()), found.layers)
+        return self._in_place(found, found.layers)
+
+    def _in_place(self, fused: Fused, found: tuple[nn.Module, ...]) -> Fused:
+        """The same, with those decoder layers if they give what the model's own give along packed rows, bit for bit."""
+        without = replace(fused, layers=())
+        if not found:
+            return without
+        strategy = TreePacking(self.body)
+        batches = self._batches(strategy)
+        with _noted(found[0]) as kinds:
+            expected = self._tried(strategy, batches, without)
+        fused = replace(fused, layers=found, gives_tuples=tuple in kinds)
+        states = self._tried(strategy, batches, fused)
+        same = len(states) == len(expected) > 0 and all(map(torch.equal, states, expected))
+        return fused if same else without
+
+    def selecting(self, strategy: Strategy[Any]) -> Fused:
+        """The modules with the last layer among them, if it may compute chosen rows alone in this strategy."""
+        usual = self.body.fused
+        last = layers.last_of(self.body.model, usual.layers)
+        if last is None or strategy.attention is None:
+            return usual
+        selecting, most = replace(usual, last=last), self.body.most_selected
+        # Filled up to whole kernels, a trial's few rows would be all that there are.
+        self.body.fused, self.body.most_selected = selecting, math.inf
+        try:
+            agrees = all(self._selects(strategy, batch) for batch in self._batches(strategy))
+        except Exception as error:  # Whatever a model raises means that it cannot.
+            self._refused(strategy, error)
+            agrees = False
+        finally:
+            self.body.fused, self.body.most_selected = usual, most
+        return selecting if agrees else usual
+
+    def _selects(self, strategy: Strategy[Any], batch: Batch[Any]) -> bool:
+        """Whether chosen rows of a batch are what they are alone, and the rows beside them are not."""
+        expected = torch.cat([self._alone[place] for place in batch.places])
+        rows = np.concatenate(batch.rows)
+        chosen = np.arange(len(rows) - 1)[::_EVERY]
+        found = strategy.states_of(batch, rows[chosen]).float()
+        if found.shape != expected[chosen].shape:
+            return False
+        beside = _largest(found - expected[chosen + 1])
+        return _largest(found - expected[chosen]) <= self._tolerance and beside > self._control * self._tolerance
+
+    def _tried(self, strategy: Strategy[Any], batches: Sequence[Batch[Any]], fused: Fused) -> list[Tensor]:
+        """The states of batches with these modules; none where the model cannot take that."""
+        before, self.body.fused = self.body.fused, fused
+        try:
+            return [strategy.states(batch) for batch in batches]
+        except Exception:  # Whatever a model raises means that it cannot; the strategy's own trial says so.
+            return []
+        finally:
+            self.body.fused = before
 
     def _fused_agrees(self, fused: Fused) -> bool:
         usual = self.body.unit_rows
@@ -203,6 +262,17 @@ class SelfCheck:
                 difference = chosen - self._alone[place]
                 worst = max(worst, _largest(difference if last is None else difference[-last:]))
         return worst
+
+
+@contextmanager
+def _noted(module: nn.Module) -> Iterator[set[type]]:
+    """Notes of what kind a module's results are while the block runs."""
+    kinds: set[type] = set()
+    handle = module.register_forward_hook(lambda _module, _inputs, output: kinds.add(type(output)))
+    try:
+        yield kinds
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class Strategy(ABC, Generic[Content]):
         heeds_windows: Whether it attends within the model's sliding windows by itself.
         works_in_blocks: Whether its kernel works in blocks of rows, so that short sequences alone do not try it.
         is_differentiable: Whether it can be trained with.
+        heeds_budget: Whether its batches have as many sequences as the budget allows; else they have one.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Strategy(ABC, Generic[Content]):
     heeds_windows: ClassVar[bool] = False
     works_in_blocks: ClassVar[bool] = False
     is_differentiable: ClassVar[bool] = True
+    heeds_budget: ClassVar[bool] = True
 
     @abstractmethod
     def batches(self, sequences: Sequence[Tokens], prompts: Sequence[int], budget: int) -> Iterator[Batch[Content]]:
@@ -76,6 +78,11 @@ class Strategy(ABC, Generic[Content]):
     @abstractmethod
     def states(self, batch: Batch[Content]) -> Tensor:
         """The last hidden states `[N, H]` of a batch."""
+
+    def states_of(self, batch: Batch[Content], rows: Rows) -> Tensor:
+        """The last hidden states `[R, H]` of some rows of a batch, int64 `[R]`; a strategy may spare the others."""
+        states = self.states(batch)
+        return states[to_device(torch.from_numpy(rows), states.device)]
 
     def states_and_logits(self, batch: Batch[Content]) -> tuple[Tensor, Tensor]:
         """The last hidden states `[N, H]` and the model's own logits `[N, V]`, if this strategy shares no tokens.
@@ -93,6 +100,10 @@ class Strategy(ABC, Generic[Content]):
         """Drops what is kept of the model's states, as its weights may change."""
 
 
+# What is chosen before the last layer's products is copied: with more rows than this, for nothing.
+_MOST_SELECTED = 0.9
+
+
 class Body:
     """A language model that runs up to its last hidden state.
 
@@ -101,11 +112,12 @@ class Body:
         plan: How the state is reached.
         fused: The modules that are computed by kernels of this package.
         unit_rows: Rows of a batch from which on gated layers are computed by the processor's matrix unit.
+        most_selected: The largest part of a packed row for which the last layer computes that part alone.
     """
 
     def __init__(self, model: nn.Module, plan: BackbonePlan) -> None:
         self.model, self.plan = model, plan
-        self.fused, self.unit_rows = Fused(), UNIT_ROWS
+        self.fused, self.unit_rows, self.most_selected = Fused(), UNIT_ROWS, _MOST_SELECTED
 
     @classmethod
     def decoder_only(cls, model: nn.Module) -> Self:
@@ -137,14 +149,20 @@ class Body:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
         return dtype
 
-    def states(self, tokens: Tensor, **inputs: object) -> Tensor:
-        """The last hidden states `[N, H]` of `[B, T]` token ids, N = B * T."""
+    def states(self, tokens: Tensor, *, rows: Tensor | None = None, **inputs: object) -> Tensor:
+        """The last hidden states `[N, H]` of `[B, T]` token ids, N = B * T.
+
+        Args:
+            tokens: The token ids.
+            rows: Where the last layer selects rows: those of a single row of tokens whose states are wanted.
+            **inputs: What else the model takes.
+        """
         device = self.device
         on_device = {
             name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()
         }
         # Autograd needs what would be overwritten.
-        with nullcontext() if torch.is_grad_enabled() else self.fused.running(self.unit_rows):
+        with nullcontext() if torch.is_grad_enabled() else self.fused.running(self.unit_rows, rows):
             hidden = last_hidden_state(self.model, plan=self.plan, input_ids=to_device(tokens, device), **on_device)
         return hidden.flatten(0, 1)
 
@@ -196,6 +214,7 @@ class OneByOne(PaddedBatches):
     """
 
     name = "one sequence at a time"
+    heeds_budget = False
 
     def __init__(self, body: Body, *, forgets: bool = False) -> None:
         super().__init__(body)

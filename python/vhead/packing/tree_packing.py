@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vhead.backbone.placement import to_device
 from vhead.packing.attention.flash import FlashAttention
 from vhead.packing.attention.flex import FlexAttention, whole_blocks
 from vhead.packing.attention.interface import Attend, AttentionInterface
 from vhead.packing.attention.segments import SegmentAttention
 from vhead.packing.attention.visibility import dense_mask
-from vhead.packing.strategies import Batch, Body, Strategy, as_row, row_multiple
+from vhead.packing.strategies import Batch, Body, Rows, Strategy, as_row, row_multiple
 from vhead.packing.trees import Pack, Segment, Tokens, pack_trees
 
 
@@ -48,9 +50,20 @@ class TreePacking(_Packing):
 
     def states(self, batch: Batch[Pack]) -> Tensor:
         """Runs the row without a mask, because the attention goes by the segments."""
-        pack = batch.content
+        return self._run(batch.content)
+
+    def states_of(self, batch: Batch[Pack], rows: Rows) -> Tensor:
+        """Runs the row through the last layer for these rows alone, if that is worth it and the model can take it."""
+        body = self._body
+        filled = np.pad(rows, (0, -len(rows) % row_multiple(body.device, body.dtype)))
+        few = 0 < len(filled) <= body.most_selected * len(batch.content.tokens)
+        if not few or torch.is_grad_enabled() or not body.fused.selects_rows(body.model):
+            return super().states_of(batch, rows)
+        return self._run(batch.content, to_device(torch.from_numpy(filled), body.device))[: len(rows)]
+
+    def _run(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
         with self._interface.attending(type(self).attend(pack.segments)):
-            return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions))
+            return self._body.states(as_row(pack.tokens), position_ids=as_row(pack.positions), rows=rows)
 
 
 class FlashTreePacking(TreePacking):
@@ -70,14 +83,13 @@ class FlexTreePacking(TreePacking):
     attention = "flex"
     works_in_blocks = True
 
-    def states(self, batch: Batch[Pack]) -> Tensor:
+    def _run(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
         """Runs the row with padding up to whole blocks, a sequence of its own, whose states are left out."""
-        pack = batch.content
         segments = whole_blocks(pack.segments)
         padding = segments[-1].stop - len(pack.tokens)
         tokens, positions = _filled(pack.tokens, padding), _filled(pack.positions, padding)
         with self._interface.attending(FlexAttention(segments)):
-            states = self._body.states(as_row(tokens), position_ids=as_row(positions))
+            states = self._body.states(as_row(tokens), position_ids=as_row(positions), rows=rows)
         return states[: len(pack.tokens)]
 
 

@@ -1,6 +1,6 @@
 """Files of scores, read for a comparison: only the columns that it needs, a record at a time."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from vhead.errors import FieldError, FileFormatError
 from vhead.report.comparison import WORST, Comparison, of_records
 from vhead.report.context import in_context
-from vhead.report.records import ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Problems, Record, matched
+from vhead.report.records import (
+    COMPLETION_IDS,
+    ENTROPY,
+    LOGPROBS,
+    MASK,
+    OTHERS,
+    TOKEN_IDS,
+    Problems,
+    Record,
+    matched,
+)
 from vhead.rollouts.files.opening import open_reader
 from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import named, shown
@@ -18,11 +28,15 @@ from vhead.rollouts.wording import named, shown
 OLD_LOGPROBS = "old_logprobs"
 _PROMPT = "prompt_ids"
 _COLUMNS_SHOWN = 20
-_SHARED = (ENTROPY, MASK, TOKEN_IDS, *OTHERS)
+_IDS = (TOKEN_IDS, COMPLETION_IDS)
+_SHARED = (ENTROPY, MASK, *_IDS, *OTHERS)
+# What came with the rollouts, and so is the same whichever scores are compared.
+_OF_ROLLOUTS = (MASK, *_IDS)
 _EXPECTED = {
     "values": "a number for each token, or a list of K",
     "reward": "a number, or a list of K",
     TOKEN_IDS: "a whole number for each token",
+    COMPLETION_IDS: "a whole number for each token",
 }
 
 
@@ -37,19 +51,21 @@ def compare_files(
     """Compares two files of scores, or within one file the log-probabilities of two columns: d = ours - theirs.
 
     Records are matched by `id` where each has one, otherwise by position. Records and fields that do not fit together
-    are left out and counted.
+    are left out and counted. What a column's name has behind `logprobs` counts for the other columns as well: beside
+    `logprobs_new`, values are those of `values_new`.
 
     Args:
         ours: A file of scores, JSON Lines or Parquet.
         theirs: Another one. None: theirs are a column of the same file.
         ours_column: Where our log-probabilities are.
-        theirs_column: Where theirs are. None: `logprobs` of another file, `old_logprobs` of the same one.
+        theirs_column: Where theirs are. None: in the same column of another file, in `old_logprobs` of the same one.
         worst: How many of the tokens with the largest |d| are listed.
 
     Raises:
         FieldError: A column that was asked for is missing, an id is there twice and the order differs, or no record or
             field is in both.
-        FileFormatError: A name's ending means no format, or a file is empty or does not hold what its name promises.
+        FileFormatError: A name's ending means no format, or a file is empty, does not hold what its name promises, or
+            has no record that can be read.
         MissingExtraError: pyarrow is needed and not installed.
         OSError: A file cannot be read.
     """
@@ -60,7 +76,7 @@ def compare_files(
         second = [side for _, side in both]
     else:
         first = [side for side, _ in _read(ours, (ours_column, None), problems)]
-        second = [side for side, _ in _read(theirs, (theirs_column or LOGPROBS, None), problems)]
+        second = [side for side, _ in _read(theirs, (theirs_column or ours_column, None), problems)]
     comparison, kept = of_records(matched(first, second), problems, worst)
     if comparison.logprobs is None or not comparison.logprobs.worst:
         return comparison
@@ -72,7 +88,8 @@ def compare_files(
 def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> list[tuple[Record, Record]]:
     """The records of a file, each with its other side: that of the second column, where one is asked for."""
     here, there = columns
-    wanted = ("id", here, *([there] if there else []), *_SHARED, _PROMPT)
+    shared = _shared(here)
+    wanted = ("id", here, *([there] if there else []), *shared, *_OF_ROLLOUTS, _PROMPT)
     found: list[tuple[Record, Record]] = []
     count, known = 0, set[str]()
     reader = open_reader(name)
@@ -82,16 +99,23 @@ def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> lis
             try:
                 fields = row.members(wanted)
                 known |= fields.keys()
-                found.append(_sides(name, row, fields, here, there))
+                found.append(_sides(name, row, fields, here, there, shared))
             except FieldError as error:
                 problems.add(error)
         if not count:
             raise FileFormatError(f"{name}: expected records with scores, and the file has none")
+        if not found:
+            raise FileFormatError(f"{name}: expected records with scores, got none that can be read: {problems.first}")
     finally:
         reader.close()
-    if found:
-        _check_columns(name, known, here, there)
+    _check_columns(name, known, here, there)
     return found
+
+
+def _shared(column: str) -> dict[str, str]:
+    """The other columns beside one of log-probabilities, and what each is: they end as it does."""
+    suffix = column[len(LOGPROBS) :] if column.startswith(LOGPROBS) else ""
+    return {f"{name}{suffix}": name for name in _SHARED}
 
 
 def _check_columns(name: str, known: Set[str], here: str, there: str | None) -> None:
@@ -99,63 +123,80 @@ def _check_columns(name: str, known: Set[str], here: str, there: str | None) -> 
     asked = {column for column in (here, there) if column} - ({LOGPROBS} if there is None else set())
     if missing := sorted(asked - known):
         expected = "a column of log-probabilities, in some record"
-        raise FieldError(name, missing[0], expected=expected, got=f"the columns {_columns(name)}")
+        raise FieldError(name, missing[0], expected=expected, got=f"the columns {_listed(_columns(name))}")
+    columns = () if here in known else _columns(name)
+    others = [column for column in columns if column.startswith(f"{LOGPROBS}_")]
+    if others:
+        expected = f"the column, or the name of another by --ours and --theirs, such as {others[0]}"
+        raise FieldError(name, here, expected=expected, got=f"the columns {_listed(columns)}")
     if not known & {here, *OTHERS}:
         expected = f"one of {', '.join((here, *OTHERS))}"
-        raise FieldError(name, "columns", expected=expected, got=f"the columns {_columns(name)}")
+        raise FieldError(name, "columns", expected=expected, got=f"the columns {_listed(_columns(name))}")
 
 
-def _columns(name: str) -> str:
+def _columns(name: str) -> Sequence[str]:
     """The columns of the first record that can be read."""
     reader = open_reader(name)
     try:
         for row in reader:
             try:
-                return _listed(row.columns())
+                return list(row.columns())
             except FieldError:
                 continue
     finally:
         reader.close()
-    return "none"
+    return ()
 
 
-def _sides(name: str, row: Row, fields: Mapping[str, Any], here: str, there: str | None) -> tuple[Record, Record]:
+def _sides(
+    name: str, row: Row, fields: Mapping[str, Any], here: str, there: str | None, shared: Mapping[str, str]
+) -> tuple[Record, Record]:
     id = fields.get("id")
     id = id if isinstance(id, str | int | float) else None
     where = f"{name}: {row.where}"
     try:
-        shared = {column: _array(column, fields[column]) for column in _SHARED if fields.get(column) is not None}
+        columns = {name: name for name in _OF_ROLLOUTS} | dict(shared)
+        both = {
+            of: _array(of, fields[column], column) for column, of in columns.items() if fields.get(column) is not None
+        }
         sides = [
-            {LOGPROBS: _array(column, fields[column])} if column and fields.get(column) is not None else {}
+            {LOGPROBS: _array(LOGPROBS, fields[column], column)} if column and fields.get(column) is not None else {}
             for column in (here, there)
         ]
     except FieldError as error:
         raise error.of(named(where, id)) from None
     prompt = fields.get(_PROMPT)
     length = None if prompt is None or not hasattr(prompt, "__len__") else len(prompt)
-    ours = Record(where, id, shared | sides[0], length, row.count)
+    ours = Record(where, id, both | sides[0], length, row.count)
     return ours, Record(where, id, sides[1], length, row.count)
 
 
-def _array(name: str, value: Any) -> NDArray[Any]:
+def _array(name: str, value: Any, column: str) -> NDArray[Any]:
     """The numbers of a field; float64, or bool for a mask and int64 for token ids."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):
-        raise FieldError(None, name, expected="numbers, in lists of one length", got=shown(value)) from None
+        raise FieldError(None, column, expected="numbers, in lists of one length", got=shown(value)) from None
     if name == MASK:
         if array.ndim != 1 or not (array.dtype.kind == "b" or not array.size or _is_of_zeros_and_ones(array)):
-            raise FieldError(None, name, expected="true and false, or 1 and 0, for each token", got=shown(value))
+            raise FieldError(None, column, expected="true and false, or 1 and 0, for each token", got=shown(value))
         return array.astype(np.bool_)
-    if array.dtype == object and array.ndim == 1 and None in value:
-        raise FieldError(None, name, expected="numbers", got=f"nothing at token {list(value).index(None)}")
+    if array.dtype == object and name not in _IDS:
+        array = _with_nan(array)
     least = 0 if name == "reward" else 1
-    kinds = "ui" if name == TOKEN_IDS else "uif"
+    kinds = "ui" if name in _IDS else "uif"
     if (array.dtype.kind not in kinds and array.size) or not least <= array.ndim <= least + (name in OTHERS):
-        raise FieldError(None, name, expected=_EXPECTED.get(name, "a number for each token"), got=shown(value))
-    if name == TOKEN_IDS:
+        raise FieldError(None, column, expected=_EXPECTED.get(name, "a number for each token"), got=shown(value))
+    if name in _IDS:
         return array.astype(np.int64)
     return array.astype(np.float64, copy=False)
+
+
+def _with_nan(array: NDArray[Any]) -> NDArray[Any]:
+    """Numbers with NaN where there is null, as JSON has it; the same array where it holds anything else."""
+    if all(item is None or type(item) in (int, float) for item in array.flat):
+        return array.astype(np.float64)
+    return array
 
 
 def _is_of_zeros_and_ones(array: NDArray[Any]) -> bool:

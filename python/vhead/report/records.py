@@ -14,6 +14,7 @@ from vhead.report.pairs import Pairs
 from vhead.rollouts.wording import Id, named, shown
 
 LOGPROBS, ENTROPY, MASK, TOKEN_IDS = "logprobs", "entropy", "completion_mask", "token_ids"
+COMPLETION_IDS = "completion_ids"
 # What is compared beside log-probabilities: a number, or K of them, for each token or each rollout.
 OTHERS = ("values", "reward")
 _PROBLEMS_KEPT = 20
@@ -27,7 +28,8 @@ class Record:
         where: Its place, such as `a.jsonl: line 12`.
         id: Its id.
         arrays: What is known of it, by name: float64 `[C]` for log-probabilities and entropy, `[C]` or `[C, K]` for
-            values, `[]` or `[K]` for the reward, bool `[C]` for the mask, int64 `[C]` for token ids.
+            values, `[]` or `[K]` for the reward, bool `[C]` for the mask, int64 `[C]` for token ids, int64 for the ids
+            of the completion that came with the record.
         prompt_length: Tokens of its prompt, where known.
         count: Its place among the records of its file, from 1.
     """
@@ -50,6 +52,11 @@ class Problems:
 
     count: int = 0
     messages: list[str] = field(default_factory=list)
+
+    @property
+    def first(self) -> str:
+        """The first of them."""
+        return self.messages[0]
 
     def add(self, error: RecordError) -> None:
         """Counts one."""
@@ -134,16 +141,11 @@ def _check_pair(ours: Record, theirs: Record) -> None:
         raise FieldError(
             ours.name, "id", expected=f"the id of {theirs.name}, which is at the same place", got="another"
         )
-    if _differ(TOKEN_IDS, ours, theirs):
-        got = "others, so that the numbers are those of other tokens"
-        raise FieldError(ours.name, TOKEN_IDS, expected=f"those of {theirs.name}", got=got)
-    length, source = _first_field(ours, theirs)
-    for record in (ours, theirs):
-        for name in (LOGPROBS, ENTROPY, MASK, TOKEN_IDS):
-            array = record.arrays.get(name)
-            if array is not None and array.shape != (length,):
-                expected = f"{length:,} of them, as {source}"
-                raise FieldError(record.name, name, expected=expected, got=_count(array))
+    for name in (TOKEN_IDS, COMPLETION_IDS):
+        if _differ(name, ours, theirs):
+            got = "others, so that the numbers are those of other tokens"
+            raise FieldError(ours.name, name, expected=f"those of {theirs.name}", got=got)
+    _check_lengths(ours, theirs)
     if _differ(MASK, ours, theirs):
         raise FieldError(ours.name, MASK, expected=f"that of {theirs.name}", got="another")
     mask = ours.arrays.get(MASK, theirs.arrays.get(MASK))
@@ -151,6 +153,16 @@ def _check_pair(ours: Record, theirs: Record) -> None:
         for name in (LOGPROBS, ENTROPY):
             if name in record.arrays:
                 check_finite(record.arrays[name], mask, record.name, name)
+
+
+def _check_lengths(ours: Record, theirs: Record) -> None:
+    length, source = _first_field(ours, theirs)
+    for record in (ours, theirs):
+        for name in (LOGPROBS, ENTROPY, MASK, TOKEN_IDS):
+            array = record.arrays.get(name)
+            if array is not None and array.shape != (length,):
+                expected = f"{length:,} of them, as {source}"
+                raise FieldError(record.name, name, expected=expected, got=_count(array))
 
 
 def _differ(name: str, ours: Record, theirs: Record) -> bool:

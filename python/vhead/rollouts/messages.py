@@ -1,4 +1,4 @@
-"""Chat messages as they come in: checked, and without what is null."""
+"""Chat messages and tools as they come in: checked, and without what is null."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +21,7 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
     """
     checked = []
     for position, message in enumerate(value):
-        # Parquet gives every message every key, null where it has none; a template would take that for a value.
-        present = _present(message)
+        present = without_null(message) if isinstance(message, Mapping) else {}
         if present.get("tool_calls"):
             # A call needs no words, and templates want text.
             present.setdefault("content", "")
@@ -42,6 +41,17 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
             raise FieldError(record, field, expected=f"messages with a role of {', '.join(ROLES)}", got=got)
         checked.append(present)
     return tuple(checked)
+
+
+def without_null(value: Any) -> Any:
+    """Objects without null members, however deep.
+
+    Arrow, and so Parquet and data sets, gives each object every member that any has; a template would take null for a
+    value.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_null(item) for key, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def argument_texts(messages: Sequence[Message]) -> list[str]:
@@ -93,7 +103,7 @@ def _joined(parts: Sequence[object], position: int, field: str, record: str | No
     """The text of a content that comes in parts."""
     texts = []
     for part in parts:
-        text = _present(part).get("text") if isinstance(part, Mapping) else part
+        text = part.get("text") if isinstance(part, Mapping) else part
         if isinstance(part, Mapping) and part.get("type", "text") != "text":
             got = f"a part of type {shown(part['type'])} at position {position}"
             expected = "text parts alone, because images and other media cannot be scored yet"
@@ -116,7 +126,7 @@ def checked_tools(value: object, record: str | None) -> tuple[Tool, ...]:
         raise FieldError(record, "tools", expected=expected, got=shown(value))
     for text in _texts(value):
         check_unicode(text, record, "tools")
-    return tuple(value)
+    return tuple(map(without_null, value))
 
 
 def check_unicode(text: str, record: str | None, field: str) -> None:
@@ -128,10 +138,6 @@ def check_unicode(text: str, record: str | None, field: str) -> None:
     except UnicodeEncodeError as error:
         got = f"half of a surrogate pair at character {error.start}"
         raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
-
-
-def _present(message: object) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
 
 
 def _texts(value: object) -> Iterator[str]:

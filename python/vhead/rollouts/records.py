@@ -176,7 +176,8 @@ def _as_list(value: object) -> Any:
 
 def _mask(value: object) -> object:
     """A mask as booleans: files hold 1 and 0 as well as true and false."""
-    items = value.tolist() if isinstance(value, np.ndarray) else value
+    # A torch tensor, too, known by its methods so that torch need not be imported.
+    items: Any = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple) or all(type(item) is bool for item in items):
         return value
     for at, item in enumerate(items):

@@ -98,7 +98,8 @@ class Rollout:
         """
         record = record_of(id)
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or len(messages) < 2:
-            raise FieldError(record, "messages", expected="a list of two messages or more", got=shown(messages))
+            expected = "a list of two messages or more, one of them the assistant's"
+            raise FieldError(record, "messages", expected=expected, got=shown(messages))
         checked = checked_messages(messages, "messages", record)
         roles = [message["role"] for message in checked]
         if "assistant" not in roles:

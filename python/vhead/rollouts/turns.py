@@ -6,7 +6,8 @@ from vhead.rollouts.messages import Message
 from vhead.rollouts.template import Ranges, Template, end_of_turn
 from vhead.rollouts.text import Passage
 
-_REMEDY = "score token ids with a mask, or use a template that marks what the model wrote by {% generation %} blocks"
+_MASK = "score token ids with a mask"
+_REMEDY = f"{_MASK}, or use a template that marks what the model wrote by {{% generation %}} blocks"
 
 
 def turns_passage(template: Template, prompt: Sequence[Message], completion: Sequence[Message]) -> Passage:
@@ -48,7 +49,7 @@ def _by_blocks(template: Template, messages: Sequence[Message], first: int, whol
             template.check_nothing_is_left_out(messages[:at], messages[at], whole, messages[at + 1 :])
     if all(message["role"] != "assistant" for message in messages[:first]):
         return generated
-    floor = len(_beginning(template, template.rendered(messages[:first]), whole, first))
+    floor = len(_beginning(template, template.rendered(messages[:first]), whole, first, _MASK))
     return [(start, stop) for start, stop in generated if start >= floor]
 
 
@@ -65,7 +66,7 @@ def _turn(template: Template, before: Sequence[Message], answer: Message, whole:
     return len(head), max(stop, len(head))
 
 
-def _beginning(template: Template, part: str, whole: str, at: int) -> str:
+def _beginning(template: Template, part: str, whole: str, at: int, remedy: str = _REMEDY) -> str:
     """A part of the chat, which has to be rendered as it stands in the whole."""
     if whole.startswith(part):
         return part
@@ -73,7 +74,7 @@ def _beginning(template: Template, part: str, whole: str, at: int) -> str:
     expected = "a chat template that leaves earlier messages as they are when later ones follow"
     got = (
         f"one that rewrites history: up to message {at} it writes {part[same : same + 40]!r} where the whole chat has "
-        f"{whole[same : same + 40]!r}; {_REMEDY}"
+        f"{whole[same : same + 40]!r}; {remedy}"
     )
     raise template.error(expected, got)
 

@@ -96,7 +96,8 @@ def advantages(scores: "Scores", reward: Any, kl: dict[str, Any], options: dict[
     values = scores.values
     if values.ndim > 1:
         raise VheadError(
-            f"advantages: expected a head with one output, got {values.shape[1]}; `Scores.of` takes one head's"
+            f"advantages: expected a head with one output, got {values.shape[1]}; of several heads, take the scores of "
+            "one by Scores.of(name)"
         )
     if reward is None:
         reward = scores.reward

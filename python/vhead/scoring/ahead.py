@@ -58,6 +58,11 @@ class Ahead(Generic[Item]):
             self._queue.get_nowait()
         self._thread.join(_FAREWELL_S)
 
+    @property
+    def has_next(self) -> bool:
+        """Whether the next item, or the end, is there already."""
+        return not self._queue.empty()
+
     def __iter__(self) -> Iterator[Item]:
         while not isinstance(item := self._queue.get(), _End):
             yield item

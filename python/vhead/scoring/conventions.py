@@ -1,7 +1,7 @@
 """Which position a number belongs to: the rules of the frameworks that read values and rewards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
@@ -30,8 +30,8 @@ class Conventions:
         reward_mean: Subtracted from rewards.
         reward_std: Rewards less the mean are divided by it, as OpenRLHF's `normalize_reward` does.
         step_separator: What ends a step, as process reward models read them: a token's id, several ids in a row, or
-            text that the scorer's tokenizer makes such ids of. The step is read at its last token. None: a step is one
-            turn of the model's.
+            text, which may also be a part of a token's. The step is read at the separator's last token, which has to
+            be one that the model wrote. None: a step is one turn of the model's.
 
     Raises:
         ValueError: An attribute is none of these, or the normalisation is not finite or divides by zero.
@@ -41,7 +41,7 @@ class Conventions:
     pooling: Pooling = "last"
     reward_mean: float = 0.0
     reward_std: float = 1.0
-    step_separator: str | int | Sequence[int] | None = None
+    step_separator: "str | int | Sequence[int] | Separator | None" = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("alignment", get_args(Alignment)), ("pooling", get_args(Pooling))):
@@ -56,13 +56,13 @@ class Conventions:
             raise ValueError(f"step_separator: expected {expected}, got {self.step_separator!r}")
 
     def resolved(self, tokenizer: Any) -> Self:
-        """The same with the separator of steps as token ids.
+        """The same with the separator of steps as it is found among token ids.
 
         Raises:
             VheadError: The separator is text, and there is no tokenizer, or it makes no token of it.
         """
         separator = self.step_separator
-        if separator is None or isinstance(separator, tuple):
+        if separator is None or isinstance(separator, Separator):
             return self
         if isinstance(separator, str):
             if tokenizer is None:
@@ -70,8 +70,9 @@ class Conventions:
             ids = tokenizer(separator, add_special_tokens=False)["input_ids"]
             if not ids:
                 raise VheadError(f"step_separator: expected text that has tokens, got {separator!r}")
-            return replace(self, step_separator=tuple(ids))
-        return replace(self, step_separator=(separator,) if isinstance(separator, int) else tuple(separator))
+            return replace(self, step_separator=Separator(tuple(ids), separator, tokenizer))
+        ids = (separator,) if isinstance(separator, int) else tuple(separator)
+        return replace(self, step_separator=Separator(ids))
 
     def of_states(self) -> Self:
         """The same positions for hidden states: an entry for each completion token, and nothing normalised."""
@@ -107,20 +108,19 @@ class Conventions:
         """The last token of each step, counted in the completion, int64 `[S]`.
 
         Raises:
-            FieldError: The separator does not occur.
+            FieldError: The model did not write the separator.
+            TypeError: The separator is not resolved.
         """
-        length, separator = rollout.completion_length, self.step_separator
+        separator = self.step_separator
+        written = np.ones(rollout.completion_length, np.bool_) if rollout.mask is None else rollout.mask
         if separator is None:
-            written = np.ones(length, np.bool_) if rollout.mask is None else rollout.mask
             return np.flatnonzero(written & ~np.append(written[1:], False))
-        ids = np.asarray(separator, np.int64)
-        completion = rollout.tokens[rollout.prompt_length :]
-        found = np.zeros(0, np.int64)
-        if len(ids) <= length:
-            pieces = np.lib.stride_tricks.sliding_window_view(completion, len(ids))
-            found = np.flatnonzero((pieces == ids).all(axis=1)) + len(ids) - 1
+        if not isinstance(separator, Separator):
+            raise TypeError("step_separator: expected resolved conventions, got others")
+        found = separator.ends(rollout.tokens[rollout.prompt_length :])
+        found = found[written[found]]
         if not len(found):
-            expected = f"the separator of steps, the tokens {ids.tolist()}, at least once"
+            expected = f"the separator of steps, {separator}, at least once among what the model wrote"
             raise FieldError(rollout.name, "completion", expected=expected, got="none")
         return found
 
@@ -142,7 +142,50 @@ class Conventions:
         return (rewards - np.float32(self.reward_mean)) / np.float32(self.reward_std)
 
 
+class Separator:
+    """What ends a step, as it is found among token ids.
+
+    Args:
+        ids: The tokens in a row.
+        text: Their text, if it is to be found in longer tokens as well, as a tokenizer makes one token of `.` and two
+            line breaks.
+        tokenizer: What knows the text of tokens.
+    """
+
+    def __init__(self, ids: tuple[int, ...], text: str = "", tokenizer: Any = None) -> None:
+        self._ids = np.array(ids, np.int64)
+        self._text, self._tokenizer = text, tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __str__(self) -> str:
+        ids = f"the tokens {self._ids.tolist()}"
+        return f"{self._text!r} or {ids}" if self._text else ids
+
+    def ends(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The last token of each separator among `tokens` `[C]`, in order, int64 `[S]`."""
+        ends = set(self._ends_in_text(tokens)) if self._text else set()
+        if len(self._ids) <= len(tokens):
+            pieces = np.lib.stride_tricks.sliding_window_view(tokens, len(self._ids))
+            ends.update((np.flatnonzero((pieces == self._ids).all(axis=1)) + len(self._ids) - 1).tolist())
+        return np.array(sorted(ends), np.int64)
+
+    def _ends_in_text(self, tokens: NDArray[np.int64]) -> Iterator[int]:
+        texts = [self._text_of(int(token)) for token in tokens]
+        stops = np.cumsum([len(text) for text in texts])
+        whole, at = "".join(texts), 0
+        while (place := whole.find(self._text, at)) >= 0:
+            at = place + len(self._text)
+            yield int(np.searchsorted(stops, at))
+
+    def _text_of(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self._texts[token]
+
+
 def _is_separator(value: object) -> bool:
+    if isinstance(value, Separator):
+        return True
     if value is None or isinstance(value, str):
         return value != ""
     ids = [value] if isinstance(value, int) else value

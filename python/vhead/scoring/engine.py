@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vhead.backbone.placement import to_device
+from vhead.backbone.placement import Arriving, to_device
 from vhead.errors import FieldError, HeadError, VheadError
 from vhead.heads import stacked
 from vhead.ops.matrix_unit import has_matrix_unit
 from vhead.packing import limits
 from vhead.packing.adapters import check_adapter, running_adapter, using_adapter
+from vhead.packing.budget import chosen
 from vhead.packing.gates import UNIT_ROWS, uses_matrix_unit
 from vhead.packing.plan import find_ways
-from vhead.packing.strategies import Batch, Body, Strategy
+from vhead.packing.strategies import Batch, Body, Rows, Strategy
 from vhead.rollouts.encoding import Encoded
 from vhead.scoring.chunks import Outputs
 from vhead.scoring.conventions import Conventions
@@ -59,6 +60,7 @@ class Engine:
         vocabulary_size: How many token ids there are; each is below it.
         context_length: Tokens that the model takes at once, None where it states no limit.
         plan: How rollouts are batched and logits reached.
+        token_budget: The tokens of a batch, as given or chosen.
         untrained_output: The parameters of the language-model head that were drawn and not loaded, by name.
 
     Raises:
@@ -70,8 +72,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, options: ScorerOptions, conventions: Conventions) -> None:
         heads = options.get("heads")
-        body = getattr(model, "pretrained_model", model if heads else None)
-        head = stacked(heads) if heads else getattr(model, "v_head", None)
+        body = getattr(model, "pretrained_model", None if heads is None else model)
+        head = getattr(model, "v_head", None) if heads is None else stacked(heads)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Module):
             raise HeadError(f"model: expected a language model with a value head, got a {type(model).__name__}")
         self._model, self._head = model, head
@@ -95,11 +97,14 @@ class Engine:
                 own_logits=self._rule is None,
                 attention=options.get("attention"),
             )
+            budget = chosen(self._body, self._ways.usual, options.get("token_budget"))
+        self.token_budget = budget.tokens
         logits = "of the whole batch, by the model" if self._rule is None else str(self._rule)
         named = {"log-probabilities": self._adapters[_POLICY], "values": self._adapters[_VALUE]}
         self.plan = replace(
             self._ways.plan,
             logits=logits,
+            batches=str(budget),
             matrix_unit=", ".join(self._by_matrix_unit()),
             adapters=", ".join(f"{what} by {adapter}" for what, adapter in named.items() if adapter is not None),
         )
@@ -155,34 +160,42 @@ class Engine:
                 work.append(Work(strategy, replace(batch, places=tuple(places[at] for at in batch.places))))
         return work
 
-    def score(self, chunk: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
-        """The computed columns of a batch's rollouts, one after the other in the batch's order.
+    @property
+    def computes_behind(self) -> bool:
+        """Whether the device computes a batch while the host goes on, so that more may be queued before it is read."""
+        return self.device.type != "cpu"
+
+    def score(self, chunk: Sequence[Encoded], work: Work, asked: Asked) -> "Queued":
+        """Gives a batch to the device, without waiting for it.
 
         Raises:
             VheadError: The device has not enough memory for the batch.
         """
         rollouts = [chunk[place] for place in work.batch.places]
-        try:
-            with self._computing():
-                computed = self._score(rollouts, work, asked)
-                if len(rollouts) > 1 and not all(np.isfinite(array).all() for array in computed.values()):
-                    return self._one_by_one(rollouts, asked)
+        with _out_of_memory_named(work.batch.tokens), self._computing():
+            read, computed = self._score(rollouts, work, asked)
+            return Queued(self, rollouts, work.batch.tokens, asked, read, Arriving(computed))
+
+    def _finished(self, queued: "Queued") -> Fields:
+        rollouts, asked = queued.rollouts, queued.asked
+        with _out_of_memory_named(queued.tokens):
+            computed = queued.read.aligned(queued.computed.arrays(), self._conventions)
+            if len(rollouts) == 1 or all(np.isfinite(array).all() for array in computed.values()):
                 return computed
-        except torch.cuda.OutOfMemoryError as error:
-            raise VheadError(
-                f"out of memory with a batch of {work.batch.tokens} tokens; a smaller token_budget "
-                f"(--token-budget) needs less: {str(error).splitlines()[0]}"
-            ) from error
+            with self._computing():
+                return self._one_by_one(rollouts, asked)
 
     def _one_by_one(self, rollouts: Sequence[Encoded], asked: Asked) -> Fields:
         """Scores each rollout of a batch alone, if a number is not finite: a masked NaN is still NaN, and spreads."""
         alone, parts = self._ways.alone, []
         for rollout in rollouts:
             (batch,) = alone.batches([rollout.tokens], [rollout.prompt_length], 1)
-            parts.append(self._score([rollout], Work(alone, batch), asked))
+            read, computed = self._score([rollout], Work(alone, batch), asked)
+            parts.append(read.aligned(Arriving(computed).arrays(), self._conventions))
         return {name: np.concatenate([part[name] for part in parts]) for name in asked.computed}
 
-    def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> Fields:
+    def _score(self, rollouts: Sequence[Encoded], work: Work, asked: Asked) -> tuple["Read", dict[str, Tensor]]:
+        """What is read off a batch, and the computed columns, which the device may still be computing."""
         read = Read.of(rollouts, work.batch, self._conventions, self._pad_token, asked)
         computed: dict[str, Tensor] = {}
         states = None
@@ -192,17 +205,18 @@ class Engine:
         if any(name in asked for name in read.of_head):
             if states is None or self._has_two_adapters:
                 with self._through(_VALUE):
-                    states = work.strategy.states(work.batch)
+                    states = work.strategy.states_of(work.batch, read.rows)
             computed |= self._head_outputs(states, read, asked)
-        return read.aligned({name: computed[name].cpu().numpy() for name in asked.computed}, self._conventions)
+        return read, {name: computed[name] for name in asked.computed}
 
     def _statistics(self, work: Work, read: "Read", asked: Asked) -> tuple[Tensor, dict[str, Tensor]]:
         """The states of a batch, and what is asked about the distributions there."""
         wanted = read.statistics(asked)
         if self._rule is None:
             states, logits = work.strategy.states_and_logits(work.batch)
-            return states, statistics_of_logits(logits, read.written, wanted)
-        states = work.strategy.states(work.batch)
+            rows = to_device(torch.from_numpy(read.rows), states.device)
+            return states[rows], statistics_of_logits(logits, torch.from_numpy(read.rows)[read.written], wanted)
+        states = work.strategy.states_of(work.batch, read.rows)
         # Observations cost no logits: only the rows that predict a token of the model's are read.
         return states, token_statistics(states[to_device(read.written, states.device)], self._rule, wanted)
 
@@ -260,19 +274,61 @@ class Engine:
                 module.training = True
 
 
+@contextmanager
+def _out_of_memory_named(tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise VheadError(
+            f"out of memory with a batch of {tokens} tokens; a smaller token_budget "
+            f"(--token-budget) needs less: {str(error).splitlines()[0]}"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Read:
-    """What is read off a batch's hidden states `[N, H]`, for R rollouts with T computed entries in all.
+class Queued:
+    """A batch that the device computes, or has computed.
 
     Attributes:
-        of_head: Rows at which the head is read, for each column that it gives, int64.
-        written: Rows that predict a token of the model's, int64 `[W]`.
+        engine: What queued it.
+        rollouts: Those of the batch.
+        tokens: Tokens that the model computes for it.
+        asked: What is asked for.
+        read: What is read off it.
+        computed: The columns, on their way to the host.
+    """
+
+    engine: Engine
+    rollouts: Sequence[Encoded]
+    tokens: int
+    asked: Asked
+    read: "Read"
+    computed: Arriving
+
+    def fields(self) -> Fields:
+        """The computed columns of the rollouts, one after the other in the batch's order; waits for the device.
+
+        Raises:
+            VheadError: The device has not enough memory to compute a batch again that has numbers which are not finite.
+        """
+        return self.engine._finished(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """What is read off a batch's hidden states `[N, H]`, for rollouts with T computed entries in all.
+
+    Attributes:
+        rows: The R of the N rows that are read, in order, int64 `[R]`.
+        of_head: Which of the R rows the head is read at, for each column that it gives, int64.
+        written: Which of them predict a token of the model's, int64 `[W]`.
         targets: The tokens that they predict, int64 `[W]`.
         candidates: The other tokens that are asked about there, int64 `[W, M]`, or None.
         places: Which of the T entries they are, int64 `[W]`; None: all of them.
         counts: Computed entries of each rollout.
     """
 
+    rows: Rows
     of_head: dict[str, Tensor]
     written: Tensor
     targets: Tensor
@@ -314,9 +370,13 @@ class Read:
         if "candidate_logprobs" in asked:
             given = [_candidates(rollout, len(own)) for rollout, own in zip(rollouts, targets, strict=True)]
             candidates = torch.from_numpy(np.concatenate(given)[chosen])
+        written = predicting[chosen] if asked.needs_logits else predicting[:0]
+        of_head = {name: rows for name, rows in of_head.items() if name in asked}
+        read = np.unique(np.concatenate([written, *of_head.values()]))
         return cls(
-            of_head={name: torch.from_numpy(rows) for name, rows in of_head.items()},
-            written=torch.from_numpy(predicting[chosen]),
+            rows=read,
+            of_head={name: torch.from_numpy(np.searchsorted(read, rows)) for name, rows in of_head.items()},
+            written=torch.from_numpy(np.searchsorted(read, written)),
             targets=torch.from_numpy(np.concatenate(targets)[chosen]),
             candidates=candidates,
             places=places,

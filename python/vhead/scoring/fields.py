@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vhead.ops.token_statistics.arguments import MAX_TOP
+
 Unit = Literal["token", "rollout", "step"]
 Origin = Literal["head", "logits", "rollout", "returns", "weights"]
 
@@ -90,8 +92,8 @@ class Asked:
         object.__setattr__(self, "returns", check_returns(self.returns))
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 0:
-            raise ValueError(f"top_logprobs: expected a whole number from 0 on, got {self.top!r}")
+        if isinstance(self.top, bool) or not isinstance(self.top, int) or not 0 <= self.top <= MAX_TOP:
+            raise ValueError(f"top_logprobs: expected a whole number from 0 to {MAX_TOP}, got {self.top!r}")
 
     @property
     def columns(self) -> tuple[Column, ...]:

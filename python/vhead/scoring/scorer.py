@@ -19,7 +19,7 @@ from vhead.rollouts.wording import named
 from vhead.scoring.ahead import Ahead
 from vhead.scoring.chunks import Results, Sourced, chunks
 from vhead.scoring.conventions import Conventions
-from vhead.scoring.engine import Engine, Work, candidate_count
+from vhead.scoring.engine import Engine, candidate_count
 from vhead.scoring.fields import DEFAULT_RETURNS, Asked, check_returns
 from vhead.scoring.following import Following
 from vhead.scoring.loading import Critic, load_critic
@@ -27,18 +27,15 @@ from vhead.scoring.options import ScorerOptions, checked_options
 from vhead.scoring.progress import ScoringProgress
 from vhead.scoring.scores import Score, Scores
 from vhead.scoring.sharing import share_weights
-from vhead.sync.swapping import TURNS
+from vhead.scoring.underway import BatchHandler, Chunk, Underway
 
 logger = logging.getLogger("vhead")
 
-_CPU_TOKEN_BUDGET = 2048
-_DEVICE_TOKEN_BUDGET = 16384
 # A chunk is batched and written as a whole: long enough to fill batches evenly, short enough that even a slow model
 # finishes one in seconds.
 _BATCHES_PER_CHUNK = 8
 
 ErrorHandler = Callable[[RecordError], None]
-BatchHandler = Callable[[int, int, int], None]
 SourceCheck = Callable[[Any, Sequence[Rollout]], None]
 
 
@@ -54,7 +51,8 @@ class Scorer:
     Args:
         model: A language model with a value head, such as `AutoModelForCausalLMWithValueHead`.
         tokenizer: Needed for rollouts of text or messages.
-        token_budget: Tokens of a batch; None: 2048 on a CPU, 16384 elsewhere.
+        token_budget: Tokens of a batch; None: the fastest of a few sizes around 2048 on a CPU and 16384 elsewhere,
+            which are tried for a second when a model is first scored on a machine. The plan says which it is.
         chunk_tokens: Tokens of rollouts that are read before they are batched, among which shared beginnings are
             found; None: eight times the budget.
         num_threads: Torch's threads while scoring; None leaves them as they are.
@@ -119,8 +117,7 @@ class Scorer:
             append_eos=options.get("append_eos", False),
         )
         self._truncates = options.get("truncation") is not None
-        is_cpu = self._engine.device.type == "cpu"
-        self.token_budget = options.get("token_budget") or (_CPU_TOKEN_BUDGET if is_cpu else _DEVICE_TOKEN_BUDGET)
+        self.token_budget = self._engine.token_budget
         self._chunk_tokens = options.get("chunk_tokens") or self.token_budget * _BATCHES_PER_CHUNK
         self._has_said_what_is_left_out = False
         follow = options.get("follow")
@@ -374,10 +371,22 @@ class Scorer:
             check: Called with each source and its rollouts, and raises `RecordError` if they cannot be scored.
         """
         with Ahead(self._prepared(sources, asked, on_error, ids, check)) as ready:
+            before: Underway[Sourced] | None = None
             for chunk in ready:
-                yield from _report(chunk, self._score(chunk, asked, on_batch), on_error)
+                underway = self._underway(chunk, asked, on_batch)
+                # While the device computes this batch, the chunk before is read back and used.
+                underway.queue(1)
+                if before is not None:
+                    yield from _report(before.chunk, before.finish(), on_error)
+                underway.queue(len(chunk.work))
+                before = underway
+                if chunk.failure is not None or not (underway.computes_behind and ready.has_next):
+                    yield from _report(chunk, underway.finish(), on_error)
+                    before = None
                 if chunk.failure is not None:
                     raise chunk.failure
+            if before is not None:
+                yield from _report(before.chunk, before.finish(), on_error)
 
     def nothing(self, asked: Asked) -> Scores:
         """The scores of no rollouts."""
@@ -390,13 +399,13 @@ class Scorer:
         on_error: ErrorHandler | None,
         ids: IdRegistry | None,
         check: SourceCheck | None,
-    ) -> Iterator["_Chunk[Sourced]"]:
+    ) -> Iterator[Chunk[Sourced]]:
         """Chunks with all that can be done before the model is needed."""
         encoded = self._encoded(sources, asked, on_error, ids, check)
         for chunk, failure in chunks(encoded, self._chunk_tokens):
             rollouts = [rollout for _, sides in chunk for rollout in sides]
             work = self._engine.work(rollouts, self.token_budget, asked) if asked.computed else []
-            yield _Chunk([source for source, _ in chunk], rollouts, work, failure)
+            yield Chunk([source for source, _ in chunk], rollouts, work, failure)
 
     def _encoded(
         self,
@@ -430,22 +439,9 @@ class Scorer:
             else:
                 yield source, encoded
 
-    def _score(self, chunk: "_Chunk[Any]", asked: Asked, on_batch: BatchHandler | None) -> Results:
+    def _underway(self, chunk: Chunk[Sourced], asked: Asked, on_batch: BatchHandler | None) -> Underway[Sourced]:
         results = self._results(chunk.rollouts, asked)
-        for work in chunk.work:
-            batch = work.batch
-            if self._following is not None:
-                if self._following.refresh(self.model):
-                    # What was kept of shared tokens is of the old weights.
-                    self._engine.forget()
-                results.stamp(batch.places, self._following.step)
-            with TURNS.reading():
-                computed = self._engine.score(chunk.rollouts, work, asked)
-            results.put(batch.places, computed)
-            if on_batch is not None:
-                on_batch(len(batch.places), sum(len(chunk.rollouts[place]) for place in batch.places), batch.tokens)
-        self._engine.forget()
-        return results
+        return Underway(self._engine, self.model, chunk, asked, results, self._following, on_batch)
 
     def _results(self, rollouts: Sequence[Encoded], asked: Asked) -> Results:
         return Results(
@@ -524,23 +520,6 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Chunk(Generic[Sourced]):
-    """Consecutive rollouts, ready for the model.
-
-    Attributes:
-        sources: Where they come from.
-        rollouts: In input order, those of a source one after the other.
-        work: Their batches.
-        failure: What ended the input after them.
-    """
-
-    sources: list[Sourced]
-    rollouts: list[Encoded]
-    work: list[Work]
-    failure: Exception | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ScoredChunk(Generic[Sourced]):
     """Consecutive rollouts that have been scored.
 
@@ -555,7 +534,7 @@ class ScoredChunk(Generic[Sourced]):
     last: Sourced
 
 
-def _report(chunk: _Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
+def _report(chunk: Chunk[Sourced], results: Results, on_error: ErrorHandler | None) -> Iterator[ScoredChunk[Sourced]]:
     """Yields the good scores. Errors between them go to `on_error`, or the first one is raised."""
     scores, sources = results.scores, chunk.sources
     each = len(chunk.rollouts) // max(len(sources), 1)

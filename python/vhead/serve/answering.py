@@ -49,7 +49,7 @@ class Answering:
             async with self._receiver.body(request) as body:
                 prepared = await self.service.read(prepare, body)
             request.state.rollouts, request.state.tokens = len(prepared.rollouts), prepared.tokens
-            future = self.service.submit(prepared, request.state.client)
+            future = self.service.submit(prepared, request.state.client, request.state.request_id)
             del body
             scores = await self._result(request, future)
             return await self.service.read(reply, prepared, scores)

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vhead.errors import RequestError, ServerBusyError, ServerStoppingError
-from vhead.serve import native, operations, page, reward_servers, vllm
+from vhead.serve import operations, page
 from vhead.serve.answering import Answering
 from vhead.serve.entrance import OPEN_PATHS, Entrance, error_response, response_to
+from vhead.serve.protocols import native, reward_servers, vllm
 from vhead.serve.service import Service
 
 # A new protocol is one more module here, with a function `router`, and the classes of its bodies below.
@@ -45,7 +46,7 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     for error in (RequestError, ServerBusyError, ServerStoppingError):
         app.add_exception_handler(error, _of_request)
     app.include_router(page.router())
-    app.add_middleware(Entrance, metrics=service.metrics, api_key=api_key)
+    app.add_middleware(Entrance, metrics=service.metrics, tracing=service.tracing, api_key=api_key)
     _describe(app, is_keyed=api_key is not None)
     return app
 

@@ -8,12 +8,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, groupby, islice
+from itertools import count, groupby
 from math import ceil
 from typing import Protocol
 
@@ -23,14 +23,13 @@ from vhead.errors import RecordError, ServerBusyError, ServerStoppingError, Vhea
 from vhead.rollouts import Rollout
 from vhead.scoring.fields import Asked
 from vhead.scoring.scores import Scores
+from vhead.serve.queueing import Queue, QueuedRequest, Run, runs_of
 
 logger = logging.getLogger("vhead.serve")
 
 _LONGEST_RETRY_S = 60
 # How much of the measured speed each batch replaces.
 _NEW_SPEED = 0.25
-# Of clients that are away, so many are remembered with what they have had.
-_REMEMBERED_CLIENTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,14 @@ class BatchReport:
     """What is told of each batch: its rollouts, requests and tokens, how full it was, and how long it took.
 
     Attributes:
+        number: How many there were before it.
+        names: What its requests are called.
         fill: The tokens that it was expected to take through the model, as a share of those that a batch may have.
         waited_s: Seconds for which its oldest request had waited.
     """
 
+    number: int
+    names: tuple[str, ...]
     rollouts: int
     requests: int
     tokens: int
@@ -96,140 +99,6 @@ class ScoreBatch(Protocol):
     """Scores rollouts together with one model, in the batcher's thread."""
 
     def __call__(self, model: str, rollouts: Sequence[Rollout], asked: Asked, /) -> ScoredBatch: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive rollouts of a request with one prompt, which fit into a batch together.
-
-    Attributes:
-        rollouts: At least one.
-        prompt: Stands for the prompt.
-        prompt_tokens: How many tokens it has.
-        completion_tokens: How many tokens the completions have together.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    prompt: bytes
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens * len(self.rollouts) + self.completion_tokens
-
-
-# What may be scored together: by which model, what is asked for, and how many candidates each token has.
-_Kind = tuple[str, Asked, int]
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """The rollouts of one request, as far as they are not yet scored."""
-
-    number: int
-    client: str
-    kind: _Kind
-    runs: deque[_Run]
-    arrived: float
-    left: int
-    parts: list[Scores] = field(default_factory=list)
-    future: Future[Scores] = field(default_factory=Future)
-
-    @property
-    def tokens(self) -> int:
-        """Of the rollouts that wait."""
-        return sum(run.tokens for run in self.runs)
-
-
-class _Queue:
-    """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead."""
-
-    def __init__(self) -> None:
-        self.requests: dict[int, _Request] = {}
-        self.tokens = 0
-        self._waiting: dict[tuple[str, _Kind], dict[int, _Request]] = {}
-        self._alike: dict[tuple[_Kind, bytes], dict[int, _Request]] = {}
-        self._had: dict[str, int] = {}
-        self._least = 0
-
-    def add(self, request: _Request) -> None:
-        self.requests[request.number] = request
-        self.tokens += request.tokens
-        self._waiting.setdefault((request.client, request.kind), {})[request.number] = request
-        self._had[request.client] = max(self._had.pop(request.client, 0), self._least)
-        self._note_prompt(request)
-
-    def remove(self, request: _Request) -> None:
-        """Takes out what is left of a request; nothing where nothing waits any more."""
-        if self.requests.pop(request.number, None) is None:
-            return
-        self.tokens -= request.tokens
-        self._drop(self._waiting, (request.client, request.kind), request)
-        if request.runs:
-            self._drop(self._alike, (request.kind, request.runs[0].prompt), request)
-        self._forget_clients()
-
-    def take(self, room: int) -> tuple[list[tuple[_Request, _Run]], int]:
-        """The next batch of one kind, and how many tokens it takes through the model."""
-        kind = min(self._firsts(), key=lambda request: (self._had[request.client], request.number)).kind
-        taken: list[tuple[_Request, _Run]] = []
-        prompts: set[bytes] = set()
-        cost = 0
-        while request := self._next(kind):
-            self._least = self._had[request.client]
-            # Whoever asks about the same prompt comes along, as the prompt is computed anyway.
-            alike = self._alike[kind, request.runs[0].prompt]
-            company = (other for other in list(alike.values()) if other is not request)
-            before = len(taken)
-            for one in (request, *company):
-                run = one.runs[0]
-                own = run.completion_tokens + (0 if run.prompt in prompts else run.prompt_tokens)
-                if taken and cost + own > room:
-                    break
-                taken.append((one, self._take_run(one, own)))
-                prompts.add(run.prompt)
-                cost += own
-            if len(taken) == before:
-                break
-        return taken, cost
-
-    def _firsts(self) -> Iterator[_Request]:
-        return (next(iter(requests.values())) for requests in self._waiting.values())
-
-    def _next(self, kind: _Kind) -> _Request | None:
-        firsts = (request for request in self._firsts() if request.kind == kind)
-        return min(firsts, key=lambda request: (self._had[request.client], request.number), default=None)
-
-    def _take_run(self, request: _Request, cost: int) -> _Run:
-        run = request.runs.popleft()
-        self.tokens -= run.tokens
-        self._had[request.client] += cost
-        self._drop(self._alike, (request.kind, run.prompt), request)
-        if request.runs:
-            self._note_prompt(request)
-        else:
-            del self.requests[request.number]
-            self._drop(self._waiting, (request.client, request.kind), request)
-            self._forget_clients()
-        return run
-
-    def _note_prompt(self, request: _Request) -> None:
-        self._alike.setdefault((request.kind, request.runs[0].prompt), {})[request.number] = request
-
-    @staticmethod
-    def _drop(index: dict, key: object, request: _Request) -> None:  # type: ignore[type-arg]  # either index
-        del index[key][request.number]
-        if not index[key]:
-            del index[key]
-
-    def _forget_clients(self) -> None:
-        """Of the many that are away, those who have been away the longest are forgotten."""
-        if len(self._had) > _REMEMBERED_CLIENTS + len(self.requests):
-            present = {request.client for request in self.requests.values()}
-            away = [client for client in self._had if client not in present]
-            for client in islice(away, len(away) - _REMEMBERED_CLIENTS // 2):
-                del self._had[client]
 
 
 class Batcher:
@@ -253,9 +122,10 @@ class Batcher:
         self.limits = limits or QueueLimits()
         self._score = score
         self._on_batch = on_batch
-        self._queue = _Queue()
+        self._queue = Queue()
         self._changed = threading.Condition()
         self._numbers = count()
+        self._batches = count()
         self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._stopping = False
         self._speed = 0.0
@@ -283,7 +153,9 @@ class Batcher:
         seconds = self.queued_tokens / self._speed if self._speed else 1.0
         return min(max(ceil(seconds), 1), _LONGEST_RETRY_S)
 
-    def submit(self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "", model: str = "") -> Future[Scores]:
+    def submit(
+        self, rollouts: Sequence[Rollout], asked: Asked, *, client: str = "", model: str = "", name: str = ""
+    ) -> Future[Scores]:
         """Queues rollouts of token ids.
 
         Args:
@@ -291,6 +163,7 @@ class Batcher:
             asked: What is asked for of them.
             client: Who asks.
             model: Which model scores them.
+            name: What reports call the request.
 
         Returns:
             The scores, in order, with the rollouts' places in `rollouts` as their indices. Cancelling it takes out of
@@ -302,8 +175,8 @@ class Batcher:
         """
         first = rollouts[0].candidates
         kind = (model, asked, 0 if first is None else first.shape[1])
-        runs = deque(_runs(rollouts, self.limits.batch_tokens))
-        request = _Request(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts))
+        runs = deque(runs_of(rollouts, self.limits.batch_tokens))
+        request = QueuedRequest(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts), name)
         tokens = request.tokens
         with self._changed:
             self.check_open()
@@ -348,7 +221,7 @@ class Batcher:
             return
         raise ServerBusyError(message, self.retry_after)
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, request: QueuedRequest) -> None:
         with self._changed:
             self._queue.remove(request)
 
@@ -390,7 +263,7 @@ class Batcher:
                         return None
                     self._changed.wait()
 
-    def _run_batch(self, taken: list[tuple[_Request, _Run]], cost: int) -> None:
+    def _run_batch(self, taken: list[tuple[QueuedRequest, Run]], cost: int) -> None:
         try:
             self._compute(taken, cost)
         except Exception:  # A defect here must not end the only thread that scores.
@@ -407,7 +280,7 @@ class Batcher:
         self._changed.wait(left)
         return True
 
-    def _compute(self, taken: list[tuple[_Request, _Run]], cost: int) -> None:
+    def _compute(self, taken: list[tuple[QueuedRequest, Run]], cost: int) -> None:
         # Runs of one request stand one after the other, so that its scores are one slice.
         taken = sorted(taken, key=lambda entry: entry[0].number)
         started = time.monotonic()
@@ -420,6 +293,8 @@ class Batcher:
         if self._on_batch is not None:
             self._on_batch(
                 BatchReport(
+                    number=next(self._batches),
+                    names=tuple(request.name for request in requests),
                     rollouts=sum(len(run.rollouts) for _, run in taken),
                     requests=len(requests),
                     tokens=outcome.tokens,
@@ -431,7 +306,7 @@ class Batcher:
             )
         self._deliver(taken, outcome)
 
-    def _try(self, taken: list[tuple[_Request, _Run]]) -> ScoredBatch | None:
+    def _try(self, taken: list[tuple[QueuedRequest, Run]]) -> ScoredBatch | None:
         """Scores a batch; where that fails, each request by itself, so that one does not cost the others theirs."""
         rollouts = [rollout for _, run in taken for rollout in run.rollouts]
         try:
@@ -452,7 +327,7 @@ class Batcher:
                 self._deliver(entries, outcome)
         return None
 
-    def _deliver(self, taken: list[tuple[_Request, _Run]], outcome: ScoredBatch) -> None:
+    def _deliver(self, taken: list[tuple[QueuedRequest, Run]], outcome: ScoredBatch) -> None:
         place = good = 0
         for request, entries in groupby(taken, key=lambda entry: entry[0]):
             size = sum(len(run.rollouts) for _, run in entries)
@@ -481,27 +356,12 @@ def _run(work: Callable[[], None], future: Future[None]) -> None:
         future.set_result(None)
 
 
-def _finish(request: _Request) -> None:
+def _finish(request: QueuedRequest) -> None:
     with suppress(InvalidStateError):  # It was cancelled meanwhile.
         scores = Scores.concat(request.parts)
         request.future.set_result(replace(scores, indices=np.arange(len(scores))))
 
 
-def _fail(request: _Request, error: Exception) -> None:
+def _fail(request: QueuedRequest, error: Exception) -> None:
     with suppress(InvalidStateError):  # As above, or it has failed before.
         request.future.set_exception(error)
-
-
-def _runs(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[_Run]:
-    """The rollouts as runs of one prompt, none of which has more tokens than a batch if it has two rollouts or more."""
-    for prompt, group in groupby(rollouts, key=lambda rollout: np.asarray(rollout.prompt).tobytes()):
-        run: list[Rollout] = []
-        length = completions = 0
-        for rollout in group:
-            length, own = len(rollout.prompt), len(rollout.completion)
-            if run and length + completions + own > batch_tokens:
-                yield _Run(tuple(run), prompt, length, completions)
-                run, completions = [], 0
-            run.append(rollout)
-            completions += own
-        yield _Run(tuple(run), prompt, length, completions)

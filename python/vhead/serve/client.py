@@ -5,17 +5,14 @@ wait. `Client` and `AsyncClient` do that, the one with threads, the other with t
 """
 
 import asyncio
-import base64
 import importlib
-import io
-import json
 import random
 import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from types import TracebackType
 from typing import Any, Self
@@ -25,9 +22,10 @@ from numpy.typing import NDArray
 
 from vhead.errors import MissingExtraError, RecordError, ServerError
 from vhead.rollouts import Rollout
-from vhead.scoring.fields import COLUMNS, DEFAULT_RETURNS, WEIGHTS_STEP
-from vhead.scoring.scores import TRUNCATED, Scores
-from vhead.serve import npy
+from vhead.scoring.fields import COLUMNS, DEFAULT_RETURNS
+from vhead.scoring.scores import Scores
+from vhead.serve.forms import JSON, Post, post, scores_in, size_of
+from vhead.serve.protocols import arrow, npy
 
 # Of one request; the server's own limits are above these unless its operator says otherwise.
 _BYTES, _TOKENS = 4 << 20, 1 << 16
@@ -35,8 +33,6 @@ _BYTES, _TOKENS = 4 << 20, 1 << 16
 _BUSY = (429, 502, 503)
 _LONGEST_PAUSE_S = 10.0
 _CONNECT_S = 10.0
-# Arrays that are not fields.
-_BESIDE = ("prompt_lengths", "offsets", "mask", "step_offsets")
 _PLACE = re.compile(r"^rollouts\[(\d+)\]")
 
 
@@ -53,21 +49,21 @@ class _Piece:
 
     Attributes:
         first: The place of the first among all.
-        records: Each rollout as JSON.
+        rollouts: At least one.
     """
 
     first: int
-    records: Sequence[bytes]
+    rollouts: Sequence[Rollout]
 
     def halves(self) -> tuple["_Piece", "_Piece"]:
-        middle = len(self.records) // 2
-        first, second = self.records[:middle], self.records[middle:]
+        middle = len(self.rollouts) // 2
+        first, second = self.rollouts[:middle], self.rollouts[middle:]
         return _Piece(self.first, first), _Piece(self.first + middle, second)
 
 
 # What an exchange is told: the answer to what it sent, or what came instead; None after a pause.
 _Told = Any
-_Exchange = Generator[bytes | _Pause, _Told, list[Scores]]
+_Exchange = Generator[Post | _Pause, _Told, list[Scores]]
 
 
 @dataclass(frozen=True)
@@ -75,31 +71,33 @@ class _Asking:
     """What one call asks for.
 
     Attributes:
-        asked: The members of each body beside the rollouts.
+        asked: What each request says beside the rollouts.
         rollouts: The most of a request.
         patience: Seconds for a request and all its repetitions.
         where: The server's address, for messages.
+        as_arrow: Whether rollouts go out as streams of Arrow's.
     """
 
     asked: dict[str, Any]
     rollouts: int
     patience: float
     where: str
+    as_arrow: bool
 
     def pieces(self, rollouts: Iterable[Rollout]) -> Iterator[_Piece]:
         """The rollouts in pieces of as many as a request may have."""
-        records: list[bytes] = []
+        waiting: list[Rollout] = []
         first = size = tokens = 0
         for place, rollout in enumerate(rollouts):
-            record, count = _encoded(rollout)
-            is_full = size + len(record) > _BYTES or tokens + count > _TOKENS or len(records) == self.rollouts
-            if records and is_full:
-                yield _Piece(first, records)
-                first, records, size, tokens = place, [], 0, 0
-            records.append(record)
-            size, tokens = size + len(record), tokens + count
-        if records:
-            yield _Piece(first, records)
+            more, count = size_of(rollout)
+            is_full = size + more > _BYTES or tokens + count > _TOKENS or len(waiting) == self.rollouts
+            if waiting and is_full:
+                yield _Piece(first, waiting)
+                first, waiting, size, tokens = place, [], 0, 0
+            waiting.append(rollout)
+            size, tokens = size + more, tokens + count
+        if waiting:
+            yield _Piece(first, waiting)
 
     def joined(self, parts: Iterable[list[Scores]]) -> Scores:
         """The scores of all pieces; a server is not asked about no rollouts."""
@@ -119,17 +117,21 @@ class _Asking:
             RecordError: The server cannot score a rollout; it is named by its place among all.
             ServerError: The server refuses, or did not answer in time.
         """
-        body = self._body(piece)
+        request = post(piece.rollouts, self.asked, as_arrow=self.as_arrow)
         until, attempt = time.monotonic() + self.patience, 0
         while True:
-            told = yield body
+            told = yield request
             error: ServerError | RecordError
             if isinstance(told, Exception):
                 pause, error = 0.0, _no_answer(self.where, told)
             elif told.status_code == 200:
-                return [_scores_of(told.content, piece.first)]
-            elif told.status_code == 413 and len(piece.records) > 1:
+                kind = told.headers.get("content-type", "")
+                return [scores_in(told.content, kind, piece.rollouts, piece.first)]
+            elif told.status_code == 413 and len(piece.rollouts) > 1:
                 return (yield from self._in_halves(piece))
+            elif told.status_code == 415 and request.media_type != JSON:
+                # A server without pyarrow.
+                return (yield from replace(self, as_arrow=False).exchange(piece))
             else:
                 pause, error = _asked_pause(told), self._refusal(told, piece)
                 if told.status_code not in _BUSY:
@@ -145,11 +147,6 @@ class _Asking:
         """More than a request may have is asked in two."""
         first, second = piece.halves()
         return [*(yield from self.exchange(first)), *(yield from self.exchange(second))]
-
-    def _body(self, piece: _Piece) -> bytes:
-        asked = json.dumps(self.asked).encode()
-        comma = b", " if self.asked else b""
-        return b"%s%s%s]}" % (asked[:-1], comma + b'"rollouts": [', b", ".join(piece.records))
 
     def _refusal(self, answer: Any, piece: _Piece) -> ServerError | RecordError:
         said, request_id = _error_of(answer)
@@ -183,7 +180,8 @@ class _Settings:
         self._timeout = timeout
         self._rollouts = rollouts_per_request
         self._concurrency = concurrency
-        headers = {"accept": npy.MEDIA_TYPE, "content-type": "application/json"}
+        self._as_arrow = arrow.is_there()
+        headers = {"accept": f"{arrow.MEDIA_TYPE}, {npy.MEDIA_TYPE}" if self._as_arrow else npy.MEDIA_TYPE}
         if api_key is not None:
             headers["authorization"] = f"Bearer {api_key}"
         self._httpx = _httpx()
@@ -203,7 +201,7 @@ class _Settings:
             "top_logprobs": top_logprobs,
         }
         given = {name: value for name, value in asked.items() if value is not None}
-        return _Asking(given, self._rollouts, self._timeout, self.url)
+        return _Asking(given, self._rollouts, self._timeout, self.url, self._as_arrow)
 
     def _names(self, answer: Any) -> list[str]:
         if isinstance(answer, Exception):
@@ -273,6 +271,10 @@ class Client(_Settings):
                 left.set()
                 threads.shutdown(wait=False, cancel_futures=True)
 
+    def rewards(self, rollouts: Iterable[Rollout]) -> NDArray[np.float32]:
+        """The rewards of all rollouts alone, float32 `[N]`, or `[N, K]` for K outputs; as `score` otherwise."""
+        return self.score(rollouts, ("reward",)).reward
+
     def models(self) -> list[str]:
         """The names under which the server has its models.
 
@@ -303,14 +305,14 @@ class Client(_Settings):
                 scores: list[Scores] = done.value
                 return scores
             told = None
-            if isinstance(wanted, bytes):
-                told = self._sent("POST", "/score", wanted)
+            if isinstance(wanted, Post):
+                told = self._sent("POST", wanted.path, wanted.body, wanted.media_type)
             elif left.wait(wanted.seconds):
                 raise ServerError(f"{self.url}: another request of this call failed")
 
-    def _sent(self, method: str, path: str, body: bytes | None = None) -> Any:
+    def _sent(self, method: str, path: str, body: bytes | None = None, media_type: str = JSON) -> Any:
         try:
-            return self._client.request(method, path, content=body)
+            return self._client.request(method, path, content=body, headers={"content-type": media_type})
         except self._httpx.TransportError as error:
             return error
 
@@ -341,6 +343,10 @@ class AsyncClient(_Settings):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def rewards(self, rollouts: Iterable[Rollout]) -> NDArray[np.float32]:
+        """The rewards of all rollouts alone; as `Client.rewards`."""
+        return (await self.score(rollouts, ("reward",))).reward
+
     async def models(self) -> list[str]:
         """The names under which the server has its models; as `Client.models`."""
         return self._names(await self._sent("GET", "/v1/models"))
@@ -368,14 +374,14 @@ class AsyncClient(_Settings):
                     scores: list[Scores] = done.value
                     return scores
                 told = None
-                if isinstance(wanted, bytes):
-                    told = await self._sent("POST", "/score", wanted)
+                if isinstance(wanted, Post):
+                    told = await self._sent("POST", wanted.path, wanted.body, wanted.media_type)
                 else:
                     await asyncio.sleep(wanted.seconds)
 
-    async def _sent(self, method: str, path: str, body: bytes | None = None) -> Any:
+    async def _sent(self, method: str, path: str, body: bytes | None = None, media_type: str = JSON) -> Any:
         try:
-            return await self._client.request(method, path, content=body)
+            return await self._client.request(method, path, content=body, headers={"content-type": media_type})
         except self._httpx.TransportError as error:
             return error
 
@@ -385,36 +391,6 @@ def _httpx() -> Any:
         return importlib.import_module("httpx2")
     except ImportError as error:
         raise MissingExtraError("httpx2", "client") from error
-
-
-def _encoded(rollout: Rollout) -> tuple[bytes, int]:
-    """A rollout as the server takes it, and how many tokens it has where they are known."""
-    record: dict[str, Any] = {} if rollout.id is None else {"id": rollout.id}
-    if rollout.kind != "token ids":
-        record |= {"prompt": rollout.prompt, "completion": rollout.completion}
-        if rollout.tools is not None:
-            record["tools"] = rollout.tools
-        return json.dumps(record, default=list).encode(), 0
-    arrays: dict[str, Any] = {"prompt_ids": rollout.prompt, "completion_ids": rollout.completion}
-    arrays |= {"completion_mask": rollout.mask, "candidates": rollout.candidates}
-    record |= {name: npy.encoded(array) for name, array in arrays.items() if array is not None}
-    return json.dumps(record).encode(), len(rollout.prompt) + len(rollout.completion)
-
-
-def _scores_of(content: bytes, first: int) -> Scores:
-    """The scores in an answer, of rollouts from one place on."""
-    answer = json.loads(content)
-    arrays = {name: _array(text) for name, text in answer["arrays"].items()}
-    ids = tuple(answer["ids"])
-    company: dict[str, Any] = {name: arrays.pop(name, None) for name in (*_BESIDE, TRUNCATED)}
-    if answer["step"] is not None and WEIGHTS_STEP not in arrays:
-        arrays[WEIGHTS_STEP] = np.full(len(ids), answer["step"], np.int64)
-    return Scores(ids=ids, indices=np.arange(first, first + len(ids)), computed=arrays, **company)
-
-
-def _array(text: str) -> NDArray[Any]:
-    found: NDArray[Any] = np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
-    return found
 
 
 def _no_answer(where: str, error: Exception) -> ServerError:

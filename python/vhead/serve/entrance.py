@@ -2,10 +2,11 @@
 
 import hmac
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vhead.errors import RecordError, RequestError, ServerBusyError, ServerStoppingError, VheadError
 from vhead.serve.metrics import Metrics
+from vhead.serve.tracing import Tracing
 
 logger = logging.getLogger("vhead.serve")
 
@@ -33,11 +35,15 @@ class Entrance:
     Args:
         app: What is behind it.
         metrics: Told of every answer.
+        tracing: Told of every request; None: nobody is.
         api_key: What has to be in `Authorization: Bearer`; None: nothing has to.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None, api_key: str | None = None
+    ) -> None:
         self._app = app
+        self._tracing = tracing
         self._metrics = metrics
         self._key = None if api_key is None else api_key.encode()
 
@@ -47,12 +53,17 @@ class Entrance:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
-        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        state["request_id"] = given if _ID.fullmatch(given) else _new_id()
         state["client"] = _client(scope, headers)
+        with nullcontext() if self._tracing is None else self._tracing.request(scope, headers):
+            await self._answered(scope, headers, receive, send)
+
+    async def _answered(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        state = scope["state"]
         status = 500
 
         async def answer(message: Message) -> None:
@@ -66,6 +77,7 @@ class Entrance:
             await _unauthorized(state["request_id"])(scope, receive, answer)
         else:
             status = await self._passed(scope, receive, answer) or status
+        state["status"] = status
         seconds = time.perf_counter() - started
         route = getattr(scope.get("route"), "path", "none")
         self._metrics.answered(route, status, seconds)
@@ -88,6 +100,11 @@ class Entrance:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # In constant time, so that nobody finds the key letter by letter.
         return hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key) and scheme.lower() == "bearer"
+
+
+def _new_id() -> str:
+    # No secret; the system's random numbers would cost a wait for the interpreter's lock.
+    return f"{random.getrandbits(128):032x}"
 
 
 def _client(scope: Scope, headers: Headers) -> str:

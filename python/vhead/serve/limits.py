@@ -12,7 +12,7 @@ class RequestLimits:
         bodies_bytes: Bytes of all bodies that are being received or read at one moment.
         rollouts: Rollouts, or inputs.
         tokens: Tokens of these, prompts included.
-        body_s: Seconds for the body to arrive.
+        body_s: Seconds for the header, and then the body, to arrive.
         answer_s: Seconds for the scores to be computed, the wait in the queue included.
     """
 

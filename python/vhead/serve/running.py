@@ -12,6 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from vhead.serve.app import make_app
+from vhead.serve.connections import protocol
 from vhead.serve.service import Service
 
 # Connections that are open at one moment; beyond it, the next one is answered with 503.
@@ -72,6 +73,8 @@ class Address:
 class Server:
     """A server that runs in a thread until it is told to stop.
 
+    Connections are taken from its beginning on, and wait for `run`.
+
     Args:
         service: The model; it is closed at the end.
         address: Where it listens.
@@ -86,7 +89,7 @@ class Server:
         self._service, self._bound, self._drain_s = service, bound, drain_s
         config = uvicorn.Config(
             make_app(service, address.api_key),
-            http="h11",
+            http=protocol(service.limits.body_s),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -105,6 +108,7 @@ class Server:
         self._server = uvicorn.Server(config)
         # Signals come to the main thread, which has nothing else to do.
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="vhead-http", daemon=True)
+        bound.listen(_BACKLOG)
 
     def stop(self) -> None:
         """Takes no more connections, and ends when what was accepted is answered; at once when it is called again."""

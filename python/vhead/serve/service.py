@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from vhead.errors import RequestError, ServerStoppingError
 from vhead.scoring.scorer import Scorer
 from vhead.scoring.scores import Scores
-from vhead.serve.batching import Batcher, QueueLimits
+from vhead.serve.batching import Batcher, BatchReport, QueueLimits
 from vhead.serve.limits import RequestLimits
 from vhead.serve.metrics import Metrics
 from vhead.serve.models import Prepared, ScorerBatches, ServedModel
+from vhead.serve.tracing import Tracing
 from vhead.serve.weights import Weights
 
 Result = TypeVar("Result")
@@ -35,9 +36,11 @@ class Service:
         limits: What a request may have.
         step: The training step of the weights, where that is known.
         follow: A directory whose publications take the place of its weights.
+        tracing: Told of requests and batches; None: nobody is.
 
     Attributes:
         limits: As given.
+        tracing: As given.
         models: The models, by each of their names.
         metrics: What was counted.
         batcher: The queue.
@@ -52,12 +55,14 @@ class Service:
         limits: RequestLimits | None = None,
         step: int | None = None,
         follow: str | Path | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
+        self.tracing = tracing
         self.limits = limits or RequestLimits()
         self.metrics = Metrics()
         self.models: dict[str, ServedModel] = {}
         queue = queue or QueueLimits(batch_tokens=batch_tokens(scorer))
-        self.batcher = Batcher(ScorerBatches(self.models), queue, on_batch=self.metrics.batch)
+        self.batcher = Batcher(ScorerBatches(self.models), queue, on_batch=self._computed)
         self.metrics.watch(lambda: self.batcher.queued_requests, lambda: self.batcher.queued_tokens)
         # Tokenizers of transformers are not made for several threads at once.
         self._reader = ThreadPoolExecutor(1, "vhead-reader")
@@ -113,22 +118,34 @@ class Service:
             raise RequestError(f"model: expected one of {', '.join(self.models)}, got {name[:100]!r}", 404)
         return self.models[name]
 
-    def submit(self, prepared: Prepared, client: str) -> Future[Scores]:
+    def submit(self, prepared: Prepared, client: str, name: str = "") -> Future[Scores]:
         """Queues what was prepared.
+
+        Args:
+            prepared: It.
+            client: Who asks.
+            name: The request's id.
 
         Raises:
             ServerBusyError: There is no room in the queue.
             ServerStoppingError: The server is stopping.
         """
         model = prepared.model.name
-        return self.batcher.submit(prepared.rollouts, prepared.asked, client=client, model=model)
+        return self.batcher.submit(prepared.rollouts, prepared.asked, client=client, model=model, name=name)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Scores what waits and ends the threads; whether all that was accepted has been scored."""
         self._closing.set()
         done = self.batcher.stop(timeout_s)
         self._reader.shutdown()
+        if self.tracing is not None:
+            self.tracing.close()
         return done
+
+    def _computed(self, report: BatchReport) -> None:
+        self.metrics.batch(report)
+        if self.tracing is not None:
+            self.tracing.batch(report)
 
     def _look_for_weights(self) -> None:
         with suppress(ServerStoppingError):

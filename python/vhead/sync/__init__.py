@@ -6,6 +6,7 @@ before the first parameter is touched, and a failure leaves the old weights bit 
 
 from typing import TYPE_CHECKING
 
+from vhead.sync.exporting import export
 from vhead.sync.follower import Follower
 from vhead.sync.publications import Publication, collect, publications, verify
 from vhead.sync.publisher import Publisher
@@ -13,7 +14,7 @@ from vhead.sync.publisher import Publisher
 if TYPE_CHECKING:
     from vhead.sync.callback import PublishCallback
 
-__all__ = ["Follower", "Publication", "PublishCallback", "Publisher", "collect", "publications", "verify"]
+__all__ = ["Follower", "Publication", "PublishCallback", "Publisher", "collect", "export", "publications", "verify"]
 
 
 def __getattr__(name: str) -> object:

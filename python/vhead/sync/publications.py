@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vhead import _native
-from vhead.errors import PublicationError
+from vhead.errors import PublicationError, SyncFileError
 
 Summary = tuple[int, bool, int | None, list[str], str, str, int]
 
@@ -114,3 +114,16 @@ def collect(directory: str | Path, *, keep: int = KEPT) -> tuple[list[int], list
 def staging_folder(given: str | Path | None) -> Path:
     """Where copies without names lie."""
     return Path(tempfile.gettempdir() if given is None else given)
+
+
+def made_folder(place: Path) -> Path:
+    """The folder, which is made if need be.
+
+    Raises:
+        SyncFileError: It cannot be made.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SyncFileError(error.errno, error.strerror, str(place)) from error
+    return place

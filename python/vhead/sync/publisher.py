@@ -1,8 +1,10 @@
 """Publishing a model's weights."""
 
 import json
+import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 
 from vhead import _native
-from vhead.errors import SyncError
+from vhead.errors import PublicationMismatchError, SyncError
 from vhead.formats.head_settings import in_config
-from vhead.sync.publications import KEPT, Publication, staging_folder
+from vhead.sync.publications import KEPT, Publication, made_folder, staging_folder
 from vhead.sync.stores import opened
 from vhead.sync.weights import ADAPTER, MODEL, STEMS, Source, Weight, parts_of, pieces, weights_of
 
@@ -62,22 +64,25 @@ class Publisher:
         place = staging_folder(staging)
         self.directory, self._store = opened(directory, place)
         if self._store is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            made_folder(self.directory)
         else:
             self._store.resume()
         self._parts = parts
         self._native = _native.SyncPublisher(self.directory, delta, full_every, keep, place)
+        # Of a sharded model, by another process.
+        self._published: int | None = None
 
     @property
     def step(self) -> int | None:
         """The step that was published last, or None."""
-        return self._native.last_step
+        return max((step for step in (self._native.last_step, self._published) if step is not None), default=None)
 
     def publish(self, source: Source, *, step: int, metadata: Mapping[str, Any] | None = None) -> Publication:
         """Publishes a model's weights, or tensors by name.
 
         Where the model's tensors are sharded over processes (DTensor, as FSDP2 makes them), every process calls this;
-        the tensors are gathered one after the other, and the first process writes them.
+        the tensors are gathered one after the other, and the first process writes them. What goes wrong in one of them
+        is raised in all, and nothing is published then.
 
         Args:
             source: The model, its value head, or the tensors by name.
@@ -96,12 +101,14 @@ class Publisher:
         if not weights:
             raise ValueError("source: expected a model with weights, or tensors by name, got none")
         said = json.dumps(dict(metadata or {}), allow_nan=False)
-        is_sharded = any(weight.is_sharded for weight in weights)
-        write = _publish_sharded if is_sharded else _publish
-        published = write(self._native, weights, step, said, lambda: _attachments(source, weights))
-        if self._store is not None and not (is_sharded and torch.distributed.get_rank()):
+        write = _publish_sharded if any(weight.is_sharded for weight in weights) else _publish
+        publication = write(self._native, weights, step, said, lambda: _attachments(source, weights), self._send)
+        self._published = publication.step
+        return publication
+
+    def _send(self) -> None:
+        if self._store is not None:
             self._store.send()
-        return published
 
 
 def _begin(native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str) -> list[str]:
@@ -112,71 +119,106 @@ def _begin(native: "_native.SyncPublisher", weights: list[Weight], step: int, sa
 
 
 def _publish(
-    native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str, attachments: Any
+    native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str, attachments: Any, send: Any
 ) -> Publication:
     by_name = {weight.name: weight.tensor for weight in weights}
     try:
         for name in _begin(native, weights, step, said):
             for piece in pieces(by_name[name]):
                 native.append(piece)
-        return Publication.of(native.finish(attachments()))
+        published = Publication.of(native.finish(attachments()))
     except BaseException:
         native.abandon()
         raise
-
-
-def _publish_sharded(
-    native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str, attachments: Any
-) -> Publication:
-    """The same where each process has a piece of each tensor. A failure of the first one reaches all of them."""
-    writer = _Writer(native) if torch.distributed.get_rank() == 0 else None
-    order = _shared(None if writer is None else writer.tried(_begin, native, weights, step, said))
-    by_name = {weight.name: weight for weight in weights}
-    for name in order:
-        weight = by_name[name]
-        whole: Any = weight.tensor.full_tensor() if weight.is_sharded else weight.tensor  # type: ignore[attr-defined]
-        if writer is not None:
-            writer.tried(writer.append, whole)
-        # Gone before the next one is gathered.
-        del whole
-    published: Publication = _shared(
-        None if writer is None else writer.tried(lambda: Publication.of(native.finish(attachments())))
-    )
+    send()
     return published
 
 
-class _Writer:
-    """The process that writes. After a failure it goes on gathering, as the other processes wait for it."""
+def _publish_sharded(
+    native: "_native.SyncPublisher", weights: list[Weight], step: int, said: str, attachments: Any, send: Any
+) -> Publication:
+    """The same where each process has a piece of each tensor."""
+    member = _Member(native if torch.distributed.get_rank() == 0 else None)
+    order = member.first(lambda: _begin(native, weights, step, said))
+    by_name = {weight.name: weight for weight in weights}
+    with member.noting():
+        _check_names(order, by_name)
+    member.agree()
+    for name in order:
+        member.take(by_name[name])
+    member.agree()
 
-    def __init__(self, native: "_native.SyncPublisher") -> None:
-        self._native = native
+    def finish() -> Publication:
+        published = Publication.of(native.finish(attachments()))
+        send()
+        return published
+
+    published: Publication = member.first(finish)
+    return published
+
+
+def _check_names(order: list[str], by_name: Mapping[str, Weight]) -> None:
+    if set(order) != set(by_name):
+        rank, other = torch.distributed.get_rank(), sorted({*order} ^ {*by_name})
+        raise PublicationMismatchError(
+            f"source: expected the same tensors in all processes, got others in process {rank}: {', '.join(other[:8])}"
+        )
+
+
+class _Member:
+    """A process of those that publish together. All of them gather to the end, as each waits for the others."""
+
+    def __init__(self, writes: "_native.SyncPublisher | None") -> None:
+        self._writes = writes
         self._failure: Exception | None = None
 
-    def append(self, tensor: torch.Tensor) -> None:
-        for piece in pieces(tensor):
-            self._native.append(piece)
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keeps what goes wrong for `agree`."""
+        try:
+            yield
+        except Exception as error:  # Raised again in every process.
+            self._failure = self._failure or _sendable(error)
+            if self._writes is not None:
+                self._writes.abandon()
 
-    def tried(self, work: Any, *arguments: Any) -> tuple[Any, Exception | None]:
-        """What the work gives, or what has gone wrong with it or before."""
-        if self._failure is None:
-            try:
-                return work(*arguments), None
-            except Exception as error:  # Raised again in every process.
-                self._native.abandon()
-                self._failure = error
-        return None, self._failure
+    def take(self, weight: Weight) -> None:
+        """Gathers a tensor, which the process that writes appends."""
+        with self.noting():
+            tensor: Any = weight.tensor
+            whole = tensor.full_tensor() if weight.is_sharded else tensor
+            if self._writes is not None and self._failure is None:
+                for piece in pieces(whole):
+                    self._writes.append(piece)
+
+    def agree(self) -> None:
+        """Raises in all processes what has gone wrong in the first one that it did in."""
+        failures: list[Exception | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failures, self._failure)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is not None:
+            if self._writes is not None:
+                self._writes.abandon()
+            raise failure
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What work in the process that writes gives, in every process."""
+        box: list[Any] = [None]
+        if self._writes is not None:
+            with self.noting():
+                box = [work()]
+        self.agree()
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
 
 
-def _shared(outcome: tuple[Any, Exception | None] | None) -> Any:
-    """What the first process has, in every process; raises in all of them what went wrong in it."""
-    box = [outcome]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[0] is None:
-        raise SyncError("the process that writes has given nothing")
-    result, failure = box[0]
-    if failure is not None:
-        raise failure
-    return result
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same and can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301, made in the line itself
+    except Exception:  # Whatever the error's class does there.
+        return SyncError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _attachments(source: Source, weights: list[Weight]) -> list[tuple[str, bytes]]:

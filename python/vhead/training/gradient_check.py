@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vhead.packing.gates import Fused
 from vhead.packing.plan import ScorerPlan
 from vhead.packing.self_check import probes
 from vhead.packing.strategies import Batch, Body, OneByOne, PaddedBatches, Strategy
+from vhead.training.layers import keeping_less
 from vhead.upstream import warn_once
 
 # Differences that count as rounding, as a part of the largest gradient.
@@ -63,6 +65,7 @@ class GradientCheck:
         self._half = body.dtype not in _TOLERANCE
         self._relative = _TOLERANCE.get(body.dtype, _HALF_TOLERANCE)
         self._findings: dict[str, str] = {}
+        self._layers: Fused | None = None
         generator = torch.Generator().manual_seed(0)
         width = _width(body)
         self._directions = [torch.randn(len(tokens), width, generator=generator) for tokens in self._sequences]
@@ -81,10 +84,22 @@ class GradientCheck:
             return "no gradient reaches the embedded tokens"
         return None
 
+    @property
+    def layers(self) -> Fused:
+        """Of the modules with kernels of this package, those that give the gradients of the model's own ones."""
+        if self._layers is None:
+            self._layers = self._body.fused if self.failure is None and self._layers_agree() else Fused()
+        return self._layers
+
+    def _layers_agree(self) -> bool:
+        self._layers, alone = self._body.fused, OneByOne(self._body)
+        return bool(self._difference(alone, list(alone.batches(self._sequences, [], 1))) <= self._relative)
+
     def __call__(self, strategy: Strategy[Any]) -> str | None:
         """Why this strategy cannot be trained with, or None."""
         if self.failure is not None:
             return self.failure
+        self._layers = self.layers
         try:
             reason = self._try(strategy)
         except Exception as error:  # Whatever a model raises means that it cannot.
@@ -162,7 +177,8 @@ class GradientCheck:
         """Gradients of the embedded tokens `[N, H]` of each batch, and of the vectors, summed over batches."""
         embedded, sums = [], [torch.zeros_like(vector, dtype=torch.float64) for vector in self._vectors]
         for batch in batches:
-            with _embedded_tokens(self._body.model) as seen:
+            layers = Fused() if self._layers is None else self._layers
+            with _embedded_tokens(self._body.model) as seen, keeping_less(self._body.model, layers):
                 states = strategy.states(batch)
             loss = states.new_zeros((), dtype=torch.float64)
             for place, rows in zip(batch.places, batch.rows, strict=True):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vhead import ops
 from vhead.heads import is_plain_linear
+from vhead.ops.token_statistics import accumulating_token_logprobs
 from vhead.scoring.logits import LogitsRule
 
 # Logits of rows that are there at once, where the language-model head has to be called as a module.
@@ -25,16 +26,29 @@ class Statistics:
 
 
 def of_states(
-    states: Tensor, rule: LogitsRule, targets: Tensor, candidates: Tensor | None, temperature: float
+    states: Tensor,
+    rule: LogitsRule,
+    targets: Tensor,
+    candidates: Tensor | None,
+    temperature: float,
+    weight: Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> Statistics:
-    """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed."""
+    """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed.
+
+    `weight` is the language-model head's where its gradient goes another way than to the parameter. With `in_place`,
+    backward adds that gradient to the parameter's by itself.
+    """
     lm_head = rule.lm_head
     if not is_plain_linear(lm_head) or lm_head.weight.device != states.device:
         return _in_chunks(states, rule, targets, candidates, temperature)
     readable = rule.readable(states)
-    logprobs, entropy = ops.token_logprobs(
+    weight = lm_head.weight if weight is None else weight
+    adds = in_place and torch.is_grad_enabled() and weight.requires_grad
+    logprobs, entropy = (accumulating_token_logprobs if adds else ops.token_logprobs)(
         readable,
-        lm_head.weight,
+        weight,
         targets,
         bias=lm_head.bias,
         temperature=temperature,
@@ -45,7 +59,7 @@ def of_states(
         return Statistics(logprobs, entropy)
     # Candidates have no gradient in the operation, but the target has one: theirs is the difference of the logits.
     tokens = torch.cat([targets[:, None], candidates], dim=1)
-    chosen = embedding(tokens, lm_head.weight).float() @ readable.float()[:, :, None]
+    chosen = embedding(tokens, weight).float() @ readable.float()[:, :, None]
     logits = chosen.squeeze(-1) if lm_head.bias is None else chosen.squeeze(-1) + lm_head.bias[tokens]
     logits = _ruled(logits, rule) / temperature
     return Statistics(logprobs, entropy, logits[:, 1:] - logits[:, :1] + logprobs[:, None])

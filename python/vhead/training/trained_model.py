@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,18 @@ from vhead.scoring.logits import LogitsRule, find_logits_rule
 from vhead.training.batches import TrainingBatch
 from vhead.training.gradient_check import GradientCheck, TrainingPlan
 from vhead.training.kept_states import KeptStates, drops, weights_key
+from vhead.training.layers import keeping_less
+from vhead.training.shared_weight import SharedWeight
 
 RETURNS = ("values", "logprobs")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+class Selected(NamedTuple):
+    """Hidden states `[T, H]`, and the weight for their logits where it is not the language-model head's own tensor."""
+
+    states: Tensor
+    lm_head_weight: Tensor | None = None
 
 
 class TrainedModel:
@@ -32,6 +41,7 @@ class TrainedModel:
         attention: How tokens are to see each other in packed rollouts, or None.
         adapters: By what is computed, the adapter that computes it; None: the active one.
         kept: Hidden states of a frozen body.
+        in_place: Whether backward adds the gradient of the language-model head's weight to its `.grad` by itself.
 
     Attributes:
         body: The language model.
@@ -42,7 +52,13 @@ class TrainedModel:
     """
 
     def __init__(
-        self, model: nn.Module, attention: Attention | None, adapters: dict[str, str | None], kept: KeptStates
+        self,
+        model: nn.Module,
+        attention: Attention | None,
+        adapters: dict[str, str | None],
+        kept: KeptStates,
+        *,
+        in_place: bool = False,
     ) -> None:
         _check_unwrapped(model)
         body = getattr(model, "pretrained_model", model)
@@ -57,14 +73,18 @@ class TrainedModel:
         self.returns = tuple(name for name in RETURNS if (has_head if name == "values" else not self._untrained))
         with _evaluating(body), torch.no_grad():
             self.rule: LogitsRule | None = find_logits_rule(body, self.body.plan)
+            self._shared = SharedWeight(body, self.rule, in_place=in_place)
             context = limits.context_length(body)
             check = GradientCheck(self.body, context)
             self.ways: Ways = find_ways(self.body, own_logits=self.rule is None, attention=attention, gradients=check)
+        self._layers = check.layers
         self.plan = self._plan(check)
 
     def _plan(self, check: GradientCheck) -> TrainingPlan:
         logits = "of the whole batch, by the model" if self.rule is None else str(self.rule)
         notes = []
+        if self.body.fused and not self._layers:
+            notes.append("modules with kernels of this package run by their own ones, as their gradients differed")
         if self.ways.plan.attention is None:
             notes.append("nothing is shared, so a prompt is computed once for each of its completions")
         if self.rule is None and "logprobs" in self.returns:
@@ -92,9 +112,9 @@ class TrainedModel:
             )
         return tuple(returns)
 
-    def selected(self, batch: TrainingBatch, returns: Sequence[str]) -> dict[str, Tensor]:
-        """The hidden states `[T, H]` that predict a batch's completion tokens, for each of what is asked for."""
-        by_adapter: dict[str | None, Tensor] = {}
+    def selected(self, batch: TrainingBatch, returns: Sequence[str]) -> dict[str, Selected]:
+        """What predicts a batch's completion tokens, for each of what is asked for."""
+        by_adapter: dict[str | None, Selected] = {}
         found = {}
         for name in returns:
             adapter = self._adapters[name]
@@ -103,20 +123,25 @@ class TrainedModel:
             found[name] = by_adapter[adapter]
         return found
 
-    def _selected(self, batch: TrainingBatch, adapter: str | None) -> Tensor:
+    def _selected(self, batch: TrainingBatch, adapter: str | None) -> Selected:
         trained = self._parameters()
         frozen = not any(parameter.requires_grad for parameter in trained)
         keeps = frozen and not drops(self.body.model)
         key = (adapter, getattr(self.body.model, "active_adapter", None), weights_key(trained)) if keeps else ()
         kept = self._kept.get(batch, key) if keeps else None
         if kept is not None:
-            return kept
-        with using_adapter(self.body.model, adapter), torch.no_grad() if frozen else nullcontext():
+            return Selected(kept)
+        with (
+            using_adapter(self.body.model, adapter),
+            torch.no_grad() if frozen else nullcontext(),
+            keeping_less(self.body.model, self._layers),
+            self._shared.watched() as weights,
+        ):
             states = batch.strategy.states(batch.content)
         selected = states.index_select(0, batch.read.predicting.to(states.device))
         if keeps:
             self._kept.put(batch, key, selected)
-        return selected
+        return Selected(selected, *weights)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Those that hidden states depend on: all but the language-model head's own."""

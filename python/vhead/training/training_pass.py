@@ -25,8 +25,9 @@ from vhead.training.finite import watch
 from vhead.training.gradient_check import TrainingPlan
 from vhead.training.kept_states import KeptStates
 from vhead.training.outputs import TrainingOutput
+from vhead.training.shared_weight import check_alone
 from vhead.training.totals import Totals, is_distributed, of_all_processes, own_totals
-from vhead.training.trained_model import TrainedModel
+from vhead.training.trained_model import Selected, TrainedModel
 
 # Activations are kept until backward, so that a batch takes more memory than a scorer's.
 _CPU_TOKEN_BUDGET = 1024
@@ -64,6 +65,9 @@ class TrainingPass(nn.Module):
         states_folder: Where states beyond that are written; None: they are computed anew.
         check_finite: Whether backward raises `GradientError` where a gradient is not finite, and names the rollouts.
             Under float16 autocast it never does, as loss scaling looks for such gradients itself.
+        accumulate_in_place: Whether backward adds the gradient of the language-model head's weight to its `.grad` part
+            by part, so that no other tensor of that size is made. Then `backward()` is the only way to that gradient:
+            `torch.autograd.grad` does not see it, nor do hooks on the weight. It is for one process.
 
     Attributes:
         model: The model.
@@ -91,6 +95,7 @@ class TrainingPass(nn.Module):
         keep_states: int = _KEPT_BYTES,
         states_folder: str | Path | None = None,
         check_finite: bool = True,
+        accumulate_in_place: bool = False,
     ) -> None:
         super().__init__()
         _check_numbers(token_budget, temperature, keep_states)
@@ -106,13 +111,15 @@ class TrainingPass(nn.Module):
             "keep_states": keep_states,
             "states_folder": states_folder,
             "check_finite": check_finite,
+            "accumulate_in_place": accumulate_in_place,
         }
         self.model = model
         self.training = model.training
         self._temperature, self._check_finite = temperature, check_finite
         kept = KeptStates(keep_states, None if states_folder is None else Path(states_folder))
         adapters = {"values": value_adapter, "logprobs": policy_adapter}
-        self._trained = TrainedModel(model, attention, adapters, kept)
+        self._in_place = accumulate_in_place
+        self._trained = TrainedModel(model, attention, adapters, kept, in_place=accumulate_in_place)
         self._returns = self._trained.check_returns(self._trained.returns if returns is None else returns)
         body = self._trained.body
         usual = _CPU_TOKEN_BUDGET if body.device.type == "cpu" else _DEVICE_TOKEN_BUDGET
@@ -183,34 +190,38 @@ class TrainingPass(nn.Module):
         rule, found = self._trained.rule, dict[str, Tensor | None]()
         if "logprobs" in asked and rule is None:
             states, logits = self._trained.states_and_logits(batch)
-            selected = {"values": states} if "values" in asked else {}
+            selected = {"values": Selected(states)} if "values" in asked else {}
             found |= self._of_logits(batch, logits)
         else:
             selected = self._trained.selected(batch, asked)
             if "logprobs" in asked and rule is not None:
                 found |= self._of_states(batch, selected["logprobs"], rule)
         if "values" in asked:
-            found["values"], found["value_logits"] = self._trained.head_outputs(selected["values"])
+            found["values"], found["value_logits"] = self._trained.head_outputs(selected["values"].states)
         self._watch(batch, selected, found)
         return TrainingOutput(**found)
 
-    def _of_states(self, batch: TrainingBatch, selected: Tensor, rule: LogitsRule) -> dict[str, Tensor | None]:
-        read = batch.read.to(selected.device)
-        written = selected if read.written is None else selected.index_select(0, read.written)
-        return _aligned(statistics.of_states(written, rule, read.targets, read.candidates, self._temperature), read)
+    def _of_states(self, batch: TrainingBatch, selected: Selected, rule: LogitsRule) -> dict[str, Tensor | None]:
+        states, weight = selected
+        if self._in_place:
+            check_alone(rule.lm_head)
+        read = batch.read.to(states.device)
+        written = states if read.written is None else states.index_select(0, read.written)
+        given = (written, rule, read.targets, read.candidates, self._temperature, weight)
+        return _aligned(statistics.of_states(*given, in_place=self._in_place), read)
 
     def _of_logits(self, batch: TrainingBatch, logits: Tensor) -> dict[str, Tensor | None]:
         read = batch.read.to(logits.device)
         written = logits if read.written is None else logits.index_select(0, read.written)
         return _aligned(statistics.of_logits(written, read.targets, read.candidates, self._temperature), read)
 
-    def _watch(self, batch: TrainingBatch, selected: dict[str, Tensor], found: dict[str, Tensor | None]) -> None:
+    def _watch(self, batch: TrainingBatch, selected: dict[str, Selected], found: dict[str, Tensor | None]) -> None:
         if not self._check_finite or _scales_losses(batch.mask.device):
             return
         for name, tensor in found.items():
             if tensor is not None:
                 watch(batch, name, tensor)
-        for tensor in {id(states): states for states in selected.values()}.values():
+        for tensor in {id(states): states for states, _ in selected.values()}.values():
             watch(batch, "the hidden states", tensor)
 
     def _check(self, rollout: Encoded, first: Encoded) -> None:

@@ -35,11 +35,11 @@ mod _native {
     #[pymodule_export]
     use super::init::{init_linear, init_normal};
     #[pymodule_export]
-    use super::matrix_unit::{Attention, FeedForward, has_matrix_unit, rms_norm};
+    use super::matrix_unit::{Attention, FeedForward, has_matrix_unit, rms_norm, rotate};
     #[pymodule_export]
     use super::returns::{explained_variance, gae, token_rewards, whiten};
     #[pymodule_export]
-    use super::sync::{SyncPublisher, SyncStage, sync_collect, sync_list};
+    use super::sync::{SyncPublisher, SyncStage, sync_collect, sync_export, sync_list};
     #[pymodule_export]
     use super::token_statistics::{LogitGradients, LogitStatistics};
     #[pymodule_export]

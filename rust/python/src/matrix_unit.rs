@@ -1,4 +1,4 @@
-//! What the CPU computes of a language model's layers: gated layers and attention by its matrix unit, and norms.
+//! What the CPU computes of a language model's layers: gated layers and attention by its matrix unit, norms and rotations.
 use crate::dtype::Int64;
 use crate::gate;
 use crate::tensor::{Output, TensorView};
@@ -112,6 +112,27 @@ pub(crate) fn rms_norm<'py>(
         let (rows, to) = (x.rows::<T>(), out.elements());
         gate::run(py, x.count(), || vhead_core::rms_norm(&rows, &weight, epsilon, to, threads.executor()))?;
         Ok(out.into_tensor())
+    })
+}
+
+/// Rotary position embeddings of `x` `[..., heads * D]` in place, by `cos` and `sin` `[..., D]` of its dtype.
+#[pyfunction]
+pub(crate) fn rotate(x: &Bound<'_, PyAny>, cos: &Bound<'_, PyAny>, sin: &Bound<'_, PyAny>) -> PyResult<()> {
+    let py = x.py();
+    let mut x = TensorView::<Dtype>::new("x", x)?;
+    let [cos, sin] = [("cos", cos), ("sin", sin)]
+        .map(|(name, angles)| TensorView::<Dtype>::new(name, angles).and_then(TensorView::with_contiguous_rows));
+    let (cos, sin) = (cos?, sin?);
+    for (name, angles) in [("cos", &cos), ("sin", &sin)] {
+        if angles.dtype() != x.dtype() {
+            let (expected, actual) = (x.dtype().name(), angles.dtype().name());
+            return Err(PyTypeError::new_err(format!("{name}: expected {expected}, as x is, got {actual}")));
+        }
+    }
+    with_element!(x.dtype(), T => {
+        let (count, dtype, threads) = (x.count(), x.dtype().name(), Threads::worth(py, x.count())?);
+        let (cos, sin, to) = (cos.rows::<T>(), sin.rows::<T>(), x.overwritten_as::<T>(dtype)?);
+        gate::run(py, count, || vhead_core::rotate(to, &cos, &sin, threads.executor()))
     })
 }
 

@@ -5,7 +5,9 @@ use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
-use vhead_sync::{Description, Digest, Error, Have, Kind, Manifest, Publisher, Settings, Stage, Staged, Target};
+use vhead_sync::{
+    Checksum, Description, Digest, Error, Have, Kind, Manifest, Publisher, Settings, Stage, Staged, Target,
+};
 
 /// A tensor's name, dtype by safetensors' name, and shape.
 type Described = (String, String, Vec<usize>);
@@ -189,6 +191,22 @@ pub(crate) fn sync_list(py: Python<'_>, directory: PathBuf) -> PyResult<Vec<List
 #[pyfunction]
 pub(crate) fn sync_collect(py: Python<'_>, directory: PathBuf, keep: usize) -> PyResult<(Vec<u64>, Vec<String>)> {
     gate::sync(py, || vhead_sync::collect(&directory, keep)).map(|found| (found.steps, found.leftovers))
+}
+
+/// Writes a publication into a folder of slime's versions, and gives the version's number.
+#[pyfunction]
+pub(crate) fn sync_export(
+    py: Python<'_>,
+    directory: PathBuf,
+    to: PathBuf,
+    step: Option<u64>,
+    checksum: &str,
+    full: bool,
+    staging: PathBuf,
+) -> PyResult<u64> {
+    let known = Checksum::named(checksum)
+        .ok_or_else(|| Error::Argument(format!("checksum: expected \"xxh3-128\" or \"blake3\", got {checksum:?}")));
+    gate::sync(py, || vhead_sync::export(&directory, &to, step, known?, full, &staging))
 }
 
 pyo3::import_exception!(vhead.errors, PublicationError);

@@ -161,8 +161,11 @@ impl TensorView<'_, Float32> {
 }
 
 impl<K: Kind> TensorView<'_, K> {
-    /// The elements as `T`, which is the tensor's dtype, by name `dtype`.
-    fn overwritten_as<T: Element>(&mut self, dtype: &str) -> PyResult<&mut [T]> {
+    /// The elements of a contiguous tensor as `T`, the tensor's dtype, by name `dtype`; to be changed in place.
+    ///
+    /// # Errors
+    /// `ValueError` where they do not lie in one row-major piece, or are of another dtype.
+    pub(crate) fn overwritten_as<T: Element>(&mut self, dtype: &str) -> PyResult<&mut [T]> {
         if self.count() == 0 {
             return Ok(&mut []);
         }

@@ -9,6 +9,8 @@ use zstd::bulk::{Compressor, Decompressor};
 /// Bytes of a tensor that are compared, hashed and encoded at a time: a multiple of every dtype's width.
 pub(crate) const BLOCK: usize = 4 << 20;
 
+/// Bytes that are compared at a time: a multiple of every width, of no more elements than a word has bits.
+const LINE: usize = 64;
 const LEVEL: i32 = 1;
 /// Blocks with more changes than one in so many elements are kept whole.
 const SPARSEST: usize = 4;
@@ -30,12 +32,13 @@ impl Encoder {
         Ok(Self { compressor: Compressor::new(LEVEL)?, gaps: Vec::new(), values: Vec::new() })
     }
 
-    /// The frame of a block of elements of `width` bytes; `None` where nothing has changed.
+    /// The frame of a block of elements of `width` bytes, and the new block in place of the old one; `None` where nothing
+    /// has changed. Where this fails, the old block may hold anything.
     pub(crate) fn frame(
         &mut self,
         index: usize,
         new: &[u8],
-        old: &[u8],
+        old: &mut [u8],
         width: usize,
     ) -> std::io::Result<Option<Vec<u8>>> {
         self.gaps.clear();
@@ -52,7 +55,10 @@ impl Encoder {
             Some(count) => {
                 (count as u32, self.compressor.compress(&self.gaps)?, self.compressor.compress(&self.values)?)
             }
-            None => (WHOLE, Vec::new(), new.to_vec()),
+            None => {
+                old.copy_from_slice(new);
+                (WHOLE, Vec::new(), new.to_vec())
+            }
         };
         let mut frame = Vec::with_capacity(HEADER_BYTES + gaps.len() + values.len());
         for number in [index as u32, count, gaps.len() as u32, values.len() as u32] {
@@ -64,10 +70,11 @@ impl Encoder {
     }
 }
 
-/// Notes the elements that differ; their number, or `None` where there are more than `most`.
+/// Notes the elements that differ, and overwrites the old ones; their number, or `None` where there are more than `most`,
+/// which leaves the rest of the old ones as they are.
 fn find<const W: usize>(
     new: &[u8],
-    old: &[u8],
+    old: &mut [u8],
     most: usize,
     gaps: &mut Vec<u8>,
     values: &mut Vec<u8>,
@@ -77,27 +84,39 @@ fn find<const W: usize>(
         write_gap(place - after, gaps);
         values.extend_from_slice(value);
         (count, after) = (count + 1, place + 1);
-        count
+        count <= most
     };
-    // Words first: most of them hold no change, and four elements each.
-    let words = new.as_chunks::<8>().0.iter().zip(old.as_chunks::<8>().0);
-    for (at, (new, old)) in words.enumerate() {
-        if u64::from_ne_bytes(*new) != u64::from_ne_bytes(*old) {
-            for (within, (new, old)) in new.as_chunks::<W>().0.iter().zip(old.as_chunks::<W>().0).enumerate() {
-                if new != old && note(at * (8 / W) + within, new) > most {
-                    return None;
-                }
+    // Lines first: most of them hold no change, and a changed one is overwritten whole.
+    let (lines, rest) = new.as_chunks::<LINE>();
+    let (old_lines, old_rest) = old.as_chunks_mut::<LINE>();
+    for (at, (new, old)) in lines.iter().zip(old_lines).enumerate() {
+        if new == old {
+            continue;
+        }
+        let mut differ = differences::<W>(new, old);
+        *old = *new;
+        while differ != 0 {
+            let within = differ.trailing_zeros() as usize;
+            differ &= differ - 1;
+            if !note(at * (LINE / W) + within, &new[within * W..(within + 1) * W]) {
+                return None;
             }
         }
     }
-    let start = new.len() / 8 * (8 / W);
-    let rest = new.as_chunks::<W>().0.iter().zip(old.as_chunks::<W>().0).enumerate().skip(start);
-    for (place, (new, old)) in rest {
-        if new != old && note(place, new) > most {
+    let start = lines.len() * (LINE / W);
+    for (at, (new, old)) in rest.as_chunks::<W>().0.iter().zip(old_rest.as_chunks_mut::<W>().0).enumerate() {
+        if new != old && !note(start + at, new) {
             return None;
         }
+        *old = *new;
     }
     Some(count)
+}
+
+/// The elements of a line that differ, a bit each.
+fn differences<const W: usize>(new: &[u8; LINE], old: &[u8; LINE]) -> u64 {
+    let pairs = new.as_chunks::<W>().0.iter().zip(old.as_chunks::<W>().0);
+    pairs.enumerate().fold(0, |bits, (at, (new, old))| bits | u64::from(new != old) << at)
 }
 
 fn write_gap(mut gap: usize, out: &mut Vec<u8>) {
@@ -252,7 +271,9 @@ mod tests {
             {
                 let old = scrambled(length, 3);
                 let new = changed(&old, width, every);
-                let frame = Encoder::new().unwrap().frame(5, &new, &old, width).unwrap().unwrap();
+                let mut held = old.clone();
+                let frame = Encoder::new().unwrap().frame(5, &new, &mut held, width).unwrap().unwrap();
+                assert!(held == new, "width {width}, length {length}");
                 let read = frames(&frame, 6).unwrap();
                 let mut block = old.clone();
                 let mut decoder = Decoder::new().unwrap();
@@ -267,21 +288,21 @@ mod tests {
     #[test]
     fn nothing_changed_is_no_frame() {
         let old = scrambled(5000, 1);
-        assert_eq!(Encoder::new().unwrap().frame(0, &old, &old, 2).unwrap(), None);
+        assert_eq!(Encoder::new().unwrap().frame(0, &old, &mut old.clone(), 2).unwrap(), None);
     }
 
     #[test]
     fn one_change_in_a_hundred_takes_less_than_a_twenty_fifth() {
         let old = scrambled(BLOCK, 9);
         let new = changed(&old, 2, 100);
-        assert!(Encoder::new().unwrap().frame(0, &new, &old, 2).unwrap().unwrap().len() * 25 < BLOCK);
+        assert!(Encoder::new().unwrap().frame(0, &new, &mut old.clone(), 2).unwrap().unwrap().len() * 25 < BLOCK);
     }
 
     #[test]
     fn broken_frames_are_refused_or_stay_within_the_block() {
         let old = scrambled(8192, 5);
         let new = changed(&old, 2, 50);
-        let whole = Encoder::new().unwrap().frame(2, &new, &old, 2).unwrap().unwrap();
+        let whole = Encoder::new().unwrap().frame(2, &new, &mut old.clone(), 2).unwrap().unwrap();
         let mut decoder = Decoder::new().unwrap();
         let mut refused = 0;
         for bit in 0..whole.len() * 8 {

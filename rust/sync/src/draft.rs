@@ -1,6 +1,6 @@
 //! A publication while it is written, under a name that nobody reads.
 use crate::blocks::{BLOCK, Encoder};
-use crate::folder::{Folder, beside};
+use crate::folder::{Folder, begin_flush, beside};
 use crate::latest::{Latest, folder_of};
 use crate::manifest::{Base, FileEntry, MANIFEST, Manifest, TensorEntry};
 use crate::store::Store;
@@ -14,6 +14,8 @@ use std::path::Path;
 
 /// Bytes that are hashed and written at a time, while they are in the cache.
 const PIECE: usize = 1 << 20;
+/// Bytes that are sent on their way to the disk at a time: a page that is written again meanwhile would have to wait.
+const STRETCH: u64 = 16 << 20;
 const CHANGES: &str = "changes.safetensors";
 
 /// The weights of the last publication, against which changes are found.
@@ -68,6 +70,8 @@ struct Open {
     file: File,
     /// Where the next byte goes.
     end: u64,
+    /// What precedes this is on its way to the disk.
+    flushed: u64,
     /// Tensors that still belong into it.
     left: usize,
 }
@@ -104,6 +108,8 @@ pub(crate) struct Draft {
     at: usize,
     current: Current,
     open: Option<Open>,
+    /// Files that may not be on the disk yet.
+    written: Vec<(String, File)>,
     delta: Option<Delta>,
     pub(crate) shadow: Option<Shadow>,
     /// What `LATEST` was told to say.
@@ -144,6 +150,7 @@ impl Draft {
             at: 0,
             current: Current::default(),
             open: None,
+            written: Vec::new(),
             delta: None,
             shadow,
             named: None,
@@ -165,7 +172,8 @@ impl Draft {
         let room = room.fold(256, |all, one| all + one).next_multiple_of(8);
         let encoder = Encoder::new().map_err(Error::at(&place))?;
         let file = self.folder.create(CHANGES)?;
-        self.open = Some(Open { name: CHANGES.to_owned(), file, end: (8 + room) as u64, left: self.order.len() });
+        self.open =
+            Some(Open { name: CHANGES.to_owned(), file, end: (8 + room) as u64, flushed: 0, left: self.order.len() });
         self.delta = Some(Delta { base, encoder, room, written: Vec::new() });
         Ok(())
     }
@@ -200,6 +208,10 @@ impl Draft {
             self.current.hasher.update(piece);
             open.file.write_all_at(piece, open.end).map_err(Error::at(&self.folder.place(&open.name)))?;
             open.end += piece.len() as u64;
+            if open.end - open.flushed >= STRETCH {
+                begin_flush(&open.file, open.flushed, STRETCH as usize);
+                open.flushed += STRETCH;
+            }
             if let Some(kept) =
                 self.shadow.as_mut().and_then(|s| s.bytes(&tensor.name, self.current.taken, piece.len()))
             {
@@ -219,7 +231,6 @@ impl Draft {
         let index = self.current.taken / BLOCK;
         self.current.hasher.update(block);
         if let Some(frame) = delta.encoder.frame(index, block, old, tensor.width()).map_err(Error::at(&place))? {
-            old.copy_from_slice(block);
             self.current.changes.update(&frame);
             self.current.changed += frame.len();
             open.file.write_all_at(&frame, open.end).map_err(Error::at(&place))?;
@@ -250,7 +261,8 @@ impl Draft {
         let bytes = (header.len() + planned.tensors.iter().fold(0, |all, tensor| all + tensor.bytes())) as u64;
         file.write_all_at(&header, 0).map_err(Error::at(&self.folder.place(&planned.name)))?;
         self.files.insert(planned.name.clone(), FileEntry { bytes, digest: Digest::of(&header) });
-        self.open = Some(Open { name: planned.name, file, end: header.len() as u64, left: planned.tensors.len() });
+        self.open =
+            Some(Open { name: planned.name, file, end: header.len() as u64, flushed: 0, left: planned.tensors.len() });
         Ok(true)
     }
 
@@ -272,8 +284,7 @@ impl Draft {
         if let Some(open) = self.open.as_mut().filter(|_| self.delta.is_none()) {
             open.left -= 1;
             if open.left == 0 {
-                open.file.sync_all().map_err(Error::at(&self.folder.place(&open.name)))?;
-                self.open = None;
+                self.written.extend(self.open.take().map(|open| (open.name, open.file)));
             }
         }
         Ok(())
@@ -305,17 +316,16 @@ impl Draft {
         }
         let base = self.finish_changes()?;
         for (name, bytes) in attachments.iter().chain(&indices(&self.entries)) {
-            self.folder.write(name, bytes)?;
+            self.write(name, bytes)?;
             self.files.insert(name.clone(), FileEntry { bytes: bytes.len() as u64, digest: Digest::of(bytes) });
         }
         let parts = std::mem::take(&mut self.parts);
         let (files, tensors) = (std::mem::take(&mut self.files), std::mem::take(&mut self.entries));
         let manifest = Manifest::new(self.step, base, parts, files, tensors, std::mem::take(&mut self.metadata));
         let (text, digest) = manifest.text()?;
-        self.folder.write(MANIFEST, &text)?;
+        self.write(MANIFEST, &text)?;
         // What nobody could read back is not published.
         Manifest::parse(&text, &self.folder.place(MANIFEST))?;
-        self.folder.sync()?;
         let latest = Latest { step: self.step, digest };
         self.place(latest, last)?;
         if let Some(shadow) = self.shadow.as_mut() {
@@ -332,12 +342,39 @@ impl Draft {
         if header.len() != 8 + delta.room {
             return Err(Error::Argument("the names of the tensors are too long".to_owned()));
         }
-        open.file.write_all_at(&header, 0).and_then(|()| open.file.sync_all()).map_err(Error::at(&place))?;
+        open.file.write_all_at(&header, 0).map_err(Error::at(&place))?;
+        self.written.push((open.name, open.file));
         self.files.insert(CHANGES.to_owned(), FileEntry { bytes: open.end, digest: Digest::of(&header) });
         Ok(Some(delta.base))
     }
 
+    fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let file = self.folder.put(name, bytes)?;
+        self.written.push((name.to_owned(), file));
+        Ok(())
+    }
+
+    /// Waits until everything is on the disk. What is on its way there already is waited for together.
+    fn flush(&mut self) -> Result<()> {
+        for (name, file) in std::mem::take(&mut self.written) {
+            file.sync_all().map_err(Error::at(&self.folder.place(&name)))?;
+        }
+        self.folder.sync()
+    }
+
+    /// Gives the publication its name, and has `LATEST` name it.
     fn place(&mut self, latest: Latest, last: Option<Latest>) -> Result<()> {
+        let next = latest.prepared(&self.root)?;
+        let taken = self.flush().and_then(|()| next.sync(&self.root)).and_then(|()| self.take_name(last));
+        if taken.is_err() {
+            next.abandon(&self.root);
+        }
+        taken?;
+        self.named = Some(latest);
+        next.place(&self.root)
+    }
+
+    fn take_name(&self, last: Option<Latest>) -> Result<()> {
         let name = folder_of(self.step);
         let conflict = |did: String| Error::Conflict { place: self.root.path().to_owned(), did };
         self.root.rename(&self.unfinished, &name).map_err(|error| match error.raw_os_error() {
@@ -347,10 +384,7 @@ impl Draft {
         })?;
         self.root.sync()?;
         match Latest::read(&self.root)? {
-            found if found == last => {
-                self.named = Some(latest);
-                latest.write(&self.root)
-            }
+            found if found == last => Ok(()),
             found => Err(conflict(format!("has published {}", found.map_or(0, |found| found.step)))),
         }
     }

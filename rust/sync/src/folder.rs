@@ -79,10 +79,17 @@ impl Folder {
         open_at(self.file.as_raw_fd(), Path::new(name), flags).map_err(Error::at(&self.place(name)))
     }
 
+    /// A new file with this content, on its way to the disk.
+    pub(crate) fn put(&self, name: &str, bytes: &[u8]) -> Result<File> {
+        let file = self.create(name)?;
+        file.write_all_at(bytes, 0).map_err(Error::at(&self.place(name)))?;
+        begin_flush(&file, 0, bytes.len());
+        Ok(file)
+    }
+
     /// A new file with this content, on disk when this returns.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let file = self.create(name)?;
-        file.write_all_at(bytes, 0).and_then(|()| file.sync_all()).map_err(Error::at(&self.place(name)))
+        self.put(name, bytes)?.sync_all().map_err(Error::at(&self.place(name)))
     }
 
     /// A new folder in this one.
@@ -152,17 +159,58 @@ pub(crate) fn beside(name: &str) -> Result<String> {
     Ok(format!(".{name}.{:016x}{UNFINISHED}", u64::from_ne_bytes(random)))
 }
 
-/// Writes a file of this folder, replacing one of that name in one step.
-pub(crate) fn replace(folder: &Folder, name: &str, bytes: &[u8]) -> Result<()> {
-    let unfinished = beside(name)?;
-    let placed = folder
-        .write(&unfinished, bytes)
-        .and_then(|()| folder.rename(&unfinished, name).map_err(Error::at(&folder.place(name))));
-    if placed.is_err() {
-        // The first error is the one to report; what is left over is only a file that nobody names.
-        let _ = folder.remove(&unfinished);
+/// What is to replace a file of a folder in one step: written already, under a name that nobody reads.
+#[derive(Debug)]
+pub(crate) struct Replacement {
+    name: &'static str,
+    unfinished: String,
+    file: Option<File>,
+}
+
+impl Replacement {
+    pub(crate) fn new(folder: &Folder, name: &'static str, bytes: &[u8]) -> Result<Self> {
+        let mut made = Self { name, unfinished: beside(name)?, file: None };
+        match folder.put(&made.unfinished, bytes) {
+            Ok(file) => made.file = Some(file),
+            Err(error) => {
+                made.abandon(folder);
+                return Err(error);
+            }
+        }
+        Ok(made)
     }
-    placed.and_then(|()| folder.sync())
+
+    /// Waits until it is on the disk, under the name that it has now.
+    pub(crate) fn sync(&self, folder: &Folder) -> Result<()> {
+        let synced = self.file.as_ref().map_or(Ok(()), File::sync_all);
+        synced.map_err(Error::at(&folder.place(&self.unfinished)))
+    }
+
+    /// Replaces the file, and waits until that is on the disk.
+    pub(crate) fn place(self, folder: &Folder) -> Result<()> {
+        let placed = folder.rename(&self.unfinished, self.name).map_err(Error::at(&folder.place(self.name)));
+        if placed.is_err() {
+            self.abandon(folder);
+        }
+        placed.and_then(|()| folder.sync())
+    }
+
+    /// Removes it.
+    pub(crate) fn abandon(&self, folder: &Folder) {
+        // The first error is the one to report; what is left over is only a file that nobody names.
+        let _ = folder.remove(&self.unfinished);
+    }
+}
+
+/// Has the system begin to bring what was written to the disk, without waiting.
+pub(crate) fn begin_flush(file: &File, start: u64, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: an open descriptor. That this is not begun is no error: whoever has to know that it is done waits later.
+    unsafe {
+        libc::sync_file_range(file.as_raw_fd(), start as i64, bytes as i64, libc::SYNC_FILE_RANGE_WRITE);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, start, bytes);
 }
 
 fn open_at(near: RawFd, name: &Path, flags: i32) -> std::io::Result<File> {

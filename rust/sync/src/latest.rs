@@ -1,5 +1,5 @@
 //! `LATEST`: the name of the newest publication, and the digest of its manifest.
-use crate::folder::{Folder, replace};
+use crate::folder::{Folder, Replacement};
 use crate::{Digest, Error, Result};
 
 const NAME: &str = "LATEST";
@@ -43,8 +43,8 @@ impl Latest {
         parsed.map(Some).ok_or_else(|| Error::damaged(&root.place(NAME), expected, format!("{text:?}")))
     }
 
-    /// Has `LATEST` name this publication.
-    pub(crate) fn write(self, root: &Folder) -> Result<()> {
-        replace(root, NAME, format!("{} {}\n", folder_of(self.step), self.digest).as_bytes())
+    /// A `LATEST` that names this publication, to be put in place.
+    pub(crate) fn prepared(self, root: &Folder) -> Result<Replacement> {
+        Replacement::new(root, NAME, format!("{} {}\n", folder_of(self.step), self.digest).as_bytes())
     }
 }

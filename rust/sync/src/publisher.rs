@@ -147,7 +147,7 @@ impl Publisher {
 }
 
 /// Which tensor goes into which file, widest dtype first, so that each lies on a multiple of its width.
-fn plan(tensors: Vec<(Description, String)>) -> Result<Vec<Planned>> {
+pub(crate) fn plan(tensors: Vec<(Description, String)>) -> Result<Vec<Planned>> {
     let mut groups: BTreeMap<String, Vec<Description>> = BTreeMap::new();
     let mut seen = std::collections::HashSet::new();
     for (tensor, stem) in tensors {

@@ -54,13 +54,19 @@ impl Source {
             if name.ends_with(OF_TENSORS) {
                 files.insert(name.clone(), TensorFile::open(&folder, name, entry)?);
             } else {
-                let bytes = folder.read(name, LONGEST_ATTACHMENT.min(entry.bytes))?;
-                check_digest(&folder.place(name), &bytes, entry)?;
+                attachment(&folder, name, entry)?;
             }
         }
         let source = Self { manifest, digest, place: folder.path().to_owned(), files };
         source.check_tensors()?;
         Ok(source)
+    }
+
+    /// The small files beside the tensors, by name.
+    pub(crate) fn attachments(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let folder = Folder::at(&self.place)?;
+        let small = self.manifest.files.iter().filter(|(name, _)| !name.ends_with(OF_TENSORS));
+        small.map(|(name, entry)| Ok((name.clone(), attachment(&folder, name, entry)?))).collect()
     }
 
     /// Each tensor that the manifest puts into a file is there, and nothing else is.
@@ -167,9 +173,11 @@ impl Stretch<'_> {
     }
 }
 
-fn check_digest(place: &Path, bytes: &[u8], entry: &FileEntry) -> Result<()> {
-    if bytes.len() as u64 == entry.bytes && Digest::of(bytes) == entry.digest {
-        return Ok(());
+/// The content of a small file, which is what the manifest knows.
+fn attachment(folder: &Folder, name: &str, entry: &FileEntry) -> Result<Vec<u8>> {
+    let bytes = folder.read(name, LONGEST_ATTACHMENT.min(entry.bytes))?;
+    if bytes.len() as u64 == entry.bytes && Digest::of(&bytes) == entry.digest {
+        return Ok(bytes);
     }
-    Err(Error::damaged(place, "the content of the manifest's digest", "another one"))
+    Err(Error::damaged(&folder.place(name), "the content of the manifest's digest", "another one"))
 }

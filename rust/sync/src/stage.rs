@@ -127,7 +127,19 @@ impl Stage {
     /// The manifest of the publication.
     #[must_use]
     pub fn manifest(&self) -> Option<&Manifest> {
-        self.chain.last().map(|source| &source.manifest)
+        self.newest().map(|source| &source.manifest)
+    }
+
+    /// The publication.
+    pub(crate) fn newest(&self) -> Option<&Source> {
+        self.chain.last()
+    }
+
+    /// The verified bytes of a tensor, where the stage holds whole tensors.
+    pub(crate) fn image(&self, tensor: usize) -> Result<&[u8]> {
+        self.check_verified()?;
+        let image = self.tensors.get(tensor).and_then(|tensor| tensor.image.clone());
+        image.map(|image| &self.store.bytes()[image]).ok_or_else(|| Error::Argument("no such tensor".to_owned()))
     }
 
     /// The tensors, in the order of their names.
@@ -302,9 +314,9 @@ impl Stage {
     ///
     /// # Errors
     /// Not everything is verified, or there are no such bytes.
-    pub fn copy(&self, tensor: usize, from: usize, into: &mut [u8]) -> Result<()> {
+    pub fn copy(&self, place: usize, from: usize, into: &mut [u8]) -> Result<()> {
         self.check_verified()?;
-        let tensor = self.tensors.get(tensor);
+        let tensor = self.tensors.get(place);
         if let (true, Some(tensor)) = (self.in_place, tensor) {
             let (source, name) = (&self.chain[0], &tensor.description.name);
             let stretch =
@@ -312,8 +324,7 @@ impl Stage {
             let stretch = stretch.ok_or_else(|| Error::Argument("no such bytes".to_owned()))?;
             return stretch.read(from, into, &source.place_of(name));
         }
-        let image = tensor.and_then(|tensor| tensor.image.clone());
-        let bytes = image.and_then(|image| self.store.bytes()[image].get(from..)?.get(..into.len()));
+        let bytes = self.image(place)?.get(from..).and_then(|rest| rest.get(..into.len()));
         into.copy_from_slice(bytes.ok_or_else(|| Error::Argument("no such bytes".to_owned()))?);
         Ok(())
     }

@@ -19,7 +19,7 @@ from vhead.ops.token_statistics.arguments import (
     precision,
 )
 from vhead.ops.token_statistics.kernels import TileStatistics, tiling_for
-from vhead.ops.token_statistics.operator import OPERATOR, Differentiable, forward
+from vhead.ops.token_statistics.operator import OPERATOR, Accumulating, Differentiable, forward
 from vhead.ops.token_statistics.results import TokenStatistics
 from vhead.ops.token_statistics.tiles import over_temperature
 from vhead.ops.token_statistics.twin import of_logits, row_chunks, twin
@@ -39,6 +39,25 @@ def token_logprobs(
     """Log-probability of each target and entropy of each distribution: `token_statistics`, the first two of them."""
     inputs = checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, batch_invariant, None, 0)
     return _compute(inputs)[:2]
+
+
+def accumulating_token_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, whose backward adds the weight's gradient to the weight's `.grad` by itself, part by part.
+
+    The weight is a parameter. Whatever asks autograd for its gradient gets none.
+    """
+    inputs = checked(hidden, lm_head_weight, targets, bias, temperature, softcap, scale, False, None, 0)  # noqa: FBT003
+    logprobs, entropy, *_ = Accumulating.apply(*inputs)
+    return logprobs, entropy
 
 
 def token_statistics(

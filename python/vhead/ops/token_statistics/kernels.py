@@ -91,15 +91,24 @@ class TileGradients:
         vocabulary, rule = len(inputs.weight), inputs.forward.rule
         self._gradients = _native.LogitGradients(inputs.targets, vocabulary, inputs.bias, *rule, statistics, upstream)
 
-    def of_products(self, hidden: Tensor, weight: Tensor, needed: Sequence[bool]) -> Gradients:
-        """Those of hidden states and weight, from all products, where the tiling's backend multiplies by itself."""
+    def of_products(
+        self, hidden: Tensor, weight: Tensor, needed: Sequence[bool], into: Tensor | None = None
+    ) -> Gradients:
+        """Those of hidden states and weight, from all products, where the tiling's backend multiplies by itself.
+
+        With `into`, the weight's is added there, and not returned.
+        """
         of_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needed[0] else None
-        of_weight = weight.new_empty(weight.shape) if needed[1] else None
+        rows = len(weight) if into is None else min(_COLUMNS_OF_A_CALL, len(weight))
+        of_weight = weight.new_empty(rows, weight.shape[1]) if needed[1] else None
         for start in range(0, len(weight), _COLUMNS_OF_A_CALL):
-            stop = start + _COLUMNS_OF_A_CALL
-            to = None if of_weight is None else of_weight[start:stop]
-            self._gradients.add_products(hidden, weight[start:stop], start, of_hidden, to)
-        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, None
+            part = weight[start : start + _COLUMNS_OF_A_CALL]
+            first = start if into is None else 0
+            to = None if of_weight is None else of_weight[first : first + len(part)]
+            self._gradients.add_products(hidden, part, start, of_hidden, to)
+            if into is not None and to is not None:
+                into[start : start + len(part)] += to
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight if into is None else None, None
 
     def differentiate(self, products: Tensor, row: int, column: int) -> Tensor:
         """The gradients of products `[n, v]`: in place in float32, else in a buffer that the next tile overwrites."""

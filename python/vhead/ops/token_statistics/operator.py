@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from vhead.ops.dispatch import intercepted, is_plain, own_precision
@@ -38,23 +39,35 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     return logprobs, entropy, log_sum_p_squared, is_top1.bool(), peak, log_sum, *further
 
 
-def backward(*arguments: Any) -> Gradients:
-    """Gradients for (hidden, weight, bias) where needed, from tiles that are computed again."""
+def backward(*arguments: Any, into: Tensor | None = None) -> Gradients:
+    """Gradients for (hidden, weight, bias) where needed, from tiles that are computed again.
+
+    With `into`, of the weight's dtype, the weight's gradient is added there, and not returned.
+    """
     inputs = BackwardInputs(*arguments)
     hidden, weight = inputs.hidden, inputs.weight
     tiling = tiling_for(hidden, weight, inputs.bias)
     if tiling is None:
-        return backward_in_rows(inputs)
+        return _added(backward_in_rows(inputs), into)
     plan = tiling.plan(hidden, weight, batch_invariant=False)
     gradients = TileGradients(inputs, plan)
     with torch.no_grad(), own_precision(hidden):
         # The bias's gradient, which few models need, is a sum over tiles that only torch's way has.
         if tiling.multiplies(hidden, weight) and not inputs.needed[2]:
-            return gradients.of_products(hidden.resolve_neg(), weight.resolve_neg(), inputs.needed)
-        sums = Sums(inputs)
+            return gradients.of_products(hidden.resolve_neg(), weight.resolve_neg(), inputs.needed, into)
+        sums = Sums(inputs, into if gradients.factor is None else None)
         for tile in plan.tiles(hidden.resolve_neg(), weight.resolve_neg()):
             sums.add(tile._replace(products=gradients.differentiate(tile.products, tile.row, tile.column)))
-        return sums.gradients(gradients.factor)
+        return _added(sums.gradients(gradients.factor), None if sums.are_added else into)
+
+
+def _added(gradients: Gradients, into: Tensor | None) -> Gradients:
+    """The same without the weight's, which is added to `into` where there is one."""
+    of_hidden, of_weight, of_bias = gradients
+    if into is None or of_weight is None:
+        return gradients
+    into += of_weight
+    return of_hidden, None, of_bias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -89,6 +102,34 @@ class Differentiable(torch.autograd.Function):
         return output
 
     backward = staticmethod(_differentiate)
+
+
+class Accumulating(torch.autograd.Function):
+    """Eager autograd, whose backward adds the weight's gradient to the weight's `.grad` by itself, part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """The operator's results."""
+        output = forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
+        """Gradients of hidden states and bias."""
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        arguments = (grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.numbers, needed)
+        into = gradient_of(ctx.saved_tensors[1]) if needed[1] else None
+        grad_hidden, _weight, grad_bias = backward(*arguments, into=into)
+        return grad_hidden, None, None, grad_bias, *[None] * 6
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What a parameter's gradients have added up to, zeros in the beginning."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 # --- The dispatcher --------------------------------------------------------------------------------------------------

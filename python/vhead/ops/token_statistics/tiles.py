@@ -89,16 +89,27 @@ _mm: Any = torch.mm
 
 
 class Sums:
-    """Gradients, summed over tiles."""
+    """Gradients, summed over tiles.
 
-    def __init__(self, inputs: BackwardInputs) -> None:
+    Args:
+        inputs: What they are of.
+        into: Where the weight's are added up, if it has the dtype of sums; they are then not among `gradients`.
+
+    Attributes:
+        are_added: Whether they are added up there.
+    """
+
+    def __init__(self, inputs: BackwardInputs, into: Tensor | None = None) -> None:
         hidden, weight = inputs.hidden, inputs.weight
         dtype = precision(hidden, weight)
         shapes, self._dtypes = (hidden.shape, weight.shape, weight.shape[:1]), (hidden.dtype, weight.dtype, dtype)
+        self.are_added = into is not None and inputs.needed[1] and into.dtype == dtype
+        needed = (inputs.needed[0], inputs.needed[1] and not self.are_added, inputs.needed[2])
         self._sums = [
-            hidden.new_zeros(shape, dtype=dtype) if need else None
-            for shape, need in zip(shapes, inputs.needed, strict=True)
+            hidden.new_zeros(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needed, strict=True)
         ]
+        if self.are_added:
+            self._sums[1] = into
 
     def add(self, tile: Tile) -> None:
         """Adds a tile whose products are gradients by now."""
@@ -113,7 +124,8 @@ class Sums:
 
     def gradients(self, factor: Tensor | None = None) -> Gradients:
         """The sums times `factor`, in the dtypes of what they are gradients of; the bias's in the sums' own."""
-        sums = [s if s is None or factor is None else s.mul_(factor) for s in self._sums]
+        own = [self._sums[0], None if self.are_added else self._sums[1], self._sums[2]]
+        sums = [s if s is None or factor is None else s.mul_(factor) for s in own]
         cast_ = (None if s is None else s.to(dtype) for s, dtype in zip(sums, self._dtypes, strict=True))
         return cast("Gradients", tuple(cast_))
 

@@ -54,6 +54,11 @@ class _Active(threading.local):
 _active = _Active()
 
 
+def attending() -> Attend | None:
+    """What attends in this thread in place of the model's own attention; None: nothing does."""
+    return _active.attend
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,

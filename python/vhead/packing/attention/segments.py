@@ -7,8 +7,9 @@ of which calls would cost more than arithmetic, are put together: padded to one 
 ones after the same long path are one call under a mask, so that the path's keys are not copied for each.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from vhead.backbone.placement import to_device
 from vhead.ops.matrix_unit import MOST_ROWS, RowAttention, suits_matrix_unit
+from vhead.packing.attention.gradients import differentiate
 from vhead.packing.attention.visibility import Visibility
 from vhead.packing.trees import Range, Segment, joined
 
@@ -181,7 +183,8 @@ class SegmentAttention:
             return self._unit()(query[0], key[0], value[0], scale, window)[None]
         calls = self._planned(query, value, window)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-            attended: Tensor = _Differentiable.apply(calls, query, key, value, scale, softcap)
+            plain = partial(self, scale=scale, softcap=softcap, window=window)
+            attended: Tensor = _Differentiable.apply(plain, calls, query, key, value, scale, softcap)
             return attended
         return _attend(calls, _States(query, key, value, scale, softcap))
 
@@ -232,12 +235,12 @@ class _Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, calls: list[_Call], *inputs: Any) -> Tensor:
-        """The results of all calls."""
+    def forward(ctx: Any, plain: Callable[..., Tensor], calls: list[_Call], *inputs: Any) -> Tensor:
+        """The results, by what attends without gradients."""
         query, key, value, *ctx.numbers = inputs
         ctx.calls = calls
         ctx.save_for_backward(query, key, value)
-        return _attend(calls, _States(query, key, value, *ctx.numbers))
+        return plain(query, key, value)
 
     @staticmethod
     @once_differentiable
@@ -253,7 +256,7 @@ class _Differentiable(torch.autograd.Function):
             call.differentiate(states, padded, sums)
         found = (sums.query, sums.key, sums.value)
         gradients = (total.transpose(0, 1)[None].to(own.dtype) for total, own in zip(found, inputs, strict=True))
-        return None, *gradients, None, None
+        return None, None, *gradients, None, None
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
@@ -303,6 +306,11 @@ class _States:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad_output: Tensor
     ) -> tuple[Tensor, ...]:
         """The gradients of what `attend` takes, from those of what it gives."""
+        if self._softcap is None and query.device.type == "cpu":
+            asked, *others = (tensor.transpose(1, 2) for tensor in (query, key, value, grad_output))
+            mask = _mask(query, [0], asked.shape[2], others[0].shape[2], None) if mask is None else mask
+            found = differentiate(asked, others[0], others[1], mask, others[2], self._scale)
+            return tuple(gradient.transpose(1, 2) for gradient in found)
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
         with torch.enable_grad():
             output = self.attend(query, key, value, mask)

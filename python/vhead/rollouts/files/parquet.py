@@ -23,6 +23,7 @@ from vhead.rollouts.fields import Fields, columns_of_fields
 from vhead.rollouts.files.arrow import pa, pc, pq
 from vhead.rollouts.files.arrow_values import exact, seconds
 from vhead.rollouts.files.rows import Row, chained, check_reserved
+from vhead.rollouts.messages import without_null
 from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
 
@@ -325,7 +326,7 @@ def _numbers(value: pa.Scalar) -> Any:
 def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
     if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
-        return _without_null(value.as_py())
+        return without_null(value.as_py())
     return _array(value.values)
 
 
@@ -335,13 +336,6 @@ def _array(values: pa.Array) -> NDArray[Any]:
     if not len(values):
         return np.empty(0, dtype)
     return np.frombuffer(values.buffers()[1], dtype, len(values), values.offset * dtype.itemsize)
-
-
-def _without_null(value: Any) -> Any:
-    """Objects without null members: Parquet gives each object every member that any has, however deep."""
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _dumped(value: object) -> str:

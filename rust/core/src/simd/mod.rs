@@ -16,6 +16,7 @@ pub(crate) mod keep;
 mod neon;
 pub(crate) mod norm;
 pub(crate) mod returns;
+pub(crate) mod rotary;
 pub(crate) mod token_statistics;
 pub(crate) mod two_layer;
 pub(crate) mod value_head;

@@ -20,7 +20,7 @@ from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
 from vhead.serve.models import Prepared, ServedModel
-from vhead.serve.sequences import AT_EACH_TOKEN, AT_THE_END, Input, parts_of, prepared, token_ids
+from vhead.serve.protocols.sequences import AT_EACH_TOKEN, AT_THE_END, Input, parts_of, prepared, token_ids
 from vhead.serve.service import Service
 
 Encoding = Literal["float", "base64", "bytes"]

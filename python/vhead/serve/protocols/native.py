@@ -15,10 +15,10 @@ from vhead.errors import FieldError, RecordError, RequestError
 from vhead.rollouts import Rollout
 from vhead.rollouts.records import rollouts_of
 from vhead.scoring.scores import Scores
-from vhead.serve import arrow, npy
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, decoded, media_type, schema
 from vhead.serve.models import Prepared
+from vhead.serve.protocols import arrow, npy
 from vhead.serve.service import Service
 
 Id = str | int | float | None
@@ -60,9 +60,10 @@ class ScoreRoute:
         self._writers: dict[str, Callable[[Prepared, Scores], Response]] = {
             JSON: self._as_json,
             npy.MEDIA_TYPE: self._as_npy,
-            arrow.MEDIA_TYPE: self._as_arrow,
         }
-        self._readers[arrow.MEDIA_TYPE] = self._of_arrow
+        if arrow.is_there():
+            self._readers[arrow.MEDIA_TYPE] = self._of_arrow
+            self._writers[arrow.MEDIA_TYPE] = self._as_arrow
 
     async def __call__(self, request: Request) -> Response:
         """One request, in the form that its Content-Type says, answered in the form that Accept asks for."""

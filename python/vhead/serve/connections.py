@@ -1,0 +1,74 @@
+"""Connections whose requests do not arrive."""
+
+import asyncio
+from typing import Any
+
+import h11
+import orjson
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_MESSAGE = "the request's header did not arrive in time"
+_ERROR = {"message": _MESSAGE, "type": "Timeout", "code": 408, "request_id": ""}
+
+
+def protocol(timeout_s: float) -> type[H11Protocol]:
+    """A protocol for uvicorn that ends a connection on which part of a request came, and the rest does not.
+
+    Bodies that somebody waits for have a time of their own; what is meant are headers, and what is left of a body after
+    its request was refused.
+
+    Args:
+        timeout_s: Seconds for a header, from the connection or the first byte after an answer on.
+    """
+    return type("Protocol", (_Impatient,), {"timeout_s": timeout_s})
+
+
+class _Impatient(H11Protocol):
+    timeout_s: float
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """The clock runs from when part of a request is there until all of it is; more bytes do not set it back."""
+        if not self._is_unfinished():
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.timeout_s, self._give_up)
+
+    def _is_unfinished(self) -> bool:
+        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+            return False
+        is_first = self.cycle is None
+        return is_first or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE:
+            headers = [("content-type", "application/json"), ("connection", "close")]
+            for event in (
+                h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+                h11.Data(data=orjson.dumps({"error": _ERROR})),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
