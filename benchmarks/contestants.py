@@ -130,7 +130,10 @@ def scorer(
         own._ways = replace(own._ways, usual=way(own._body))
     if without:
         body_of = made._engine._body
-        body_of.fused = replace(body_of.fused, **{without: getattr(Fused(), without)})
+        off = {without: getattr(Fused(), without)}
+        # What the last layer leaves out, it does in the place of its own forward.
+        off |= {"last": None} if without == "layers" else {}
+        body_of.fused = replace(body_of.fused, **off)
     return lambda fields: made.score(rollouts, fields)
 
 

@@ -18,15 +18,15 @@ import torch
 
 
 def processor_seconds() -> float:
-    """Of all processes of this session: vLLM computes in children."""
+    """Of all processes of this group: vLLM computes in children."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # After the command's name, which is in brackets, come fields 3 and later; 6 is the session.
+            # After the command's name, which is in brackets, come fields 3 and later; 5 is the group.
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # It has ended.
             continue
-        if int(fields[3]) == os.getsid(0):
+        if int(fields[2]) == os.getpgrp():
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -59,7 +59,8 @@ class VllmServer:
                 stderr=log,
                 text=True,
                 env=vllm_environment(torch.get_num_threads()),
-                start_new_session=True,
+                # If this process ends without a word, the system ends a stopped group whose parent is gone.
+                process_group=0,
             )
         atexit.register(self.close)
         self.about = self._answer()

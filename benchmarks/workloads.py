@@ -117,7 +117,7 @@ class Workload:
 # By what `scoring.py --workload` calls them.
 WORKLOADS = {
     "group": Workload(log_normal, prompts=4, completions=8),
-    "traces": Workload(agent_traces, prompts=1, completions=8),
+    "traces": Workload(agent_traces, prompts=1, completions=8, padded_rows=4),
     "long": Workload(
         long_reasoning,
         prompts=8,
