@@ -12,12 +12,7 @@ const TASK_ROWS: usize = 16;
 ///
 /// # Errors
 /// [`Error::Length`] where sizes do not fit, or D is odd.
-pub fn rotate<T: Element>(
-    x: &mut [T],
-    cos: &Rows<'_, T>,
-    sin: &Rows<'_, T>,
-    executor: &dyn Executor,
-) -> Result<()> {
+pub fn rotate<T: Element>(x: &mut [T], cos: &Rows<'_, T>, sin: &Rows<'_, T>, executor: &dyn Executor) -> Result<()> {
     let (rows, size) = (cos.count(), cos.columns());
     let columns = x.len() / rows.max(1);
     for (what, expected, actual) in [
@@ -63,7 +58,9 @@ mod tests {
         let (rows, columns) = (37, heads * size);
         let (x, cos, sin): (Vec<T>, _, _) = (noise(rows * columns, 0), noise(rows * size, 5), noise(rows * size, 9));
         let expected: Vec<T> = (0..rows * heads)
-            .flat_map(|i| plain(&x[i * size..][..size], &cos[i / heads * size..][..size], &sin[i / heads * size..][..size]))
+            .flat_map(|i| {
+                plain(&x[i * size..][..size], &cos[i / heads * size..][..size], &sin[i / heads * size..][..size])
+            })
             .collect();
         let (cos, sin) = (Rows::contiguous(&cos, rows, size)?, Rows::contiguous(&sin, rows, size)?);
         let mut found = x.clone();
