@@ -8,7 +8,6 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import os
 import subprocess
 import tempfile
 import threading
@@ -27,6 +26,7 @@ import report
 import torch
 from measure import Figures, add_options
 from transformers import AutoModelForTokenClassification, AutoTokenizer, Qwen2Config
+from vllm_peer import vllm_environment
 from workloads import QWEN2_VOCABULARY, as_ids, log_normal, sizes, texts
 
 from vhead import Rollout, Scorer
@@ -246,7 +246,7 @@ def vllm_served(python: Path, folder: Path, options: argparse.Namespace) -> Iter
     ]  # fmt: skip
     with (folder / "vllm.log").open("w") as log:
         process = subprocess.Popen(
-            list(map(str, command)), stdout=log, stderr=log, env=_vllm_environment(options.threads)
+            list(map(str, command)), stdout=log, stderr=log, env=vllm_environment(options.threads, cache_gib=1)
         )
     try:
         until = time.monotonic() + PATIENCE_S
@@ -258,18 +258,6 @@ def vllm_served(python: Path, folder: Path, options: argparse.Namespace) -> Iter
     finally:
         process.terminate()
         process.wait(60)
-
-
-def _vllm_environment(threads: int) -> dict[str, str]:
-    """Ours without what is meant for us; by itself vLLM would leave a core idle, and take nearly all memory."""
-    passed = {name: setting for name, setting in os.environ.items() if not name.startswith(("PYTHON", "OMP_"))}
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
-    return passed | {
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def _is_ready(port: int) -> bool:

@@ -108,14 +108,14 @@ class VllmServer:
         return stream
 
 
-def vllm_environment(threads: int) -> dict[str, str]:
-    """What vLLM runs with: as many threads as the others have, on the first cores, and 4 GiB for keys and values."""
+def vllm_environment(threads: int, cache_gib: int = 4) -> dict[str, str]:
+    """What vLLM runs with: as many threads as the others have, on the first cores, and so much for keys and values."""
     passed = {name: setting for name, setting in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
     cores = sorted(os.sched_getaffinity(0))[:threads]
     return passed | {
         # By itself it leaves a core of two idle.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
