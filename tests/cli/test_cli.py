@@ -48,7 +48,7 @@ def test_help_is_cut_nowhere(command, columns):
 
 def test_help_says_what_an_option_is_by_default():
     text = " ".join(re.sub(r"[│ ]+", " ", run("score", "--help").stdout).split())
-    assert "Tokens of a batch. Default: 2048 on a CPU, 16384 elsewhere." in text
+    assert "Tokens of a batch. Default: the fastest on this machine." in text
     assert "Default: values, logprobs and reward, without logprobs if the checkpoint has no" in text
 
 

@@ -69,7 +69,8 @@ def forward(
         `[1, T, H]`, or `[1, R, H]` of R wanted rows, as the layer's own forward gives them.
     """
     attend, attention = attending(), layer.self_attn
-    if attend is None or arguments or position_embeddings is None:
+    drops = attention.training and getattr(attention, "attention_dropout", 0.0)
+    if attend is None or arguments or position_embeddings is None or drops:
         return type(layer).forward(layer, states, *arguments, position_embeddings=position_embeddings, **others)
     query, key, value = _heads(attention, layer.input_layernorm(states))
     query, key = (_rotated(heads, *position_embeddings).transpose(1, 2) for heads in (query, key))

@@ -124,11 +124,10 @@ class SelfCheck:
         if not found:
             return without
         strategy = TreePacking(self.body)
-        batches = self._batches(strategy)
         with _noted(found[0]) as kinds:
-            expected = self._tried(strategy, batches, without)
+            expected = self._tried(strategy, without)
         fused = replace(fused, layers=found, gives_tuples=tuple in kinds)
-        states = self._tried(strategy, batches, fused)
+        states = self._tried(strategy, fused)
         same = len(states) == len(expected) > 0 and all(map(torch.equal, states, expected))
         return fused if same else without
 
@@ -161,11 +160,11 @@ class SelfCheck:
         beside = _largest(found - expected[chosen + 1])
         return _largest(found - expected[chosen]) <= self._tolerance and beside > self._control * self._tolerance
 
-    def _tried(self, strategy: Strategy[Any], batches: Sequence[Batch[Any]], fused: Fused) -> list[Tensor]:
-        """The states of batches with these modules; none where the model cannot take that."""
+    def _tried(self, strategy: Strategy[Any], fused: Fused) -> list[Tensor]:
+        """The states of a strategy's batches with these modules; none where the model cannot take that."""
         before, self.body.fused = self.body.fused, fused
         try:
-            return [strategy.states(batch) for batch in batches]
+            return [strategy.states(batch) for batch in self._batches(strategy)]
         except Exception:  # Whatever a model raises means that it cannot; the strategy's own trial says so.
             return []
         finally:
