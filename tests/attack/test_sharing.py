@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.attack.scale import scaled
+from tests.sync.conftest import save_critic
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.demo import demo_model_path
 from vhead.scoring.sharing import share_weights
@@ -66,17 +66,7 @@ def rises(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux says what is shared")
 def test_workers_that_share_have_hardly_more_memory_than_one_body_and_the_check_finds_copies(tmp_path):
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(LlamaForCausalLM(config).to(torch.bfloat16))
-    torch.nn.init.normal_(model.v_head.summary.weight)
-    model.save_pretrained(tmp_path)
+    save_critic(tmp_path, vocab_size=VOCABULARY, hidden_size=HIDDEN_SIZE, intermediate_size=64)
     body = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     # Importing torch takes long, and children are forked from a process of one thread.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

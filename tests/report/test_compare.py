@@ -244,6 +244,7 @@ def test_scores_of_other_completions_are_not_compared(tmp_path: Path) -> None:
 def test_a_file_of_which_nothing_can_be_read_is_named_with_the_reason(tmp_path: Path, ours: str) -> None:
     path = tmp_path / "b.jsonl"
     path.write_bytes(pickle.dumps(RECORDS))
+    Path(ours).write_text(f"{Path(ours).read_text()}no record\n")
     with pytest.raises(
         FileFormatError, match=r"b.jsonl: expected records with scores, got none that can be read: .*line 1"
     ):

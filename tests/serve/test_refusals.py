@@ -118,7 +118,7 @@ BAD_ARROW = {
     "bytes": (b"not arrow", 400, "expected a stream of Arrow's IPC format"),
     "a stream that ends early": (stream(pa.table({"prompt": ["a"] * 50}))[:-90], 400, "expected a stream"),
     "a compressed bomb": (stream(pa.table({"prompt": ["a" * 2**24]}), compression="zstd"), 415, "uncompressed"),
-    "a dictionary": (stream(pa.table({"prompt": pa.array(["a"]).dictionary_encode()})), 400, "got dictionary"),
+    "a dictionary": (stream(pa.table({"prompt": pa.array(["a"]).dictionary_encode()})), 400, "without dictionaries"),
     "nothing a thousand times": (stream(pa.table({"prompt": pa.nulls(10**6)})), 413, "at most 64 rollouts"),
     "lists that overlap": (
         stream(pa.table({"prompt_ids": pa.array([[1, 2]], pa.list_view(pa.int64()))})),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from vhead import AutoModelForCausalLMWithValueHead
 from vhead.sync import Publisher
 
 
@@ -39,6 +41,14 @@ def train(model, seed):
             if parameter.numel():
                 place = torch.randint(parameter.numel(), (3,), generator=generator)
                 parameter[torch.unravel_index(place, parameter.shape)] += 1.5
+
+
+def save_critic(folder, **sizes):
+    """A language model of one layer and tied embeddings with a value head, random weights, in bfloat16."""
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True, **sizes)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(LlamaForCausalLM(config).to(torch.bfloat16))
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture

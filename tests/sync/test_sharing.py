@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.sync.conftest import Small, bits, train
+from tests.sync.conftest import Small, bits, save_critic, train
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer
 from vhead.errors import LoadError
 from vhead.sync import Follower, Publisher
@@ -19,18 +18,8 @@ BODY_BYTES = 20_000_000
 def checkpoint(tmp_path_factory):
     """A critic of some 20 MB with random weights, saved as bfloat16."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=30_000,
-        hidden_size=320,
-        intermediate_size=640,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(LlamaForCausalLM(config).to(torch.bfloat16))
-    torch.nn.init.normal_(model.v_head.summary.weight)
     folder = tmp_path_factory.mktemp("critic")
-    model.save_pretrained(folder)
+    save_critic(folder, vocab_size=30_000, hidden_size=320, intermediate_size=640)
     return folder
 
 

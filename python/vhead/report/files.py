@@ -88,10 +88,10 @@ def compare_files(
 def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> list[tuple[Record, Record]]:
     """The records of a file, each with its other side: that of the second column, where one is asked for."""
     here, there = columns
-    shared = _shared(here)
-    wanted = ("id", here, *([there] if there else []), *shared, *_OF_ROLLOUTS, _PROMPT)
+    beside = _beside(here)
+    wanted = ("id", here, *([there] if there else []), *beside, _PROMPT)
     found: list[tuple[Record, Record]] = []
-    count, known = 0, set[str]()
+    count, known, broken = 0, set[str](), None
     reader = open_reader(name)
     try:
         for row in reader:
@@ -99,23 +99,24 @@ def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> lis
             try:
                 fields = row.members(wanted)
                 known |= fields.keys()
-                found.append(_sides(name, row, fields, here, there, shared))
+                found.append(_sides(name, row, fields, here, there, beside))
             except FieldError as error:
+                broken = broken or error
                 problems.add(error)
         if not count:
             raise FileFormatError(f"{name}: expected records with scores, and the file has none")
         if not found:
-            raise FileFormatError(f"{name}: expected records with scores, got none that can be read: {problems.first}")
+            raise FileFormatError(f"{name}: expected records with scores, got none that can be read: {broken}")
     finally:
         reader.close()
     _check_columns(name, known, here, there)
     return found
 
 
-def _shared(column: str) -> dict[str, str]:
-    """The other columns beside one of log-probabilities, and what each is: they end as it does."""
+def _beside(column: str) -> dict[str, str]:
+    """The columns beside one of log-probabilities, and what each is: of the rollouts themselves, or with its ending."""
     suffix = column[len(LOGPROBS) :] if column.startswith(LOGPROBS) else ""
-    return {f"{name}{suffix}": name for name in _SHARED}
+    return {name: name for name in _OF_ROLLOUTS} | {f"{name}{suffix}": name for name in _SHARED}
 
 
 def _check_columns(name: str, known: Set[str], here: str, there: str | None) -> None:
@@ -149,15 +150,14 @@ def _columns(name: str) -> Sequence[str]:
 
 
 def _sides(
-    name: str, row: Row, fields: Mapping[str, Any], here: str, there: str | None, shared: Mapping[str, str]
+    name: str, row: Row, fields: Mapping[str, Any], here: str, there: str | None, beside: Mapping[str, str]
 ) -> tuple[Record, Record]:
     id = fields.get("id")
     id = id if isinstance(id, str | int | float) else None
     where = f"{name}: {row.where}"
     try:
-        columns = {name: name for name in _OF_ROLLOUTS} | dict(shared)
-        both = {
-            of: _array(of, fields[column], column) for column, of in columns.items() if fields.get(column) is not None
+        shared = {
+            of: _array(of, fields[column], column) for column, of in beside.items() if fields.get(column) is not None
         }
         sides = [
             {LOGPROBS: _array(LOGPROBS, fields[column], column)} if column and fields.get(column) is not None else {}
@@ -167,7 +167,7 @@ def _sides(
         raise error.of(named(where, id)) from None
     prompt = fields.get(_PROMPT)
     length = None if prompt is None or not hasattr(prompt, "__len__") else len(prompt)
-    ours = Record(where, id, both | sides[0], length, row.count)
+    ours = Record(where, id, shared | sides[0], length, row.count)
     return ours, Record(where, id, sides[1], length, row.count)
 
 

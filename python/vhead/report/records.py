@@ -53,11 +53,6 @@ class Problems:
     count: int = 0
     messages: list[str] = field(default_factory=list)
 
-    @property
-    def first(self) -> str:
-        """The first of them."""
-        return self.messages[0]
-
     def add(self, error: RecordError) -> None:
         """Counts one."""
         self.count += 1

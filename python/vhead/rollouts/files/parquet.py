@@ -23,7 +23,6 @@ from vhead.rollouts.fields import Fields, columns_of_fields
 from vhead.rollouts.files.arrow import pa, pc, pq
 from vhead.rollouts.files.arrow_values import exact, seconds
 from vhead.rollouts.files.rows import Row, chained, check_reserved
-from vhead.rollouts.messages import without_null
 from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
 
@@ -326,7 +325,7 @@ def _numbers(value: pa.Scalar) -> Any:
 def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -> Any:
     is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
     if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
-        return without_null(value.as_py())
+        return value.as_py()
     return _array(value.values)
 
 

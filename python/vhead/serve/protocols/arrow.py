@@ -168,9 +168,10 @@ def _values(pa: Any, column: Any) -> list[Any]:
 def _batches(pa: Any, body: bytes) -> Iterator[Any]:
     """The record batches of a stream, each checked before it is read."""
     schema = None
-    for message in pa.ipc.MessageReader.open_stream(body):
-        if message.type == "dictionary":
-            raise RequestError("the body: expected columns without dictionaries")
+    messages = list(pa.ipc.MessageReader.open_stream(body))
+    if any(message.type == "dictionary" for message in messages):
+        raise RequestError("the body: expected columns without dictionaries")
+    for message in messages:
         if message.type == "schema":
             schema = pa.ipc.read_schema(message)
             _check_schema(pa, schema)
