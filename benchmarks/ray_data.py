@@ -93,7 +93,7 @@ def memories(model: Path) -> Iterator[Row]:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "ray_data", rounds=3)
+    add_options(parser, "ray-data", rounds=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     figures = Figures(
