@@ -1,5 +1,6 @@
 """Weights that change under a server, and several models in one."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -189,6 +190,22 @@ def test_bad_names_and_directories_are_usage_errors(given, field):
     with pytest.raises(typer.BadParameter) as error:
         read(given)
     assert error.value.param_hint == field
+
+
+@pytest.mark.parametrize("path", ["missing.safetensors", "./missing", "runs/critics/missing", "missing/v_head.bin"])
+def test_a_path_with_nothing_there_is_said_before_a_model_is_loaded(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = f"safety: expected a head's file, a model's folder or a hub id, but there is nothing at {path}"
+    with pytest.raises(typer.BadParameter, match=re.escape(expected)) as error:
+        _others({"other_models": [f"safety={path}"]}, names=["demo"])
+    assert error.value.param_hint == "--model"
+
+
+def test_what_is_there_and_what_may_be_on_the_hub_are_taken(tmp_path):
+    (tmp_path / "v_head.safetensors").touch()
+    paths = {"head": str(tmp_path / "v_head.safetensors"), "model": str(tmp_path), "hub": "owner/name", "old": "gpt2"}
+    given = {"other_models": [f"{name}={path}" for name, path in paths.items()]}
+    assert _others(given, names=["demo"]) == paths
 
 
 def test_a_directory_belongs_to_the_model_that_it_names():
