@@ -16,6 +16,7 @@ from vhead.cli.serve import _follow, _others
 from vhead.demo import demo_model_path
 from vhead.heads import ValueHead
 from vhead.serve.operations import _is_loopback
+from vhead.serve.weights import Weights
 from vhead.sync import Publisher
 
 BODY = {"rollouts": [{"prompt_ids": [5, 6, 7], "completion_ids": [8, 9, 10, 11]}], "returns": ["values", "reward"]}
@@ -85,7 +86,9 @@ def scored(server, step, trainer):
 
 def test_weights_are_followed_refused_and_taken_back(following, trainer):
     scored(following, None, trainer)
-    assert following.ask("GET", "/weights").json["digest"] is None
+    about = following.ask("GET", "/weights").json
+    assert (about["digest"], "nothing has been published" in about["problem"]) == (None, True)
+    assert following.log.read_text().count("nothing has been published there yet") == 1
 
     trainer.publish(10)
     until = time.monotonic() + PATIENCE_S
@@ -109,6 +112,24 @@ def test_weights_are_followed_refused_and_taken_back(following, trainer):
     scored(following, 10, trainer)
     assert following.ask("POST", "/reload").json["step"] == 20
     assert b'vhead_weights_step{model="demo"} 20.0' in following.ask("GET", "/metrics").body
+
+
+def test_a_directory_that_is_not_there_yet_is_said_once_and_followed_later(tmp_path, caplog):
+    directory = tmp_path / "later"
+    model = Scorer.from_pretrained(demo_model_path(), device="cpu").model
+    weights = Weights(model, directory=directory)
+    for _ in range(3):
+        weights.refresh()
+    warned = [record.message for record in caplog.records if record.name == "vhead.serve"]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{directory}: nothing has been published there yet")
+    problem = weights.about()["problem"]
+    assert "nothing has been published" in problem
+    assert str(directory) not in problem
+
+    Publisher(directory).publish(model, step=7)
+    weights.refresh()
+    assert (weights.step, weights.about()["problem"]) == (7, None)
 
 
 def test_a_bad_publication_leaves_the_old_weights_and_says_so(following, trainer):
