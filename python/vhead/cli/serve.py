@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _OPTIONAL = ("fastapi", "uvicorn", "starlette", "prometheus_client", "msgspec", "orjson")
 _MEBIBYTE = 2**20
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What no repository's name ends with.
 _ENDINGS_OF_HEADS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -251,14 +253,7 @@ def _others(given: dict[str, Any], names: list[str]) -> dict[str, str]:
 
 def _may_be_on_the_hub(path: str) -> bool:
     """Whether a path that is not on this machine has the form of a hub id, and not the ending of a head's file."""
-    from huggingface_hub.errors import HFValidationError  # for a fast --help
-    from huggingface_hub.utils import validate_repo_id  # for a fast --help
-
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not path.endswith(_ENDINGS_OF_HEADS)
+    return _HUB_ID.fullmatch(path) is not None and not path.endswith(_ENDINGS_OF_HEADS)
 
 
 def _follow(given: dict[str, Any]) -> dict[str, str]:
