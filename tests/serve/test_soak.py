@@ -22,8 +22,10 @@ SECONDS = scaled(0, 300)
 # At least this long in the short form, too.
 QUIET_S, OVERLOAD_S = (10.0, float(SECONDS)) if SECONDS else (0.3, 1.0)
 QUEUE, CLIENTS, MANY = 32, 24, 96
-# Tokens of a batch, and how many of the requests it has room for.
-BATCH_TOKENS, BATCH = 2048, 20
+# Tokens of a batch, and the most requests that it has room for: each has 80 tokens beside a prompt of 24 to share.
+BATCH_TOKENS, BATCH = 2048, 25
+# After so many seconds without the load, the speed is the one before.
+RECOVERY_S = 2.0
 RELOADS_S = 2.0 if SECONDS else 0.5
 
 
@@ -47,31 +49,37 @@ def test_a_server_with_too_much_to_do_loses_nothing_that_it_has_accepted(tmp_pat
     )  # fmt: skip
     for body in groups.bodies:
         assert server.post("/score", body).status == 200, "before the clock starts, the model is warm"
+    began = time.monotonic()
     before = asked(server, groups, "before")
-    crowd = Crowd(server.port, "overload", groups, rate=4 * rate(before.seen, QUIET_S) if SECONDS else None)
+    quiet = rate(before, began, QUIET_S)
+    crowd = Crowd(server.port, "overload", groups, rate=4 * quiet if SECONDS else None)
     sizes: list[int] = []
     works = [lambda: sizes.append(memory(server)), lambda: asked_about(server)]
+    loaded = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(repeated(bad_guests(server.port, groups.bodies[0]), 0.05))
         stack.enter_context(repeated([lambda: trainer.disturb(server)], RELOADS_S))
         stack.enter_context(repeated(works, 0.5))
         stack.enter_context(crowd.asking(MANY if SECONDS else CLIENTS))
         time.sleep(OVERLOAD_S)
-    recovered = time.monotonic() + 2
-    after = asked(server, groups, "after", (2 if SECONDS else 0) + QUIET_S)
+    recovered = time.monotonic() + RECOVERY_S
+    after = asked(server, groups, "after", (RECOVERY_S if SECONDS else 0) + QUIET_S)
 
     last = Crowd(server.port, "last", groups)
     with last.asking(CLIENTS):
         time.sleep(0.3)
+        told = time.monotonic()
         code = server.stop()
+        ended = time.monotonic()
     assert code == 0
     crowds = (before, crowd, after, last)
     check_answers(server, groups, [seen for each in crowds for seen in each.seen])
-    for quiet in (before, after):
-        assert {seen.status for seen in quiet.seen} == {200}
+    for each in (before, after):
+        assert {seen.status for seen in each.seen} == {200}
     if SECONDS:
-        late = [seen for seen in after.seen if seen.done > recovered]
-        check_times(rate(before.seen, QUIET_S), crowd, rate(late, QUIET_S), sizes)
+        answered = sum(seen.status == 200 and seen.done > told for seen in last.seen)
+        say(f"SIGTERM: {answered} accepted and answered after it, none lost; it ended in {ended - told:.1f} s")
+        check_figures(quiet, crowd, rate(crowd, loaded, OVERLOAD_S), rate(after, recovered, QUIET_S), sizes)
 
 
 def asked(server: RunningServer, groups: Groups, name: str, seconds: float = QUIET_S) -> Crowd:
@@ -104,9 +112,14 @@ def check_answers(server: RunningServer, groups: Groups, seen: list[Seen]) -> No
         assert one.status != 200 or groups.are_right(one), one
 
 
-def rate(seen: list[Seen], seconds: float) -> float:
-    """Answers a second."""
-    return sum(one.status == 200 for one in seen) / seconds
+def rate(crowd: Crowd, since: float, seconds: float) -> float:
+    """Answers a second in so many seconds."""
+    return sum(seen.status == 200 and since <= seen.done < since + seconds for seen in crowd.seen) / seconds
+
+
+def say(figures: str) -> None:
+    """Prints what docs/serve.md says; `make soak` shows it."""
+    sys.stdout.write(f"{figures}\n")
 
 
 def memory(server: RunningServer) -> int:
@@ -116,22 +129,21 @@ def memory(server: RunningServer) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
-def check_times(before: float, crowd: Crowd, after: float, sizes: list[int]) -> None:
+def check_figures(before: float, crowd: Crowd, throughput: float, after: float, sizes: list[int]) -> None:
     """Memory is flat, nobody waits longer than the queue is, and the speed comes back."""
     times = sorted(one.seconds for one in crowd.seen if one.status == 200)
-    throughput = len(times) / OVERLOAD_S
     p99 = times[int(0.99 * len(times))]
     # Those before it in the queue, those that are being computed when it comes, and its own batch.
     bound = (QUEUE + 2 * BATCH) / throughput
     quarter = len(sizes) // 4
     early, late = (statistics.median(each) for each in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
     refused = sum(one.status == 503 for one in crowd.seen)
-    sys.stdout.write(
-        f"\n{OVERLOAD_S:g} s: {len(times)} accepted and answered, {refused} refused, "
-        f"{len(crowd.seen) / OVERLOAD_S:.0f} requests a second\n"
-        f"answers a second: {before:.0f} before, {throughput:.0f} meanwhile, {after:.0f} after\n"
+    say(
+        f"{OVERLOAD_S:g} s: {len(times)} accepted and answered, {refused} refused; {crowd.rate:.0f} requests a second "
+        f"were to come, {len(crowd.seen) / OVERLOAD_S:.0f} did\n"
+        f"answers a second: {before:.1f} before, {throughput:.1f} meanwhile, {after:.1f} from {RECOVERY_S:g} s after\n"
         f"seconds: median {statistics.median(times):.2f}, p99 {p99:.2f}, at most {bound:.2f} allowed\n"
-        f"memory: {early / 2**20:.0f} MiB, then {late / 2**20:.0f} MiB\n"
+        f"resident memory: {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} MiB in the last"
     )
     assert late <= 1.05 * early
     assert p99 <= bound

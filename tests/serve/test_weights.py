@@ -1,5 +1,6 @@
 """Weights that change under a server, and several models in one."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from vhead.cli.serve import _follow, _others
 from vhead.demo import demo_model_path
 from vhead.heads import ValueHead
 from vhead.serve.operations import _is_loopback
+from vhead.serve.weights import Weights
 from vhead.sync import Publisher
 
 BODY = {"rollouts": [{"prompt_ids": [5, 6, 7], "completion_ids": [8, 9, 10, 11]}], "returns": ["values", "reward"]}
@@ -84,7 +86,9 @@ def scored(server, step, trainer):
 
 def test_weights_are_followed_refused_and_taken_back(following, trainer):
     scored(following, None, trainer)
-    assert following.ask("GET", "/weights").json["digest"] is None
+    about = following.ask("GET", "/weights").json
+    assert (about["digest"], "nothing has been published" in about["problem"]) == (None, True)
+    assert following.log.read_text().count("nothing has been published there yet") == 1
 
     trainer.publish(10)
     until = time.monotonic() + PATIENCE_S
@@ -108,6 +112,24 @@ def test_weights_are_followed_refused_and_taken_back(following, trainer):
     scored(following, 10, trainer)
     assert following.ask("POST", "/reload").json["step"] == 20
     assert b'vhead_weights_step{model="demo"} 20.0' in following.ask("GET", "/metrics").body
+
+
+def test_a_directory_that_is_not_there_yet_is_said_once_and_followed_later(tmp_path, caplog):
+    directory = tmp_path / "later"
+    model = Scorer.from_pretrained(demo_model_path(), device="cpu").model
+    weights = Weights(model, directory=directory)
+    for _ in range(3):
+        weights.refresh()
+    warned = [record.message for record in caplog.records if record.name == "vhead.serve"]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{directory}: nothing has been published there yet")
+    problem = weights.about()["problem"]
+    assert "nothing has been published" in problem
+    assert str(directory) not in problem
+
+    Publisher(directory).publish(model, step=7)
+    weights.refresh()
+    assert (weights.step, weights.about()["problem"]) == (7, None)
 
 
 def test_a_bad_publication_leaves_the_old_weights_and_says_so(following, trainer):
@@ -189,6 +211,22 @@ def test_bad_names_and_directories_are_usage_errors(given, field):
     with pytest.raises(typer.BadParameter) as error:
         read(given)
     assert error.value.param_hint == field
+
+
+@pytest.mark.parametrize("path", ["missing.safetensors", "./missing", "runs/critics/missing", "missing/v_head.bin"])
+def test_a_path_with_nothing_there_is_said_before_a_model_is_loaded(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = f"safety: expected a head's file, a model's folder or a hub id, but there is nothing at {path}"
+    with pytest.raises(typer.BadParameter, match=re.escape(expected)) as error:
+        _others({"other_models": [f"safety={path}"]}, names=["demo"])
+    assert error.value.param_hint == "--model"
+
+
+def test_what_is_there_and_what_may_be_on_the_hub_are_taken(tmp_path):
+    (tmp_path / "v_head.safetensors").touch()
+    paths = {"head": str(tmp_path / "v_head.safetensors"), "model": str(tmp_path), "hub": "owner/name", "old": "gpt2"}
+    given = {"other_models": [f"{name}={path}" for name, path in paths.items()]}
+    assert _others(given, names=["demo"]) == paths
 
 
 def test_a_directory_belongs_to_the_model_that_it_names():

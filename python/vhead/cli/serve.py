@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _OPTIONAL = ("fastapi", "uvicorn", "starlette", "prometheus_client", "msgspec", "orjson")
 _MEBIBYTE = 2**20
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What no repository's name ends with.
+_ENDINGS_OF_HEADS = (".safetensors", ".bin", ".pt", ".pth")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a model with a trained value head.")]
 Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen. 0.0.0.0 listens on every interface.")]
@@ -238,8 +242,18 @@ def _others(given: dict[str, Any], names: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"expected NAME=PATH, got {entry!r}", param_hint="--model")
         if name in others or name in names:
             raise typer.BadParameter(f"expected another name for each model, got {name!r} twice", param_hint="--model")
+        if not (Path(path).exists() or _may_be_on_the_hub(path)):
+            raise typer.BadParameter(
+                f"{name}: expected a head's file, a model's folder or a hub id, but there is nothing at {path}",
+                param_hint="--model",
+            )
         others[name] = path
     return others
+
+
+def _may_be_on_the_hub(path: str) -> bool:
+    """Whether a path that is not on this machine has the form of a hub id, and not the ending of a head's file."""
+    return _HUB_ID.fullmatch(path) is not None and not path.endswith(_ENDINGS_OF_HEADS)
 
 
 def _follow(given: dict[str, Any]) -> dict[str, str]:

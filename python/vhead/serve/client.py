@@ -1,7 +1,7 @@
 """Clients of `vhead serve`: rollouts go out in requests, and come back as the `Scores` that a scorer gives.
 
-What is asked and how an answer is taken is said once, in `_Asking`, whose exchanges say what to send and how long to
-wait. `Client` and `AsyncClient` do that, the one with threads, the other with tasks.
+What is asked, how an answer is taken and when it is asked again is said once, in `_Asking`. `AsyncClient` awaits its
+coroutines. `Client` runs each in a thread, where sending and pausing block, so that nothing is ever awaited.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import importlib
 import random
 import re
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,13 +37,6 @@ _PLACE = re.compile(r"^rollouts\[(\d+)\]")
 
 
 @dataclass(frozen=True)
-class _Pause:
-    """Wait for so many seconds."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
 class _Piece:
     """Some rollouts that follow one another.
 
@@ -61,9 +54,9 @@ class _Piece:
         return _Piece(self.first, first), _Piece(self.first + middle, second)
 
 
-# What an exchange is told: the answer to what it sent, or what came instead; None after a pause.
-_Told = Any
-_Exchange = Generator[Post | _Pause, _Told, list[Scores]]
+# Sends, and gives the answer, or the error that came instead; and waits for so many seconds.
+_Send = Callable[[Post], Awaitable[Any]]
+_Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -110,8 +103,8 @@ class _Asking:
         offsets = np.zeros(1, np.int64)
         return Scores((), none, none, offsets, computed, step_offsets=offsets if "steps" in computed else None)
 
-    def exchange(self, piece: _Piece) -> _Exchange:
-        """Says what to send and how long to wait, until the piece's scores are there.
+    async def scored(self, piece: _Piece, send: _Send, sleep: _Sleep) -> list[Scores]:
+        """Asks until the piece's scores are there.
 
         Raises:
             RecordError: The server cannot score a rollout; it is named by its place among all.
@@ -120,7 +113,7 @@ class _Asking:
         request = post(piece.rollouts, self.asked, as_arrow=self.as_arrow)
         until, attempt = time.monotonic() + self.patience, 0
         while True:
-            told = yield request
+            told = await send(request)
             error: ServerError | RecordError
             if isinstance(told, Exception):
                 pause, error = 0.0, _no_answer(self.where, told)
@@ -128,10 +121,10 @@ class _Asking:
                 kind = told.headers.get("content-type", "")
                 return [scores_in(told.content, kind, piece.rollouts, piece.first)]
             elif told.status_code == 413 and len(piece.rollouts) > 1:
-                return (yield from self._in_halves(piece))
+                return [part for half in piece.halves() for part in await self.scored(half, send, sleep)]
             elif told.status_code == 415 and request.media_type != JSON:
                 # A server without pyarrow.
-                return (yield from replace(self, as_arrow=False).exchange(piece))
+                return await replace(self, as_arrow=False).scored(piece, send, sleep)
             else:
                 pause, error = _asked_pause(told), self._refusal(told, piece)
                 if told.status_code not in _BUSY:
@@ -140,13 +133,8 @@ class _Asking:
             pause = max(pause, min(0.1 * 2.0**attempt, _LONGEST_PAUSE_S)) * random.uniform(1.0, 1.25)  # noqa: S311
             if time.monotonic() + pause > until:
                 raise error
-            yield _Pause(pause)
+            await sleep(pause)
             attempt += 1
-
-    def _in_halves(self, piece: _Piece) -> _Exchange:
-        """More than a request may have is asked in two."""
-        first, second = piece.halves()
-        return [*(yield from self.exchange(first)), *(yield from self.exchange(second))]
 
     def _refusal(self, answer: Any, piece: _Piece) -> ServerError | RecordError:
         said, request_id = _error_of(answer)
@@ -296,19 +284,14 @@ class Client(_Settings):
         self.close()
 
     def _asked(self, asking: _Asking, piece: _Piece, left: Event) -> list[Scores]:
-        exchange = asking.exchange(piece)
-        told: _Told = None
-        while True:
-            try:
-                wanted = exchange.send(told)
-            except StopIteration as done:
-                scores: list[Scores] = done.value
-                return scores
-            told = None
-            if isinstance(wanted, Post):
-                told = self._sent("POST", wanted.path, wanted.body, wanted.media_type)
-            elif left.wait(wanted.seconds):
+        async def send(request: Post) -> Any:
+            return self._sent("POST", request.path, request.body, request.media_type)
+
+        async def sleep(seconds: float) -> None:
+            if left.wait(seconds):
                 raise ServerError(f"{self.url}: another request of this call failed")
+
+        return _done(asking.scored(piece, send, sleep))
 
     def _sent(self, method: str, path: str, body: bytes | None = None, media_type: str = JSON) -> Any:
         try:
@@ -364,20 +347,11 @@ class AsyncClient(_Settings):
         await self.aclose()
 
     async def _asked(self, asking: _Asking, piece: _Piece, turn: asyncio.Semaphore) -> list[Scores]:
-        exchange = asking.exchange(piece)
-        told: _Told = None
+        async def send(request: Post) -> Any:
+            return await self._sent("POST", request.path, request.body, request.media_type)
+
         async with turn:
-            while True:
-                try:
-                    wanted = exchange.send(told)
-                except StopIteration as done:
-                    scores: list[Scores] = done.value
-                    return scores
-                told = None
-                if isinstance(wanted, Post):
-                    told = await self._sent("POST", wanted.path, wanted.body, wanted.media_type)
-                else:
-                    await asyncio.sleep(wanted.seconds)
+            return await asking.scored(piece, send, asyncio.sleep)
 
     async def _sent(self, method: str, path: str, body: bytes | None = None, media_type: str = JSON) -> Any:
         try:
@@ -391,6 +365,16 @@ def _httpx() -> Any:
         return importlib.import_module("httpx2")
     except ImportError as error:
         raise MissingExtraError("httpx2", "client") from error
+
+
+def _done(work: Coroutine[Any, Any, list[Scores]]) -> list[Scores]:
+    """What a coroutine gives that never awaits anything but what is there at once."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        scores: list[Scores] = done.value
+        return scores
+    raise RuntimeError("expected a coroutine that is done at once, got one that waits for an event loop")
 
 
 def _no_answer(where: str, error: Exception) -> ServerError:

@@ -17,6 +17,7 @@ OWN_WEIGHTS = -1
 # A publication that was refused is not read again before every batch.
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
+_NOTHING_YET = "nothing has been published there yet; until then the weights that the model was loaded with are served"
 
 
 class Weights:
@@ -36,6 +37,7 @@ class Weights:
     def __init__(self, model: nn.Module, step: int | None = None, directory: str | Path | None = None) -> None:
         self._model = model
         self.own_step = step
+        self._directory = directory
         self._follower = None if directory is None else Follower(directory)
         self._pinned = False
         self._problem = ""
@@ -136,7 +138,14 @@ class Weights:
                 self._problem = problem
                 logger.warning("%s; the weights of step %s are served on", error, self.step)
             raise
-        self._problem, self._pause_s, self._again = "", 0.0, 0.0
+        self._pause_s, self._again = 0.0, 0.0
+        if follower.publication is None:
+            # A trainer may begin later; a name that is written wrong looks the same.
+            if self._problem != _NOTHING_YET:
+                self._problem = _NOTHING_YET
+                logger.warning("%s: %s", self._directory, _NOTHING_YET)
+            return
+        self._problem = ""
         if step is not None:
             logger.info("serves the weights of step %d", step)
 
