@@ -8,6 +8,7 @@ of several seeds and two architectures; `tests/report/test_causes.py` makes them
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -52,9 +53,18 @@ class _Marks:
     theirs: Floats
     d: Floats
 
-    @property
+    @cached_property
     def size(self) -> float:
         return float(np.abs(self.d).mean())
+
+    @cached_property
+    def correlation(self) -> float:
+        return pearson(self.ours, self.theirs) or 0.0
+
+    @cached_property
+    def k3(self) -> float:
+        with np.errstate(over="ignore"):
+            return float((np.expm1(self.d) - self.d).mean())
 
 
 def likely_cause(pairs: Pairs) -> Cause | None:
@@ -79,25 +89,24 @@ def _shift(marks: _Marks) -> Cause | None:
     if pairs.ours is None or pairs.theirs is None:
         return None
     both = pairs.mask[1:] & pairs.mask[:-1] & (pairs.rollouts[1:] == pairs.rollouts[:-1])
-    here = pearson(marks.ours, marks.theirs) or 0.0
     for word, ours, theirs in (
         ("after", pairs.ours[1:][both], pairs.theirs[:-1][both]),
         ("before", pairs.ours[:-1][both], pairs.theirs[1:][both]),
     ):
         there = pearson(ours, theirs) or 0.0
         apart = float(np.abs(ours - theirs).mean()) if len(ours) else math.inf
-        if there > 0.8 and there > here + 0.2 and apart < marks.size / 2:
+        if there > 0.8 and there > marks.correlation + 0.2 and apart < marks.size / 2:
             return Cause(
                 "shift",
                 f"Their number at a token is ours at the token {word} it: moved by one, the correlation rises from "
-                f"{here:.2f} to {there:.2f}, and the mean |d| falls from {marks.size:.2g} to {apart:.2g}.",
+                f"{marks.correlation:.2f} to {there:.2f}, and the mean |d| falls from {marks.size:.2g} to {apart:.2g}.",
             )
     return None
 
 
 def _temperature(marks: _Marks) -> Cause | None:
     """With b = 1 / temperature, the derivative of log p(token) by b is log p(token) + entropy, at temperature 1."""
-    if (pearson(marks.ours, marks.theirs) or 0.0) < 0.9:
+    if marks.correlation < 0.9:
         return None
     if marks.pairs.entropy is None:
         return _temperature_without_entropy(marks)
@@ -172,33 +181,27 @@ def _chance_of_long(lengths: NDArray[np.int64], chosen: NDArray[np.bool_]) -> fl
 
 def _dtype(marks: _Marks) -> Cause | None:
     """Rounding is small, goes both ways, and has nothing to do with the rollout."""
-    k3, bias = _k3(marks), abs(float(marks.d.mean())) / marks.size
-    if k3 > _LARGEST_K3_OF_DTYPE or bias > 0.2 or not _is_of_logits(marks) or _is_shared_in_rollouts(marks):
+    bias = abs(float(marks.d.mean())) / marks.size
+    if marks.k3 > _LARGEST_K3_OF_DTYPE or bias > 0.2 or not _is_of_logits(marks) or _is_shared_in_rollouts(marks):
         return None
     return Cause(
         "dtype",
-        f"d is small (k3 {k3:.2g}), goes both ways (its mean is {bias:.0%} of the mean |d|), is smallest where the "
-        "token is certain and unrelated within a rollout, as rounding to a shorter dtype such as bfloat16 makes it.",
+        f"d is small (k3 {marks.k3:.2g}), goes both ways (its mean is {bias:.0%} of the mean |d|), is smallest where "
+        "the token is certain and unrelated within a rollout, as rounding to a shorter dtype such as bfloat16 makes it.",
     )
 
 
 def _weights(marks: _Marks) -> Cause | None:
     """Everything differs, in the way in which logits differ, and more than rounding explains."""
-    k3, correlation = _k3(marks), pearson(marks.ours, marks.theirs) or 0.0
-    shared = _is_shared_in_rollouts(marks)
-    if correlation < 0.5 or not _is_of_logits(marks) or not (shared or k3 > _LARGEST_K3_OF_DTYPE):
+    shared, large = _is_shared_in_rollouts(marks), marks.k3 > _LARGEST_K3_OF_DTYPE
+    if marks.correlation < 0.5 or not _is_of_logits(marks) or not (shared or large):
         return None
     return Cause(
         "weights",
         f"d is {'alike within a rollout' if shared else 'found everywhere'}, smallest where the token is certain, and "
-        f"{'larger than rounding makes it' if k3 > _LARGEST_K3_OF_DTYPE else 'small'} (k3 {k3:.2g}), and no other "
-        "cause fits: the two have other weights, such as those before an update.",
+        f"{'larger than rounding makes it' if large else 'small'} (k3 {marks.k3:.2g}), and no "
+        "other cause fits: the two have other weights, such as those before an update.",
     )
-
-
-def _k3(marks: _Marks) -> float:
-    with np.errstate(over="ignore"):
-        return float((np.expm1(marks.d) - marks.d).mean())
 
 
 def _is_of_logits(marks: _Marks) -> bool:

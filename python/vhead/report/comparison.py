@@ -183,7 +183,7 @@ def _lined_up(
     else:
         bounds = _offsets(offsets, len(counted))
     for name, array in arrays.items():
-        check_finite(array, counted, None, name)
+        check_finite(array, counted, name)
     return Pairs(
         arrays["ours"], arrays["theirs"], bounds, counted, [None] * (len(bounds) - 1), entropy=arrays.get("entropy")
     )

@@ -146,8 +146,11 @@ def _check_pair(ours: Record, theirs: Record) -> None:
     mask = ours.arrays.get(MASK, theirs.arrays.get(MASK))
     for record in (ours, theirs):
         for name in (LOGPROBS, ENTROPY):
-            if name in record.arrays:
-                check_finite(record.arrays[name], mask, record.name, name)
+            try:
+                if name in record.arrays:
+                    check_finite(record.arrays[name], mask, name)
+            except FieldError as error:
+                raise error.of(record.name) from None
 
 
 def _check_lengths(ours: Record, theirs: Record) -> None:
@@ -179,7 +182,7 @@ def _first_field(ours: Record, theirs: Record) -> tuple[int, str]:
     return 0, "nothing has any"
 
 
-def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, name: str | None, field: str) -> None:
+def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, field: str) -> None:
     """Masked places may hold anything.
 
     Raises:
@@ -191,7 +194,7 @@ def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, name: str 
     if broken.any():
         at = int(broken.argmax())
         expected = "finite numbers at all tokens that count"
-        raise FieldError(name, field, expected=expected, got=f"{array.reshape(-1)[at]} at token {at}")
+        raise FieldError(None, field, expected=expected, got=f"{array.reshape(-1)[at]} at token {at}")
 
 
 def _note_missing(name: str, pairs: Sequence[tuple[Record, Record]], problems: Problems) -> None:
@@ -210,7 +213,7 @@ def _other(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]] | None:
     """Both sides' values or rewards `[n, K]`, and the rollout and the position of each row."""
     sides: tuple[list[NDArray[Any]], list[NDArray[Any]]] = ([], [])
-    places = []
+    rollouts, places = [], []
     for rollout, (ours, theirs) in enumerate(pairs):
         if name not in ours.arrays or name not in theirs.arrays:
             continue
@@ -226,10 +229,12 @@ def _other(
             continue
         sides[0].append(first)
         sides[1].append(second)
-        places.append(np.column_stack([np.full(len(rows), rollout), rows]))
-    if not sum(map(len, places)):
+        rollouts.append(rollout)
+        places.append(rows)
+    if not places:
         return None
-    return np.concatenate(sides[0]), np.concatenate(sides[1]), np.concatenate(places)
+    owners = np.repeat(rollouts, [len(rows) for rows in places])
+    return np.concatenate(sides[0]), np.concatenate(sides[1]), np.column_stack([owners, np.concatenate(places)])
 
 
 def _other_pair(name: str, ours: Record, theirs: Record) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
@@ -243,13 +248,15 @@ def _other_pair(name: str, ours: Record, theirs: Record) -> tuple[NDArray[Any], 
         length = _length(ours, theirs)
         if len(first) != length:
             raise FieldError(ours.name, name, expected=f"values for {length:,} tokens", got=_count(first))
-        mask = ours.arrays.get(MASK, theirs.arrays.get(MASK, np.ones(length, np.bool_)))
-        rows = np.flatnonzero(mask)
-        first, second = ((array if array.ndim > 1 else array[:, None])[rows] for array in (first, second))
+        rows, mask = np.arange(length), ours.arrays.get(MASK, theirs.arrays.get(MASK))
+        first, second = (array if array.ndim > 1 else array[:, None] for array in (first, second))
+        if mask is not None:
+            rows = np.flatnonzero(mask)
+            first, second = first[rows], second[rows]
     for record, array in ((ours, first), (theirs, second)):
-        broken = ~np.isfinite(array).all(axis=1)
-        if broken.any():
-            at = int(rows[broken.argmax()])
+        finite = np.isfinite(array)
+        if not finite.all():
+            at = int(rows[finite.all(axis=1).argmin()])
             raise FieldError(record.name, name, expected="finite numbers", got=f"NaN or an infinity at token {at}")
     return first, second, rows
 

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -82,3 +83,51 @@ def test_arrays_of_numbers_are_read_without_pandas(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[[[1.5, -2.25], [], [3.0]], [[7.0], [8.0, 9.0], []]] False\n"
+
+
+LISTS = [[9], [1, 2, 3], None, [], [4, None], [5], [], None, [6, 7]]
+
+
+def rows_of(batch):
+    numbers = {}
+    return [ParquetRow(batch, at, at + 1, None, numbers=numbers) for at in range(batch.num_rows)]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("values", [pa.int8(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize(("first", "count"), [(0, 9), (1, 8), (2, 5), (5, 1), (6, 2), (0, 0)])
+def test_rows_of_a_batch_are_the_lists_of_its_column(kind, values, first, count):
+    """An array of the column's own numbers, and Python's objects where there is a null."""
+    numbers = [None if given is None else [None if n is None else np.float16(n) for n in given] for given in LISTS]
+    given = LISTS if pa.types.is_integer(values) else numbers
+    batch = pa.record_batch({"x": pa.array(given, kind(values))}).slice(first, count)
+    found = [row.members(("x",))["x"] for row in rows_of(batch)]
+    for expected, got in zip(LISTS[first : first + count], found, strict=True):
+        if expected is None or None in expected:
+            assert got == expected
+        else:
+            assert got.dtype == values.to_pandas_dtype()
+            assert got.tolist() == expected
+
+
+def test_only_whole_numbers_are_arrays_in_what_is_scored():
+    columns = {"prompt_ids": pa.array([[1, 2]]), "completion_ids": pa.array([[1.5]])}
+    (row,) = rows_of(pa.record_batch(columns))
+    assert isinstance(row._fast("prompt_ids", "iu"), np.ndarray)
+    assert row._fast("completion_ids", "iu") == [1.5]
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [0, 2, 4, 5], [-1, 0, 2, 4], [3, 2, 2, 2]])
+@pytest.mark.parametrize(("kind", "width"), [(pa.list_, "int32"), (pa.large_list, "int64")])
+def test_lists_that_lead_out_of_their_column_are_noticed_before_they_are_followed(offsets, kind, width):
+    bounds = np.zeros(4, width)
+    buffers = [None, pa.py_buffer(bounds)]
+    column = pa.Array.from_buffers(kind(pa.float32()), 3, buffers, children=[pa.array([1, 2, 3, 4], pa.float32())])
+    batch = pa.record_batch({"y": [1, 2, 3], "x": column})
+    bounds[:] = offsets  # Only now, as pyarrow would refuse some of them above.
+    for row in rows_of(batch):
+        with pytest.raises(
+            FieldError, match=rf"^row {row.count}: x: expected a value that can be read, got .* lead out"
+        ):
+            row.members(("x",))
+        assert row.members(("y",)) == {"y": row.count}

@@ -7,12 +7,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -25,8 +25,6 @@ from vhead.rollouts.files.arrow_values import exact, seconds
 from vhead.rollouts.files.rows import Row, chained, check_reserved
 from vhead.rollouts.records import rollouts_of
 from vhead.rollouts.rollout import Rollout
-
-Result = TypeVar("Result")
 
 # Larger batches are read a few microseconds a row faster; smaller ones hold less of a file whose values repeat, which
 # may be a thousandth of what it holds.
@@ -48,6 +46,7 @@ class ParquetRow:
         count: Its place among all rows of the input.
         reader: What reads the file.
         number: Its place in the file, where that is one of several.
+        numbers: The batch's columns of lists of numbers, as far as rows have been asked for them; None: another column.
     """
 
     batch: pa.RecordBatch
@@ -55,6 +54,7 @@ class ParquetRow:
     count: int
     reader: "ParquetReader"
     number: int | None = None
+    numbers: dict[str, "_NumberLists | None"] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -72,7 +72,7 @@ class ParquetRow:
     def rollouts(self) -> tuple[Rollout, ...]:
         """What is to be scored; token ids are read from the batch without a Python object each."""
         names = [name for name in columns_of_fields(self.reader.fields) if name in self.batch.schema.names]
-        return rollouts_of({name: self._read(name, _plain) for name in names}, self.where, self.reader.fields)
+        return rollouts_of({name: self._read(name, self._fast, "iu") for name in names}, self.where, self.reader.fields)
 
     def columns(self) -> dict[str, Any]:
         """The row as Python objects; where those would lose digits, what `exact` gives.
@@ -80,7 +80,7 @@ class ParquetRow:
         Raises:
             FieldError: A column holds what Python cannot, such as broken UTF-8 or a date beyond the year 9999.
         """
-        return {name: self._read(name, exact) for name in self.batch.schema.names}
+        return {name: self._read(name, self._exact) for name in self.batch.schema.names}
 
     def members(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of these columns that the file has, lists of numbers as arrays.
@@ -89,7 +89,7 @@ class ParquetRow:
             FieldError: A column cannot be read.
         """
         there = self.batch.schema.names
-        return {name: self._read(name, _numbers) for name in names if name in there}
+        return {name: self._read(name, self._fast, "iuf") for name in names if name in there}
 
     def json_object(self) -> str:
         """The row as a JSON object.
@@ -110,9 +110,21 @@ class ParquetRow:
                 raise FieldError(self.where, name, expected="a value that JSON can hold", got=got) from None
         return f"{{{', '.join(members)}}}"
 
-    def _read(self, name: str, read: Callable[[Any], Result]) -> Result:
+    def _exact(self, name: str) -> Any:
+        return exact(self.batch.column(name)[self.at])
+
+    def _fast(self, name: str, kinds: str) -> Any:
+        """Python objects, but an array where there are numbers of one of these kinds of numpy's, and no null."""
+        if name not in self.numbers:
+            self.numbers[name] = _number_lists(self.batch.column(name))
+        lists = self.numbers[name]
+        if lists is None or lists.values.dtype.kind not in kinds or not lists.is_whole[self.at]:
+            return self.batch.column(name)[self.at].as_py()
+        return lists.values[slice(*lists.bounds[self.at])]
+
+    def _read(self, name: str, read: Callable[..., Any], *options: str) -> Any:
         try:
-            return read(self.batch.column(name)[self.at])
+            return read(name, *options)
         except Exception as error:  # What a broken value raises depends on its type, and on pyarrow's release.
             got = f"one that cannot: {error}"
             raise FieldError(self.where, name, expected="a value that can be read", got=got) from None
@@ -185,9 +197,10 @@ class ParquetReader:
                 raise FileFormatError(f"{self.path}: the file is broken after row {count}: {error}") from None
             if batch is None:
                 return
+            numbers: dict[str, _NumberLists | None] = {}
             for at in range(batch.num_rows):
                 count += 1
-                yield ParquetRow(batch, at, count, self)
+                yield ParquetRow(batch, at, count, self, numbers=numbers)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for group in range(self._file.metadata.num_row_groups):
@@ -314,23 +327,50 @@ def _rows_at_once(file: pq.ParquetFile, group: int) -> int:
     return max(1, min(_ROWS_AT_ONCE, rows))
 
 
-def _plain(value: pa.Scalar) -> Any:
-    return _array_or_plain(value, pa.types.is_integer)
+@dataclass(frozen=True, slots=True)
+class _NumberLists:
+    """A column of lists of numbers, without a Python object for each of them.
+
+    Attributes:
+        values: The numbers of all rows, over Arrow's own memory.
+        bounds: Where each row's begin and end.
+        is_whole: Whether the row has a list, and no null in it.
+    """
+
+    values: NDArray[Any]
+    bounds: list[list[int]]
+    is_whole: list[bool]
 
 
-def _numbers(value: pa.Scalar) -> Any:
-    return _array_or_plain(value, lambda of: pa.types.is_integer(of) or pa.types.is_floating(of))
+def _number_lists(column: pa.Array) -> _NumberLists | None:
+    """The lists of a column; None where it holds anything but lists of numbers.
+
+    Raises:
+        ValueError: The lists lead out of the column's numbers.
+    """
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return None
+    if not (pa.types.is_integer(column.type.value_type) or pa.types.is_floating(column.type.value_type)):
+        return None
+    offsets, all_values = _array(column.offsets), column.values
+    first, last = offsets[[0, -1]].tolist()
+    if not 0 <= first <= last <= len(all_values) or (np.diff(offsets) < 0).any():
+        raise ValueError(f"lists that lead out of the {len(all_values):,} numbers of the column")
+    values = all_values.slice(first, last - first)
+    is_whole = _flags(column.is_valid())
+    if values.null_count:
+        before = np.concatenate([[0], np.cumsum(_flags(values.is_null()))])
+        is_whole &= np.diff(before[offsets - first]) == 0
+    bounds = np.column_stack([offsets[:-1], offsets[1:]]) - first
+    return _NumberLists(_array(values), bounds.tolist(), is_whole.tolist())
 
 
-def _array_or_plain(value: pa.Scalar, is_taken: Callable[[pa.DataType], bool]) -> Any:
-    is_list = pa.types.is_list(value.type) or pa.types.is_large_list(value.type)
-    if not is_list or not value.is_valid or not is_taken(value.type.value_type) or value.values.null_count:
-        return value.as_py()
-    return _array(value.values)
+def _flags(array: pa.Array) -> NDArray[np.bool_]:
+    return _array(array.cast(pa.uint8())).astype(np.bool_)
 
 
 def _array(values: pa.Array) -> NDArray[Any]:
-    """Numbers without null as an array over Arrow's own memory; pyarrow's `to_numpy` would import pandas for it."""
+    """Numbers as an array over Arrow's own memory; pyarrow's `to_numpy` would import pandas for it."""
     dtype = np.dtype(values.type.to_pandas_dtype())
     if not len(values):
         return np.empty(0, dtype)
