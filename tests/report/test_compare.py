@@ -334,3 +334,20 @@ def test_a_head_with_other_outputs_leaves_only_values_out(tmp_path: Path, ours: 
 def test_comparing_needs_no_torch(fresh_python: Callable[[str], str], ours: str) -> None:
     code = f"import sys, vhead\nvhead.report.compare_files({ours!r})\nprint({{'torch', 'pyarrow'}} & set(sys.modules))"
     assert fresh_python(code).endswith("set()")
+
+
+@pytest.mark.parametrize(
+    ("ids", "examples", "remedy"),
+    [
+        (["8", "0", "1"], r"0 \(int\) at a.jsonl: line 1 and '0' \(str\) at b.jsonl: line 2", "the same type on both"),
+        (["x", "y", "z"], r"0 \(int\) at a.jsonl: line 1 and 'x' \(str\) at b.jsonl: line 1", "leave `id` out of one"),
+    ],
+)
+def test_ids_of_which_none_is_in_both_are_shown_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: list[str], examples: str, remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, given in (("a.jsonl", range(3)), ("b.jsonl", ids)):
+        Path(name).write_text("".join(f"{json.dumps({'id': id, 'reward': 1.0})}\n" for id in given))
+    with pytest.raises(FieldError, match=f"3 only in ours and 3 only in theirs, such as {examples}; .*{remedy}"):
+        compare_files("a.jsonl", "b.jsonl")

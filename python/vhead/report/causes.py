@@ -187,7 +187,8 @@ def _dtype(marks: _Marks) -> Cause | None:
     return Cause(
         "dtype",
         f"d is small (k3 {marks.k3:.2g}), goes both ways (its mean is {bias:.0%} of the mean |d|), is smallest where "
-        "the token is certain and unrelated within a rollout, as rounding to a shorter dtype such as bfloat16 makes it.",
+        "the token is certain and unrelated within a rollout, as rounding to a shorter dtype such as bfloat16 makes "
+        "it.",
     )
 
 

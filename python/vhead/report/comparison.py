@@ -119,9 +119,8 @@ def of_records(found: Matched, problems: Problems, worst: int) -> tuple[Comparis
     """
     pairs, kept = paired(found.pairs, problems)
     if not found.pairs:
-        expected = "records with the same `id`" if found.by_id else "a record on both sides"
         got = f"{found.only_ours:,} only in ours and {found.only_theirs:,} only in theirs"
-        raise FieldError(None, "id" if found.by_id else "records", expected=expected, got=got)
+        raise FieldError(None, "records", expected="a record on both sides", got=got)
     comparison = replace(
         of_pairs(pairs, worst),
         by_id=found.by_id,

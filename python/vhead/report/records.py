@@ -83,7 +83,7 @@ def matched(ours: Sequence[Record], theirs: Sequence[Record]) -> Matched:
     Ids may be there several times where both sides have the same ones in the same order.
 
     Raises:
-        FieldError: An id is there twice, and the other side is in another order.
+        FieldError: An id is there twice, and the other side is in another order; or no id is on both sides.
     """
     ids = [[record.id for record in side] for side in (ours, theirs)]
     if ids[0] == ids[1] or any(None in side for side in ids):
@@ -95,6 +95,8 @@ def matched(ours: Sequence[Record], theirs: Sequence[Record]) -> Matched:
         _check_unique(side)
     there = {_key(record): record for record in theirs}
     pairs = [(record, there[_key(record)]) for record in ours if _key(record) in there]
+    if not pairs and ours and theirs:
+        raise _no_id_in_common(ours, theirs)
     return Matched(pairs, by_id=True, only_ours=len(ours) - len(pairs), only_theirs=len(theirs) - len(pairs))
 
 
@@ -116,6 +118,21 @@ def paired(pairs: Sequence[tuple[Record, Record]], problems: Problems) -> tuple[
     for name in (LOGPROBS, *OTHERS):
         _note_missing(name, kept, problems)
     return _flat(kept, {name: found for name, found in others if found}), [ours for ours, _ in kept]
+
+
+def _no_id_in_common(ours: Sequence[Record], theirs: Sequence[Record]) -> FieldError:
+    """Shows an id of each side: two that are written alike, where there are such."""
+    written = {str(record.id): record for record in theirs}
+    alike = next(((record, written[str(record.id)]) for record in ours if str(record.id) in written), None)
+    first, second = alike or (ours[0], theirs[0])
+    remedy = (
+        "give ids the same type on both sides"
+        if alike
+        else "name rollouts alike on both sides, or leave `id` out of one to match records by position"
+    )
+    examples = f"such as {shown(first.id)} at {first.where} and {shown(second.id)} at {second.where}"
+    got = f"{len(ours):,} only in ours and {len(theirs):,} only in theirs, {examples}; {remedy}"
+    return FieldError(None, "id", expected="records with the same `id`", got=got)
 
 
 def _key(record: Record) -> tuple[type, Id]:
