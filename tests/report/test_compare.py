@@ -1,8 +1,13 @@
 """The numbers of a comparison, against slow and plain ones; and what cannot be compared."""
 
+import contextlib
+import copy
+import functools
+import itertools
 import json
 import math
 import pickle
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from vhead import Scores
 from vhead.errors import FieldError, FileFormatError
-from vhead.report import compare, compare_files
+from vhead.report import compare, compare_files, records
 from vhead.report.correlation import pearson, ranks, spearman
+from vhead.report.records import Problems
+from vhead.report.sides import Side
 
 RNG = np.random.default_rng(11)
 LENGTHS = (3, 1, 8, 0, 5)
@@ -288,11 +296,63 @@ def test_a_record_that_does_not_fit_is_named_and_the_others_compared(
     assert re.search(message, found.problems[0])
 
 
+_FAULTS: list[Edit] = [
+    lambda r: r["logprobs"].pop(),
+    lambda r: r.pop("logprobs"),
+    lambda r: r["logprobs"].__setitem__(1, math.inf),
+    lambda r: r.update(completion_mask=[1, 0, 1]),
+    lambda r: r.update(completion_mask=[1, 1]),
+    lambda r: r.update(token_ids=[7, 8, 10]),
+    lambda r: r.update(values=[0.1, 0.2, 0.3]),
+    lambda r: r.update(values=[[0.1, 0.2]]),
+    lambda r: r.update(values=[[0.1, 0.2], [math.nan, 0.3], [0.4, 0.5]]),
+    lambda r: r.pop("values"),
+    lambda r: r.update(reward=[1.0, 2.0]),
+    lambda r: r.update(reward=math.nan),
+    lambda r: r.update(entropy=[0.1, 0.2, math.nan]),
+    lambda r: [r.pop(name) for name in ("logprobs", "old_logprobs", "values", "token_ids", "token_offsets")],
+    lambda r: r.update(logprobs=[], token_ids=[], values=[]),
+]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whole_columns_find_all_that_looking_at_each_pair_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    faults = random.Random(seed)
+    sides: list[list[dict[str, Any]]] = [copy.deepcopy(RECORDS) for _ in range(2)]
+    for record in itertools.chain(*sides):
+        for edit in faults.sample(_FAULTS, faults.choice([0, 0, 0, 1, 1, 2])):
+            with contextlib.suppress(KeyError, IndexError):
+                edit(record)
+    names = [written(tmp_path / f"{side}.jsonl", records) for side, records in zip("ab", sides, strict=True)]
+    found = _compared(*names)
+
+    judged = records._judged
+
+    def look_at_all(ours: Side, theirs: Side, suspects: NDArray[np.bool_], check: Any, problems: Problems) -> Any:
+        names = check.args[:1] if isinstance(check, functools.partial) else ()
+        assert set(names) <= {"values", "reward"}
+        there = [side.column(name).there for name in names for side in (ours, theirs)]
+        return judged(ours, theirs, np.logical_and.reduce([np.ones(len(ours), np.bool_), *there]), check, problems)
+
+    monkeypatch.setattr(records, "_judged", look_at_all)
+    assert _compared(*names) == found
+
+
+def _compared(ours: str, theirs: str) -> str:
+    try:
+        return repr(compare_files(ours, theirs))
+    except FieldError as error:
+        return str(error)
+
+
 def test_a_broken_line_harms_no_other(tmp_path: Path) -> None:
     path = Path(written(tmp_path / "a.jsonl", RECORDS))
     path.write_text("{broken\n" + path.read_text())
     found = compare_files(str(path))
     assert (found.rollouts, found.left_out) == (6, 1)
+    assert found.problems[0].startswith(f"{path}: line 1: text: expected a JSON object")
 
 
 def test_masked_tokens_do_not_count(tmp_path: Path) -> None:
@@ -328,7 +388,7 @@ def test_a_head_with_other_outputs_leaves_only_values_out(tmp_path: Path, ours: 
     found = compare_files(ours, other)
     assert found.logprobs is not None
     assert (found.values, found.left_out, found.rollouts) == (None, 6, 6)
-    assert "values: expected 3, as" in found.problems[0]
+    assert "values: expected 3 of 1 outputs, as" in found.problems[0]
 
 
 def test_comparing_needs_no_torch(fresh_python: Callable[[str], str], ours: str) -> None:

@@ -178,6 +178,7 @@ class TestInFiles:
         assert failed.exit_code == 1
         expected = "a finite number that float32 can hold, which is the reward"
         assert f"line 3 (id 'r2'): earned: expected {expected}, got nothing" in failed.stderr
+        assert f"in a record with {', '.join(records[2])}" in failed.stderr
         done = self.run(path, "-o", tmp_path / "b.jsonl", *options, "--on-error", "skip")
         assert done.exit_code == 0
         assert "2 skipped" in done.stderr

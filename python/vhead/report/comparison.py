@@ -10,19 +10,8 @@ from vhead.errors import FieldError
 from vhead.report.causes import Cause, likely_cause
 from vhead.report.differences import Difference, LogprobDifference, difference, logprob_difference
 from vhead.report.pairs import Pairs
-from vhead.report.records import (
-    ENTROPY,
-    LOGPROBS,
-    MASK,
-    OTHERS,
-    TOKEN_IDS,
-    Matched,
-    Problems,
-    Record,
-    check_finite,
-    matched,
-    paired,
-)
+from vhead.report.records import Matched, Problems, check_finite, matched, paired
+from vhead.report.sides import ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Record, Side
 
 if TYPE_CHECKING:
     from vhead.scoring import Scores
@@ -90,7 +79,7 @@ def compare(
     """
     if hasattr(ours, "computed") and hasattr(theirs, "computed"):
         problems = Problems()
-        found = matched(_records(ours, "ours"), _records(theirs, "theirs"))
+        found = matched(_side(ours, "ours"), _side(theirs, "theirs"))
         return of_records(found, problems, worst)[0]
     flat = _lined_up(ours, theirs, offsets, mask, entropy)
     if prompt_lengths is not None:
@@ -111,14 +100,14 @@ def of_pairs(pairs: Pairs, worst: int) -> Comparison:
     )
 
 
-def of_records(found: Matched, problems: Problems, worst: int) -> tuple[Comparison, list[Record]]:
+def of_records(found: Matched, problems: Problems, worst: int) -> tuple[Comparison, Side]:
     """The comparison of matched records, and those of ours that it is about.
 
     Raises:
         FieldError: Nothing can be compared.
     """
-    pairs, kept = paired(found.pairs, problems)
-    if not found.pairs:
+    pairs, kept = paired(found, problems)
+    if not len(found.ours):
         got = f"{found.only_ours:,} only in ours and {found.only_theirs:,} only in theirs"
         raise FieldError(None, "records", expected="a record on both sides", got=got)
     comparison = replace(
@@ -141,24 +130,23 @@ def _nothing_in_common(found: Matched, problems: Problems) -> FieldError:
             None, "records", expected=expected, got=f"{problems.count:,} problems: {problems.messages[0]}"
         )
     names = (LOGPROBS, *OTHERS)
-    ours, theirs = ({name for pair in found.pairs for name in pair[at].arrays if name in names} for at in (0, 1))
+    ours, theirs = ({name for name in names if side.column(name).there.any()} for side in (found.ours, found.theirs))
     expected = f"one of {', '.join(names)} on both sides, for a token that is not masked"
     got = f"{', '.join(sorted(ours)) or 'none'} in ours and {', '.join(sorted(theirs)) or 'none'} in theirs"
     return FieldError(None, "fields", expected=expected, got=got)
 
 
-def _records(scores: Any, side: str) -> list[Record]:
+def _side(scores: Any, side: str) -> Side:
     """The rollouts of `Scores`."""
     names = [name for name in (LOGPROBS, ENTROPY, TOKEN_IDS, *OTHERS) if name in scores.computed]
     masked = getattr(scores, "mask", None) is not None
     records = []
     for at, score in enumerate(scores):
         arrays = {name: np.asarray(score.computed[name]) for name in names}
-        arrays = {name: array if name == TOKEN_IDS else array.astype(np.float64) for name, array in arrays.items()}
         if masked:
             arrays[MASK] = np.asarray(score.mask)
         records.append(Record(f"{side}: rollout {at}", score.id, arrays, int(score.prompt_length)))
-    return records
+    return Side.of(records)
 
 
 def _lined_up(

@@ -10,17 +10,8 @@ from numpy.typing import NDArray
 from vhead.errors import FieldError, FileFormatError
 from vhead.report.comparison import WORST, Comparison, of_records
 from vhead.report.context import in_context
-from vhead.report.records import (
-    COMPLETION_IDS,
-    ENTROPY,
-    LOGPROBS,
-    MASK,
-    OTHERS,
-    TOKEN_IDS,
-    Problems,
-    Record,
-    matched,
-)
+from vhead.report.records import Problems, matched
+from vhead.report.sides import COMPLETION_IDS, ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Record, Side
 from vhead.rollouts.files.opening import open_reader
 from vhead.rollouts.files.rows import Row
 from vhead.rollouts.wording import named, shown
@@ -32,6 +23,7 @@ _IDS = (TOKEN_IDS, COMPLETION_IDS)
 _SHARED = (ENTROPY, MASK, *_IDS, *OTHERS)
 # What came with the rollouts, and so is the same whichever scores are compared.
 _OF_ROLLOUTS = (MASK, *_IDS)
+_NOT_FLOATS = (MASK, *_IDS)
 _EXPECTED = {
     "values": "a number for each token, or a list of K",
     "reward": "a number, or a list of K",
@@ -72,15 +64,14 @@ def compare_files(
     problems = Problems()
     if theirs is None:
         both = _read(ours, (ours_column, theirs_column or OLD_LOGPROBS), problems)
-        first = [side for side, _ in both]
-        second = [side for _, side in both]
+        first, second = ([sides[at] for sides in both] for at in (0, 1))
     else:
         first = [side for side, _ in _read(ours, (ours_column, None), problems)]
         second = [side for side, _ in _read(theirs, (theirs_column or ours_column, None), problems)]
-    comparison, kept = of_records(matched(first, second), problems, worst)
+    comparison, kept = of_records(matched(Side.of(first), Side.of(second)), problems, worst)
     if comparison.logprobs is None or not comparison.logprobs.worst:
         return comparison
-    counts = [kept[token.rollout].count for token in comparison.logprobs.worst]
+    counts = [int(kept.counts[token.rollout]) for token in comparison.logprobs.worst]
     explained = in_context(ours, comparison.logprobs.worst, counts)
     return replace(comparison, logprobs=replace(comparison.logprobs, worst=explained))
 
@@ -93,11 +84,14 @@ def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> lis
     found: list[tuple[Record, Record]] = []
     count, known, broken = 0, set[str](), None
     reader = open_reader(name)
+    if reader.schema is not None:
+        names = set(reader.schema.names)
+        wanted = tuple(column for column in wanted if column in names)
     try:
         for row in reader:
             count += 1
             try:
-                fields = row.members(wanted)
+                fields = _members(name, row, wanted)
                 known |= fields.keys()
                 found.append(_sides(name, row, fields, here, there, beside))
             except FieldError as error:
@@ -111,6 +105,14 @@ def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> lis
         reader.close()
     _check_columns(name, known, here, there)
     return found
+
+
+def _members(name: str, row: Row, wanted: Sequence[str]) -> dict[str, Any]:
+    """What the row has of these columns; errors name the file as well, as two of them are read."""
+    try:
+        return row.members(wanted)
+    except FieldError as error:
+        raise error.of(f"{name}: {row.where}") from None
 
 
 def _beside(column: str) -> dict[str, str]:
@@ -155,24 +157,28 @@ def _sides(
     id = fields.get("id")
     id = id if isinstance(id, str | int | float) else None
     where = f"{name}: {row.where}"
+    sides: tuple[dict[str, NDArray[Any]], ...] = ({}, {})
     try:
-        shared = {
-            of: _array(of, fields[column], column) for column, of in beside.items() if fields.get(column) is not None
-        }
-        sides = [
-            {LOGPROBS: _array(LOGPROBS, fields[column], column)} if column and fields.get(column) is not None else {}
-            for column in (here, there)
-        ]
+        for column, value in fields.items():
+            if value is None:
+                continue
+            if column in beside:
+                sides[0][beside[column]] = _array(beside[column], value, column)
+            for side, logprobs in zip(sides, (here, there), strict=True):
+                if column == logprobs:
+                    side[LOGPROBS] = _array(LOGPROBS, value, column)
     except FieldError as error:
         raise error.of(named(where, id)) from None
     prompt = fields.get(_PROMPT)
     length = None if prompt is None or not hasattr(prompt, "__len__") else len(prompt)
-    ours = Record(where, id, shared | sides[0], length, row.count)
-    return ours, Record(where, id, sides[1], length, row.count)
+    ours, theirs = (Record(where, id, side, length, row.count) for side in sides)
+    return ours, theirs
 
 
 def _array(name: str, value: Any, column: str) -> NDArray[Any]:
-    """The numbers of a field; float64, or bool for a mask and int64 for token ids."""
+    """The numbers of a field: floats or ints, or bool for a mask and int64 for token ids."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f" and name not in _NOT_FLOATS:
+        return value
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):
@@ -187,9 +193,7 @@ def _array(name: str, value: Any, column: str) -> NDArray[Any]:
     kinds = "ui" if name in _IDS else "uif"
     if (array.dtype.kind not in kinds and array.size) or not least <= array.ndim <= least + (name in OTHERS):
         raise FieldError(None, column, expected=_EXPECTED.get(name, "a number for each token"), got=shown(value))
-    if name in _IDS:
-        return array.astype(np.int64)
-    return array.astype(np.float64, copy=False)
+    return array.astype(np.int64 if name in _IDS else np.float64, copy=False)
 
 
 def _with_nan(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,9 +1,9 @@
 """Records with scores, and which of one side belongs to which of the other."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,39 +11,12 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, RecordError
 from vhead.report.pairs import Pairs
-from vhead.rollouts.wording import Id, named, shown
+from vhead.report.sides import COMPLETION_IDS, ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Column, Record, Side
+from vhead.rollouts.wording import Id, shown
 
-LOGPROBS, ENTROPY, MASK, TOKEN_IDS = "logprobs", "entropy", "completion_mask", "token_ids"
-COMPLETION_IDS = "completion_ids"
-# What is compared beside log-probabilities: a number, or K of them, for each token or each rollout.
-OTHERS = ("values", "reward")
 _PROBLEMS_KEPT = 20
-
-
-@dataclass(frozen=True)
-class Record:
-    """The scores of one rollout on one side.
-
-    Attributes:
-        where: Its place, such as `a.jsonl: line 12`.
-        id: Its id.
-        arrays: What is known of it, by name: float64 `[C]` for log-probabilities and entropy, `[C]` or `[C, K]` for
-            values, `[]` or `[K]` for the reward, bool `[C]` for the mask, int64 `[C]` for token ids, int64 for the ids
-            of the completion that came with the record.
-        prompt_length: Tokens of its prompt, where known.
-        count: Its place among the records of its file, from 1.
-    """
-
-    where: str
-    id: Id
-    arrays: Mapping[str, NDArray[Any]]
-    prompt_length: int | None = None
-    count: int = 0
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        return named(self.where, self.id)
+# What says how many tokens a rollout has, the first of them that is there.
+_OF_TOKENS = (LOGPROBS, "values", TOKEN_IDS, MASK)
 
 
 @dataclass
@@ -65,19 +38,21 @@ class Matched:
     """Records of both sides that belong together.
 
     Attributes:
-        pairs: One of ours and one of theirs each.
+        ours: Ours, in order.
+        theirs: Of each of ours, theirs.
         by_id: Whether they were found by their ids; otherwise by their positions.
         only_ours: How many records theirs lacks.
         only_theirs: How many records ours lacks.
     """
 
-    pairs: Sequence[tuple[Record, Record]]
+    ours: Side
+    theirs: Side
     by_id: bool
     only_ours: int
     only_theirs: int
 
 
-def matched(ours: Sequence[Record], theirs: Sequence[Record]) -> Matched:
+def matched(ours: Side, theirs: Side) -> Matched:
     """Which records belong together: by `id` where all have one, otherwise by position.
 
     Ids may be there several times where both sides have the same ones in the same order.
@@ -85,65 +60,121 @@ def matched(ours: Sequence[Record], theirs: Sequence[Record]) -> Matched:
     Raises:
         FieldError: An id is there twice, and the other side is in another order; or no id is on both sides.
     """
-    ids = [[record.id for record in side] for side in (ours, theirs)]
-    if ids[0] == ids[1] or any(None in side for side in ids):
-        count = min(len(ours), len(theirs))
-        by_id = None not in ids[0] and None not in ids[1]
-        pairs = list(zip(ours, theirs, strict=False))
-        return Matched(pairs, by_id, len(ours) - count, len(theirs) - count)
-    for side in (ours, theirs):
-        _check_unique(side)
-    there = {_key(record): record for record in theirs}
-    pairs = [(record, there[_key(record)]) for record in ours if _key(record) in there]
-    if not pairs and ours and theirs:
-        raise _no_id_in_common(ours, theirs)
-    return Matched(pairs, by_id=True, only_ours=len(ours) - len(pairs), only_theirs=len(theirs) - len(pairs))
+    by_id = None not in ours.ids and None not in theirs.ids
+    if ours.ids == theirs.ids or not by_id:
+        rows = np.tile(np.arange(min(len(ours), len(theirs))), (2, 1))
+    else:
+        for side in (ours, theirs):
+            _check_unique(side)
+        places = {_key(id): at for at, id in enumerate(theirs.ids)}
+        found = [(at, places[_key(id)]) for at, id in enumerate(ours.ids) if _key(id) in places]
+        if not found and len(ours) and len(theirs):
+            raise _no_id_in_common(ours, theirs)
+        rows = np.array(found, np.int64).reshape(-1, 2).T
+    count = len(rows[0])
+    return Matched(ours.take(rows[0]), theirs.take(rows[1]), by_id, len(ours) - count, len(theirs) - count)
 
 
-def paired(pairs: Sequence[tuple[Record, Record]], problems: Problems) -> tuple[Pairs, list[Record]]:
+def paired(found: Matched, problems: Problems) -> tuple[Pairs, Side]:
     """The arrays of all pairs that fit together, and our record of each; the others are problems.
 
     Values and rewards that do not fit leave only themselves out.
     """
-    kept, others = [], []
-    for ours, theirs in pairs:
+    fits = _judged(found.ours, found.theirs, _may_not_fit(found.ours, found.theirs), _check_pair, problems)
+    ours, theirs = (side.take(np.flatnonzero(fits)) for side in (found.ours, found.theirs))
+    others = {name: _other(name, ours, theirs, problems) for name in OTHERS}
+    for name in (LOGPROBS, *OTHERS):
+        _note_missing(name, ours, theirs, problems)
+    return _flat(ours, theirs, {name: found for name, found in others.items() if found}), ours
+
+
+def _judged(
+    ours: Side,
+    theirs: Side,
+    suspects: NDArray[np.bool_],
+    check: Callable[[Record, Record], None],
+    problems: Problems,
+) -> NDArray[np.bool_]:
+    """Which pairs pass a check. Only suspects are looked at one by one; their errors are problems."""
+    fits = np.ones(len(ours), np.bool_)
+    for at in np.flatnonzero(suspects).tolist():
         try:
-            _check_pair(ours, theirs)
+            check(ours.record(at), theirs.record(at))
         except FieldError as error:
             problems.add(error)
-        else:
-            kept.append((ours, theirs))
-    for name in OTHERS:
-        others.append((name, _other(name, kept, problems)))
-    for name in (LOGPROBS, *OTHERS):
-        _note_missing(name, kept, problems)
-    return _flat(kept, {name: found for name, found in others if found}), [ours for ours, _ in kept]
+            fits[at] = False
+    return fits
 
 
-def _no_id_in_common(ours: Sequence[Record], theirs: Sequence[Record]) -> FieldError:
+def _may_not_fit(ours: Side, theirs: Side) -> NDArray[np.bool_]:
+    """All pairs that `_check_pair` refuses, and few others: found by whole columns, as nearly all pairs fit."""
+    suspects = np.array([mine != other for mine, other in zip(ours.ids, theirs.ids, strict=True)], np.bool_)
+    for name in (TOKEN_IDS, COMPLETION_IDS, MASK):
+        suspects |= _differ(name, ours, theirs)
+    lengths = _lengths(ours, theirs)
+    for side in (ours, theirs):
+        for name in (LOGPROBS, ENTROPY, MASK, TOKEN_IDS):
+            column = side.column(name)
+            suspects |= column.there & (column.lengths != lengths)
+        for name in (LOGPROBS, ENTROPY):
+            suspects |= _not_finite(side.column(name))
+    return suspects
+
+
+def _not_finite(column: Column) -> NDArray[np.bool_]:
+    return column.owners(~np.isfinite(column.values))
+
+
+def _differ(name: str, ours: Side, theirs: Side) -> NDArray[np.bool_]:
+    """Where both sides have a field, and not the same."""
+    first, second = ours.column(name), theirs.column(name)
+    both = first.there & second.there
+    same_length = both & (first.lengths == second.lengths)
+    rows = np.flatnonzero(same_length)
+    first, second = first.take(rows), second.take(rows)
+    different: NDArray[np.bool_] = both & ~same_length
+    different[rows] = first.owners(first.values != second.values)
+    return different
+
+
+def _lengths(ours: Side, theirs: Side) -> NDArray[np.int64]:
+    """Tokens of each rollout by the first field that says it, as `_first_field` has it."""
+    lengths, known = np.zeros(len(ours), np.int64), np.zeros(len(ours), np.bool_)
+    for name in _OF_TOKENS:
+        for side in (ours, theirs):
+            column = side.column(name)
+            lengths = np.where(known, lengths, column.lengths)
+            known = known | column.there
+    return lengths
+
+
+def _no_id_in_common(ours: Side, theirs: Side) -> FieldError:
     """Shows an id of each side: two that are written alike, where there are such."""
-    written = {str(record.id): record for record in theirs}
-    alike = next(((record, written[str(record.id)]) for record in ours if str(record.id) in written), None)
-    first, second = alike or (ours[0], theirs[0])
+    written = {str(id): at for at, id in enumerate(theirs.ids)}
+    alike = next(((at, written[str(id)]) for at, id in enumerate(ours.ids) if str(id) in written), None)
+    first, second = alike or (0, 0)
     remedy = (
         "give ids the same type on both sides"
         if alike
         else "name rollouts alike on both sides, or leave `id` out of one to match records by position"
     )
-    examples = f"such as {shown(first.id)} at {first.where} and {shown(second.id)} at {second.where}"
+    examples = (
+        f"such as {shown(ours.ids[first])} at {ours.places[first]} "
+        f"and {shown(theirs.ids[second])} at {theirs.places[second]}"
+    )
     got = f"{len(ours):,} only in ours and {len(theirs):,} only in theirs, {examples}; {remedy}"
     return FieldError(None, "id", expected="records with the same `id`", got=got)
 
 
-def _key(record: Record) -> tuple[type, Id]:
+def _key(id: Id) -> tuple[type, Id]:
     """To Python, `1`, `1.0` and `True` are one key."""
-    return type(record.id), record.id
+    return type(id), id
 
 
-def _check_unique(side: Sequence[Record]) -> None:
-    (most, count), *_ = Counter(map(_key, side)).most_common(1) or [((str, ""), 0)]
+def _check_unique(side: Side) -> None:
+    (most, count), *_ = Counter(map(_key, side.ids)).most_common(1) or [((str, ""), 0)]
     if count > 1:
-        first, second = [record.where for record in side if _key(record) == most][:2]
+        first, second = [place for place, id in zip(side.places, side.ids, strict=True) if _key(id) == most][:2]
         expected = "each id once, where the two are not in the same order"
         raise FieldError(second, "id", expected=expected, got=f"{shown(most[1])} there and at {first}")
 
@@ -154,11 +185,11 @@ def _check_pair(ours: Record, theirs: Record) -> None:
             ours.name, "id", expected=f"the id of {theirs.name}, which is at the same place", got="another"
         )
     for name in (TOKEN_IDS, COMPLETION_IDS):
-        if _differ(name, ours, theirs):
+        if _is_other(name, ours, theirs):
             got = "others, so that the numbers are those of other tokens"
             raise FieldError(ours.name, name, expected=f"those of {theirs.name}", got=got)
     _check_lengths(ours, theirs)
-    if _differ(MASK, ours, theirs):
+    if _is_other(MASK, ours, theirs):
         raise FieldError(ours.name, MASK, expected=f"that of {theirs.name}", got="another")
     mask = ours.arrays.get(MASK, theirs.arrays.get(MASK))
     for record in (ours, theirs):
@@ -180,19 +211,15 @@ def _check_lengths(ours: Record, theirs: Record) -> None:
                 raise FieldError(record.name, name, expected=expected, got=_count(array))
 
 
-def _differ(name: str, ours: Record, theirs: Record) -> bool:
+def _is_other(name: str, ours: Record, theirs: Record) -> bool:
     """Whether both have a field that must be the same, and it is not."""
     there = name in ours.arrays and name in theirs.arrays
     return there and not np.array_equal(ours.arrays[name], theirs.arrays[name])
 
 
-def _length(ours: Record, theirs: Record) -> int:
-    return _first_field(ours, theirs)[0]
-
-
 def _first_field(ours: Record, theirs: Record) -> tuple[int, str]:
     """Tokens of the rollout by the first field that says it, and which one that is."""
-    for name in (LOGPROBS, "values", TOKEN_IDS, MASK):
+    for name in _OF_TOKENS:
         for record in (ours, theirs):
             if name in record.arrays:
                 return len(record.arrays[name]), f"`{name}` of {record.where} has"
@@ -214,99 +241,88 @@ def check_finite(array: NDArray[Any], mask: NDArray[np.bool_] | None, field: str
         raise FieldError(None, field, expected=expected, got=f"{array.reshape(-1)[at]} at token {at}")
 
 
-def _note_missing(name: str, pairs: Sequence[tuple[Record, Record]], problems: Problems) -> None:
+def _note_missing(name: str, ours: Side, theirs: Side, problems: Problems) -> None:
     """A field that most records have on both sides should be there in all of them."""
-    if not any(name in ours.arrays and name in theirs.arrays for ours, theirs in pairs):
+    there = np.column_stack([side.column(name).there for side in (ours, theirs)])
+    if not there.all(axis=1).any():
         return
-    for pair in pairs:
-        for record in pair:
-            if name not in record.arrays:
-                expected = "the field, which other records have on both sides"
-                problems.add(FieldError(record.name, name, expected=expected, got="nothing"))
+    for at, which in np.argwhere(~there).tolist():
+        expected = "the field, which other records have on both sides"
+        problems.add(FieldError((ours, theirs)[which].name(at), name, expected=expected, got="nothing"))
 
 
 def _other(
-    name: str, pairs: Sequence[tuple[Record, Record]], problems: Problems
+    name: str, ours: Side, theirs: Side, problems: Problems
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]] | None:
     """Both sides' values or rewards `[n, K]`, and the rollout and the position of each row."""
-    sides: tuple[list[NDArray[Any]], list[NDArray[Any]]] = ([], [])
-    rollouts, places = [], []
-    for rollout, (ours, theirs) in enumerate(pairs):
-        if name not in ours.arrays or name not in theirs.arrays:
-            continue
-        try:
-            first, second, rows = _other_pair(name, ours, theirs)
-            if not len(rows):
-                continue
-            if sides[0] and first.shape[1] != sides[0][0].shape[1]:
-                expected = f"{sides[0][0].shape[1]} outputs, as in the first record"
-                raise FieldError(ours.name, name, expected=expected, got=f"{first.shape[1]}")
-        except FieldError as error:
-            problems.add(error)
-            continue
-        sides[0].append(first)
-        sides[1].append(second)
-        rollouts.append(rollout)
-        places.append(rows)
-    if not places:
+    first, second = ours.column(name), theirs.column(name)
+    lengths = np.ones(len(ours), np.int64) if name == "reward" else _lengths(ours, theirs)
+    there = first.there & second.there
+    alike = there & (first.widths == second.widths) & (first.lengths == lengths) & (second.lengths == lengths)
+    outputs = next(iter(first.widths[alike & (lengths > 0)].tolist()), 0)
+    suspects = there & (~alike | (first.widths != outputs) | _not_finite(first) | _not_finite(second))
+    fits = _judged(ours, theirs, suspects, partial(_check_other, name, outputs), problems)
+    rows = np.flatnonzero(fits & alike & (first.widths == outputs))
+    mask = np.ones(len(rows), np.bool_) if name == "reward" else _mask(ours, theirs, rows, lengths[rows])
+    if not mask.any():
         return None
-    owners = np.repeat(rollouts, [len(rows) for rows in places])
-    return np.concatenate(sides[0]), np.concatenate(sides[1]), np.column_stack([owners, np.concatenate(places)])
+    owners, starts = np.repeat(rows, lengths[rows]), np.cumsum(lengths[rows]) - lengths[rows]
+    places = np.column_stack([owners, np.arange(len(owners)) - np.repeat(starts, lengths[rows])])
+    numbers = (column.take(rows).values.reshape(-1, outputs)[mask] for column in (first, second))
+    return next(numbers), next(numbers), places[mask]
 
 
-def _other_pair(name: str, ours: Record, theirs: Record) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
-    first, second = ours.arrays[name], theirs.arrays[name]
+def _check_other(name: str, outputs: int, ours: Record, theirs: Record) -> None:
+    length = 1 if name == "reward" else _first_field(ours, theirs)[0]
+    first, second = (_by_token(name, record) for record in (ours, theirs))
     if first.shape != second.shape:
+        if first.shape[1] == second.shape[1] == 1:
+            first, second = first[:, 0], second[:, 0]
         raise FieldError(ours.name, name, expected=f"{_count(second)}, as {theirs.name} has", got=_count(first))
-    if name == "reward":
-        rows = np.zeros(1, np.int64)
-        first, second = first.reshape(1, -1), second.reshape(1, -1)
-    else:
-        length = _length(ours, theirs)
-        if len(first) != length:
-            raise FieldError(ours.name, name, expected=f"values for {length:,} tokens", got=_count(first))
-        rows, mask = np.arange(length), ours.arrays.get(MASK, theirs.arrays.get(MASK))
-        first, second = (array if array.ndim > 1 else array[:, None] for array in (first, second))
-        if mask is not None:
-            rows = np.flatnonzero(mask)
-            first, second = first[rows], second[rows]
+    if len(first) != length:
+        raise FieldError(ours.name, name, expected=f"values for {length:,} tokens", got=f"{len(first):,}")
+    mask = None if name == "reward" else ours.arrays.get(MASK, theirs.arrays.get(MASK))
     for record, array in ((ours, first), (theirs, second)):
-        finite = np.isfinite(array)
-        if not finite.all():
-            at = int(rows[finite.all(axis=1).argmin()])
-            raise FieldError(record.name, name, expected="finite numbers", got=f"NaN or an infinity at token {at}")
-    return first, second, rows
+        broken = ~np.isfinite(array).all(axis=1)
+        if mask is not None:
+            broken &= mask
+        if broken.any():
+            got = f"NaN or an infinity at token {broken.argmax()}"
+            raise FieldError(record.name, name, expected="finite numbers", got=got)
+    if first.size and first.shape[1] != outputs:
+        expected = f"{outputs} outputs, as in the first record"
+        raise FieldError(ours.name, name, expected=expected, got=f"{first.shape[1]}")
 
 
-def _flat(pairs: Sequence[tuple[Record, Record]], others: Mapping[str, Any]) -> Pairs:
-    lengths = [_length(ours, theirs) for ours, theirs in pairs]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    first, second = ([side[at] for side in pairs] for at in (0, 1))
-    masks = [
-        ours.arrays.get(MASK, theirs.arrays.get(MASK)) if {MASK} & {*ours.arrays, *theirs.arrays} else None
-        for ours, theirs in pairs
-    ]
-    compared = [LOGPROBS in ours.arrays and LOGPROBS in theirs.arrays for ours, theirs in pairs]
-    counts = [
-        np.full(length, here) if mask is None else mask & here
-        for mask, length, here in zip(masks, lengths, compared, strict=True)
-    ]
-    prompts = [record.prompt_length for record in first]
+def _by_token(name: str, record: Record) -> NDArray[np.float64]:
+    """Values `[C, K]`; a reward `[1, K]`."""
+    array = record.arrays[name]
+    return array.reshape(1 if name == "reward" else len(array), -1) if array.size else array.reshape(len(array), 1)
+
+
+def _mask(ours: Side, theirs: Side, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tokens of these records count, by ours where both say it; all of them where neither does."""
+    first, second = (side.column(MASK).take(rows) for side in (ours, theirs))
+    mine, other = (column.filled(lengths, default=True) for column in (first, second))
+    return np.where(np.repeat(first.there, lengths), mine, other).astype(np.bool_)
+
+
+def _flat(ours: Side, theirs: Side, others: Mapping[str, Any]) -> Pairs:
+    lengths = _lengths(ours, theirs)
+    first, second = ours.column(LOGPROBS), theirs.column(LOGPROBS)
+    compared = first.there & second.there
+    entropy = ours.column(ENTROPY)
+    unknown = ours.prompt_lengths < 0
     return Pairs(
-        ours=_joined(first, LOGPROBS, lengths) if any(compared) else None,
-        theirs=_joined(second, LOGPROBS, lengths) if any(compared) else None,
-        offsets=offsets,
-        mask=np.concatenate([np.zeros(0, np.bool_), *counts]).astype(np.bool_),
-        ids=[record.id for record in first],
-        entropy=_joined(first, ENTROPY, lengths) if all(ENTROPY in record.arrays for record in first) else None,
-        prompt_lengths=None if None in prompts else np.array(prompts, np.int64),
+        ours=first.filled(lengths, default=0.0) if compared.any() else None,
+        theirs=second.filled(lengths, default=0.0) if compared.any() else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        mask=_mask(ours, theirs, np.arange(len(ours)), lengths) & np.repeat(compared, lengths),
+        ids=ours.ids,
+        entropy=entropy.values if entropy.there.all() else None,
+        prompt_lengths=None if unknown.any() else ours.prompt_lengths,
         others=others,
     )
-
-
-def _joined(records: Sequence[Record], name: str, lengths: Sequence[int]) -> NDArray[np.float64]:
-    missing = [record.arrays.get(name, np.zeros(length)) for record, length in zip_longest(records, lengths)]
-    return np.concatenate([np.zeros(0), *missing])
 
 
 def _count(array: NDArray[Any]) -> str:

@@ -124,8 +124,8 @@ def _rewards(reward: Any) -> NDArray[np.float32]:
 def _reward(row: Row, field: str, id: Id) -> float:
     value = row.members((field,)).get(field)
     if isinstance(value, bool) or not isinstance(value, Real) or not _fits_float32(value):
-        got, expected = "nothing" if value is None else repr(value)[:40], "a finite number that float32 can hold"
-        raise FieldError(named(row.where, id), field, expected=f"{expected}, which is the reward", got=got)
+        expected = "a finite number that float32 can hold, which is the reward"
+        raise FieldError(named(row.where, id), field, expected=expected, got=_shown(value, row))
     return float(value)
 
 
@@ -141,5 +141,9 @@ def _is_cut_off(row: Row, field: str, id: Id) -> bool:
     if isinstance(value, str) and value in _FINISH_REASONS:
         return _FINISH_REASONS[value]
     expected = f"true or false, or one of the finish reasons {', '.join(_FINISH_REASONS)}"
-    got = "nothing" if value is None else repr(value)[:40]
-    raise FieldError(named(row.where, id), field, expected=expected, got=got)
+    raise FieldError(named(row.where, id), field, expected=expected, got=_shown(value, row))
+
+
+def _shown(value: Any, row: Row) -> str:
+    """What a field holds; where that is nothing, also which fields the record has: another may have been meant."""
+    return repr(value)[:40] if value is not None else f"nothing, in a record with {', '.join(row.columns())[:200]}"

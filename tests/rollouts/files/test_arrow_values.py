@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -89,8 +90,8 @@ LISTS = [[9], [1, 2, 3], None, [], [4, None], [5], [], None, [6, 7]]
 
 
 def rows_of(batch):
-    numbers = {}
-    return [ParquetRow(batch, at, at + 1, None, numbers=numbers) for at in range(batch.num_rows)]
+    reader, found = SimpleNamespace(names=frozenset(batch.schema.names)), {}
+    return [ParquetRow(batch, at, at + 1, reader, found=found) for at in range(batch.num_rows)]
 
 
 @pytest.mark.parametrize("kind", [pa.list_, pa.large_list])

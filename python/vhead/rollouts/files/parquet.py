@@ -46,7 +46,7 @@ class ParquetRow:
         count: Its place among all rows of the input.
         reader: What reads the file.
         number: Its place in the file, where that is one of several.
-        numbers: The batch's columns of lists of numbers, as far as rows have been asked for them; None: another column.
+        found: The batch's columns as far as rows have been asked for them.
     """
 
     batch: pa.RecordBatch
@@ -54,7 +54,7 @@ class ParquetRow:
     count: int
     reader: "ParquetReader"
     number: int | None = None
-    numbers: dict[str, "_NumberLists | None"] = field(default_factory=dict)
+    found: "dict[str, _NumberLists | pa.Array]" = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -71,7 +71,7 @@ class ParquetRow:
 
     def rollouts(self) -> tuple[Rollout, ...]:
         """What is to be scored; token ids are read from the batch without a Python object each."""
-        names = [name for name in columns_of_fields(self.reader.fields) if name in self.batch.schema.names]
+        names = [name for name in columns_of_fields(self.reader.fields) if name in self.reader.names]
         return rollouts_of({name: self._read(name, self._fast, "iu") for name in names}, self.where, self.reader.fields)
 
     def columns(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class ParquetRow:
         Raises:
             FieldError: A column cannot be read.
         """
-        there = self.batch.schema.names
+        there = self.reader.names
         return {name: self._read(name, self._fast, "iuf") for name in names if name in there}
 
     def json_object(self) -> str:
@@ -115,12 +115,15 @@ class ParquetRow:
 
     def _fast(self, name: str, kinds: str) -> Any:
         """Python objects, but an array where there are numbers of one of these kinds of numpy's, and no null."""
-        if name not in self.numbers:
-            self.numbers[name] = _number_lists(self.batch.column(name))
-        lists = self.numbers[name]
-        if lists is None or lists.values.dtype.kind not in kinds or not lists.is_whole[self.at]:
+        column = self.found.get(name)
+        if column is None:
+            array = self.batch.column(name)
+            column = self.found[name] = _number_lists(array) or array
+        if not isinstance(column, _NumberLists):
+            return column[self.at].as_py()
+        if column.values.dtype.kind not in kinds or not column.is_whole[self.at]:
             return self.batch.column(name)[self.at].as_py()
-        return lists.values[slice(*lists.bounds[self.at])]
+        return column.values[slice(*column.bounds[self.at])]
 
     def _read(self, name: str, read: Callable[..., Any], *options: str) -> Any:
         try:
@@ -179,6 +182,11 @@ class ParquetReader:
         self.replaced = set(names) & set(reserved)
 
     @cached_property
+    def names(self) -> frozenset[str]:
+        """The columns' names; pyarrow makes them anew each time that it is asked."""
+        return frozenset(self.schema.names)
+
+    @cached_property
     def digest(self) -> str:
         """The digest of the file's bytes, and of the files before it."""
         with self.path.open("rb") as file:
@@ -197,10 +205,10 @@ class ParquetReader:
                 raise FileFormatError(f"{self.path}: the file is broken after row {count}: {error}") from None
             if batch is None:
                 return
-            numbers: dict[str, _NumberLists | None] = {}
+            found: dict[str, _NumberLists | pa.Array] = {}
             for at in range(batch.num_rows):
                 count += 1
-                yield ParquetRow(batch, at, count, self, numbers=numbers)
+                yield ParquetRow(batch, at, count, self, found=found)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         for group in range(self._file.metadata.num_row_groups):
