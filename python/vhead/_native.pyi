@@ -121,7 +121,7 @@ def gae(
     carry: bool,
     advantages: NDArray[np.float32],
     returns: NDArray[np.float32] | None,
-    threads: int,
+    threads: int | None,
 ) -> None:
     """Writes advantages and returns; arrays are contiguous, and read in row-major order.
 
@@ -137,7 +137,7 @@ def token_rewards(
     kl_coef: float,
     kl: str,
     rewards: NDArray[np.float32],
-    threads: int,
+    threads: int | None,
 ) -> None:
     """Writes the reward of each token.
 
@@ -152,12 +152,12 @@ def whiten(
     unbiased: bool,
     everywhere: bool,
     whitened: NDArray[np.float32],
-    threads: int,
+    threads: int | None,
 ) -> int:
     """Writes `x` with mean 0 and variance 1 over the places of `mask`, whose count is the result; nothing below 2."""
 
 def explained_variance(
-    values: NDArray[np.float32], returns: NDArray[np.float32], mask: NDArray[np.uint8] | None, threads: int
+    values: NDArray[np.float32], returns: NDArray[np.float32], mask: NDArray[np.uint8] | None, threads: int | None
 ) -> float:
     """The share of the returns' variance that the values explain; NaN where they do not vary."""
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead import _native
-from vhead.env import available_cores, read_settings
+from vhead.env import read_settings
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.uint8]
@@ -124,5 +124,5 @@ def check_count(count: int) -> None:
         raise ValueError(f"mask: expected at least two tokens of the model to whiten, got {count}")
 
 
-def _threads() -> int:
-    return read_settings().num_threads or available_cores()
+def _threads() -> int | None:
+    return read_settings().num_threads

@@ -27,7 +27,7 @@ pub(crate) fn gae(
     carry: bool,
     mut advantages: PyBuffer<f32>,
     mut returns: Option<PyBuffer<f32>>,
-    threads: usize,
+    threads: Option<usize>,
 ) -> PyResult<()> {
     let rollouts = (elements("offsets", &offsets)?, optional("mask", mask.as_ref())?);
     let (rewards, values) = (elements("rewards", &rewards)?, optional("values", values.as_ref())?);
@@ -56,7 +56,7 @@ pub(crate) fn token_rewards(
     kl_coef: f64,
     kl: &str,
     mut rewards: PyBuffer<f32>,
-    threads: usize,
+    threads: Option<usize>,
 ) -> PyResult<()> {
     let rollouts = (elements("offsets", &offsets)?, optional("mask", mask.as_ref())?);
     let (reward, rewards) = (elements("reward", &reward)?, overwritten("rewards", &mut rewards)?);
@@ -99,7 +99,7 @@ pub(crate) fn whiten(
     unbiased: bool,
     everywhere: bool,
     mut whitened: PyBuffer<f32>,
-    threads: usize,
+    threads: Option<usize>,
 ) -> PyResult<usize> {
     const EPSILON: f64 = 1e-8;
     let (x, mask) = (elements("x", &x)?, optional("mask", mask.as_ref())?);
@@ -125,7 +125,7 @@ pub(crate) fn explained_variance(
     values: PyBuffer<f32>,
     returns: PyBuffer<f32>,
     mask: Option<PyBuffer<u8>>,
-    threads: usize,
+    threads: Option<usize>,
 ) -> PyResult<f64> {
     let (values, returns) = (elements("values", &values)?, elements("returns", &returns)?);
     let mask = optional("mask", mask.as_ref())?;

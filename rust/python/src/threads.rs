@@ -13,7 +13,7 @@ use std::ffi::{CString, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use vhead_core::threads::Pool;
+use vhead_core::threads::{Pool, available_cores};
 use vhead_core::{Executor, Serial};
 
 type ParallelFor = unsafe extern "C" fn(i64, i64, i64, unsafe extern "C" fn(i64, i64, *mut c_void), *mut c_void) -> i32;
@@ -99,13 +99,15 @@ impl Threads {
     }
 
     /// The threads for work on arrays that are not torch's, which streams through about `elements` elements: torch's own
-    /// where this package's operations have found them, else at most `threads` of this package's pool. Imports nothing.
-    pub(crate) fn without_torch(py: Python<'_>, elements: usize, threads: usize) -> PyResult<Self> {
-        match TORCH_THREADS.get() {
-            Some(_) => Self::worth(py, elements),
-            None if elements > gate::SMALL && threads > 1 => Ok(Self::Own(Pool::new(threads))),
-            None => Ok(Self::Caller(Serial)),
+    /// where this package's operations have found them, else at most `threads` of this package's pool; `None`: one for
+    /// each core that this process may use. Imports nothing.
+    pub(crate) fn without_torch(py: Python<'_>, elements: usize, threads: Option<usize>) -> PyResult<Self> {
+        if TORCH_THREADS.get().is_some() {
+            return Self::worth(py, elements);
         }
+        // Counting the cores takes longer than all the arithmetic of a short array.
+        let threads = if elements > gate::SMALL { threads.unwrap_or_else(available_cores) } else { 1 };
+        Ok(if threads > 1 { Self::Own(Pool::new(threads)) } else { Self::Caller(Serial) })
     }
 
     /// The threads for work that streams through about `elements` elements: the caller alone where others would not pay.
