@@ -48,26 +48,20 @@ def backward(*arguments: Any, into: Tensor | None = None) -> Gradients:
     hidden, weight = inputs.hidden, inputs.weight
     tiling = tiling_for(hidden, weight, inputs.bias)
     if tiling is None:
-        return _added(backward_in_rows(inputs), into)
+        return backward_in_rows(inputs, into)
     plan = tiling.plan(hidden, weight, batch_invariant=False)
+    if plan.chunk is not None:
+        # All rows in one chunk, so that all tiles of a token come together.
+        plan = plan._replace(chunk=max(1, len(hidden)))
     gradients = TileGradients(inputs, plan)
     with torch.no_grad(), own_precision(hidden):
         # The bias's gradient, which few models need, is a sum over tiles that only torch's way has.
         if tiling.multiplies(hidden, weight) and not inputs.needed[2]:
             return gradients.of_products(hidden.resolve_neg(), weight.resolve_neg(), inputs.needed, into)
-        sums = Sums(inputs, into if gradients.factor is None else None)
+        sums = Sums(inputs, gradients.factor, into)
         for tile in plan.tiles(hidden.resolve_neg(), weight.resolve_neg()):
             sums.add(tile._replace(products=gradients.differentiate(tile.products, tile.row, tile.column)))
-        return _added(sums.gradients(gradients.factor), None if sums.are_added else into)
-
-
-def _added(gradients: Gradients, into: Tensor | None) -> Gradients:
-    """The same without the weight's, which is added to `into` where there is one."""
-    of_hidden, of_weight, of_bias = gradients
-    if into is None or of_weight is None:
-        return gradients
-    into += of_weight
-    return of_hidden, None, of_bias
+        return sums.gradients()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

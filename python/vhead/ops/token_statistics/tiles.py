@@ -89,45 +89,58 @@ _mm: Any = torch.mm
 
 
 class Sums:
-    """Gradients, summed over tiles.
+    """Gradients, summed over tiles. All tiles of a token come one after the other, whatever their rows.
+
+    So the weight's sums, which have more digits than a half precision's gradient, are kept for the tokens of one tile.
 
     Args:
         inputs: What they are of.
-        into: Where the weight's are added up, if it has the dtype of sums; they are then not among `gradients`.
-
-    Attributes:
-        are_added: Whether they are added up there.
+        factor: What the sums have to be multiplied by.
+        into: Where the weight's are added, of the weight's dtype; they are then not among `gradients`.
     """
 
-    def __init__(self, inputs: BackwardInputs, into: Tensor | None = None) -> None:
+    def __init__(self, inputs: BackwardInputs, factor: Tensor | None = None, into: Tensor | None = None) -> None:
         hidden, weight = inputs.hidden, inputs.weight
-        dtype = precision(hidden, weight)
-        shapes, self._dtypes = (hidden.shape, weight.shape, weight.shape[:1]), (hidden.dtype, weight.dtype, dtype)
-        self.are_added = into is not None and inputs.needed[1] and into.dtype == dtype
-        needed = (inputs.needed[0], inputs.needed[1] and not self.are_added, inputs.needed[2])
-        self._sums = [
-            hidden.new_zeros(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needed, strict=True)
-        ]
-        if self.are_added:
-            self._sums[1] = into
+        self._dtype, self._factor, self._returns_weight = precision(hidden, weight), factor, into is None
+        self._hidden = hidden.new_zeros(hidden.shape, dtype=self._dtype) if inputs.needed[0] else None
+        self._bias = hidden.new_zeros(len(weight), dtype=self._dtype) if inputs.needed[2] else None
+        self._weight = (torch.zeros_like(weight) if into is None else into) if inputs.needed[1] else None
+        self._is_direct = factor is None and weight.dtype == self._dtype
+        # The sums of some tokens' weights, and where their gradients are.
+        self._part, self._place, self._column = hidden.new_empty(0), hidden.new_empty(0), -1
+        self._of_hidden = hidden.dtype
 
     def add(self, tile: Tile) -> None:
         """Adds a tile whose products are gradients by now."""
-        grad_hidden, grad_weight, grad_bias = self._sums
         rows, columns = (slice(start, start + n) for start, n in zip(tile[3:], tile.products.shape, strict=True))
-        if grad_hidden is not None:
-            _add_product(grad_hidden[rows], tile.products, tile.weight)
-        if grad_weight is not None:
-            _add_product(grad_weight[columns], tile.products.t(), tile.hidden)
-        if grad_bias is not None:
-            grad_bias[columns] += tile.products.sum(0, dtype=grad_bias.dtype)
+        if self._hidden is not None:
+            _add_product(self._hidden[rows], tile.products, tile.weight)
+        if self._weight is not None:
+            if tile.column != self._column:
+                self._begin(self._weight[columns], tile.column)
+            _add_product(self._part, tile.products.t(), tile.hidden)
+        if self._bias is not None:
+            self._bias[columns] += tile.products.sum(0, dtype=self._dtype)
 
-    def gradients(self, factor: Tensor | None = None) -> Gradients:
-        """The sums times `factor`, in the dtypes of what they are gradients of; the bias's in the sums' own."""
-        own = [self._sums[0], None if self.are_added else self._sums[1], self._sums[2]]
-        sums = [s if s is None or factor is None else s.mul_(factor) for s in own]
-        cast_ = (None if s is None else s.to(dtype) for s, dtype in zip(sums, self._dtypes, strict=True))
-        return cast("Gradients", tuple(cast_))
+    def gradients(self) -> Gradients:
+        """The sums, in the dtypes of what they are gradients of; the bias's in the sums' own."""
+        self._end()
+        of_hidden, of_bias = (
+            s if s is None or self._factor is None else s.mul_(self._factor) for s in (self._hidden, self._bias)
+        )
+        of_weight = self._weight if self._returns_weight else None
+        return None if of_hidden is None else of_hidden.to(self._of_hidden), of_weight, of_bias
+
+    def _begin(self, place: Tensor, column: int) -> None:
+        self._end()
+        self._place, self._column = place, column
+        self._part = place if self._is_direct else torch.zeros_like(place, dtype=self._dtype)
+
+    def _end(self) -> None:
+        """Adds what is summed to the gradient: rounded once."""
+        if self._column >= 0 and not self._is_direct:
+            self._place += self._part if self._factor is None else self._part.mul_(self._factor)
+        self._column = -1
 
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:

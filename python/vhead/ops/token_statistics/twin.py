@@ -68,12 +68,12 @@ def empty_results(hidden: Tensor, weight: Tensor, *numbers: Any) -> tuple[Tensor
     return (*of_rows, *(hidden.new_empty((rows, width), dtype=kind) for width, kind in columns))
 
 
-def backward_in_rows(inputs: BackwardInputs) -> Gradients:
-    """The backward operator's results in the same way."""
+def backward_in_rows(inputs: BackwardInputs, into: Tensor | None = None) -> Gradients:
+    """The backward operator's results in the same way; with `into`, the weight's gradient is added there."""
     grad_logprobs, grad_entropy, hidden, weight, targets, _, peak, log_sum, entropy, *_ = inputs
     scale, softcap, temperature = inputs.forward.rule
     with torch.no_grad(), own_precision(hidden):
-        sums, upcast = Sums(inputs), weight.to(precision(hidden, weight))
+        sums, upcast = Sums(inputs, into=into), weight.to(precision(hidden, weight))
         for rows in row_chunks(len(hidden), len(weight)):
             z = _logits(inputs.forward, hidden[rows])
             logp = (z - (peak + log_sum)[rows, None]).clamp(min=_NEVER)
