@@ -1,17 +1,22 @@
 """A server's beginning and end: who is let in, what happens when there is too much, and what SIGTERM leaves behind."""
 
+import asyncio
 import json
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import pytest
 
 from tests.serve.conftest import PATIENCE_S, RunningServer
 from vhead.demo import demo_model_path
+from vhead.serve.app import make_app
+from vhead.serve.batching import QueueLimits
 from vhead.serve.running import Address, Server
 from vhead.serve.service import Service
 
@@ -50,6 +55,32 @@ def test_a_server_under_load_refuses_recovers_and_answers_what_it_has_accepted(t
     assert "every accepted request was answered" in log
     assert "secret" not in log
     assert "Traceback" not in log
+
+
+def test_a_server_that_is_full_refuses_a_request_before_it_reads_it(scorer):
+    """The queue holds one; the second would be refused for what it says."""
+    service, opened = Service(scorer, ["demo"], queue=QueueLimits(requests=1)), threading.Event()
+    service.batcher.call(lambda: opened.wait(PATIENCE_S) and None)
+
+    async def ask():
+        transport = httpx2.ASGITransport(make_app(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+            first = asyncio.ensure_future(client.post("/score", json={"rollouts": LARGE["rollouts"][:1]}))
+            while not service.batcher.queued_requests:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/score", content=b"{")
+            opened.set()
+            return [
+                (await first).status_code,
+                refused.status_code,
+                (await client.post("/score", content=b"{")).status_code,
+            ]
+
+    try:
+        assert asyncio.run(ask()) == [200, 503, 400]
+    finally:
+        opened.set()
+        service.close()
 
 
 def test_a_second_signal_ends_a_server_that_is_busy(tmp_path):

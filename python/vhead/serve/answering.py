@@ -47,6 +47,8 @@ class Answering:
         try:
             self.service.batcher.check_open()
             async with self._receiver.body(request) as body:
+                # Those who are refused cost those who wait no more than this.
+                self.service.batcher.check_room()
                 prepared = await self.service.read(prepare, body)
             request.state.rollouts, request.state.tokens = len(prepared.rollouts), prepared.tokens
             future = self.service.submit(prepared, request.state.client, request.state.request_id)

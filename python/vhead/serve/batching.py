@@ -180,7 +180,7 @@ class Batcher:
         tokens = request.tokens
         with self._changed:
             self.check_open()
-            self._check_room(tokens)
+            self.check_room(tokens)
             self._queue.add(request)
             self._changed.notify_all()
         request.future.add_done_callback(lambda future: self._withdraw(request) if future.cancelled() else None)
@@ -208,7 +208,12 @@ class Batcher:
         if not self.alive:
             raise ServerStoppingError("the server is stopping and takes no more requests")
 
-    def _check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int = 0) -> None:
+        """Checks that a request of so many tokens would be taken now.
+
+        Raises:
+            ServerBusyError: There is no room in the queue.
+        """
         queue, limits = self._queue, self.limits
         if len(queue.requests) >= limits.requests:
             message = f"the queue is full: {limits.requests} requests wait; try again later"
