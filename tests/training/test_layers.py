@@ -7,6 +7,7 @@ import torch
 
 from tests.scoring.scoring_models import critic
 from vhead import TrainingPass
+from vhead.packing import products
 from vhead.packing.gates import Fused, is_gated
 from vhead.training import layers
 from vhead.training.layers import keeping_less
@@ -53,6 +54,31 @@ def test_gradients_are_as_close_to_float64_as_the_module_s_own(monkeypatch, dtyp
             error, allowed = ((x.double() - exact).abs().max() for x in (one, usual))
             assert one.dtype == usual.dtype
             assert error <= 1.5 * allowed + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_layers_in_float32_have_gradients_as_close_to_float64(monkeypatch, dtype, bias):
+    monkeypatch.setattr(products, "suits_matrix_unit", lambda _weight: False)
+    monkeypatch.setattr(products, "wide_factor", lambda _dtype: 2.0)
+    generator = torch.Generator().manual_seed(2)
+    linear = torch.nn.Linear(12, 20, bias=bias).to(dtype)
+    model = torch.nn.Sequential(linear)
+    states, upstream = (torch.randn(3, 50, n, generator=generator).to(dtype) for n in (12, 20))
+    truth = _gradients(copy.deepcopy(linear).double(), states.double(), upstream.double())[1]
+    own = _gradients(linear, states, upstream)[1]
+    with keeping_less(model, Fused.of(model)):
+        assert "forward" in vars(linear)
+        output, found = _gradients(linear, states, upstream)
+    for one, usual, exact in zip(found, own, truth, strict=True):
+        error, allowed = ((x.double() - exact).abs().max() for x in (one, usual))
+        assert one.dtype == usual.dtype == dtype
+        assert error <= 1.5 * allowed + 1e-6 * exact.abs().max()
+    assert torch.allclose(output.float(), linear(states).float(), rtol=2**-7, atol=1e-3)
+    linear.weight.requires_grad = False
+    with keeping_less(model, Fused.of(model)):
+        (of_states,) = torch.autograd.grad(linear(states.requires_grad_()), states, upstream)
+    assert torch.equal(of_states, found[0])
 
 
 def test_less_is_kept():

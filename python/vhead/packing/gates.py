@@ -1,4 +1,4 @@
-"""Modules that this package computes while a model runs: gated feed-forward layers, norms, and whole decoder layers.
+"""Modules that this package computes while a model runs: gated feed-forward layers, norms, linear and decoder layers.
 
 Gated layers, `down(silu(gate(x)) * up(x))`, go without the large tensors between their products.
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vhead.ops.matrix_unit import GatedLayers, suits_matrix_unit
-from vhead.packing import layers, norms
+from vhead.packing import layers, norms, products
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 # Rows from which on the matrix unit is asked: with fewer, packing the weights for it takes longer than what is saved.
@@ -33,6 +33,7 @@ class Fused:
     Attributes:
         gates: Gated layers.
         norms: Root-mean-square norms.
+        linears: Linear layers of a half precision, multiplied in float32 because that is faster here.
         layers: Decoder layers, in place along packed rows.
         gives_tuples: Whether the decoder layers' own forward gives its states in a tuple, as in older transformers.
         last: The last decoder layer, if it may compute the rows that are read alone.
@@ -40,6 +41,7 @@ class Fused:
 
     gates: tuple[nn.Module, ...] = ()
     norms: tuple[nn.Module, ...] = ()
+    linears: tuple[nn.Linear, ...] = ()
     layers: tuple[nn.Module, ...] = ()
     gives_tuples: bool = False
     last: nn.Module | None = None
@@ -51,10 +53,20 @@ class Fused:
         gates, own_norms, own_layers = (
             tuple(filter(is_kind, plain)) for is_kind in (is_gated, norms.is_norm, _is_layer)
         )
-        return cls(gates, own_norms, own_layers)
+        return cls(gates, own_norms, products.wide_linears(model, plain), own_layers)
 
     def __bool__(self) -> bool:
-        return bool(self.gates or self.norms or self.layers)
+        return bool(self.gates or self.norms or self.linears or self.layers)
+
+    @property
+    def products(self) -> str:
+        """How half precisions are multiplied, where that is not torch's own way."""
+        if not self.linears:
+            return ""
+        return (
+            f"of {len(self.linears)} linear layers in float32 from {products.WIDE_ROWS} rows on, which is faster here "
+            "than torch's own of half precisions"
+        )
 
     def described(self, model: nn.Module) -> str:
         """How many modules of each kind, among those that look alike."""
@@ -74,10 +86,11 @@ class Fused:
         A module that was given a hook or another forward since is left alone.
 
         Args:
-            unit_rows: Rows of a batch from which on the matrix unit is asked for gated layers, where there is one.
+            unit_rows: Rows of a batch from which on the matrix unit is asked for gated layers, where there is one; if
+                fewer, also those from which on linear layers are multiplied in float32.
             rows: The rows of a packed row whose last states are wanted; None: all.
         """
-        forwards = dict(self._forwards(GatedLayers(), unit_rows, rows))
+        forwards = dict(self._forwards(unit_rows, rows))
         try:
             for module, forward in forwards.items():
                 module.forward = forward
@@ -90,9 +103,11 @@ class Fused:
         """Whether the last layer computes the wanted rows alone: nobody listens to what any module computes."""
         return any(layer is self.last for layer in self.layers) and all(map(is_untouched, model.modules()))
 
-    def _forwards(
-        self, unit: GatedLayers, unit_rows: int, rows: Tensor | None
-    ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    def _forwards(self, unit_rows: int, rows: Tensor | None) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        unit, wide = GatedLayers(), products.WideProducts()
+        wide_rows = min(unit_rows, products.WIDE_ROWS)
+        for linear in filter(is_untouched, self.linears):
+            yield linear, partial(products.forward, linear, wide, wide_rows)
         for gate in filter(is_gated, self.gates):
             yield gate, partial(_by_unit, gate, unit, unit_rows) if _suits_unit(gate) else partial(_forward, gate)
         for norm in filter(is_untouched, self.norms):

@@ -34,6 +34,7 @@ class ScorerPlan:
         logits: How log-probabilities and entropies are reached.
         batches: How many tokens a batch has, and why.
         matrix_unit: What the processor's matrix unit computes by kernels of this package; empty: nothing.
+        products: How half precisions are multiplied; empty: as torch does.
         fused: How many of the modules that look alike are computed by this package; empty: there are none.
         last_layer: Which rows the last layer computes; empty: all.
         adapters: Which adapter computes what; empty: the active one computes everything, or there are none.
@@ -49,6 +50,7 @@ class ScorerPlan:
     logits: str = ""
     batches: str = ""
     matrix_unit: str = ""
+    products: str = ""
     fused: str = ""
     last_layer: str = ""
     adapters: str = ""
@@ -64,6 +66,7 @@ class ScorerPlan:
         parts = {
             "batches": self.batches,
             "matrix unit": self.matrix_unit,
+            "products": self.products,
             "own kernels": self.fused,
             "last layer": self.last_layer,
             "adapters": self.adapters,
@@ -167,6 +170,7 @@ def find_ways(
         rejected=reasons | rejected,
         longest_shared=longest,
         long_strategy=padded.name,
+        products=body.fused.products,
         fused=body.fused.described(body.model),
         last_layer="" if body.fused.last is None else "where few rows are read, of those alone",
     )

@@ -66,6 +66,9 @@ def probes(model: nn.Module, context: int | None, times: int = 1) -> list[Tokens
     return [sequence[:context] for sequence in sequences]
 
 
+_KINDS = ("gates", "norms", "linears")
+
+
 class SelfCheck:
     """Compares batches of a few short sequences with the same sequences alone.
 
@@ -112,9 +115,11 @@ class SelfCheck:
         if self.body.device.type != "cpu":
             return self._in_place(Fused(), found.layers)
         if found and not self._fused_agrees(replace(found, layers=())):
-            # One kind that differs does not cost the other.
-            kinds = [kind for kind in (Fused(gates=found.gates), Fused(norms=found.norms)) if kind]
-            agreeing = (kind for kind in kinds if len(kinds) > 1 and self._fused_agrees(kind))
+            # One kind that differs does not cost the others.
+            fewer = (replace(found, linears=()), *(Fused(**{kind: getattr(found, kind)}) for kind in _KINDS))
+            agreeing = (
+                kind for kind in fewer if kind and kind != found and self._fused_agrees(replace(kind, layers=()))
+            )
             return self._in_place(next(agreeing, Fused()), found.layers)
         return self._in_place(found, found.layers)
 

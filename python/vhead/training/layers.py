@@ -1,6 +1,7 @@
-"""Layers that keep less for their gradients than autograd would: gated feed-forward layers, and norms.
+"""Layers with gradients of their own: gated feed-forward layers, norms, and linear layers of half precisions.
 
-What they keep nothing of is found again from what is kept, some rows at a time, so that it stays in the cache.
+The first two keep less than autograd would. What they keep nothing of is found again from what is kept, some rows at a
+time, so that it stays in the cache. The last ones multiply in float32 where that is faster.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,18 @@ from torch.nn import functional
 from vhead.ops.norm import rms_norm
 from vhead.packing.checkpointing import recomputed_within
 from vhead.packing.gates import Fused, is_gated, is_untouched
+from vhead.packing.products import WIDE_ROWS, WideProducts
 
 Forward = Callable[[Any, Tensor], Tensor]
+# What multiplies in float32, and the rows from which on.
+Wide = tuple[WideProducts, int]
 
 # Elements of a tensor that are worked on at once.
 _BLOCK = 2**17
 
 
 @contextmanager
-def keeping_less(model: nn.Module, fused: Fused) -> Iterator[None]:
+def keeping_less(model: nn.Module, fused: Fused, wide_rows: int = WIDE_ROWS) -> Iterator[None]:
     """Lets modules that a check has recognised run so while the block lasts, where gradients are wanted.
 
     A module that was given a hook or another forward since is left alone, and so are all of them under autocast, whose
@@ -33,12 +37,19 @@ def keeping_less(model: nn.Module, fused: Fused) -> Iterator[None]:
     Args:
         model: The language model.
         fused: Its modules that are computed by kernels of this package where there are no gradients.
+        wide_rows: Rows from which on linear layers of half precisions are multiplied in float32.
     """
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         yield
         return
-    chosen: list[tuple[nn.Module, Forward]] = [(layer, _gated) for layer in fused.gates if is_gated(layer)]
+    wide = WideProducts(), wide_rows
+    chosen: list[tuple[nn.Module, Forward]] = [
+        (layer, partial(_gated, wide if layer.down_proj in fused.linears else None))
+        for layer in fused.gates
+        if is_gated(layer)
+    ]
     chosen += [(norm, _normed) for norm in fused.norms if is_untouched(norm)]
+    chosen += [(linear, partial(_linear, wide)) for linear in fused.linears if is_untouched(linear)]
     within = partial(_running, chosen)
     with within(), recomputed_within(model, within):
         yield
@@ -60,10 +71,28 @@ def _running(chosen: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
                 module.forward = own
 
 
-def _gated(layer: Any, states: Tensor) -> Tensor:
-    down = layer.down_proj
-    result: Tensor = _GatedProduct.apply(layer.gate_proj(states), layer.up_proj(states), down.weight, down.bias)
+def _gated(wide: Wide | None, layer: Any, states: Tensor) -> Tensor:
+    down, products = layer.down_proj, _paying(wide, states)
+    gate, up = layer.gate_proj(states), layer.up_proj(states)
+    result: Tensor = _GatedProduct.apply(gate, up, down.weight, down.bias, products)
     return result
+
+
+def _linear(wide: Wide, linear: nn.Linear, states: Tensor) -> Tensor:
+    products = _paying(wide, states)
+    if states.dtype != linear.weight.dtype or products is None:
+        return functional.linear(states, linear.weight, linear.bias)
+    result: Tensor = _Linear.apply(states, linear.weight, linear.bias, products)
+    return result
+
+
+def _paying(wide: Wide | None, states: Tensor) -> WideProducts | None:
+    """None where there are too few rows."""
+    return wide[0] if wide is not None and states.shape[:-1].numel() >= wide[1] else None
+
+
+def _product(wide: WideProducts | None, first: Tensor, second: Tensor) -> Tensor:
+    return first @ second if wide is None else wide.multiply(first, second)
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
@@ -84,15 +113,18 @@ class _GatedProduct(torch.autograd.Function):
     """`down(silu(gate) * up)`, which keeps gate and up, and neither what silu makes of one nor their product."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, wide: WideProducts | None = None
+    ) -> Tensor:
         """`[..., H]` of `[..., I]`."""
         ctx.save_for_backward(gate, up, weight)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.wide = bias is not None, wide
         gates, ups = gate.flatten(0, -2), up.flatten(0, -2)
         product = torch.empty_like(gates)
         for rows in _blocks(gates):
             torch.mul(functional.silu(gates[rows]), ups[rows], out=product[rows])
-        return functional.linear(product.view_as(gate), weight, bias)
+        linear = functional.linear if wide is None else wide.linear
+        return linear(product.view_as(gate), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +132,7 @@ class _GatedProduct(torch.autograd.Function):
         """Each step as torch's own, with the same roundings."""
         gate, up, weight = ctx.saved_tensors
         gates, ups, wanted = gate.flatten(0, -2), up.flatten(0, -2), grad_output.flatten(0, -2)
-        of_product = wanted @ weight
+        of_product = _product(ctx.wide, wanted, weight)
         product, of_gate = torch.empty_like(gates), torch.empty_like(gates)
         for rows in _blocks(gates):
             own, other, upstream = gates[rows], ups[rows], of_product[rows]
@@ -108,9 +140,31 @@ class _GatedProduct(torch.autograd.Function):
             torch.mul(activated, other, out=product[rows])
             of_gate[rows] = torch.ops.aten.silu_backward(upstream * other, own)
             upstream.mul_(activated)
-        of_weight = wanted.t() @ product if ctx.needs_input_grad[2] else None
+        of_weight = _product(ctx.wide, wanted.t(), product) if ctx.needs_input_grad[2] else None
         of_bias = wanted.sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
-        return of_gate.view_as(gate), of_product.view_as(up), of_weight, of_bias
+        return of_gate.view_as(gate), of_product.view_as(up), of_weight, of_bias, None
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of a half precision, with all three products in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, wide: WideProducts) -> Tensor:
+        """`[..., N]` of `[..., K]`."""
+        ctx.save_for_backward(states, weight)
+        ctx.has_bias, ctx.wide = bias is not None, wide
+        return wide.linear(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Rounded once each, as torch's own."""
+        states, weight = ctx.saved_tensors
+        wanted, needed = grad_output.flatten(0, -2), ctx.needs_input_grad
+        of_states = ctx.wide.multiply(wanted, weight).view_as(states) if needed[0] else None
+        of_weight = ctx.wide.multiply(wanted.t(), states.flatten(0, -2)) if needed[1] else None
+        of_bias = wanted.sum(0) if ctx.has_bias and needed[2] else None
+        return of_states, of_weight, of_bias, None
 
 
 class _Norm(torch.autograd.Function):

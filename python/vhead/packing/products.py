@@ -1,0 +1,114 @@
+"""Products of half precisions in float32, where the processor multiplies float32 faster.
+
+Many processors have no instructions for bfloat16 or float16, or slower ones than for float32. There a matrix is widened
+part by part, multiplied in float32, and the products are rounded once, as torch's own half-precision products are.
+"""
+
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vhead.ops.devices import SETTINGS
+from vhead.ops.matrix_unit import suits_matrix_unit
+
+# Rows from which on it pays: with fewer, widening the weights takes longer than what is saved.
+WIDE_ROWS = 128
+# Elements of a float32 part of the first matrix, and of the second one.
+_FIRST, _SECOND = 2**23, 2**21
+# What is multiplied to find out which is faster, and by what factor it has to be: less is noise.
+_TRIAL, _FASTER, _ROUNDS = (512, 1024, 1024), 1.15, 3
+
+
+class WideProducts:
+    """Multiplies half precisions in float32, one pair of matrices after the other.
+
+    They share the memory of the parts, so that one object serves one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._memory = [torch.empty(0) for _ in range(3)]
+
+    def linear(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`states @ weight.T + bias`, `[..., N]` of `[..., K]` and `[N, K]`, rounded once."""
+        found = self.multiply(states.flatten(0, -2), weight.t(), bias)
+        return found.view(*states.shape[:-1], len(weight))
+
+    def multiply(self, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`first @ second + bias`, `[M, N]` of `[M, K]` and `[K, N]`, rounded once."""
+        (rows, inner), columns = first.shape, second.shape[1]
+        found = first.new_empty(rows, columns)
+        added = None if bias is None else bias.float()
+        for row in _parts(rows, _FIRST // max(inner, 1)):
+            own = self._widened(0, first[row])
+            for column in _parts(columns, _SECOND // max(inner, 1)):
+                other = self._widened(1, second[:, column])
+                products = self._part(2, len(own) * other.shape[1]).view(len(own), -1)
+                torch.mm(own, other, out=products)
+                if added is not None:
+                    products += added[column]
+                found[row, column] = products
+        return found
+
+    def _widened(self, which: int, part: Tensor) -> Tensor:
+        """The part in float32, its elements in the order that they have."""
+        is_turned = part.stride(-1) != 1
+        own = part.t() if is_turned else part
+        wide = self._part(which, own.numel()).view(own.shape).copy_(own)
+        return wide.t() if is_turned else wide
+
+    def _part(self, which: int, size: int) -> Tensor:
+        if self._memory[which].numel() < size:
+            self._memory[which] = torch.empty(size)
+        return self._memory[which][:size]
+
+
+def wide_linears(model: Any, modules: Iterable[nn.Module]) -> tuple[nn.Linear, ...]:
+    """The linear layers among a model's modules that are multiplied faster in float32 here; not the one for logits."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return tuple(m for m in modules if type(m) is nn.Linear and m is not output and suits_wide(m.weight))
+
+
+def suits_wide(weight: Tensor) -> bool:
+    """Whether products with these weights are faster in float32."""
+    half = weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
+    return half and not suits_matrix_unit(weight) and not SETTINGS.plain_torch and wide_factor(weight.dtype) > _FASTER
+
+
+def forward(module: nn.Linear, products: WideProducts, least_rows: int, states: Tensor) -> Tensor:
+    """The layer by float32 products, or by itself where that does not pay, or autocast has made another dtype."""
+    rows = states.shape[:-1].numel()
+    if states.dtype != module.weight.dtype or rows < least_rows or states.dim() < 2:
+        return functional.linear(states, module.weight, module.bias)
+    return products.linear(states, module.weight, module.bias)
+
+
+@functools.cache
+def wide_factor(dtype: torch.dtype) -> float:
+    """How many times as fast float32 products of this half precision are here; found once in a process."""
+    rows, inner, columns = _TRIAL
+    first, second = torch.zeros(rows, inner, dtype=dtype), torch.zeros(columns, inner, dtype=dtype)
+    wide, seconds = WideProducts(), []
+    with torch.no_grad():
+        for multiply in (functional.linear, wide.linear):
+            tries = [_seconds(multiply, first, second) for _ in range(_ROUNDS + 1)]
+            seconds.append(min(tries[1:]))
+    return seconds[0] / seconds[1]
+
+
+def _seconds(multiply: Any, first: Tensor, second: Tensor) -> float:
+    start = time.perf_counter()
+    multiply(first, second)
+    return time.perf_counter() - start
+
+
+def _parts(count: int, most: int) -> Iterator[slice]:
+    """About as many in each part, and at most so many."""
+    number = -(-count // max(most, 1))
+    bounds = [count * at // number for at in range(number + 1)] if number else []
+    return (slice(start, stop) for start, stop in pairwise(bounds))
