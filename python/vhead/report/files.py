@@ -63,11 +63,10 @@ def compare_files(
     """
     problems = Problems()
     if theirs is None:
-        both = _read(ours, (ours_column, theirs_column or OLD_LOGPROBS), problems)
-        first, second = ([sides[at] for sides in both] for at in (0, 1))
+        first, second = _read(ours, (ours_column, theirs_column or OLD_LOGPROBS), problems)
     else:
-        first = [side for side, _ in _read(ours, (ours_column, None), problems)]
-        second = [side for side, _ in _read(theirs, (theirs_column or ours_column, None), problems)]
+        (first,) = _read(ours, (ours_column,), problems)
+        (second,) = _read(theirs, (theirs_column or ours_column,), problems)
     comparison, kept = of_records(matched(Side.of(first), Side.of(second)), problems, worst)
     if comparison.logprobs is None or not comparison.logprobs.worst:
         return comparison
@@ -76,34 +75,33 @@ def compare_files(
     return replace(comparison, logprobs=replace(comparison.logprobs, worst=explained))
 
 
-def _read(name: str, columns: tuple[str, str | None], problems: Problems) -> list[tuple[Record, Record]]:
-    """The records of a file, each with its other side: that of the second column, where one is asked for."""
-    here, there = columns
-    beside = _beside(here)
-    wanted = ("id", here, *([there] if there else []), *beside, _PROMPT)
-    found: list[tuple[Record, Record]] = []
+def _read(name: str, columns: tuple[str, ...], problems: Problems) -> list[list[Record]]:
+    """The records of a file, once for each of these columns of log-probabilities."""
+    roles = _roles(columns)
+    wanted: Sequence[str] = ("id", *roles, _PROMPT)
+    found: list[list[Record]] = [[] for _ in columns]
     count, known, broken = 0, set[str](), None
     reader = open_reader(name)
     if reader.schema is not None:
-        names = set(reader.schema.names)
-        wanted = tuple(column for column in wanted if column in names)
+        wanted = [column for column in wanted if column in set(reader.schema.names)]
     try:
         for row in reader:
             count += 1
             try:
                 fields = _members(name, row, wanted)
                 known |= fields.keys()
-                found.append(_sides(name, row, fields, here, there, beside))
+                for side, record in zip(found, _records(name, row, fields, roles, len(columns)), strict=True):
+                    side.append(record)
             except FieldError as error:
                 broken = broken or error
                 problems.add(error)
         if not count:
             raise FileFormatError(f"{name}: expected records with scores, and the file has none")
-        if not found:
+        if not found[0]:
             raise FileFormatError(f"{name}: expected records with scores, got none that can be read: {broken}")
     finally:
         reader.close()
-    _check_columns(name, known, here, there)
+    _check_columns(name, known, columns)
     return found
 
 
@@ -115,23 +113,29 @@ def _members(name: str, row: Row, wanted: Sequence[str]) -> dict[str, Any]:
         raise error.of(f"{name}: {row.where}") from None
 
 
-def _beside(column: str) -> dict[str, str]:
-    """The columns beside one of log-probabilities, and what each is: of the rollouts themselves, or with its ending."""
-    suffix = column[len(LOGPROBS) :] if column.startswith(LOGPROBS) else ""
-    return {name: name for name in _OF_ROLLOUTS} | {f"{name}{suffix}": name for name in _SHARED}
+def _roles(columns: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
+    """What each column is, and on which side: of the rollouts themselves, or with the ending of the first column."""
+    here = columns[0]
+    suffix = here[len(LOGPROBS) :] if here.startswith(LOGPROBS) else ""
+    roles: dict[str, list[tuple[int, str]]] = {name: [(0, name)] for name in _OF_ROLLOUTS}
+    roles |= {f"{name}{suffix}": [(0, name)] for name in _SHARED}
+    for side, column in enumerate(columns):
+        roles.setdefault(column, []).append((side, LOGPROBS))
+    return roles
 
 
-def _check_columns(name: str, known: Set[str], here: str, there: str | None) -> None:
+def _check_columns(name: str, known: Set[str], columns: tuple[str, ...]) -> None:
     """What was asked for by name must be there; without log-probabilities, values or rewards can be compared."""
-    asked = {column for column in (here, there) if column} - ({LOGPROBS} if there is None else set())
+    here = columns[0]
+    asked = set(columns) - ({LOGPROBS} if len(columns) == 1 else set())
     if missing := sorted(asked - known):
         expected = "a column of log-probabilities, in some record"
         raise FieldError(name, missing[0], expected=expected, got=f"the columns {_listed(_columns(name))}")
-    columns = () if here in known else _columns(name)
-    others = [column for column in columns if column.startswith(f"{LOGPROBS}_")]
+    there = () if here in known else _columns(name)
+    others = [column for column in there if column.startswith(f"{LOGPROBS}_")]
     if others:
         expected = f"the column, or the name of another by --ours and --theirs, such as {others[0]}"
-        raise FieldError(name, here, expected=expected, got=f"the columns {_listed(columns)}")
+        raise FieldError(name, here, expected=expected, got=f"the columns {_listed(there)}")
     if not known & {here, *OTHERS}:
         expected = f"one of {', '.join((here, *OTHERS))}"
         raise FieldError(name, "columns", expected=expected, got=f"the columns {_listed(_columns(name))}")
@@ -151,28 +155,23 @@ def _columns(name: str) -> Sequence[str]:
     return ()
 
 
-def _sides(
-    name: str, row: Row, fields: Mapping[str, Any], here: str, there: str | None, beside: Mapping[str, str]
-) -> tuple[Record, Record]:
+def _records(
+    name: str, row: Row, fields: Mapping[str, Any], roles: Mapping[str, Sequence[tuple[int, str]]], count: int
+) -> list[Record]:
+    """The record once for each side."""
     id = fields.get("id")
     id = id if isinstance(id, str | int | float) else None
     where = f"{name}: {row.where}"
-    sides: tuple[dict[str, NDArray[Any]], ...] = ({}, {})
+    sides: list[dict[str, NDArray[Any]]] = [{} for _ in range(count)]
     try:
         for column, value in fields.items():
-            if value is None:
-                continue
-            if column in beside:
-                sides[0][beside[column]] = _array(beside[column], value, column)
-            for side, logprobs in zip(sides, (here, there), strict=True):
-                if column == logprobs:
-                    side[LOGPROBS] = _array(LOGPROBS, value, column)
+            for side, of in roles.get(column, ()) if value is not None else ():
+                sides[side][of] = _array(of, value, column)
     except FieldError as error:
         raise error.of(named(where, id)) from None
     prompt = fields.get(_PROMPT)
     length = None if prompt is None or not hasattr(prompt, "__len__") else len(prompt)
-    ours, theirs = (Record(where, id, side, length, row.count) for side in sides)
-    return ours, theirs
+    return [Record(where, id, side, length, row.count) for side in sides]
 
 
 def _array(name: str, value: Any, column: str) -> NDArray[Any]:
