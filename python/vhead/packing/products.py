@@ -71,13 +71,17 @@ class WideProducts:
 def wide_linears(model: Any, modules: Iterable[nn.Module]) -> tuple[nn.Linear, ...]:
     """The linear layers among a model's modules that are multiplied faster in float32 here; not the one for logits."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return tuple(m for m in modules if type(m) is nn.Linear and m is not output and suits_wide(m.weight))
+    return tuple(
+        m
+        for m in modules
+        if type(m) is nn.Linear and m is not output and m.weight.is_contiguous() and suits_wide(m.weight)
+    )
 
 
-def suits_wide(weight: Tensor) -> bool:
-    """Whether products with these weights are faster in float32."""
-    half = weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous()
-    return half and not suits_matrix_unit(weight) and not SETTINGS.plain_torch and wide_factor(weight.dtype) > _FASTER
+def suits_wide(tensor: Tensor) -> bool:
+    """Whether products with this tensor, which is of a half precision then, are faster in float32."""
+    half = tensor.is_cpu and tensor.dtype in (torch.bfloat16, torch.float16)
+    return half and not suits_matrix_unit(tensor) and not SETTINGS.plain_torch and wide_factor(tensor.dtype) > _FASTER
 
 
 def forward(module: nn.Linear, products: WideProducts, least_rows: int, states: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention by segments: what a mask would hide is not computed.
 
-Where the processor has a matrix unit, bfloat16 rows go to it in blocks of 32. Elsewhere torch's kernels are called:
+Where the processor has a matrix unit, bfloat16 rows go to it in blocks of 32. Elsewhere torch's kernels are called, in
+float32 where the processor is faster so:
 
 A segment's queries look at the keys of its path and at their own. Large segments are attended one by one. Small ones,
 of which calls would cost more than arithmetic, are put together: padded to one shape, they are one batched call. Short
@@ -23,6 +24,7 @@ from vhead.backbone.placement import to_device
 from vhead.ops.matrix_unit import MOST_ROWS, RowAttention, suits_matrix_unit
 from vhead.packing.attention.gradients import differentiate
 from vhead.packing.attention.visibility import Visibility
+from vhead.packing.products import suits_wide
 from vhead.packing.trees import Range, Segment, joined
 
 # Queries that are looked at together: more of them need a larger mask, and compute more that it hides.
@@ -164,7 +166,7 @@ class SegmentAttention:
         self._segments = segments
         self._visibility = Visibility.of(segments)
         self._by_unit: RowAttention | None = None
-        self._calls: dict[tuple[torch.device, int | None, int], list[_Call]] = {}
+        self._calls: dict[tuple[torch.device, torch.dtype, int | None, int], list[_Call]] = {}
 
     def __call__(
         self,
@@ -186,6 +188,10 @@ class SegmentAttention:
             plain = partial(self, scale=scale, softcap=softcap, window=window)
             attended: Tensor = _Differentiable.apply(plain, calls, query, key, value, scale, softcap)
             return attended
+        if suits_wide(query) and not torch.is_autocast_enabled("cpu"):
+            wide = query.float()
+            calls = self._planned(wide, value, window)
+            return _attend(calls, _States(wide, key.float(), value.float(), scale, softcap)).to(query.dtype)
         return _attend(calls, _States(query, key, value, scale, softcap))
 
     def _suits_unit(
@@ -204,7 +210,7 @@ class SegmentAttention:
     def _planned(self, query: Tensor, value: Tensor, window: int | None) -> list[_Call]:
         """The calls, found once, as every layer of a kind makes the same ones; layers may be on several devices."""
         pair_work = 2 * query.shape[1] * (query.shape[3] + value.shape[3])
-        kind = query.device, window, pair_work
+        kind = query.device, query.dtype, window, pair_work
         if kind not in self._calls:
             call_work = _CALL_WORK.get(query.device.type, _DEVICE_CALL_WORK)
             together = groups(branches(pieces(self._segments, window), window), pair_work, call_work)
