@@ -104,14 +104,23 @@ class TestManyUpdates:
             del batches
             assert not list(tmp_path.iterdir())
 
-    def test_a_body_that_has_changed_runs_again(self, given):
+    @pytest.mark.parametrize("change", ["in place", "new data", "new parameter", "dtype"])
+    def test_a_body_that_has_changed_runs_again(self, given, change):
         model = with_head(language_model())
         freeze(model, "body")
         training_pass = TrainingPass(model, returns=["values"])
         (batch,) = training_pass.batches(given)
         before = training_pass(batch).values
-        with torch.no_grad():
-            model.pretrained_model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        changed = model.pretrained_model.model.layers[0].mlp.up_proj
+        if change == "in place":
+            with torch.no_grad():
+                changed.weight.mul_(1.5)
+        elif change == "new data":
+            changed.weight.data = changed.weight.data * 1.5
+        elif change == "new parameter":
+            changed.weight = torch.nn.Parameter(changed.weight.detach() * 1.5, requires_grad=False)
+        else:
+            model.pretrained_model.to(torch.bfloat16)
         after = training_pass(batch).values
         assert (before - after).abs().max() > 1e-4
         torch.testing.assert_close(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
