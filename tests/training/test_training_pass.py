@@ -326,6 +326,17 @@ class TestBadInput:
         with pytest.raises(TypeError, match="batch: expected one that batches"):
             TrainingPass(with_head(language_model()))(given)
 
+    def test_something_that_is_no_model_and_a_rollout_alone(self, given):
+        with pytest.raises(TypeError, match="model: expected a loaded language model, got a str"):
+            TrainingPass("policy")
+        with pytest.raises(TypeError, match="rollouts: expected a list of them, got one Rollout alone"):
+            TrainingPass(with_head(language_model())).batches(given[0])
+
+    def test_text_without_a_tokenizer(self):
+        expected = "record 0: prompt: expected token ids, because there is no tokenizer, got text"
+        with pytest.raises(FieldError, match=expected):
+            TrainingPass(language_model()).batches([Rollout("a", "b")])
+
     def test_candidates_of_some_rollouts_alone(self):
         with_some = Rollout([3, 4], [5, 6], candidates=[[1, 2], [3, 4]])
         with pytest.raises(FieldError, match="record 1: candidates: expected 2 for each token"):
