@@ -1,6 +1,6 @@
 """Rollouts with what a head is to say about them: targets and weights, from lists or from the fields of a file."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -214,8 +214,13 @@ def given_examples(
 
     Raises:
         FitError: There are targets for pairs, none for anything else, or more or fewer than rollouts; or a rollout at
-            the end of the pairs has no partner.
+            the end of the pairs has no partner. Lists of other lengths are found before anything is computed.
     """
+    if isinstance(rollouts, Sized) and isinstance(targets, Sized) and len(targets) > len(rollouts):
+        raise FitError(
+            f"targets: expected one for each of the rollouts, got {len(targets):,} for {len(rollouts):,} rollouts; "
+            "what is said about tokens goes in one array a rollout"
+        )
     sources = _pairs(rollouts) if target == "pairs" else ((rollout,) for rollout in rollouts)
     columns = {"targets": targets, "weights": weights}
     iterators = {name: iter(column) for name, column in columns.items() if column is not None}
