@@ -30,6 +30,14 @@ def test_targets_of_another_count_than_rollouts(scorer, count):
         vhead.fit(scorer, grouped(), rewards(count))
 
 
+def test_returns_of_all_tokens_in_one_array(scorer):
+    rollouts = grouped()
+    returns = np.random.default_rng(0).normal(size=sum(len(rollout.completion) for rollout in rollouts))
+    message = rf"got {len(returns):,} for 56 rollouts; what is said about tokens goes in one array a rollout"
+    with pytest.raises(FitError, match=message):
+        vhead.fit(scorer, rollouts, returns)
+
+
 def test_weights_of_another_count_than_rollouts(scorer):
     with pytest.raises(FitError, match=r"weights: expected one for each of the rollouts, got only 3"):
         vhead.fit(scorer, grouped(), rewards(56), weights=[1.0] * 3)
@@ -147,6 +155,7 @@ def test_a_strength_of_0_for_states_that_depend_on_each_other(scorer):
 OPTIONS = {
     "target": ({"target": "values"}, "target: expected one of returns, reward, pairs, got 'values'"),
     "gamma": ({"gamma": 1.5}, "gamma: expected a number in"),
+    "gamma of rewards": ({"target": "reward", "gamma": 0.9}, "gamma: expected none with target='reward', as only"),
     "loss": ({"target": "reward", "loss": "hinge"}, "loss: expected None, squared or logistic, got 'hinge'"),
     "loss of returns": ({"loss": "logistic"}, "loss: expected squared for target='returns', got logistic"),
     "folds": ({"folds": 1}, "folds: expected a whole number from 2 on, got 1"),

@@ -291,6 +291,14 @@ def test_records_that_cannot_be_used_are_skipped_on_demand(folder, scorer, tmp_p
     assert "fitted to 54 rollouts, 2 skipped" in done.stderr
 
 
+def test_a_record_without_the_field_says_how_another_one_is_named(folder, tmp_path):
+    path = written(tmp_path / "rollouts.jsonl", [ids(rollout, score=1.0) for rollout in grouped()])
+    done = run(path, "--model", folder, "--output", tmp_path / "head.safetensors")
+    assert done.exit_code == 1
+    assert "line 1: returns: expected" in done.stderr
+    assert "got nothing; --target-field names the field that has it" in done.stderr
+
+
 def test_a_format_that_cannot_hold_the_head_is_refused_before_anything_is_read(folder, tmp_path):
     source = written(tmp_path / "in.jsonl", [{"broken": True}])
     out = tmp_path / "head.safetensors"

@@ -161,6 +161,8 @@ def test_a_reward_becomes_discounted_returns(scorer):
         placed = returns.token_rewards(np.float32([reward]), mask=rollout.mask[None])
         given.append(returns.discounted(placed, gamma=0.9, mask=rollout.mask[None])[0])
     by_reward = vhead.fit(scorer, rollouts, rewards, gamma=0.9, strengths=0.5)
+    assert "strength=0.5" in repr(by_reward)
+    assert "tensor" not in repr(by_reward)
     by_token = vhead.fit(scorer, rollouts, given, strengths=0.5)
     assert torch.equal(by_reward.head.weight, by_token.head.weight)
     assert not torch.equal(by_reward.head.weight, vhead.fit(scorer, rollouts, rewards, strengths=0.5).head.weight)

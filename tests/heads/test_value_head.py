@@ -304,6 +304,11 @@ def test_a_row_s_value_does_not_depend_on_the_batch():
     assert not torch.equal(head(states[:1] * 1.0001)[0], together[0])
 
 
+def test_a_path_is_no_head_to_load():
+    with pytest.raises(TypeError, match=r"head: expected HeadWeights, as vhead\.formats\.load gives them .* got a str"):
+        ValueHead(config(hidden_size=8)).load("v_head.safetensors")
+
+
 @pytest.mark.parametrize(
     ("weights", "found"),
     [

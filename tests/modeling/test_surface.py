@@ -41,6 +41,9 @@ def test_attributes_are_the_bodys(model):
     assert model.name_or_path == body.name_or_path
     model.warnings_issued["estimate_tokens"] = True
     assert model.is_gradient_checkpointing is False
+    # Newer versions of transformers warn of the old names, and name these in their place.
+    for name in ("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"):
+        assert hasattr(model, name) == hasattr(body, name)
     model.tie_weights()
     model.enable_input_require_grads()
     model.add_model_tags("value-head")

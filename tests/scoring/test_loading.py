@@ -215,7 +215,7 @@ class TestFromPretrained:
         scorer = Scorer.from_pretrained(tmp_path, device="cpu")
         assert "no tokenizer could be loaded, so only token ids can be scored" in caplog.text
         assert len(scorer.score([Rollout([5], [6])])) == 1
-        with pytest.raises(FieldError, match="prompt: expected token ids, because the scorer has no tokenizer"):
+        with pytest.raises(FieldError, match="prompt: expected token ids, because there is no tokenizer"):
             scorer.score([Rollout("a", "b")])
 
     @pytest.mark.parametrize("part", ["layers.1.", "embed_tokens", "model.norm", "layers.0.mlp.up_proj"])

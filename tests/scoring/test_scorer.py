@@ -306,7 +306,7 @@ class TestBadInput:
                 Rollout([1] * 40, [1] * 25, id=3),
                 rf"record 1 \(id 3\): completion: expected at most the model's {CONTEXT} tokens .*got 40 \+ 25 = 65",
             ),
-            (Rollout("a", "b"), "record 1: prompt: expected token ids, because the scorer has no tokenizer, got text"),
+            (Rollout("a", "b"), "record 1: prompt: expected token ids, because there is no tokenizer, got text"),
             ("text", "record 1: rollout: expected a Rollout, got str"),
         ],
         ids=["prompt range", "completion range", "context", "no tokenizer", "type"],

@@ -211,6 +211,7 @@ class TestBadInput:
         ("changed", "message"),
         [
             ({"clip": (1.2, 0.2)}, "clip: expected how far below 1"),
+            ({"clip": (0.2, 0.28, 3.0)}, "clip: expected one number, or two for below and above 1, got"),
             ({"dual_clip": 0.5}, "dual_clip: expected a number above 1, got 0.5"),
             ({"agg": "mean"}, "agg: expected one of token-mean"),
             ({"agg": "seq-mean-token-sum"}, "offsets: expected them beside flat arrays"),
@@ -225,6 +226,11 @@ class TestBadInput:
     def test_a_mask_of_numbers(self, arrays):
         with pytest.raises(TypeError, match=r"mask: expected a bool tensor, got torch\.float32"):
             losses.value(arrays["values"], arrays["returns"], mask=torch.ones(14))
+
+    def test_several_outputs_under_a_mask_of_tokens(self, arrays):
+        two = torch.stack([arrays["values"], arrays["values"]], dim=1)
+        with pytest.raises(ValueError, match=r"mask: expected \[14, 2\], as values, got \[14\]; .* values\[:, k\]"):
+            losses.value(two, torch.zeros_like(two), mask=arrays["mask"])
 
     def test_a_clip_without_old_values(self, arrays):
         with pytest.raises(ValueError, match="clip: expected a number above 0 beside old_values"):

@@ -104,14 +104,23 @@ class TestManyUpdates:
             del batches
             assert not list(tmp_path.iterdir())
 
-    def test_a_body_that_has_changed_runs_again(self, given):
+    @pytest.mark.parametrize("change", ["in place", "new data", "new parameter", "dtype"])
+    def test_a_body_that_has_changed_runs_again(self, given, change):
         model = with_head(language_model())
         freeze(model, "body")
         training_pass = TrainingPass(model, returns=["values"])
         (batch,) = training_pass.batches(given)
         before = training_pass(batch).values
-        with torch.no_grad():
-            model.pretrained_model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        changed = model.pretrained_model.model.layers[0].mlp.up_proj
+        if change == "in place":
+            with torch.no_grad():
+                changed.weight.mul_(1.5)
+        elif change == "new data":
+            changed.weight.data = changed.weight.data * 1.5
+        elif change == "new parameter":
+            changed.weight = torch.nn.Parameter(changed.weight.detach() * 1.5, requires_grad=False)
+        else:
+            model.pretrained_model.to(torch.bfloat16)
         after = training_pass(batch).values
         assert (before - after).abs().max() > 1e-4
         torch.testing.assert_close(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
@@ -316,6 +325,17 @@ class TestBadInput:
     def test_something_that_is_no_batch(self, given):
         with pytest.raises(TypeError, match="batch: expected one that batches"):
             TrainingPass(with_head(language_model()))(given)
+
+    def test_something_that_is_no_model_and_a_rollout_alone(self, given):
+        with pytest.raises(TypeError, match="model: expected a loaded language model, got a str"):
+            TrainingPass("policy")
+        with pytest.raises(TypeError, match="rollouts: expected a list of them, got one Rollout alone"):
+            TrainingPass(with_head(language_model())).batches(given[0])
+
+    def test_text_without_a_tokenizer(self):
+        expected = "record 0: prompt: expected token ids, because there is no tokenizer, got text"
+        with pytest.raises(FieldError, match=expected):
+            TrainingPass(language_model()).batches([Rollout("a", "b")])
 
     def test_candidates_of_some_rollouts_alone(self):
         with_some = Rollout([3, 4], [5, 6], candidates=[[1, 2], [3, 4]])

@@ -1,10 +1,10 @@
 """Rollouts with what a head is to say about them: targets and weights, from lists or from the fields of a file."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,12 @@ class Example(Protocol):
         target: Its target, once it has been checked: `[K]` for the whole rollout, `[C, K]` for its tokens.
         weight: Its weight: `[]` for the whole rollout, `[C]` for its tokens.
         field: What errors call its target.
+        remedy: What errors say where there is none.
     """
 
     prompt: str
     field: str
+    remedy: ClassVar[str]
     target: NDArray[np.float64]
     weight: NDArray[np.float64]
 
@@ -62,6 +64,7 @@ class _Checked:
 class Given(_Checked):
     """An example that was given as objects."""
 
+    remedy: ClassVar[str] = ""
     index: int
     given: tuple[Rollout, ...]
     raw_target: object
@@ -82,6 +85,7 @@ class Given(_Checked):
 class Recorded(_Checked):
     """An example in a record of a file."""
 
+    remedy: ClassVar[str] = "; --target-field names the field that has it"
     row: Row
     fields: tuple[str, ...]
     weight_field: str | None
@@ -156,6 +160,8 @@ class Checks:
         example.prompt = digests[0]
         target, weight, example.field = example.said()
         example.weight = self._weight(weight, name)
+        if target is None and self._target != "pairs":
+            raise FieldError(name, example.field, expected=self._expected, got=f"nothing{example.remedy}")
         example.target = np.ones(1) if self._target == "pairs" else self._checked(target, example.field, name)
 
     def _check_form(self, name: str, rollouts: Sequence[Rollout]) -> None:
@@ -214,8 +220,13 @@ def given_examples(
 
     Raises:
         FitError: There are targets for pairs, none for anything else, or more or fewer than rollouts; or a rollout at
-            the end of the pairs has no partner.
+            the end of the pairs has no partner. Lists of other lengths are found before anything is computed.
     """
+    if isinstance(rollouts, Sized) and isinstance(targets, Sized) and len(targets) > len(rollouts):
+        raise FitError(
+            f"targets: expected one for each of the rollouts, got {len(targets):,} for {len(rollouts):,} rollouts; "
+            "what is said about tokens goes in one array a rollout"
+        )
     sources = _pairs(rollouts) if target == "pairs" else ((rollout,) for rollout in rollouts)
     columns = {"targets": targets, "weights": weights}
     iterators = {name: iter(column) for name, column in columns.items() if column is not None}

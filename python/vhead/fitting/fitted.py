@@ -1,7 +1,7 @@
 """What fitting gives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class FittedHead:
         tokens: How many of their hidden states.
     """
 
-    head: HeadWeights
+    head: HeadWeights = field(repr=False)
     metrics: Mapping[str, Any]
     strength: float | tuple[float, ...]
     loss: str

@@ -53,6 +53,9 @@ class FitOptions:
             raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma: expected a number in [0, 1], got {self.gamma!r}")
+        if self.target != "returns" and self.gamma != 1.0:
+            expected = f"none with target={self.target!r}, as only returns are discounted"
+            raise ValueError(f"gamma: expected {expected}, got {self.gamma!r}")
         if self.loss not in (None, *LOSSES):
             raise ValueError(f"loss: expected None, {' or '.join(LOSSES)}, got {self.loss!r}")
         allowed = {"returns": (None, "squared"), "reward": (None, *LOSSES), "pairs": (None, "logistic")}[self.target]

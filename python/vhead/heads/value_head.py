@@ -171,10 +171,17 @@ class ValueHead(nn.Module):
     def load(self, head: HeadWeights) -> None:
         """Copies a trained head's weights into this one, and its activation; without a bias, it gets one of zeros.
 
+        Args:
+            head: As `vhead.formats.load` gives it, and `vhead.fit` in its result's `head`.
+
         Raises:
             HeadMismatchError: The trained head has other projections or another support than this one; nothing has been
                 copied.
+            TypeError: It is something else, such as a path.
         """
+        if not isinstance(head, HeadWeights):
+            expected = "HeadWeights, as vhead.formats.load gives them and the result of vhead.fit has in its head"
+            raise TypeError(f"head: expected {expected}, got a {type(head).__name__}")
         own = dict(self._linears())
         shapes = {f"v_head.{name}.weight": list(linear.weight.shape) for name, linear in own.items()}
         trained = _trained_layers(head)

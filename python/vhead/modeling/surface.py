@@ -48,6 +48,8 @@ class TransformersSurface(nn.Module):
 
     _keys_to_ignore_on_save = _OfBody()
     _no_split_modules = _OfBody()
+    activation_checkpointing_disable = _OfBody()
+    activation_checkpointing_enable = _OfBody()
     active_adapters = _OfBody()
     add_model_tags = _OfBody()
     can_generate = _OfBody()
@@ -62,6 +64,7 @@ class TransformersSurface(nn.Module):
     gradient_checkpointing_disable = _OfBody()
     gradient_checkpointing_enable = _OfBody()
     hf_device_map = _OfBody()
+    is_activation_checkpointing = _OfBody()
     is_gradient_checkpointing = _OfBody(newer_name="is_activation_checkpointing")
     main_input_name = _OfBody()
     name_or_path = _OfBody()

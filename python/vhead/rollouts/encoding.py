@@ -219,7 +219,7 @@ class Encoder:
             ids = np.concatenate([prompt, completion]).astype(np.int64, copy=False)
             return Tokens(ids, len(prompt), no_spans(len(ids)) if with_spans else None, rollout.mask)
         if self._tokenizer is None:
-            expected = "token ids, because the scorer has no tokenizer"
+            expected = "token ids, because there is no tokenizer"
             raise FieldError(name, "prompt", expected=expected, got=rollout.kind)
         if isinstance(prompt, str) and isinstance(completion, str):
             passage = Passage(prompt + completion, len(prompt), len(prompt), len(completion))

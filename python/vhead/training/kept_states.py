@@ -76,8 +76,8 @@ _Kept = _InMemory | _OnDisk
 
 
 def weights_key(parameters: list[nn.Parameter]) -> Key:
-    """What changes when one of these parameters is replaced, or written to in place."""
-    return tuple((id(parameter), parameter._version) for parameter in parameters)
+    """What changes when one of these parameters is replaced, moved, or written to in place, but not through `.data`."""
+    return tuple((id(each), each._version, each.data_ptr(), each.dtype, each.device) for each in parameters)
 
 
 def drops(model: nn.Module) -> bool:

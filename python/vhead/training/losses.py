@@ -330,7 +330,9 @@ class _Tokens:
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask is not None and mask.shape != first.shape:
-            raise ValueError(f"mask: expected {list(first.shape)}, as {first_name}, got {list(mask.shape)}")
+            several = first.dim() == 2 and mask.shape == first.shape[:1]
+            remedy = f"; of several outputs, give one at a time, {first_name}[:, k]" if several else ""
+            raise ValueError(f"mask: expected {list(first.shape)}, as {first_name}, got {list(mask.shape)}{remedy}")
         sequences, count = _sequences(first, offsets)
         return cls(mask, sequences if mask is None or sequences is None else sequences[mask], count)
 
@@ -384,7 +386,10 @@ def _sequences(like: Tensor, offsets: Any) -> tuple[Tensor | None, int]:
 
 
 def _bounds(clip: float | tuple[float, float]) -> tuple[float, float]:
-    low, high = (clip, clip) if isinstance(clip, int | float) else clip
+    bounds = (clip, clip) if isinstance(clip, int | float) else tuple(clip)
+    if len(bounds) != len(("below", "above")):
+        raise ValueError(f"clip: expected one number, or two for below and above 1, got {clip}")
+    low, high = bounds
     if not (0.0 <= low <= 1.0 and high >= 0.0):
         raise ValueError(f"clip: expected how far below 1, at most 1, and above 1 a ratio counts, got {clip}")
     return low, high

@@ -78,6 +78,7 @@ class TrainingPass(nn.Module):
         AdapterError: The model has no such adapter.
         VheadError: The model is an encoder-decoder, cannot take the asked-for attention, is wrapped for several
             processes already, or its checkpoint lacked the language-model head that is asked for.
+        TypeError: The model is none, such as the path of one.
         ValueError: A number is out of range, or `returns` or `attention` is none of these.
     """
 
@@ -98,6 +99,8 @@ class TrainingPass(nn.Module):
         accumulate_in_place: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a loaded language model, got a {type(model).__name__}")
         _check_numbers(token_budget, temperature, keep_states)
         # What a copy, in another process for instance, is made from.
         self._arguments = {
@@ -155,7 +158,10 @@ class TrainingPass(nn.Module):
 
         Raises:
             FieldError: A rollout cannot be trained on; the error names it and the field.
+            TypeError: A rollout came alone, and not in a list.
         """
+        if isinstance(rollouts, Rollout):
+            raise TypeError("rollouts: expected a list of them, got one Rollout alone")
         encoded = [
             self._encoder.encode(index, rollout, named(f"record {index}", getattr(rollout, "id", None)))
             for index, rollout in enumerate(rollouts)
