@@ -13,6 +13,7 @@ from tests.training.test_gradients import with_head
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, Support, TrainingPass, VheadError, freeze, losses
 from vhead.errors import AdapterError, FieldError, GradientError, HeadError
 from vhead.packing.attention import segments
+from vhead.training.kept_states import states_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -116,6 +117,48 @@ class TestManyUpdates:
         assert (before - after).abs().max() > 1e-4
         torch.testing.assert_close(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
 
+    @pytest.mark.parametrize("change", ["fused", "data", "numpy", "dtype"])
+    def test_a_change_that_torch_does_not_count_is_noticed(self, given, change):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        CHANGES[change](model.pretrained_model)
+        after = training_pass(batch).values
+        assert (before - after).abs().max() > 1e-4
+        assert torch.equal(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
+
+    def test_a_weight_s_bytes_are_compared_wherever_they_lie(self):
+        memory = torch.zeros(40, dtype=torch.bfloat16)
+        for start in range(1, 4):
+            parameter = torch.nn.Parameter(memory[start : start + 31], requires_grad=False)
+            keys = {states_key(torch.nn.Module(), [parameter], parameter.device)}
+            for place in (0, 15, 30):
+                parameter.data[place] += 1.0
+                keys.add(states_key(torch.nn.Module(), [parameter], parameter.device))
+            assert len(keys) == 4
+
+    def test_autocast_has_states_of_its_own(self, given):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(training_pass(batch).values, before)
+        assert torch.equal(training_pass(batch).values, before)
+
+    def test_inference_mode_leaves_nothing_behind_that_cannot_be_trained_with(self, given):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        with torch.inference_mode():
+            training_pass(batch)
+        training_pass(batch).values.sum().backward()
+        assert model.v_head.summary.weight.grad.any()
+
     def test_states_are_not_kept_while_the_body_drops_activations(self, given):
         body = language_model()
         body.config.attention_dropout = 0.3
@@ -129,6 +172,23 @@ class TestManyUpdates:
         assert not torch.equal(training_pass(batch).values, training_pass(batch).values)
         training_pass.eval()
         assert torch.equal(training_pass(batch).values, training_pass(batch).values)
+
+
+def step_fused(body):
+    parameters = list(body.parameters())
+    for parameter in parameters:
+        parameter.requires_grad, parameter.grad = True, torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.01, fused=True).step()
+    for parameter in parameters:
+        parameter.requires_grad, parameter.grad = False, None
+
+
+CHANGES = {
+    "fused": step_fused,
+    "data": lambda body: body.model.layers[0].mlp.up_proj.weight.data.mul_(1.5),
+    "numpy": lambda body: body.model.layers[0].mlp.up_proj.weight.numpy().fill(0.1),
+    "dtype": lambda body: body.bfloat16(),
+}
 
 
 def update(training_pass, batches, optimizer):
@@ -211,6 +271,23 @@ class TestTwoAdapters:
             for parameter, own in model.named_parameters():
                 if "lora" in parameter and own.grad is not None:
                     torch.testing.assert_close(own.grad, found[parameter], rtol=1e-4, atol=1e-6)
+
+    def test_states_of_a_frozen_body_are_those_of_the_adapter_that_is_on(self, given):
+        model = self.model()
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        with model.pretrained_model.disable_adapter():
+            without = training_pass(batch).values
+            assert torch.equal(without, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
+        freeze(model, "body")  # What peft had switched off, it lets be trained when it switches it on.
+        assert (without - before).abs().max() > 1e-3
+        assert torch.equal(training_pass(batch).values, before)
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 5.0)
+        assert (training_pass(batch).values - before).abs().max() > 1e-3
 
     def test_an_adapter_that_is_not_there(self):
         with pytest.raises(AdapterError, match="value_adapter: expected one of the model's adapters, got 'other'"):

@@ -18,7 +18,7 @@ from vhead.scoring.engine import untrained_output
 from vhead.scoring.logits import LogitsRule, find_logits_rule
 from vhead.training.batches import TrainingBatch
 from vhead.training.gradient_check import GradientCheck, TrainingPlan
-from vhead.training.kept_states import KeptStates, drops, weights_key
+from vhead.training.kept_states import KeptStates, drops, states_key
 from vhead.training.layers import keeping_less
 from vhead.training.shared_weight import SharedWeight
 
@@ -126,8 +126,9 @@ class TrainedModel:
     def _selected(self, batch: TrainingBatch, adapter: str | None) -> Selected:
         trained = self._parameters()
         frozen = not any(parameter.requires_grad for parameter in trained)
-        keeps = frozen and not drops(self.body.model)
-        key = (adapter, getattr(self.body.model, "active_adapter", None), weights_key(trained)) if keeps else ()
+        # Autograd refuses what was made in inference mode.
+        keeps = frozen and not drops(self.body.model) and not torch.is_inference_mode_enabled()
+        key = (adapter, *states_key(self.body.model, trained, self.body.device)) if keeps else ()
         kept = self._kept.get(batch, key) if keeps else None
         if kept is not None:
             return Selected(kept)
