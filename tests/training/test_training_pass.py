@@ -13,6 +13,7 @@ from tests.training.test_gradients import with_head
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, Support, TrainingPass, VheadError, freeze, losses
 from vhead.errors import AdapterError, FieldError, GradientError, HeadError
 from vhead.packing.attention import segments
+from vhead.training import trained_model
 from vhead.training.kept_states import states_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -242,11 +243,13 @@ class TestDropout:
 
 
 class TestTwoAdapters:
-    def model(self):
+    def model(self, *, tied=True, targets=("q_proj",), **options):
         peft = pytest.importorskip("peft")
         torch.manual_seed(5)
-        lora = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
-        body = peft.get_peft_model(language_model(), lora)
+        lora = peft.LoraConfig(
+            r=2, task_type="CAUSAL_LM", target_modules=list(targets), init_lora_weights=False, **options
+        )
+        body = peft.get_peft_model(language_model(tied=tied), lora)
         body.add_adapter("critic", lora)
         return with_head(body)
 
@@ -289,6 +292,35 @@ class TestTwoAdapters:
                 module.set_scale("default", 5.0)
         assert (training_pass(batch).values - before).abs().max() > 1e-3
 
+    @pytest.mark.parametrize("options", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+    def test_the_policy_has_its_own_language_model_head_whichever_adapter_is_active(self, given, options):
+        found = []
+        for active in ("default", "critic"):
+            model = self.model(tied=False, **options)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lm_head" in name and "critic" in name:
+                        parameter.mul_(-0.5)
+            model.pretrained_model.set_adapter(active)
+            training_pass = TrainingPass(model, policy_adapter="default", value_adapter="critic")
+            (batch,) = training_pass.batches(given)
+            out = training_pass(batch)
+            out.logprobs.sum().backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "lora" in name}
+            assert not any("critic" in name for name in gradients)
+            found.append((out.logprobs, gradients))
+        (expected, of_expected), (logprobs, gradients) = found
+        torch.testing.assert_close(logprobs, expected)
+        torch.testing.assert_close(gradients, of_expected)
+
+    def test_a_model_that_makes_its_own_logits(self, given, monkeypatch):
+        monkeypatch.setattr(trained_model, "find_logits_rule", lambda *_: None)
+        training_pass = TrainingPass(self.model(), policy_adapter="default", value_adapter="critic")
+        for batch in training_pass.batches(given):
+            both, values = training_pass(batch), training_pass(batch, ["values"]).values
+            torch.testing.assert_close(both.values, values)
+            assert (values - TrainingPass(training_pass.model)(batch, ["values"]).values).abs().max() > 1e-3
+
     def test_an_adapter_that_is_not_there(self):
         with pytest.raises(AdapterError, match="value_adapter: expected one of the model's adapters, got 'other'"):
             TrainingPass(self.model(), value_adapter="other")
@@ -318,6 +350,13 @@ class TestSelfCheck:
         assert training_pass.plan.packing.strategy == "length-sorted batches", text
         assert "not tree packing" in text
         assert "a prompt is computed once for each of its completions" in text
+
+    def test_logits_of_a_model_s_own_have_to_be_asked_for_when_the_pass_is_made(self, given, monkeypatch):
+        monkeypatch.setattr(trained_model, "find_logits_rule", lambda *_: None)
+        training_pass = TrainingPass(with_head(language_model()), returns=["values"])
+        (batch,) = training_pass.batches(given)
+        with pytest.raises(VheadError, match="name them when the pass is made"):
+            training_pass(batch, ["logprobs"])
 
     def test_an_attention_that_was_asked_for_and_is_refused(self):
         from tests.architectures.tiny import build

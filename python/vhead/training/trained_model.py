@@ -1,7 +1,7 @@
 """The model's side of training: what it can take, and hidden states with gradients."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vhead.errors import HeadError, VheadError
 from vhead.heads import distribution
 from vhead.packing import limits
-from vhead.packing.adapters import check_adapter, make_trainable, using_adapter
+from vhead.packing.adapters import check_adapter, make_trainable, running_adapter, using_adapter
 from vhead.packing.plan import Attention, Ways, find_ways
 from vhead.packing.strategies import Body
 from vhead.scoring.engine import untrained_output
@@ -152,12 +152,23 @@ class TrainedModel:
         own -= {id(p) for p in embedded.parameters()}
         return [parameter for parameter in model.parameters() if id(parameter) not in own]
 
-    def states_and_logits(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """The hidden states that predict completion tokens `[T, H]`, and the model's own logits there, `[T, V]`."""
-        with using_adapter(self.body.model, self._adapters["logprobs"]):
+    def policy_adapter(self) -> AbstractContextManager[None]:
+        """A block in which the model's modules run with the adapter that computes log-probabilities."""
+        return using_adapter(self.body.model, self._adapters["logprobs"])
+
+    def states_and_logits(self, batch: TrainingBatch, returns: Sequence[str]) -> tuple[dict[str, Selected], Tensor]:
+        """Hidden states as `selected`, of values alone, and the model's own logits of the same tokens `[T, V]`."""
+        with self.policy_adapter():
             states, logits = batch.strategy.states_and_logits(batch.content)
-        rows = batch.read.predicting.to(states.device)
-        return states.index_select(0, rows), logits.index_select(0, rows.to(logits.device))
+        rows = batch.read.predicting
+        found = dict[str, Selected]()
+        if "values" in returns:
+            policy, critic = (running_adapter(self.body.model, self._adapters[name]) for name in ("logprobs", "values"))
+            if policy == critic:
+                found["values"] = Selected(states.index_select(0, rows.to(states.device)))
+            else:
+                found = self.selected(batch, ("values",))
+        return found, logits.index_select(0, rows.to(logits.device))
 
     def head_outputs(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values `[T]` or `[T, K]` of hidden states, and the logits of a distributional head."""

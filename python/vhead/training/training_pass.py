@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vhead.errors import FieldError
+from vhead.errors import FieldError, VheadError
 from vhead.packing import limits
 from vhead.packing.plan import Attention
 from vhead.packing.self_check import probes
@@ -181,7 +181,8 @@ class TrainingPass(nn.Module):
 
         Raises:
             HeadError: As in the constructor.
-            VheadError: As in the constructor.
+            VheadError: As in the constructor; or the model makes its own logits, and the constructor was not told that
+                log-probabilities are wanted.
             ValueError: As in the constructor.
         """
         if not isinstance(batch, TrainingBatch):
@@ -189,8 +190,8 @@ class TrainingPass(nn.Module):
         asked = self._returns if returns is None else self._trained.check_returns(returns)
         rule, found = self._trained.rule, dict[str, Tensor | None]()
         if "logprobs" in asked and rule is None:
-            states, logits = self._trained.states_and_logits(batch)
-            selected = {"values": Selected(states)} if "values" in asked else {}
+            self._check_logits()
+            selected, logits = self._trained.states_and_logits(batch, asked)
             found |= self._of_logits(batch, logits)
         else:
             selected = self._trained.selected(batch, asked)
@@ -208,12 +209,21 @@ class TrainingPass(nn.Module):
         read = batch.read.to(states.device)
         written = states if read.written is None else states.index_select(0, read.written)
         given = (written, rule, read.targets, read.candidates, self._temperature, weight)
-        return _aligned(statistics.of_states(*given, in_place=self._in_place), read)
+        within = self._trained.policy_adapter
+        return _aligned(statistics.of_states(*given, in_place=self._in_place, within=within), read)
 
     def _of_logits(self, batch: TrainingBatch, logits: Tensor) -> dict[str, Tensor | None]:
         read = batch.read.to(logits.device)
         written = logits if read.written is None else logits.index_select(0, read.written)
         return _aligned(statistics.of_logits(written, read.targets, read.candidates, self._temperature), read)
+
+    def _check_logits(self) -> None:
+        """Raises unless batches were made so that the model can give its own logits."""
+        if "logprobs" not in self._returns:
+            raise VheadError(
+                "returns: expected no log-probabilities of a pass that was made without them, because the model makes "
+                "its own logits, for which batches share no tokens; name them when the pass is made"
+            )
 
     def _watch(self, batch: TrainingBatch, selected: dict[str, Selected], found: dict[str, Tensor | None]) -> None:
         if not self._check_finite or _scales_losses(batch.mask.device):
