@@ -26,7 +26,7 @@ from vhead.training.gradient_check import TrainingPlan
 from vhead.training.kept_states import KeptStates
 from vhead.training.outputs import TrainingOutput
 from vhead.training.shared_weight import check_alone
-from vhead.training.totals import Totals, is_distributed, of_all_processes, own_totals
+from vhead.training.totals import Share, Totals, is_distributed, of_all_processes, own_totals, tell_refusal
 from vhead.training.trained_model import Selected, TrainedModel
 
 # Activations are kept until backward, so that a batch takes more memory than a scorer's.
@@ -155,19 +155,23 @@ class TrainingPass(nn.Module):
 
         Raises:
             FieldError: A rollout cannot be trained on; the error names it and the field.
+            VheadError: Another process has refused one of its rollouts, or has another number of candidates.
         """
-        encoded = [
-            self._encoder.encode(index, rollout, named(f"record {index}", getattr(rollout, "id", None)))
-            for index, rollout in enumerate(rollouts)
-        ]
-        for rollout in encoded:
-            self._check(rollout, encoded[0])
-        given, totals, work = Given.of(encoded), own_totals(encoded), self._work(encoded)
-        count = len(work)
-        if not alone and is_distributed():
-            totals, count = of_all_processes(totals, count, self._trained.body.device)
-        batches = [self._batch(encoded, given, totals, *each) for each in work]
-        return batches + [self._batch([], given, totals, *self._nothing()) for _ in range(count - len(work))]
+        is_shared = not alone and is_distributed()
+        try:
+            encoded = self._encoded(rollouts)
+            given, work = Given.of(encoded), self._work(encoded)
+        except Exception:
+            if is_shared:
+                tell_refusal(self._trained.body.device)
+            raise
+        share = Share(own_totals(encoded), len(work), given.candidates)
+        if is_shared:
+            share = of_all_processes(share, self._trained.body.device)
+            given = replace(given, candidates=share.candidates)
+        batches = [self._batch(encoded, given, share.totals, *each) for each in work]
+        empty = (self._batch([], given, share.totals, *self._nothing()) for _ in range(share.batches - len(work)))
+        return [*batches, *empty]
 
     def forward(self, batch: TrainingBatch, returns: Sequence[str] | None = None) -> TrainingOutput:
         """Runs a batch through the model.
@@ -234,6 +238,15 @@ class TrainingPass(nn.Module):
         for tensor in {id(states): states for states, _ in selected.values()}.values():
             watch(batch, "the hidden states", tensor)
 
+    def _encoded(self, rollouts: Iterable[Rollout]) -> list[Encoded]:
+        encoded = [
+            self._encoder.encode(index, rollout, named(f"record {index}", getattr(rollout, "id", None)))
+            for index, rollout in enumerate(rollouts)
+        ]
+        for rollout in encoded:
+            self._check(rollout, encoded[0])
+        return encoded
+
     def _check(self, rollout: Encoded, first: Encoded) -> None:
         """Raises unless a rollout fits the budget, and brings candidates if the first one does."""
         if not self._takes_longer and len(rollout) > self.token_budget:
@@ -282,7 +295,7 @@ class TrainingPass(nn.Module):
             given=given,
             strategy=strategy,
             content=content,
-            read=Read.of(rollouts, content.rows),
+            read=Read.of(rollouts, content.rows, given.candidates),
         )
 
 
