@@ -203,7 +203,10 @@ class Checks:
 def _numbers(value: Any) -> NDArray[np.float64] | None:
     """A number, or an array of them, float64; None where it is anything else."""
     if isinstance(value, Real):
-        return np.asarray(float(value))
+        try:
+            return np.asarray(float(value))
+        except OverflowError:  # An integer of more than 300 digits.
+            return None
     if hasattr(value, "detach"):
         # numpy has no bfloat16, in which a model may give rewards.
         value = (value.detach().double() if value.is_floating_point() else value.detach()).cpu().numpy()
