@@ -9,7 +9,7 @@ from tests.trainers.toy_task import language_model
 from tests.training.padded_loop import rollouts
 from tests.training.test_gradients import with_head
 from tests.two_processes import RANKS, outcomes_of
-from vhead import Rollout, TrainingPass, VheadError, losses
+from vhead import Rollout, TrainingPass, VheadError, freeze, losses
 from vhead.errors import FieldError
 
 
@@ -61,6 +61,20 @@ def check_fsdp2(rank):
     assert_same_gradients(training_pass)
 
 
+def check_fsdp2_with_states_for_which_one_process_has_no_room(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = with_head(language_model(tied=False))
+    freeze(model, "body")
+    training_pass = TrainingPass(model, token_budget=45, returns=["values"], keep_states=2000)
+    for layer in model.pretrained_model.model.layers:
+        fully_shard(layer)
+    fully_shard(training_pass)
+    batches = training_pass.batches(share(rank))
+    values = [[training_pass(batch).values for batch in batches] for _ in range(2)]
+    torch.testing.assert_close(*values)
+
+
 def with_candidates(given, count=3):
     return [Rollout(r.prompt, r.completion, candidates=np.stack([r.completion] * count, axis=1)) for r in given]
 
@@ -95,6 +109,7 @@ def check_a_model_that_is_wrapped_already_is_refused(rank):
 CHECKS = [
     check_ddp,
     check_fsdp2,
+    check_fsdp2_with_states_for_which_one_process_has_no_room,
     check_candidates_are_there_in_empty_batches_too,
     check_a_rollout_that_one_process_refuses_stops_all,
     check_candidates_of_another_number_stop_all,

@@ -87,6 +87,11 @@ def tell_refusal(device: torch.device) -> None:
     _summed([0, 0, 1], device)
 
 
+def all_say(answer: bool, device: torch.device) -> bool:  # noqa: FBT001
+    """Whether the answer of every process is yes; every process has to ask."""
+    return _summed([int(answer)], device) == [dist.get_world_size()]
+
+
 def _summed(numbers: Sequence[int], device: torch.device) -> list[int]:
     found = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(found)

@@ -21,6 +21,7 @@ from vhead.training.gradient_check import GradientCheck, TrainingPlan
 from vhead.training.kept_states import KeptStates, drops, states_key
 from vhead.training.layers import keeping_less
 from vhead.training.shared_weight import SharedWeight
+from vhead.training.totals import all_say, is_distributed
 
 RETURNS = ("values", "logprobs")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -130,6 +131,10 @@ class TrainedModel:
         keeps = frozen and not drops(self.body.model) and not torch.is_inference_mode_enabled()
         key = (adapter, *states_key(self.body.model, trained, self.body.device)) if keeps else ()
         kept = self._kept.get(batch, key) if keeps else None
+        # To run a model whose weights are in parts takes all processes, each of which may have had room for others.
+        in_parts = keeps and is_distributed() and any(hasattr(parameter, "to_local") for parameter in trained)
+        if in_parts and not all_say(kept is not None, self.body.device):
+            kept = None
         if kept is not None:
             return Selected(kept)
         with (
