@@ -140,6 +140,31 @@ class TestManyUpdates:
                 keys.add(states_key(torch.nn.Module(), [parameter], parameter.device))
             assert len(keys) == 4
 
+    def test_a_file_that_somebody_deleted_is_made_again(self, given, tmp_path):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"], keep_states=0, states_folder=tmp_path)
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        assert torch.equal(training_pass(batch).values, before)
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_a_full_disk_leaves_no_file(self, given, tmp_path, monkeypatch):
+        def fail(states, file):
+            file.write(b"some")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", fail)
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"], keep_states=0, states_folder=tmp_path)
+        (batch,) = training_pass.batches(given)
+        with pytest.raises(OSError, match="No space left"):
+            training_pass(batch)
+        assert not list(tmp_path.iterdir())
+
     def test_autocast_has_states_of_its_own(self, given):
         model = with_head(language_model())
         freeze(model, "body")

@@ -68,12 +68,15 @@ class _OnDisk:
         self.key, self._device = key, states.device
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="states-", suffix=".pt", delete=False) as file:
+            self._path = Path(file.name)
+            weakref.finalize(self, self._path.unlink, missing_ok=True)
             torch.save(states.cpu(), file)
-        self._path = Path(file.name)
-        weakref.finalize(self, self._path.unlink, missing_ok=True)
 
-    def read(self) -> Tensor:
-        states: Tensor = torch.load(self._path, map_location=self._device, weights_only=True)
+    def read(self) -> Tensor | None:
+        try:
+            states: Tensor = torch.load(self._path, map_location=self._device, weights_only=True)
+        except FileNotFoundError:  # Temporary folders are cleaned up, and what was kept can be computed again.
+            return None
         return states
 
 
