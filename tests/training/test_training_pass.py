@@ -236,6 +236,21 @@ def expected_updates(given):
     return [update(training_pass, training_pass.batches(given), optimizer) for _ in range(3)]
 
 
+class TestAnotherDtype:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_a_model_that_gets_it_after_the_pass_was_made(self, given, dtype):
+        model = with_head(language_model())
+        training_pass = TrainingPass(model)
+        (batch,) = training_pass.batches(given)
+        expected = training_pass(batch).logprobs
+        model.to(dtype)
+        found = training_pass(batch).logprobs
+        found.sum().backward()
+        tolerance = 1e-4 if dtype == torch.float64 else 0.5
+        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance)
+        assert all(parameter.grad.isfinite().all() for parameter in model.pretrained_model.parameters())
+
+
 class TestDropout:
     def test_a_model_that_drops_attention_weights_is_packed_under_a_mask(self):
         body = language_model()
