@@ -11,6 +11,8 @@ import vhead
 from tests.fitting.examples import grouped, paired
 from vhead import Rollout
 from vhead.errors import FieldError, FitError, HeadError, RecordError
+from vhead.fitting.moments import FoldMoments
+from vhead.fitting.ridge import fit_ridge
 
 
 def rewards(count, seed=0):
@@ -57,12 +59,36 @@ def test_constant_targets(scorer, target):
 def test_targets_that_are_not_finite(scorer, bad):
     rollouts, values = grouped(), rewards(56)
     values[7] = bad
-    with pytest.raises(FieldError, match=f"record 7: targets: expected finite numbers, got {bad}"):
+    with pytest.raises(
+        FieldError, match=f"record 7: targets: expected finite numbers that float32 can hold, got {bad}"
+    ):
         vhead.fit(scorer, rollouts, values)
     tokens = [np.zeros(len(rollout.completion)) for rollout in rollouts]
     tokens[3][1] = bad
     with pytest.raises(FieldError, match=f"record 3: targets: .* got {bad} at completion token 1"):
         vhead.fit(scorer, rollouts, tokens)
+
+
+@pytest.mark.parametrize("target", ["returns", "reward"])
+def test_targets_that_no_head_could_say(scorer, target):
+    values, told = rewards(56), []
+    values[7] = -1e39
+    with pytest.raises(FieldError, match=r"record 7: targets: expected finite numbers that float32 can hold, got -1e"):
+        vhead.fit(scorer, grouped(), values, target=target)
+    vhead.fit(scorer, grouped(), values, target=target, on_error=told.append)
+    assert len(told) == 1
+
+
+def test_states_that_do_not_vary(scorer):
+    rollouts = [Rollout([5, 6, 7 + place], [9]) for place in range(6)]
+    expected = "rollouts: expected hidden states that vary, .*, got"
+    with pytest.raises(FitError, match=f"{expected} both sides of each pair with the same ones"):
+        vhead.fit(scorer, [(each, each) for each in rollouts], target="pairs")
+    equal = np.ones((12, 4), np.float32)
+    moments = FoldMoments(2, 4, 1, torch.device("cpu"))
+    moments.add(equal, np.arange(12.0)[:, None], np.ones(12), np.arange(12) % 2)
+    with pytest.raises(FitError, match=f"{expected} the same ones everywhere"):
+        fit_ridge(moments, None)
 
 
 def test_targets_of_another_length_than_the_completion(scorer):

@@ -307,6 +307,25 @@ def test_a_format_that_cannot_hold_the_head_is_refused_before_anything_is_read(f
     assert "trl holds heads of one output" in done.stderr
 
 
+def test_a_field_with_several_numbers_makes_a_head_with_as_many_outputs(folder, scorer, tmp_path):
+    records, rollouts = drawn()
+    both = [[record["reward"], record["other"]] for record in records]
+    source = written(tmp_path / "in.jsonl", [r | {"both": two} for r, two in zip(records, both, strict=True)])
+    out = tmp_path / "head.safetensors"
+    done = run(source, "--model", folder, "--output", out, "--target", "reward", "--target-field", "both")
+    assert done.exit_code == 0, done.stderr
+    assert torch.equal(formats.load(out).weight, vhead.fit(scorer, rollouts, both, target="reward").head.weight)
+
+
+def test_an_integer_that_no_float_can_hold_is_named(folder, tmp_path):
+    records, _ = drawn()
+    records[3]["reward"] = 10**400
+    source, out = written(tmp_path / "in.jsonl", records), tmp_path / "head.safetensors"
+    arguments = (source, "--model", folder, "--output", out, "--target", "reward")
+    assert f"{source}: line 4: reward: expected a number" in run(*arguments).stderr
+    assert "fitted to 55 rollouts, 1 skipped" in run(*arguments, "--on-error", "skip").stderr
+
+
 WRONG = {
     "an ending": (["--output", "head.txt"], "expected a name that ends in .safetensors"),
     "a format": (["--output", "h.pt", "--format", "trx"], "expected one of trl, vhead"),

@@ -144,6 +144,15 @@ def test_returns_of_the_model_s_tokens_are_fitted(model, scorer, masked):
         assert relative(fitted.head.weight, Ridge(0.5).fit(everywhere, np.concatenate(given)).coef_) > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_targets_of_any_dtype_are_read(scorer, dtype):
+    rollouts, generator = grouped(), torch.Generator().manual_seed(2)
+    targets = [torch.randn(len(each.completion), generator=generator).to(dtype) for each in rollouts]
+    found = vhead.fit(scorer, rollouts, [target.requires_grad_() for target in targets])
+    expected = vhead.fit(scorer, rollouts, [target.detach().double().numpy() for target in targets])
+    assert torch.equal(found.head.weight, expected.head.weight)
+
+
 def test_what_a_target_says_of_observations_is_not_read(scorer):
     rollouts = grouped(masked=True)
     rng = np.random.default_rng(3)

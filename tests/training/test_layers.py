@@ -98,13 +98,17 @@ def test_less_is_kept():
     assert kept["less"] < 0.8 * kept["own"]
 
 
-@pytest.mark.parametrize("change", ["hook", "no gradients", "autocast"])
+@pytest.mark.parametrize("change", ["hook", "backward hook", "backward pre-hook", "no gradients", "autocast"])
 def test_modules_are_left_alone(change):
     model = _model()
     fused = Fused.of(model)
     if change == "hook":
         for module in (*fused.gates, *fused.norms):
             module.register_forward_hook(lambda *_: None)
+    if change.startswith("backward"):
+        register = "register_full_backward_hook" if change.endswith(" hook") else "register_full_backward_pre_hook"
+        for module in (*fused.norms, *(gate.down_proj for gate in fused.gates)):
+            getattr(module, register)(lambda *_: None)
     with (
         torch.set_grad_enabled(change != "no gradients"),
         torch.autocast("cpu", enabled=change == "autocast"),

@@ -211,7 +211,9 @@ class TestBadInput:
         ("changed", "message"),
         [
             ({"clip": (1.2, 0.2)}, "clip: expected how far below 1"),
-            ({"clip": (0.2, 0.28, 3.0)}, "clip: expected one number, or two for below and above 1, got"),
+            ({"clip": (0.2, 0.2, 0.3)}, r"clip: expected how far below 1, .* got \(0.2, 0.2, 0.3\)"),
+            ({"clip": None}, "clip: expected how far below 1, .* got None"),
+            ({"clip": "0.2"}, "clip: expected how far below 1, .* got '0.2'"),
             ({"dual_clip": 0.5}, "dual_clip: expected a number above 1, got 0.5"),
             ({"agg": "mean"}, "agg: expected one of token-mean"),
             ({"agg": "seq-mean-token-sum"}, "offsets: expected them beside flat arrays"),

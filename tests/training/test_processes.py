@@ -1,5 +1,6 @@
 """Two gloo processes update one model with DDP and FSDP2, with shares of rollouts that are not equal."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -8,7 +9,8 @@ from tests.trainers.toy_task import language_model
 from tests.training.padded_loop import rollouts
 from tests.training.test_gradients import with_head
 from tests.two_processes import RANKS, outcomes_of
-from vhead import TrainingPass, VheadError, losses
+from vhead import Rollout, TrainingPass, VheadError, freeze, losses
+from vhead.errors import FieldError
 
 
 def share(rank):
@@ -59,12 +61,60 @@ def check_fsdp2(rank):
     assert_same_gradients(training_pass)
 
 
+def check_fsdp2_with_states_for_which_one_process_has_no_room(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = with_head(language_model(tied=False))
+    freeze(model, "body")
+    training_pass = TrainingPass(model, token_budget=45, returns=["values"], keep_states=2000)
+    for layer in model.pretrained_model.model.layers:
+        fully_shard(layer)
+    fully_shard(training_pass)
+    batches = training_pass.batches(share(rank))
+    values = [[training_pass(batch).values for batch in batches] for _ in range(2)]
+    torch.testing.assert_close(*values)
+
+
+def with_candidates(given, count=3):
+    return [Rollout(r.prompt, r.completion, candidates=np.stack([r.completion] * count, axis=1)) for r in given]
+
+
+def check_candidates_are_there_in_empty_batches_too(rank):
+    training_pass = TrainingPass(language_model(tied=False), token_budget=45)
+    batches = training_pass.batches(with_candidates(share(rank)))
+    module = torch.nn.parallel.DistributedDataParallel(training_pass)
+    for batch in batches:
+        (module(batch).candidate_logprobs.sum() / batch.totals.tokens).backward()
+    assert any(not len(batch) for batch in batches) == (rank == 1)
+
+
+def check_a_rollout_that_one_process_refuses_stops_all(rank):
+    given = [*share(rank), Rollout([1], [5] * 60)] if rank else share(rank)
+    with pytest.raises(FieldError if rank else VheadError, match="at most the token_budget" if rank else "1 of 2"):
+        made().batches(given)
+
+
+def check_candidates_of_another_number_stop_all(rank):
+    given = with_candidates(share(rank), count=3 - rank)
+    with pytest.raises(VheadError, match="candidates: expected rollouts of all processes to have as many"):
+        made().batches(given)
+    assert made().batches(with_candidates(share(rank)) if rank else [])
+
+
 def check_a_model_that_is_wrapped_already_is_refused(rank):
     with pytest.raises(VheadError, match="make the TrainingPass first and wrap that"):
         TrainingPass(torch.nn.parallel.DistributedDataParallel(with_head(language_model())))
 
 
-CHECKS = [check_ddp, check_fsdp2, check_a_model_that_is_wrapped_already_is_refused]
+CHECKS = [
+    check_ddp,
+    check_fsdp2,
+    check_fsdp2_with_states_for_which_one_process_has_no_room,
+    check_candidates_are_there_in_empty_batches_too,
+    check_a_rollout_that_one_process_refuses_stops_all,
+    check_candidates_of_another_number_stop_all,
+    check_a_model_that_is_wrapped_already_is_refused,
+]
 
 
 @pytest.fixture(scope="module")

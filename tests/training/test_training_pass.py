@@ -13,6 +13,8 @@ from tests.training.test_gradients import with_head
 from vhead import AutoModelForCausalLMWithValueHead, Rollout, Scorer, Support, TrainingPass, VheadError, freeze, losses
 from vhead.errors import AdapterError, FieldError, GradientError, HeadError
 from vhead.packing.attention import segments
+from vhead.training import trained_model
+from vhead.training.kept_states import states_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -125,6 +127,73 @@ class TestManyUpdates:
         assert (before - after).abs().max() > 1e-4
         torch.testing.assert_close(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
 
+    @pytest.mark.parametrize("change", ["fused", "data", "numpy", "dtype"])
+    def test_a_change_that_torch_does_not_count_is_noticed(self, given, change):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        CHANGES[change](model.pretrained_model)
+        after = training_pass(batch).values
+        assert (before - after).abs().max() > 1e-4
+        assert torch.equal(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
+
+    def test_a_weight_s_bytes_are_compared_wherever_they_lie(self):
+        memory = torch.zeros(40, dtype=torch.bfloat16)
+        for start in range(1, 4):
+            parameter = torch.nn.Parameter(memory[start : start + 31], requires_grad=False)
+            keys = {states_key(torch.nn.Module(), [parameter], parameter.device)}
+            for place in (0, 15, 30):
+                parameter.data[place] += 1.0
+                keys.add(states_key(torch.nn.Module(), [parameter], parameter.device))
+            assert len(keys) == 4
+
+    def test_a_file_that_somebody_deleted_is_made_again(self, given, tmp_path):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"], keep_states=0, states_folder=tmp_path)
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        assert torch.equal(training_pass(batch).values, before)
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_a_full_disk_leaves_no_file(self, given, tmp_path, monkeypatch):
+        def fail(states, file):
+            file.write(b"some")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", fail)
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"], keep_states=0, states_folder=tmp_path)
+        (batch,) = training_pass.batches(given)
+        with pytest.raises(OSError, match="No space left"):
+            training_pass(batch)
+        assert not list(tmp_path.iterdir())
+
+    def test_autocast_has_states_of_its_own(self, given):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(training_pass(batch).values, before)
+        assert torch.equal(training_pass(batch).values, before)
+
+    def test_inference_mode_leaves_nothing_behind_that_cannot_be_trained_with(self, given):
+        model = with_head(language_model())
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        with torch.inference_mode():
+            training_pass(batch)
+        training_pass(batch).values.sum().backward()
+        assert model.v_head.summary.weight.grad.any()
+
     def test_states_are_not_kept_while_the_body_drops_activations(self, given):
         body = language_model()
         body.config.attention_dropout = 0.3
@@ -138,6 +207,23 @@ class TestManyUpdates:
         assert not torch.equal(training_pass(batch).values, training_pass(batch).values)
         training_pass.eval()
         assert torch.equal(training_pass(batch).values, training_pass(batch).values)
+
+
+def step_fused(body):
+    parameters = list(body.parameters())
+    for parameter in parameters:
+        parameter.requires_grad, parameter.grad = True, torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.01, fused=True).step()
+    for parameter in parameters:
+        parameter.requires_grad, parameter.grad = False, None
+
+
+CHANGES = {
+    "fused": step_fused,
+    "data": lambda body: body.model.layers[0].mlp.up_proj.weight.data.mul_(1.5),
+    "numpy": lambda body: body.model.layers[0].mlp.up_proj.weight.numpy().fill(0.1),
+    "dtype": lambda body: body.bfloat16(),
+}
 
 
 def update(training_pass, batches, optimizer):
@@ -157,6 +243,21 @@ def expected_updates(given):
     training_pass = TrainingPass(model, returns=["values"])
     optimizer = torch.optim.SGD(model.v_head.parameters(), lr=0.1)
     return [update(training_pass, training_pass.batches(given), optimizer) for _ in range(3)]
+
+
+class TestAnotherDtype:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_a_model_that_gets_it_after_the_pass_was_made(self, given, dtype):
+        model = with_head(language_model())
+        training_pass = TrainingPass(model)
+        (batch,) = training_pass.batches(given)
+        expected = training_pass(batch).logprobs
+        model.to(dtype)
+        found = training_pass(batch).logprobs
+        found.sum().backward()
+        tolerance = 1e-4 if dtype == torch.float64 else 0.5
+        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance)
+        assert all(parameter.grad.isfinite().all() for parameter in model.pretrained_model.parameters())
 
 
 class TestDropout:
@@ -191,11 +292,13 @@ class TestDropout:
 
 
 class TestTwoAdapters:
-    def model(self):
+    def model(self, *, tied=True, targets=("q_proj",), **options):
         peft = pytest.importorskip("peft")
         torch.manual_seed(5)
-        lora = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
-        body = peft.get_peft_model(language_model(), lora)
+        lora = peft.LoraConfig(
+            r=2, task_type="CAUSAL_LM", target_modules=list(targets), init_lora_weights=False, **options
+        )
+        body = peft.get_peft_model(language_model(tied=tied), lora)
         body.add_adapter("critic", lora)
         return with_head(body)
 
@@ -220,6 +323,52 @@ class TestTwoAdapters:
             for parameter, own in model.named_parameters():
                 if "lora" in parameter and own.grad is not None:
                     torch.testing.assert_close(own.grad, found[parameter], rtol=1e-4, atol=1e-6)
+
+    def test_states_of_a_frozen_body_are_those_of_the_adapter_that_is_on(self, given):
+        model = self.model()
+        freeze(model, "body")
+        training_pass = TrainingPass(model, returns=["values"])
+        (batch,) = training_pass.batches(given)
+        before = training_pass(batch).values
+        with model.pretrained_model.disable_adapter():
+            without = training_pass(batch).values
+            assert torch.equal(without, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
+        freeze(model, "body")  # What peft had switched off, it lets be trained when it switches it on.
+        assert (without - before).abs().max() > 1e-3
+        assert torch.equal(training_pass(batch).values, before)
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 5.0)
+        assert (training_pass(batch).values - before).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("options", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+    def test_the_policy_has_its_own_language_model_head_whichever_adapter_is_active(self, given, options):
+        found = []
+        for active in ("default", "critic"):
+            model = self.model(tied=False, **options)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lm_head" in name and "critic" in name:
+                        parameter.mul_(-0.5)
+            model.pretrained_model.set_adapter(active)
+            training_pass = TrainingPass(model, policy_adapter="default", value_adapter="critic")
+            (batch,) = training_pass.batches(given)
+            out = training_pass(batch)
+            out.logprobs.sum().backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "lora" in name}
+            assert not any("critic" in name for name in gradients)
+            found.append((out.logprobs, gradients))
+        (expected, of_expected), (logprobs, gradients) = found
+        torch.testing.assert_close(logprobs, expected)
+        torch.testing.assert_close(gradients, of_expected)
+
+    def test_a_model_that_makes_its_own_logits(self, given, monkeypatch):
+        monkeypatch.setattr(trained_model, "find_logits_rule", lambda *_: None)
+        training_pass = TrainingPass(self.model(), policy_adapter="default", value_adapter="critic")
+        for batch in training_pass.batches(given):
+            both, values = training_pass(batch), training_pass(batch, ["values"]).values
+            torch.testing.assert_close(both.values, values)
+            assert (values - TrainingPass(training_pass.model)(batch, ["values"]).values).abs().max() > 1e-3
 
     def test_an_adapter_that_is_not_there(self):
         with pytest.raises(AdapterError, match="value_adapter: expected one of the model's adapters, got 'other'"):
@@ -250,6 +399,13 @@ class TestSelfCheck:
         assert training_pass.plan.packing.strategy == "length-sorted batches", text
         assert "not tree packing" in text
         assert "a prompt is computed once for each of its completions" in text
+
+    def test_logits_of_a_model_s_own_have_to_be_asked_for_when_the_pass_is_made(self, given, monkeypatch):
+        monkeypatch.setattr(trained_model, "find_logits_rule", lambda *_: None)
+        training_pass = TrainingPass(with_head(language_model()), returns=["values"])
+        (batch,) = training_pass.batches(given)
+        with pytest.raises(VheadError, match="name them when the pass is made"):
+            training_pass(batch, ["logprobs"])
 
     def test_an_attention_that_was_asked_for_and_is_refused(self):
         from tests.architectures.tiny import build

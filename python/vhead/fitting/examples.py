@@ -21,6 +21,9 @@ TARGETS: tuple[str, ...] = get_args(Target)
 # The fields of a file that are read where none is named; the first record says which of them there is.
 DEFAULT_FIELDS: dict[str, tuple[str, ...]] = {"returns": ("returns", "reward"), "reward": ("reward",), "pairs": ()}
 _MISSING = object()
+# A head, which is float32, could not say a larger one.
+LARGEST = float(np.finfo(np.float32).max)
+FINITE = "finite numbers that float32 can hold"
 
 
 class Example(Protocol):
@@ -182,8 +185,10 @@ class Checks:
         if array.shape[-1] != self.outputs:
             expected = f"{self.outputs} numbers, as the first target has"
             raise FieldError(name, field, expected=expected, got=str(array.shape[-1]))
-        if array.ndim == 1 and not np.isfinite(array).all():
-            raise FieldError(name, field, expected="finite numbers", got=str(array[~np.isfinite(array)][0]))
+        if array.ndim == 1:
+            wrong = array[~(np.abs(array) <= LARGEST)]
+            if len(wrong):
+                raise FieldError(name, field, expected=FINITE, got=str(wrong[0]))
         return array
 
     @property
@@ -201,11 +206,16 @@ class Checks:
         return array
 
 
-def _numbers(value: object) -> NDArray[np.float64] | None:
+def _numbers(value: Any) -> NDArray[np.float64] | None:
     """A number, or an array of them, float64; None where it is anything else."""
     if isinstance(value, Real):
-        return np.asarray(float(value))
-    value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
+        try:
+            return np.asarray(float(value))
+        except OverflowError:  # An integer of more than 300 digits.
+            return None
+    if hasattr(value, "detach"):
+        # numpy has no bfloat16, in which a model may give rewards.
+        value = (value.detach().double() if value.is_floating_point() else value.detach()).cpu().numpy()
     try:
         array = np.asarray(value)
     except ValueError:

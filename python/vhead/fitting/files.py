@@ -55,8 +55,8 @@ def fit_file(
         OSError: Reading or writing failed.
     """
     reading = Reading(scorer)
-    chosen = format or _default_format(options, fields)
-    _check_format(chosen, reading.hidden_size, options, fields)
+    if format is not None:
+        _check_format(format, reading.hidden_size, options, fields)
     fitting = reading.fitting(options, output.folder)
     names = fields.targets
     if output.earlier is not None:
@@ -83,13 +83,13 @@ def fit_file(
         fitting.add(chunk.sources, chunk.scores, on_error)
         last = chunk.last
     fitted = fitting.result(output.path.name)
-    output.publish(fitted.head, chosen, rows.last)
+    output.publish(fitted.head, format or _default_format(fitted.head), rows.last)
     return fitted
 
 
-def _default_format(options: FitOptions, fields: TargetFields) -> str:
-    is_one = len(fields.targets or ("one",)) == 1 and options.intermediate_size is None
-    return "trl" if is_one else "vhead"
+def _default_format(head: HeadWeights) -> str:
+    """That of what the records have turned out to make: a field may have several numbers."""
+    return "trl" if len(head.layers) == 1 and len(head.layers[0].weight) == 1 else "vhead"
 
 
 def _check_format(name: str, hidden_size: int, options: FitOptions, fields: TargetFields) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vhead import returns
 from vhead.errors import FieldError, FitError, RecordError
-from vhead.fitting.examples import TARGETS, Example, Target
+from vhead.fitting.examples import FINITE, LARGEST, TARGETS, Example, Target
 from vhead.fitting.fitted import FittedHead, Solution
 from vhead.fitting.folds import Folds
 from vhead.fitting.logistic import fit_logistic
@@ -308,11 +308,11 @@ def _per_token(
     weight = _fitting(weight, mask, example, "weights", is_cut=is_cut)
     if example.target.ndim == 2:
         found = _fitting(example.target, mask, example, example.field, is_cut=is_cut)
-        wrong = np.argwhere(~np.isfinite(found))
+        wrong = np.argwhere(~(np.abs(found) <= LARGEST))
         if len(wrong):
             token = int(np.flatnonzero(mask)[wrong[0][0]])
             got = f"{found[tuple(wrong[0])]} at completion token {token}"
-            raise FieldError(example.where, example.field, expected="finite numbers where the model wrote", got=got)
+            raise FieldError(example.where, example.field, expected=f"{FINITE} where the model wrote", got=got)
         return found, weight
     columns = []
     for reward in example.target:

@@ -13,7 +13,7 @@ from vhead.errors import FitError
 from vhead.fitting.fitted import Solution
 from vhead.fitting.metrics import Agreement, Verdicts
 from vhead.fitting.moments import gram
-from vhead.fitting.ridge import solved
+from vhead.fitting.ridge import EXPECTED_STATES, solved
 from vhead.fitting.store import Block, StateStore
 
 # Times the mean of the eigenvalues of the loss's curvature where nothing is known yet.
@@ -82,10 +82,13 @@ def fit_logistic(store: StateStore, *, is_pairs: bool, folds: int, strengths: Se
         strengths: What to choose from; None: 8 of them, from 1e-6 to 10 times the mean curvature.
 
     Raises:
-        FitError: No strength gives a solution.
+        FitError: The states do not vary, or no strength gives a solution.
     """
     rows = Rows.of(store, is_pairs=is_pairs)
     scale = rows.curvature()
+    if not scale > 0.0:
+        got = "both sides of each pair with the same ones" if is_pairs else "the same ones everywhere"
+        raise FitError(f"rollouts: {EXPECTED_STATES}, got {got}")
     # From the strongest on, so that each solution is near the one before.
     candidates = sorted(strengths or (scale * factor for factor in _RELATIVE), reverse=True)
     outputs = next(store.blocks()).targets.shape[1]

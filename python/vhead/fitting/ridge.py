@@ -15,6 +15,8 @@ _RELATIVE = tuple(10.0**exponent for exponent in range(-9, 3))
 # Of these, every third is tried first, from the second on.
 _COARSE = slice(1, None, 3)
 
+EXPECTED_STATES = "expected hidden states that vary, as a head has nothing else to tell rollouts apart by"
+
 
 def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Solution:
     """The linear map that minimises the weighted squared error plus `strength` times the squared weights.
@@ -27,11 +29,14 @@ def fit_ridge(moments: FoldMoments, strengths: Sequence[float] | None) -> Soluti
         strengths: What to choose from; None: powers of ten from 1e-9 to 1e2 times the mean sum of squares.
 
     Raises:
-        FitError: The states are linearly dependent, and no strength makes up for that.
+        FitError: The states do not vary; or they are linearly dependent, and no strength makes up for that.
     """
     total = moments.total()
     xx, xy = total.centred()
-    candidates = tuple(strengths or (xx.diagonal().mean().item() * factor for factor in _RELATIVE))
+    scale = xx.diagonal().mean().item()
+    if not scale > 0.0:
+        raise FitError(f"rollouts: {EXPECTED_STATES}, got the same ones everywhere")
+    candidates = tuple(strengths or (scale * factor for factor in _RELATIVE))
     if strengths:
         held_out = _held_out(moments, total, dict(enumerate(candidates)))
     else:

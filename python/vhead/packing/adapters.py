@@ -30,6 +30,22 @@ def running_adapter(model: Any, name: str | None) -> str | None:
     return str(_active(model))
 
 
+def adapters_state(model: nn.Module) -> tuple[Any, ...]:
+    """What a run goes through in each layer with adapters: which of them, whether they are off, and their scales."""
+    layers: Iterator[Any] = model.modules()
+    # transformers' whole models have a method of that name.
+    adapted = (layer for layer in layers if isinstance(getattr(layer, "disable_adapters", None), bool))
+    return tuple(
+        (
+            layer.disable_adapters,
+            repr(layer.active_adapter),
+            tuple(getattr(layer, "merged_adapters", ())),
+            tuple(getattr(layer, "scaling", {}).items()),
+        )
+        for layer in adapted
+    )
+
+
 def make_trainable(model: Any, name: str) -> None:
     """Has an adapter be trained: peft trains the active one alone, and freezes the others."""
     active = _active(model)

@@ -136,7 +136,8 @@ def uses_matrix_unit(layers: Iterable[nn.Module]) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else."""
-    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not ("forward" in module.__dict__ or any(hooks))
 
 
 def _is_layer(module: Any) -> bool:

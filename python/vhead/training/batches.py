@@ -25,16 +25,19 @@ class Given:
     Attributes:
         names: What errors call them.
         lengths: Tokens of each completion, int64 `[N]`.
+        candidates: How many candidates there are for each token, here or in other processes; None: none.
     """
 
     names: tuple[str, ...]
     lengths: Ints
+    candidates: int | None = None
 
     @classmethod
     def of(cls, rollouts: Sequence[Encoded]) -> Self:
         """Those of these rollouts."""
         lengths = np.array([rollout.completion_length for rollout in rollouts], np.int64)
-        return cls(tuple(rollout.name for rollout in rollouts), lengths)
+        found = rollouts[0].candidates if rollouts else None
+        return cls(tuple(rollout.name for rollout in rollouts), lengths, None if found is None else found.shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,20 +57,23 @@ class Read:
     candidates: Tensor | None
 
     @classmethod
-    def of(cls, rollouts: Sequence[Encoded], rows: Sequence[Ints]) -> Self:
-        """Finds them, from each rollout's rows."""
+    def of(cls, rollouts: Sequence[Encoded], rows: Sequence[Ints], count: int | None) -> Self:
+        """Finds them, from each rollout's rows, and so many candidates for each token; None: none."""
         prompts = [rollout.prompt_length for rollout in rollouts]
         predicting = _joined([own[count - 1 : -1] for own, count in zip(rows, prompts, strict=True)])
         targets = _joined([rollout.tokens[count:] for rollout, count in zip(rollouts, prompts, strict=True)])
         mask = mask_of(rollouts)
         written = None if mask.all() else np.flatnonzero(mask)
         chosen = slice(None) if written is None else written
-        candidates = [rollout.candidates for rollout in rollouts if rollout.candidates is not None]
+        candidates = None
+        if count is not None:
+            given = [rollout.candidates for rollout in rollouts if rollout.candidates is not None]
+            candidates = torch.from_numpy(np.concatenate([np.empty((0, count), np.int64), *given])[chosen])
         return cls(
             torch.from_numpy(predicting),
             None if written is None else torch.from_numpy(written),
             torch.from_numpy(targets[chosen]),
-            torch.from_numpy(np.concatenate(candidates)[chosen]) if candidates else None,
+            candidates,
         )
 
     def to(self, device: torch.device) -> Self:

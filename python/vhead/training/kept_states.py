@@ -2,15 +2,20 @@
 
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vhead.ops.dispatch import is_plain
+from vhead.packing.adapters import adapters_state
 from vhead.training.batches import TrainingBatch
 
 Key = tuple[Any, ...]
+
+_WORD = 8
 
 
 class KeptStates:
@@ -63,21 +68,57 @@ class _OnDisk:
         self.key, self._device = key, states.device
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="states-", suffix=".pt", delete=False) as file:
+            self._path = Path(file.name)
+            weakref.finalize(self, self._path.unlink, missing_ok=True)
             torch.save(states.cpu(), file)
-        self._path = Path(file.name)
-        weakref.finalize(self, self._path.unlink, missing_ok=True)
 
-    def read(self) -> Tensor:
-        states: Tensor = torch.load(self._path, map_location=self._device, weights_only=True)
+    def read(self) -> Tensor | None:
+        try:
+            states: Tensor = torch.load(self._path, map_location=self._device, weights_only=True)
+        except FileNotFoundError:  # Temporary folders are cleaned up, and what was kept can be computed again.
+            return None
         return states
 
 
 _Kept = _InMemory | _OnDisk
 
 
-def weights_key(parameters: list[nn.Parameter]) -> Key:
-    """What changes when one of these parameters is replaced, moved, or written to in place, but not through `.data`."""
-    return tuple((id(each), each._version, each.data_ptr(), each.dtype, each.device) for each in parameters)
+def states_key(model: nn.Module, parameters: Sequence[nn.Parameter], device: torch.device) -> Key:
+    """What changes when hidden states are no longer what they were: other weights, adapters or dtypes.
+
+    Args:
+        model: The language model.
+        parameters: Those that its states depend on.
+        device: Where its states are.
+    """
+    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return half, adapters_state(model), _weights_key(parameters)
+
+
+def _weights_key(parameters: Sequence[nn.Parameter]) -> Key:
+    """Which weights these are, and what is in them: fused optimisers write past the counter that torch has for it."""
+    # Of tensors of another kind, such as quantised ones, the counter has to do.
+    contents = [content for parameter in parameters if (content := _content(parameter)) is not None]
+    sums = [_sum_of_bits(content) for content in contents]
+    found = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
+    return tuple((id(p), p._version, p.dtype, p.device) for p in parameters), tuple(found)
+
+
+def _content(parameter: nn.Parameter) -> Tensor | None:
+    """The numbers of a weight that are in this process, or None."""
+    own: Any = parameter.data
+    own = own.to_local() if hasattr(own, "to_local") else own
+    return own if is_plain(own) and not own.is_meta else None
+
+
+def _sum_of_bits(content: Tensor) -> Tensor:
+    """Sum of all bytes, eight at a time, as integers: no change is rounded away."""
+    flat = content.contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % _WORD:
+        flat = flat.clone()
+    own = flat.view(torch.uint8)
+    whole = len(own) // _WORD * _WORD
+    return own[:whole].view(torch.int64).sum() + own[whole:].sum()
 
 
 def drops(model: nn.Module) -> bool:

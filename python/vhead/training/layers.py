@@ -96,7 +96,8 @@ def _product(wide: WideProducts | None, first: Tensor, second: Tensor) -> Tensor
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    if states.dtype != norm.weight.dtype:
+    # The kernel knows no float64, which a model may have been made since.
+    if states.dtype != norm.weight.dtype or states.dtype == torch.float64:
         own: Tensor = type(norm).forward(norm, states)
         return own
     result: Tensor = _Norm.apply(states, norm.weight, norm.variance_epsilon)

@@ -8,6 +8,8 @@ give `totals=batch.totals`: the losses of all batches then add up to the mean ov
 when they are summed over batches and averaged over processes, as DDP and FSDP average them.
 """
 
+import math
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -386,12 +388,11 @@ def _sequences(like: Tensor, offsets: Any) -> tuple[Tensor | None, int]:
 
 
 def _bounds(clip: float | tuple[float, float]) -> tuple[float, float]:
-    bounds = (clip, clip) if isinstance(clip, int | float) else tuple(clip)
-    if len(bounds) != len(("below", "above")):
-        raise ValueError(f"clip: expected one number, or two for below and above 1, got {clip}")
-    low, high = bounds
+    both = (clip, clip) if isinstance(clip, int | float) else clip
+    are_two = isinstance(both, tuple | list) and len(both) == 2 and all(isinstance(each, Real) for each in both)
+    low, high = both if are_two else (math.nan, math.nan)
     if not (0.0 <= low <= 1.0 and high >= 0.0):
-        raise ValueError(f"clip: expected how far below 1, at most 1, and above 1 a ratio counts, got {clip}")
+        raise ValueError(f"clip: expected how far below 1, at most 1, and above 1 a ratio counts, got {clip!r}")
     return low, high
 
 

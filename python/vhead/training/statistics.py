@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of a batch's tokens with gradients, without the logits of all rows."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vhead import ops
 from vhead.heads import is_plain_linear
 from vhead.ops.token_statistics import accumulating_token_logprobs
+from vhead.packing.checkpointing import Within
 from vhead.scoring.logits import LogitsRule
 
 # Logits of rows that are there at once, where the language-model head has to be called as a module.
@@ -34,15 +36,17 @@ def of_states(
     weight: Tensor | None = None,
     *,
     in_place: bool = False,
+    within: Within = nullcontext,
 ) -> Statistics:
     """The statistics of hidden states `[W, H]`, by a rule for logits that the model has confirmed.
 
     `weight` is the language-model head's where its gradient goes another way than to the parameter. With `in_place`,
-    backward adds that gradient to the parameter's by itself.
+    backward adds that gradient to the parameter's by itself. A module in its place runs in `within`, which chooses the
+    adapter.
     """
     lm_head = rule.lm_head
     if not is_plain_linear(lm_head) or lm_head.weight.device != states.device:
-        return _in_chunks(states, rule, targets, candidates, temperature)
+        return _in_chunks(states, rule, targets, candidates, temperature, within)
     readable = rule.readable(states)
     weight = lm_head.weight if weight is None else weight
     adds = in_place and torch.is_grad_enabled() and weight.requires_grad
@@ -76,12 +80,13 @@ def of_logits(logits: Tensor, targets: Tensor, candidates: Tensor | None, temper
 
 
 def _in_chunks(
-    states: Tensor, rule: LogitsRule, targets: Tensor, candidates: Tensor | None, temperature: float
+    states: Tensor, rule: LogitsRule, targets: Tensor, candidates: Tensor | None, temperature: float, within: Within
 ) -> Statistics:
     """Through the language-model head's module, whose logits are computed again for the gradients."""
 
     def chunk(hidden: Tensor, own: Tensor, others: Tensor | None) -> Statistics:
-        logits = rule.lm_head(rule.readable(hidden)).float()
+        with within():
+            logits = rule.lm_head(rule.readable(hidden)).float()
         return of_logits(_ruled(logits, rule), own, others, temperature)
 
     count = max(1, _LOGITS_BYTES // (4 * rule.vocabulary))

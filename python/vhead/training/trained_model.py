@@ -1,7 +1,7 @@
 """The model's side of training: what it can take, and hidden states with gradients."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from vhead.errors import HeadError, VheadError
 from vhead.heads import distribution
 from vhead.packing import limits
-from vhead.packing.adapters import check_adapter, make_trainable, using_adapter
+from vhead.packing.adapters import check_adapter, make_trainable, running_adapter, using_adapter
 from vhead.packing.plan import Attention, Ways, find_ways
 from vhead.packing.strategies import Body
 from vhead.scoring.engine import untrained_output
 from vhead.scoring.logits import LogitsRule, find_logits_rule
 from vhead.training.batches import TrainingBatch
 from vhead.training.gradient_check import GradientCheck, TrainingPlan
-from vhead.training.kept_states import KeptStates, drops, weights_key
+from vhead.training.kept_states import KeptStates, drops, states_key
 from vhead.training.layers import keeping_less
 from vhead.training.shared_weight import SharedWeight
+from vhead.training.totals import all_say, is_distributed
 
 RETURNS = ("values", "logprobs")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -126,9 +127,14 @@ class TrainedModel:
     def _selected(self, batch: TrainingBatch, adapter: str | None) -> Selected:
         trained = self._parameters()
         frozen = not any(parameter.requires_grad for parameter in trained)
-        keeps = frozen and not drops(self.body.model)
-        key = (adapter, getattr(self.body.model, "active_adapter", None), weights_key(trained)) if keeps else ()
+        # Autograd refuses what was made in inference mode.
+        keeps = frozen and not drops(self.body.model) and not torch.is_inference_mode_enabled()
+        key = (adapter, *states_key(self.body.model, trained, self.body.device)) if keeps else ()
         kept = self._kept.get(batch, key) if keeps else None
+        # To run a model whose weights are in parts takes all processes, each of which may have had room for others.
+        in_parts = keeps and is_distributed() and any(hasattr(parameter, "to_local") for parameter in trained)
+        if in_parts and not all_say(kept is not None, self.body.device):
+            kept = None
         if kept is not None:
             return Selected(kept)
         with (
@@ -151,12 +157,23 @@ class TrainedModel:
         own -= {id(p) for p in embedded.parameters()}
         return [parameter for parameter in model.parameters() if id(parameter) not in own]
 
-    def states_and_logits(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """The hidden states that predict completion tokens `[T, H]`, and the model's own logits there, `[T, V]`."""
-        with using_adapter(self.body.model, self._adapters["logprobs"]):
+    def policy_adapter(self) -> AbstractContextManager[None]:
+        """A block in which the model's modules run with the adapter that computes log-probabilities."""
+        return using_adapter(self.body.model, self._adapters["logprobs"])
+
+    def states_and_logits(self, batch: TrainingBatch, returns: Sequence[str]) -> tuple[dict[str, Selected], Tensor]:
+        """Hidden states as `selected`, of values alone, and the model's own logits of the same tokens `[T, V]`."""
+        with self.policy_adapter():
             states, logits = batch.strategy.states_and_logits(batch.content)
-        rows = batch.read.predicting.to(states.device)
-        return states.index_select(0, rows), logits.index_select(0, rows.to(logits.device))
+        rows = batch.read.predicting
+        found = dict[str, Selected]()
+        if "values" in returns:
+            policy, critic = (running_adapter(self.body.model, self._adapters[name]) for name in ("logprobs", "values"))
+            if policy == critic:
+                found["values"] = Selected(states.index_select(0, rows.to(states.device)))
+            else:
+                found = self.selected(batch, ("values",))
+        return found, logits.index_select(0, rows.to(logits.device))
 
     def head_outputs(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values `[T]` or `[T, K]` of hidden states, and the logits of a distributional head."""

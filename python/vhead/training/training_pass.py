@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vhead.errors import FieldError
+from vhead.errors import FieldError, VheadError
 from vhead.packing import limits
 from vhead.packing.plan import Attention
 from vhead.packing.self_check import probes
@@ -26,7 +26,7 @@ from vhead.training.gradient_check import TrainingPlan
 from vhead.training.kept_states import KeptStates
 from vhead.training.outputs import TrainingOutput
 from vhead.training.shared_weight import check_alone
-from vhead.training.totals import Totals, is_distributed, of_all_processes, own_totals
+from vhead.training.totals import Share, Totals, is_distributed, of_all_processes, own_totals, tell_refusal
 from vhead.training.trained_model import Selected, TrainedModel
 
 # Activations are kept until backward, so that a batch takes more memory than a scorer's.
@@ -159,21 +159,23 @@ class TrainingPass(nn.Module):
         Raises:
             FieldError: A rollout cannot be trained on; the error names it and the field.
             TypeError: A rollout came alone, and not in a list.
+            VheadError: Another process has refused one of its rollouts, or has another number of candidates.
         """
-        if isinstance(rollouts, Rollout):
-            raise TypeError("rollouts: expected a list of them, got one Rollout alone")
-        encoded = [
-            self._encoder.encode(index, rollout, named(f"record {index}", getattr(rollout, "id", None)))
-            for index, rollout in enumerate(rollouts)
-        ]
-        for rollout in encoded:
-            self._check(rollout, encoded[0])
-        given, totals, work = Given.of(encoded), own_totals(encoded), self._work(encoded)
-        count = len(work)
-        if not alone and is_distributed():
-            totals, count = of_all_processes(totals, count, self._trained.body.device)
-        batches = [self._batch(encoded, given, totals, *each) for each in work]
-        return batches + [self._batch([], given, totals, *self._nothing()) for _ in range(count - len(work))]
+        is_shared = not alone and is_distributed()
+        try:
+            encoded = self._encoded(rollouts)
+            given, work = Given.of(encoded), self._work(encoded)
+        except Exception:
+            if is_shared:
+                tell_refusal(self._trained.body.device)
+            raise
+        share = Share(own_totals(encoded), len(work), given.candidates)
+        if is_shared:
+            share = of_all_processes(share, self._trained.body.device)
+            given = replace(given, candidates=share.candidates)
+        batches = [self._batch(encoded, given, share.totals, *each) for each in work]
+        empty = (self._batch([], given, share.totals, *self._nothing()) for _ in range(share.batches - len(work)))
+        return [*batches, *empty]
 
     def forward(self, batch: TrainingBatch, returns: Sequence[str] | None = None) -> TrainingOutput:
         """Runs a batch through the model.
@@ -187,7 +189,8 @@ class TrainingPass(nn.Module):
 
         Raises:
             HeadError: As in the constructor.
-            VheadError: As in the constructor.
+            VheadError: As in the constructor; or the model makes its own logits, and the constructor was not told that
+                log-probabilities are wanted.
             ValueError: As in the constructor.
         """
         if not isinstance(batch, TrainingBatch):
@@ -195,8 +198,8 @@ class TrainingPass(nn.Module):
         asked = self._returns if returns is None else self._trained.check_returns(returns)
         rule, found = self._trained.rule, dict[str, Tensor | None]()
         if "logprobs" in asked and rule is None:
-            states, logits = self._trained.states_and_logits(batch)
-            selected = {"values": Selected(states)} if "values" in asked else {}
+            self._check_logits()
+            selected, logits = self._trained.states_and_logits(batch, asked)
             found |= self._of_logits(batch, logits)
         else:
             selected = self._trained.selected(batch, asked)
@@ -214,12 +217,21 @@ class TrainingPass(nn.Module):
         read = batch.read.to(states.device)
         written = states if read.written is None else states.index_select(0, read.written)
         given = (written, rule, read.targets, read.candidates, self._temperature, weight)
-        return _aligned(statistics.of_states(*given, in_place=self._in_place), read)
+        within = self._trained.policy_adapter
+        return _aligned(statistics.of_states(*given, in_place=self._in_place, within=within), read)
 
     def _of_logits(self, batch: TrainingBatch, logits: Tensor) -> dict[str, Tensor | None]:
         read = batch.read.to(logits.device)
         written = logits if read.written is None else logits.index_select(0, read.written)
         return _aligned(statistics.of_logits(written, read.targets, read.candidates, self._temperature), read)
+
+    def _check_logits(self) -> None:
+        """Raises unless batches were made so that the model can give its own logits."""
+        if "logprobs" not in self._returns:
+            raise VheadError(
+                "returns: expected no log-probabilities of a pass that was made without them, because the model makes "
+                "its own logits, for which batches share no tokens; name them when the pass is made"
+            )
 
     def _watch(self, batch: TrainingBatch, selected: dict[str, Selected], found: dict[str, Tensor | None]) -> None:
         if not self._check_finite or _scales_losses(batch.mask.device):
@@ -229,6 +241,17 @@ class TrainingPass(nn.Module):
                 watch(batch, name, tensor)
         for tensor in {id(states): states for states, _ in selected.values()}.values():
             watch(batch, "the hidden states", tensor)
+
+    def _encoded(self, rollouts: Iterable[Rollout]) -> list[Encoded]:
+        if isinstance(rollouts, Rollout):
+            raise TypeError("rollouts: expected a list of them, got one Rollout alone")
+        encoded = [
+            self._encoder.encode(index, rollout, named(f"record {index}", getattr(rollout, "id", None)))
+            for index, rollout in enumerate(rollouts)
+        ]
+        for rollout in encoded:
+            self._check(rollout, encoded[0])
+        return encoded
 
     def _check(self, rollout: Encoded, first: Encoded) -> None:
         """Raises unless a rollout fits the budget, and brings candidates if the first one does."""
@@ -278,7 +301,7 @@ class TrainingPass(nn.Module):
             given=given,
             strategy=strategy,
             content=content,
-            read=Read.of(rollouts, content.rows),
+            read=Read.of(rollouts, content.rows, given.candidates),
         )
 
 
