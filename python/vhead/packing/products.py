@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vhead.ops.devices import SETTINGS
+from vhead.ops.dispatch import is_plain
 from vhead.ops.matrix_unit import suits_matrix_unit
 
 # Rows from which on it pays: with fewer, widening the weights takes longer than what is saved.
@@ -71,11 +72,13 @@ class WideProducts:
 def wide_linears(model: Any, modules: Iterable[nn.Module]) -> tuple[nn.Linear, ...]:
     """The linear layers among a model's modules that are multiplied faster in float32 here; not the one for logits."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return tuple(
-        m
-        for m in modules
-        if type(m) is nn.Linear and m is not output and m.weight.is_contiguous() and suits_wide(m.weight)
-    )
+    linears = (module for module in modules if type(module) is nn.Linear and module is not output)
+    return tuple(linear for linear in linears if _is_of_plain_memory(linear.weight) and suits_wide(linear.weight))
+
+
+def _is_of_plain_memory(weight: Tensor) -> bool:
+    """Neither in parts nor quantised nor turned."""
+    return is_plain(weight) and weight.is_contiguous()
 
 
 def suits_wide(tensor: Tensor) -> bool:
@@ -86,8 +89,8 @@ def suits_wide(tensor: Tensor) -> bool:
 
 def forward(module: nn.Linear, products: WideProducts, least_rows: int, states: Tensor) -> Tensor:
     """The layer by float32 products, or by itself where that does not pay, or autocast has made another dtype."""
-    rows = states.shape[:-1].numel()
-    if states.dtype != module.weight.dtype or rows < least_rows or states.dim() < 2:
+    rows = states.shape[:-1].numel() if states.dim() > 1 else 0
+    if states.dtype != module.weight.dtype or rows < least_rows or not is_plain(module.weight):
         return functional.linear(states, module.weight, module.bias)
     return products.linear(states, module.weight, module.bias)
 
