@@ -39,6 +39,17 @@ def of_ids(**fields):
     return {"rollouts": [{"prompt_ids": [1, 2], "completion_ids": [3, 4], **fields}]}
 
 
+def nested(message, tools):
+    """A chat, with lists in the message or in the tool that JSON may have and Python does not go down to."""
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    if tools:
+        return {"rollouts": [{**record, "tools": [{"a": deep}]}]}
+    return {"rollouts": [{"messages": [{**message, "name": deep}, record["messages"][1]]}]}
+
+
 NESTED = b'{"rollouts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BAD_BODIES = {
     "malformed JSON": ("/score", b'{"rollouts": [', 400, "the body: expected JSON"),
@@ -67,7 +78,35 @@ BAD_BODIES = {
         "/score",
         {"rollouts": [*of_ids(candidates=[[1], [2]])["rollouts"], *of_ids()["rollouts"]]},
         400,
+        "rollouts[1]: candidates: expected candidates, because they are asked for, got none",
+    ),
+    "other numbers of candidates": (
+        "/score",
+        {"rollouts": [one["rollouts"][0] for one in (of_ids(candidates=[[1], [2]]), of_ids(candidates=[[1, 2]] * 2))]},
+        400,
         "rollouts[1]: candidates: expected 1 for each token, as rollouts[0] has",
+    ),
+    "candidates that nobody brought": (
+        "/score",
+        {**of_ids(), "returns": ["candidates"]},
+        400,
+        "rollouts[0]: candidates: expected candidates",
+    ),
+    "a temperature that float32 cannot divide by": (
+        "/score",
+        {**GOOD, "returns": ["logprobs"], "temperature": 1e-45},
+        400,
+        "temperature: expected a positive number of 1e-30 or more, got 1e-45",
+    ),
+    "a name beyond 64 bits": ("/score", of_ids(id=2**70), 400, "$.rollouts[0].id"),
+    "a negative name beyond 64 bits": ("/score", of_ids(id=-(2**70)), 400, "$.rollouts[0].id"),
+    "deep nesting in a message": ("/score", nested({"role": "user", "content": "a"}, []), 400, "not nested as deeply"),
+    "deep nesting in a tool": ("/score", nested({}, [{}]), 400, "rollouts[0]: tools: expected objects"),
+    "a task of another route": (
+        "/classify",
+        {"input": "abc", "task": "token_classify"},
+        400,
+        "task: expected classify, got token_classify",
     ),
     "a pair": (
         "/score",
@@ -95,6 +134,12 @@ BAD_BODIES = {
     "base64 that is none": ("/score", of_ids(prompt_ids="§§"), 400, "rollouts[0]: prompt_ids: expected base64"),
     "a .npy file with objects": ("/score", of_ids(prompt_ids=npy(np.array([{}]))), 400, "an array of object"),
     "a .npy file with floats": ("/score", of_ids(prompt_ids=npy(np.ones(2))), 400, "an array of float64"),
+    "a .npy file whose shape is no number": (
+        "/score",
+        of_ids(prompt_ids=npy(np.arange(1), replaced=[(b"(1,), }   ", b"(True,), }")])),
+        400,
+        "rollouts[0]: prompt_ids",
+    ),
     "a .npy file that states too much": (
         "/score",
         of_ids(prompt_ids=npy(np.arange(2), replaced=[(b"(2,)", b"(2999999999999,)")])),

@@ -14,6 +14,7 @@ from tests.serve.conftest import PATIENCE_S, RunningServer
 from vhead import Rollout, Scorer, formats
 from vhead.cli.serve import _follow, _others
 from vhead.demo import demo_model_path
+from vhead.errors import RequestError
 from vhead.heads import ValueHead
 from vhead.serve.operations import _is_loopback
 from vhead.serve.weights import Weights
@@ -130,6 +131,14 @@ def test_a_directory_that_is_not_there_yet_is_said_once_and_followed_later(tmp_p
     Publisher(directory).publish(model, step=7)
     weights.refresh()
     assert (weights.step, weights.about()["problem"]) == (7, None)
+
+
+def test_a_directory_that_is_gone_is_called_one_to_clients_and_not_by_its_path(tmp_path):
+    directory = tmp_path / "gone"
+    model = Scorer.from_pretrained(demo_model_path(), device="cpu").model
+    with pytest.raises(RequestError, match=r"as they were: the directory: is not there") as refused:
+        Weights(model, directory=directory).roll_back()
+    assert str(tmp_path) not in str(refused.value)
 
 
 def test_a_bad_publication_leaves_the_old_weights_and_says_so(following, trainer):

@@ -17,6 +17,7 @@ from vhead.errors import (
     PublicationMismatchError,
     PublicationMissingError,
     PublisherConflictError,
+    SyncError,
     SyncFileError,
     SyncStepError,
     WrongBaseError,
@@ -320,6 +321,18 @@ def test_a_directory_that_vanishes_is_nothing_new_and_one_that_comes_back_is_fol
     train(model, 2)
     Publisher(directory).publish(model, step=2)
     assert follower.apply(other) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda latest: latest.symlink_to(latest.name)])
+def test_a_latest_that_is_no_file_is_refused_and_waited_for_by_nobody(published, make):
+    directory, model = published
+    other, follower = Small(2), Follower(directory)
+    follower.apply(other)
+    (directory / "LATEST").unlink()
+    make(directory / "LATEST")
+    with pytest.raises(SyncError, match="LATEST"):
+        follower.apply(other)
+    assert (follower.step, bits(other)) == (1, bits(model))
 
 
 def test_clocks_that_jump_are_not_asked(published):

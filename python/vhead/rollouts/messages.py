@@ -21,7 +21,7 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
     """
     checked = []
     for position, message in enumerate(value):
-        present = without_null(message) if isinstance(message, Mapping) else {}
+        present = _present(message, field, record) if isinstance(message, Mapping) else {}
         if present.get("tool_calls"):
             # A call needs no words, and templates want text.
             present.setdefault("content", "")
@@ -52,6 +52,15 @@ def without_null(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_null(item) for key, item in value.items() if item is not None}
     return [without_null(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _present(value: Mapping[str, Any], field: str, record: str | None) -> dict[str, Any]:
+    try:
+        present: dict[str, Any] = without_null(value)
+    except RecursionError:
+        expected = "objects that are not nested as deeply"
+        raise FieldError(record, field, expected=expected, got=shown(value)) from None
+    return present
 
 
 def argument_texts(messages: Sequence[Message]) -> list[str]:
@@ -126,7 +135,7 @@ def checked_tools(value: object, record: str | None) -> tuple[Tool, ...]:
         raise FieldError(record, "tools", expected=expected, got=shown(value))
     for text in _texts(value):
         check_unicode(text, record, "tools")
-    return tuple(map(without_null, value))
+    return tuple(_present(tool, "tools", record) for tool in value)
 
 
 def check_unicode(text: str, record: str | None, field: str) -> None:

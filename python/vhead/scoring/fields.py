@@ -35,6 +35,9 @@ class Column:
     width: tuple[int, ...] | None = None
 
 
+# Float32 holds logits of up to 3e8 that are divided by it.
+_LEAST_TEMPERATURE = 1e-30
+
 # Beside the others where a scorer follows a directory.
 WEIGHTS_STEP = "weights_step"
 
@@ -90,8 +93,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "returns", check_returns(self.returns))
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            expected = f"a positive number of {_LEAST_TEMPERATURE:g} or more"
+            raise ValueError(f"temperature: expected {expected}, got {self.temperature}")
         if isinstance(self.top, bool) or not isinstance(self.top, int) or not 0 <= self.top <= MAX_TOP:
             raise ValueError(f"top_logprobs: expected a whole number from 0 to {MAX_TOP}, got {self.top!r}")
 

@@ -416,7 +416,7 @@ class Scorer:
         check: SourceCheck | None,
     ) -> Iterator[tuple[Sourced, list[Encoded]]]:
         """The rollouts that can be scored. Errors about the others go to `on_error`, or the first one is raised."""
-        fits = _Fitting(asked, self._conventions)
+        fits = self.fitting(asked)
         for index, source in enumerate(sources):
             try:
                 rollouts = source.rollouts()
@@ -439,6 +439,10 @@ class Scorer:
             else:
                 yield source, encoded
 
+    def fitting(self, asked: Asked) -> "Fitting":
+        """Checks rollouts that are scored together, one after the other."""
+        return Fitting(asked, self._conventions)
+
     def _underway(self, chunk: Chunk[Sourced], asked: Asked, on_batch: BatchHandler | None) -> Underway[Sourced]:
         results = self._results(chunk.rollouts, asked)
         return Underway(self._engine, self.model, chunk, asked, results, self._following, on_batch)
@@ -454,7 +458,7 @@ class Scorer:
         )
 
 
-class _Fitting:
+class Fitting:
     """Checks what the columns that are asked for need of each rollout of a stream.
 
     Args:

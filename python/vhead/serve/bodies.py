@@ -101,7 +101,9 @@ def decoded(body: bytes, kind: type[Body]) -> Body:
 
 def _sentence(error: Exception) -> str:
     text = str(error)
-    return f"{text[:1].lower()}{text[1:300]}"
+    # Not JSON, which is written so inside a sentence too.
+    first = text[:1] if text[1:2].isupper() else text[:1].lower()
+    return f"{first}{text[1:300]}"
 
 
 def schema(kind: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vhead import formats
-from vhead.errors import FieldError, RecordError, RequestError
+from vhead.errors import RecordError, RequestError
 from vhead.heads import ValueHead
 from vhead.rollouts import Rollout
 from vhead.rollouts.encoding import Encoded
@@ -93,14 +93,15 @@ class ServedModel:
         if not rollouts:
             raise RequestError("rollouts: expected at least one, got none")
         self.check_count(len(rollouts))
-        if rollouts[0].candidates is not None:
+        if any(rollout.candidates is not None for rollout in rollouts):
             asked = replace(asked, returns=(*asked.returns, "candidates"))
+        fits = self.scorer.fitting(asked)
         encoded: list[Encoded] = []
         tokens = 0
         for place, rollout in enumerate(rollouts):
             name = names[place] if names is not None else f"rollouts[{place}]"
             one = self.scorer.encoder.encode(place, rollout, name, with_spans="token_ids" in asked)
-            _check_alike(encoded[0] if encoded else one, one)
+            fits.check(one)
             tokens += len(one)
             if tokens > self._limits.tokens:
                 limit = self._limits.tokens
@@ -173,13 +174,6 @@ def scorer_with_head(scorer: Scorer, path: str | Path) -> Scorer:
     model: Any = scorer.model
     head = ValueHead.like(formats.load(path), model.config, hidden_size=model.v_head.hidden_size)
     return scorer.with_head(head.to(scorer.device).eval())
-
-
-def _check_alike(first: Encoded, one: Encoded) -> None:
-    counts = [0 if each.candidates is None else each.candidates.shape[1] for each in (first, one)]
-    if counts[0] != counts[1]:
-        expected = f"{counts[0]} for each token, as {first.name} has"
-        raise FieldError(one.name, "candidates", expected=expected, got=str(counts[1]))
 
 
 def _of_ids(one: Encoded) -> Rollout:

@@ -151,7 +151,8 @@ class Weights:
 
     def _without_path(self, error: SyncError) -> str:
         """What went wrong, without where on the disk: it goes to clients."""
-        return str(error).replace(f"{self._followed().directory}/", "").replace(str(self._followed().directory), "")
+        directory = str(self._followed().directory)
+        return str(error).replace(f"{directory}/", "").replace(directory, "the directory")
 
     def _steps(self, follower: Follower) -> list[int]:
         return [entry.step for entry in publications(follower.directory) if entry.publication is not None]

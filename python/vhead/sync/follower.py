@@ -2,9 +2,9 @@
 
 import logging
 import os
+import stat
 import tempfile
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vhead import _native
 from vhead.checkpoints.mapping import mapped_bytes, mapped_tensor
 from vhead.checkpoints.tensor_files import TORCH_DTYPES
-from vhead.errors import PublicationMissingError, WrongBaseError
+from vhead.errors import PublicationError, PublicationMissingError, SyncFileError, WrongBaseError
 from vhead.sync.matching import Match, Placed, matched
 from vhead.sync.publications import Publication, staging_folder
 from vhead.sync.stores import opened
@@ -117,9 +117,17 @@ class Follower:
         """What `LATEST` says; None where nothing has been published."""
         if self._store is not None:
             return self._store.latest()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return (self.directory / "LATEST").read_bytes()[:_LONGEST_LATEST]
-        return None
+        latest = self.directory / "LATEST"
+        try:
+            # Whoever opens a pipe waits for its other end.
+            if not stat.S_ISREG(latest.stat().st_mode):
+                raise PublicationError(f"{latest}: expected a file, got something else; nothing of it was installed")
+            with latest.open("rb") as file:
+                return file.read(_LONGEST_LATEST)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise SyncFileError(error.errno, error.strerror, str(latest)) from error
 
     def _have(self, model: Source) -> tuple[int, str] | None:
         """What the model has, over which changes can be put."""

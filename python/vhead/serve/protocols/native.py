@@ -21,7 +21,8 @@ from vhead.serve.models import Prepared
 from vhead.serve.protocols import arrow, npy
 from vhead.serve.service import Service
 
-Id = str | int | float | None
+# As wide as answers in JSON can be.
+Id = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
 TokenIds = list[Annotated[int, Meta(ge=0)]] | str
 _ARRAYS = ("prompt_ids", "completion_ids", "completion_mask", "candidates")
 

@@ -39,6 +39,9 @@ def decoded(text: str) -> NDArray[Any]:
         raise ValueError(f"a file that is not .npy: {str(error)[:100]}") from None
     if dtype.kind not in "iub":
         raise ValueError(f"an array of {dtype}")
+    # Numpy takes True for a whole number, and then does not reshape to it.
+    if any(isinstance(size, bool) for size in shape):
+        raise ValueError(f"a file that states the shape {list(shape)}")
     # Python's whole numbers, as those of numpy would overflow.
     count = 1
     for size in shape:

@@ -71,14 +71,21 @@ class PoolingRoutes:
         self._answering = answering
         self._service: Service = answering.service
 
-    async def answer(self, request: Request, write: Callable[[PoolingBody, Pooled], Response]) -> Response:
-        """One request, whose answer `write` makes of the head's outputs."""
+    async def answer(
+        self,
+        request: Request,
+        write: Callable[[PoolingBody, Pooled], Response],
+        tasks: tuple[str, ...] = ("classify",),
+    ) -> Response:
+        """One request for one of these tasks, whose answer `write` makes of the head's outputs."""
         check_json(request)
         asked = PoolingBody()
 
         def prepare(body: bytes) -> Prepared:
             nonlocal asked
             asked = decoded(body, PoolingBody)
+            if asked.task not in tasks:
+                raise RequestError(f"task: expected {' or '.join(tasks)}, got {asked.task}, which /pooling takes")
             model = self._service.model(asked.model)
             sequences, names = _sequences(model, asked)
             return prepared(model, sequences, names, AT_THE_END if asked.task == "classify" else AT_EACH_TOKEN)
@@ -227,7 +234,7 @@ def router(answering: Answering) -> APIRouter:
     @routes.post("/pooling", summary="The head's outputs at the last token, or at each token", openapi_extra=body)
     async def pooling(request: Request) -> Response:
         """The protocol of vLLM's `/pooling`, for the tasks `classify` and `token_classify`."""
-        return await own.answer(request, own.pooled)
+        return await own.answer(request, own.pooled, ("classify", "token_classify"))
 
     @routes.post("/tokenize", summary="Token ids of a text or a chat", openapi_extra=schema(TokenizeBody))
     async def tokenize(request: Request) -> Response:
