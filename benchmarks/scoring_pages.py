@@ -134,6 +134,7 @@ MECHANISMS = {
     "attention by calls": "attention by segments in calls of torch's kernel: not by the matrix unit (bfloat16)",
     "norms by the model": "norms by the model: no fused ones",
     "gates by the model": "gated layers by the model: none in place, none by the matrix unit",
+    "linears by the model": "linear layers by torch: half precisions multiplied as they are, where float32 is faster",
     "layers by the model": "decoder layers by the model: no rotary embedding and no residual in place",
     "last by the model": "the last layer for all rows, and not only for those that are read",
     "batch-invariant": "`batch_invariant=True`",

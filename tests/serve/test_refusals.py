@@ -14,6 +14,12 @@ import pyarrow as pa
 import pytest
 
 from tests.serve.conftest import PATIENCE_S
+from vhead import Rollout
+from vhead.errors import RequestError
+from vhead.scoring.fields import Asked
+from vhead.serve import models
+from vhead.serve.limits import RequestLimits
+from vhead.serve.weights import Weights
 
 ARROW = "application/vnd.apache.arrow.stream"
 GOOD = {"rollouts": [{"prompt": "The value", "completion": " of the head"}]}
@@ -73,6 +79,15 @@ BAD_BODIES = {
     "a mask of another length": ("/score", of_ids(completion_mask=[True]), 400, "rollouts[0]: completion_mask"),
     "too long": ("/score", of_ids(completion_ids=[3] * 3000), 400, "expected at most the model's"),
     "too many tokens": ("/score", {"rollouts": of_ids(completion_ids=[3] * 400)["rollouts"] * 20}, 413, "5000 tokens"),
+    "too much text": ("/score", {"rollouts": [{"prompt": "a" * 50_000, "completion": "b"}]}, 413, "at most 40,000 char"),
+    "too much text in inputs": ("/classify", {"input": ["a" * 30_000] * 2}, 413, "at most 40,000 characters of text"),
+    "too much text in messages": (
+        "/pooling",
+        {"messages": [{"role": "user", "content": "a" * 50_000}]},
+        413,
+        "at most 40,000 characters of text",
+    ),
+    "too much text to tokenise": ("/tokenize", {"prompt": "a" * 50_000}, 413, "at most 40,000 characters of text"),
     "too many rollouts": ("/score", {"rollouts": GOOD["rollouts"] * 65}, 413, "at most 64 rollouts"),
     "different candidates": (
         "/score",
@@ -204,6 +219,18 @@ def test_other_forms_are_refused(server, headers, status, message):
 def test_a_bad_query_is_refused(server, query):
     body = stream(pa.table({"prompt": ["ab"], "completion": ["cd"]}))
     assert server.post(f"/score{query}", body, Content_Type=ARROW).status == 400
+
+
+@pytest.mark.parametrize(("top", "candidates"), [(5, None), (0, [[1, 2, 3, 4, 5]] * 2), (2, [[1, 2, 3]] * 2)])
+def test_more_selected_tokens_than_a_request_may_have_are_refused(scorer, monkeypatch, top, candidates):
+    monkeypatch.setattr(models, "_MOST_SELECTED", 19)
+    served = models.ServedModel(scorer, ["demo"], Weights(scorer.model), RequestLimits())
+    one = Rollout([1, 2], [3, 4], candidates=candidates)
+    asked = Asked(("logprobs",), top=top)
+    assert served.prepare([one], asked).tokens == 4
+    with pytest.raises(RequestError, match=r"at most 19 log-probabilities .* got more up to rollouts\[1\]") as refused:
+        served.prepare([one, one], asked)
+    assert refused.value.status == 413
 
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(server):

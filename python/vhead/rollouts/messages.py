@@ -34,7 +34,7 @@ def checked_messages(value: Sequence[Message], field: str, record: str | None) -
                 expected="messages with a text `role` and a text `content`, or with `tool_calls`",
                 got=f"{shown(message)} at position {position}",
             )
-        for text in _texts(message):
+        for text in texts_in(message):
             check_unicode(text, record, field)
         if present["role"] not in ROLES:
             got = f"the role {shown(present['role'])} at position {position}"
@@ -133,7 +133,7 @@ def checked_tools(value: object, record: str | None) -> tuple[Tool, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
         expected = "a list of function schemas, each an object as chat templates take it"
         raise FieldError(record, "tools", expected=expected, got=shown(value))
-    for text in _texts(value):
+    for text in texts_in(value):
         check_unicode(text, record, "tools")
     return tuple(_present(tool, "tools", record) for tool in value)
 
@@ -149,7 +149,7 @@ def check_unicode(text: str, record: str | None, field: str) -> None:
         raise FieldError(record, field, expected="text that Unicode can hold", got=got) from None
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
     """Every text in a value, however deep: a chat template may use any of them."""
     waiting = [value]
     while waiting:

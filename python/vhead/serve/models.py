@@ -12,6 +12,7 @@ from vhead.errors import RecordError, RequestError
 from vhead.heads import ValueHead
 from vhead.rollouts import Rollout
 from vhead.rollouts.encoding import Encoded
+from vhead.rollouts.messages import texts_in
 from vhead.rollouts.wording import named
 from vhead.scoring.fields import WEIGHTS_STEP, Asked
 from vhead.scoring.scorer import Scorer
@@ -19,6 +20,12 @@ from vhead.scoring.scores import Scores
 from vhead.serve.batching import ScoredBatch
 from vhead.serve.limits import RequestLimits
 from vhead.serve.weights import OWN_WEIGHTS, Weights
+
+
+# Far more than texts have on average.
+_CHARACTERS_PER_TOKEN = 8
+# They are float32, those of likeliest tokens with an int64 each.
+_MOST_SELECTED = 2**22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,17 +94,18 @@ class ServedModel:
         """Turns rollouts into token ids and checks them; to be run by `Service.read`.
 
         Raises:
-            RequestError: There are none, or more rollouts or tokens than a request may have.
+            RequestError: There are none, or more rollouts, tokens, text or selected tokens than a request may have.
             RecordError: One of them cannot be scored.
         """
         if not rollouts:
             raise RequestError("rollouts: expected at least one, got none")
         self.check_count(len(rollouts))
+        self.check_texts([(rollout.prompt, rollout.completion, rollout.tools) for rollout in rollouts])
         if any(rollout.candidates is not None for rollout in rollouts):
             asked = replace(asked, returns=(*asked.returns, "candidates"))
         fits = self.scorer.fitting(asked)
         encoded: list[Encoded] = []
-        tokens = 0
+        tokens = selected = 0
         for place, rollout in enumerate(rollouts):
             name = names[place] if names is not None else f"rollouts[{place}]"
             one = self.scorer.encoder.encode(place, rollout, name, with_spans="token_ids" in asked)
@@ -106,8 +114,19 @@ class ServedModel:
             if tokens > self._limits.tokens:
                 limit = self._limits.tokens
                 raise RequestError(f"expected at most {limit} tokens in a request, got more in {name}", 413)
+            candidates = 0 if one.candidates is None else one.candidates.shape[1]
+            selected += one.completion_length * (candidates + asked.top)
+            if selected > _MOST_SELECTED:
+                expected = f"at most {_MOST_SELECTED:,} log-probabilities of candidates and likeliest tokens in a request"
+                raise RequestError(f"expected {expected}, got more up to {name}", 413)
             encoded.append(one)
         return Prepared(self, tuple(map(_of_ids, encoded)), asked, tuple(encoded))
+
+    def check_texts(self, value: object) -> None:
+        """Raises `RequestError` for more text than can be the tokens of a request: tokenising it holds up the others."""
+        most = _CHARACTERS_PER_TOKEN * self._limits.tokens
+        if sum(map(len, texts_in(value))) > most:
+            raise RequestError(f"expected at most {most:,} characters of text in a request, got more", 413)
 
     def check_count(self, count: int) -> None:
         """Raises `RequestError` for more rollouts than a request may have."""

@@ -15,7 +15,7 @@ from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
 from vhead.serve.models import Prepared, ServedModel
-from vhead.serve.protocols.sequences import Input, parts_of, prepared, token_ids
+from vhead.serve.protocols.sequences import Input, all_token_ids, parts_of, prepared
 from vhead.serve.service import Service
 
 
@@ -88,7 +88,7 @@ def _prepared(model: ServedModel, given: Input, field: str, most: int | None = N
     parts = parts_of(given, field)
     model.check_count(len(parts))
     names = [f"{field}[{place}]" for place in range(len(parts))]
-    sequences = [token_ids(model, part, name)[:most] for part, name in zip(parts, names, strict=True)]
+    sequences = [ids[:most] for ids in all_token_ids(model, parts, names)]
     return prepared(model, sequences, names)
 
 

@@ -37,15 +37,32 @@ def parts_of(given: Input, field: str) -> list[str | list[int]]:
     return given  # type: ignore[return-value]  # as above
 
 
+def all_token_ids(
+    model: ServedModel, parts: Sequence[str | list[int] | list[dict[str, Any]]], names: Sequence[str]
+) -> list[Ids]:
+    """The token ids of parts; to be run by `Service.read`.
+
+    Raises:
+        FieldError: One is text, and cannot become token ids.
+        RequestError: They are more text than a request may have.
+    """
+    model.check_texts([part for part in parts if _is_text(part)])
+    return [token_ids(model, part, name) for part, name in zip(parts, names, strict=True)]
+
+
 def token_ids(model: ServedModel, part: str | list[int] | list[dict[str, Any]], name: str, **options: Any) -> Ids:
     """A part's token ids; to be run by `Service.read`.
 
     Raises:
         FieldError: It is text, and cannot become token ids.
     """
-    if isinstance(part, str) or (part and isinstance(part[0], Mapping)):
+    if _is_text(part):
         return model.scorer.encoder.whole(part, name, **options)
     return part  # type: ignore[return-value]
+
+
+def _is_text(part: str | list[int] | list[dict[str, Any]]) -> bool:
+    return isinstance(part, str) or bool(part and isinstance(part[0], Mapping))
 
 
 def prepared(model: ServedModel, sequences: Sequence[Ids], names: Sequence[str], asked: Asked = AT_THE_END) -> Prepared:

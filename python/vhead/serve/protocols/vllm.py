@@ -20,7 +20,15 @@ from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
 from vhead.serve.models import Prepared, ServedModel
-from vhead.serve.protocols.sequences import AT_EACH_TOKEN, AT_THE_END, Input, parts_of, prepared, token_ids
+from vhead.serve.protocols.sequences import (
+    AT_EACH_TOKEN,
+    AT_THE_END,
+    Input,
+    all_token_ids,
+    parts_of,
+    prepared,
+    token_ids,
+)
 from vhead.serve.service import Service
 
 Encoding = Literal["float", "base64", "bytes"]
@@ -154,6 +162,7 @@ class PoolingRoutes:
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt: expected either prompt or messages")
         _check_special_tokens(add=asked.add_special_tokens, given=asked.prompt)
+        model.check_texts([asked.prompt, asked.messages])
         if asked.messages is not None:
             ids = token_ids(model, asked.messages, "messages", generation_prompt=asked.add_generation_prompt)
         else:
@@ -168,13 +177,14 @@ def _sequences(model: ServedModel, asked: PoolingBody) -> tuple[list[Any], list[
         raise RequestError("input: expected either input or messages")
     _check_special_tokens(add=asked.add_special_tokens, given=asked.input)
     if asked.messages is not None:
+        model.check_texts(asked.messages)
         options = {"generation_prompt": asked.add_generation_prompt}
         sequences, names = [token_ids(model, asked.messages, "messages", **options)], ["messages"]
     else:
         parts = parts_of(asked.input or [], "input")
         model.check_count(len(parts))
         names = [f"input[{place}]" for place in range(len(parts))]
-        sequences = [token_ids(model, part, name) for part, name in zip(parts, names, strict=True)]
+        sequences = all_token_ids(model, parts, names)
     if (kept := asked.truncate_prompt_tokens) is not None:
         kept = (model.scorer.encoder.limit.tokens or 0) if kept < 0 else max(kept, 1)
         sequences = [ids[-kept:] for ids in sequences]
