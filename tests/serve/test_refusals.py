@@ -79,7 +79,12 @@ BAD_BODIES = {
     "a mask of another length": ("/score", of_ids(completion_mask=[True]), 400, "rollouts[0]: completion_mask"),
     "too long": ("/score", of_ids(completion_ids=[3] * 3000), 400, "expected at most the model's"),
     "too many tokens": ("/score", {"rollouts": of_ids(completion_ids=[3] * 400)["rollouts"] * 20}, 413, "5000 tokens"),
-    "too much text": ("/score", {"rollouts": [{"prompt": "a" * 50_000, "completion": "b"}]}, 413, "at most 40,000 char"),
+    "too much text": (
+        "/score",
+        {"rollouts": [{"prompt": "a" * 50_000, "completion": "b"}]},
+        413,
+        "at most 40,000 char",
+    ),
     "too much text in inputs": ("/classify", {"input": ["a" * 30_000] * 2}, 413, "at most 40,000 characters of text"),
     "too much text in messages": (
         "/pooling",

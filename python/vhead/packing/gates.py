@@ -64,8 +64,7 @@ class Fused:
         if not self.linears:
             return ""
         return (
-            f"of {len(self.linears)} linear layers in float32 from {products.WIDE_ROWS} rows on, which is faster here "
-            "than torch's own of half precisions"
+            f"of {len(self.linears)} linear layers in float32, which is faster here than torch's own of half precisions"
         )
 
     def described(self, model: nn.Module) -> str:
@@ -86,8 +85,7 @@ class Fused:
         A module that was given a hook or another forward since is left alone.
 
         Args:
-            unit_rows: Rows of a batch from which on the matrix unit is asked for gated layers, where there is one; if
-                fewer, also those from which on linear layers are multiplied in float32.
+            unit_rows: Rows of a batch from which on the matrix unit is asked for gated layers, where there is one.
             rows: The rows of a packed row whose last states are wanted; None: all.
         """
         forwards = dict(self._forwards(unit_rows, rows))
@@ -105,9 +103,8 @@ class Fused:
 
     def _forwards(self, unit_rows: int, rows: Tensor | None) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         unit, wide = GatedLayers(), products.WideProducts()
-        wide_rows = min(unit_rows, products.WIDE_ROWS)
         for linear in filter(is_untouched, self.linears):
-            yield linear, partial(products.forward, linear, wide, wide_rows)
+            yield linear, partial(products.forward, linear, wide)
         for gate in filter(is_gated, self.gates):
             yield gate, partial(_by_unit, gate, unit, unit_rows) if _suits_unit(gate) else partial(_forward, gate)
         for norm in filter(is_untouched, self.norms):

@@ -18,8 +18,6 @@ from vhead.ops.devices import SETTINGS
 from vhead.ops.dispatch import is_plain
 from vhead.ops.matrix_unit import suits_matrix_unit
 
-# Rows from which on it pays: with fewer, widening the weights takes longer than what is saved.
-WIDE_ROWS = 128
 # Elements of a float32 part of the first matrix, and of the second one.
 _FIRST, _SECOND = 2**23, 2**21
 # What is multiplied to find out which is faster, and by what factor it has to be: less is noise.
@@ -87,10 +85,12 @@ def suits_wide(tensor: Tensor) -> bool:
     return half and not suits_matrix_unit(tensor) and not SETTINGS.plain_torch and wide_factor(tensor.dtype) > _FASTER
 
 
-def forward(module: nn.Linear, products: WideProducts, least_rows: int, states: Tensor) -> Tensor:
-    """The layer by float32 products, or by itself where that does not pay, or autocast has made another dtype."""
-    rows = states.shape[:-1].numel() if states.dim() > 1 else 0
-    if states.dtype != module.weight.dtype or rows < least_rows or not is_plain(module.weight):
+def forward(module: nn.Linear, products: WideProducts, states: Tensor) -> Tensor:
+    """The layer by float32 products, or by itself where autocast has made another dtype, or weights are in parts.
+
+    Few rows go the same way as many, although it does not pay for them: a token's states would depend on its company.
+    """
+    if states.dtype != module.weight.dtype or states.dim() == 1 or not is_plain(module.weight):
         return functional.linear(states, module.weight, module.bias)
     return products.linear(states, module.weight, module.bias)
 

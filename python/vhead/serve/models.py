@@ -21,7 +21,6 @@ from vhead.serve.batching import ScoredBatch
 from vhead.serve.limits import RequestLimits
 from vhead.serve.weights import OWN_WEIGHTS, Weights
 
-
 # Far more than texts have on average.
 _CHARACTERS_PER_TOKEN = 8
 # They are float32, those of likeliest tokens with an int64 each.
@@ -117,13 +116,15 @@ class ServedModel:
             candidates = 0 if one.candidates is None else one.candidates.shape[1]
             selected += one.completion_length * (candidates + asked.top)
             if selected > _MOST_SELECTED:
-                expected = f"at most {_MOST_SELECTED:,} log-probabilities of candidates and likeliest tokens in a request"
+                expected = (
+                    f"at most {_MOST_SELECTED:,} log-probabilities of candidates and likeliest tokens in a request"
+                )
                 raise RequestError(f"expected {expected}, got more up to {name}", 413)
             encoded.append(one)
         return Prepared(self, tuple(map(_of_ids, encoded)), asked, tuple(encoded))
 
     def check_texts(self, value: object) -> None:
-        """Raises `RequestError` for more text than can be the tokens of a request: tokenising it holds up the others."""
+        """Raises `RequestError` for more text than the tokens of a request can be: reading it holds up the others."""
         most = _CHARACTERS_PER_TOKEN * self._limits.tokens
         if sum(map(len, texts_in(value))) > most:
             raise RequestError(f"expected at most {most:,} characters of text in a request, got more", 413)

@@ -178,7 +178,7 @@ class GradientCheck:
         embedded, sums = [], [torch.zeros_like(vector, dtype=torch.float64) for vector in self._vectors]
         for batch in batches:
             layers = Fused() if self._layers is None else self._layers
-            with _embedded_tokens(self._body.model) as seen, keeping_less(self._body.model, layers, wide_rows=1):
+            with _embedded_tokens(self._body.model) as seen, keeping_less(self._body.model, layers):
                 states = strategy.states(batch)
             loss = states.new_zeros((), dtype=torch.float64)
             for place, rows in zip(batch.places, batch.rows, strict=True):

@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from vhead.ops.dispatch import is_plain
 from vhead.ops.norm import rms_norm
 from vhead.packing.checkpointing import recomputed_within
 from vhead.packing.gates import Fused, is_gated, is_untouched
-from vhead.packing.products import WIDE_ROWS, WideProducts
+from vhead.packing.products import WideProducts
 
 Forward = Callable[[Any, Tensor], Tensor]
-# What multiplies in float32, and the rows from which on.
-Wide = tuple[WideProducts, int]
 
 # Elements of a tensor that are worked on at once.
 _BLOCK = 2**17
 
 
 @contextmanager
-def keeping_less(model: nn.Module, fused: Fused, wide_rows: int = WIDE_ROWS) -> Iterator[None]:
+def keeping_less(model: nn.Module, fused: Fused) -> Iterator[None]:
     """Lets modules that a check has recognised run so while the block lasts, where gradients are wanted.
 
     A module that was given a hook or another forward since is left alone, and so are all of them under autocast, whose
@@ -37,12 +36,11 @@ def keeping_less(model: nn.Module, fused: Fused, wide_rows: int = WIDE_ROWS) -> 
     Args:
         model: The language model.
         fused: Its modules that are computed by kernels of this package where there are no gradients.
-        wide_rows: Rows from which on linear layers of half precisions are multiplied in float32.
     """
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         yield
         return
-    wide = WideProducts(), wide_rows
+    wide = WideProducts()
     chosen: list[tuple[nn.Module, Forward]] = [
         (layer, partial(_gated, wide if layer.down_proj in fused.linears else None))
         for layer in fused.gates
@@ -71,24 +69,17 @@ def _running(chosen: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
                 module.forward = own
 
 
-def _gated(wide: Wide | None, layer: Any, states: Tensor) -> Tensor:
-    down, products = layer.down_proj, _paying(wide, states)
-    gate, up = layer.gate_proj(states), layer.up_proj(states)
-    result: Tensor = _GatedProduct.apply(gate, up, down.weight, down.bias, products)
+def _gated(wide: WideProducts | None, layer: Any, states: Tensor) -> Tensor:
+    down = layer.down_proj
+    result: Tensor = _GatedProduct.apply(layer.gate_proj(states), layer.up_proj(states), down.weight, down.bias, wide)
     return result
 
 
-def _linear(wide: Wide, linear: nn.Linear, states: Tensor) -> Tensor:
-    products = _paying(wide, states)
-    if states.dtype != linear.weight.dtype or products is None:
+def _linear(wide: WideProducts, linear: nn.Linear, states: Tensor) -> Tensor:
+    if states.dtype != linear.weight.dtype or states.dim() == 1 or not is_plain(linear.weight):
         return functional.linear(states, linear.weight, linear.bias)
-    result: Tensor = _Linear.apply(states, linear.weight, linear.bias, products)
+    result: Tensor = _Linear.apply(states, linear.weight, linear.bias, wide)
     return result
-
-
-def _paying(wide: Wide | None, states: Tensor) -> WideProducts | None:
-    """None where there are too few rows."""
-    return wide[0] if wide is not None and states.shape[:-1].numel() >= wide[1] else None
 
 
 def _product(wide: WideProducts | None, first: Tensor, second: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Whole sequences, as reward clients send them: texts, token ids or a chat that nobody has parted."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ def token_ids(model: ServedModel, part: str | list[int] | list[dict[str, Any]], 
     return part  # type: ignore[return-value]
 
 
-def _is_text(part: str | list[int] | list[dict[str, Any]]) -> bool:
+def _is_text(part: str | list[int] | list[dict[str, Any]]) -> TypeGuard[str | list[dict[str, Any]]]:
     return isinstance(part, str) or bool(part and isinstance(part[0], Mapping))
 
 
