@@ -106,29 +106,9 @@ class TestManyUpdates:
             del batches
             assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("change", ["in place", "new data", "new parameter", "dtype"])
+    @pytest.mark.parametrize("change", ["in place", "new data", "new parameter", "fused", "data", "numpy", "dtype"])
     def test_a_body_that_has_changed_runs_again(self, given, change):
-        model = with_head(language_model())
-        freeze(model, "body")
-        training_pass = TrainingPass(model, returns=["values"])
-        (batch,) = training_pass.batches(given)
-        before = training_pass(batch).values
-        changed = model.pretrained_model.model.layers[0].mlp.up_proj
-        if change == "in place":
-            with torch.no_grad():
-                changed.weight.mul_(1.5)
-        elif change == "new data":
-            changed.weight.data = changed.weight.data * 1.5
-        elif change == "new parameter":
-            changed.weight = torch.nn.Parameter(changed.weight.detach() * 1.5, requires_grad=False)
-        else:
-            model.pretrained_model.to(torch.bfloat16)
-        after = training_pass(batch).values
-        assert (before - after).abs().max() > 1e-4
-        torch.testing.assert_close(after, TrainingPass(model, returns=["values"], keep_states=0)(batch).values)
-
-    @pytest.mark.parametrize("change", ["fused", "data", "numpy", "dtype"])
-    def test_a_change_that_torch_does_not_count_is_noticed(self, given, change):
+        """Also where torch does not count what was written."""
         model = with_head(language_model())
         freeze(model, "body")
         training_pass = TrainingPass(model, returns=["values"])
@@ -218,10 +198,30 @@ def step_fused(body):
         parameter.requires_grad, parameter.grad = False, None
 
 
+def multiply_in_place(body):
+    with torch.no_grad():
+        first_up(body).weight.mul_(1.5)
+
+
+def replace_data(body):
+    first_up(body).weight.data = first_up(body).weight.data * 1.5
+
+
+def replace_parameter(body):
+    first_up(body).weight = torch.nn.Parameter(first_up(body).weight.detach() * 1.5, requires_grad=False)
+
+
+def first_up(body):
+    return body.model.layers[0].mlp.up_proj
+
+
 CHANGES = {
+    "in place": multiply_in_place,
+    "new data": replace_data,
+    "new parameter": replace_parameter,
     "fused": step_fused,
-    "data": lambda body: body.model.layers[0].mlp.up_proj.weight.data.mul_(1.5),
-    "numpy": lambda body: body.model.layers[0].mlp.up_proj.weight.numpy().fill(0.1),
+    "data": lambda body: first_up(body).weight.data.mul_(1.5),
+    "numpy": lambda body: first_up(body).weight.numpy().fill(0.1),
     "dtype": lambda body: body.bfloat16(),
 }
 

@@ -86,13 +86,17 @@ def suits_wide(tensor: Tensor) -> bool:
 
 
 def forward(module: nn.Linear, products: WideProducts, states: Tensor) -> Tensor:
-    """The layer by float32 products, or by itself where autocast has made another dtype, or weights are in parts.
+    """The layer by float32 products, or by itself."""
+    linear = products.linear if takes(module, states) else functional.linear
+    return linear(states, module.weight, module.bias)
+
+
+def takes(module: nn.Linear, states: Tensor) -> bool:
+    """Whether float32 products give a layer's result: autocast has made no other dtype, and weights are in one part.
 
     Few rows go the same way as many, although it does not pay for them: a token's states would depend on its company.
     """
-    if states.dtype != module.weight.dtype or states.dim() == 1 or not is_plain(module.weight):
-        return functional.linear(states, module.weight, module.bias)
-    return products.linear(states, module.weight, module.bias)
+    return states.dtype == module.weight.dtype and states.dim() > 1 and is_plain(module.weight)
 
 
 @functools.cache

@@ -66,6 +66,7 @@ def probes(model: nn.Module, context: int | None, times: int = 1) -> list[Tokens
     return [sequence[:context] for sequence in sequences]
 
 
+# What `Fused` has beside decoder layers, which are tried along packed rows.
 _KINDS = ("gates", "norms", "linears")
 
 

@@ -12,6 +12,7 @@ from vhead.report.differences import Difference, LogprobDifference, difference, 
 from vhead.report.pairs import Pairs
 from vhead.report.records import Matched, Problems, check_finite, matched, paired
 from vhead.report.sides import ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Record, Side
+from vhead.rollouts.ragged import offsets_of
 
 if TYPE_CHECKING:
     from vhead.scoring import Scores
@@ -166,7 +167,7 @@ def _lined_up(
         inside = _completions(counted)
         lengths, counted = inside.sum(axis=1), counted[inside]
         arrays = {name: array[inside] for name, array in arrays.items()}
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        bounds = offsets_of(lengths)
     else:
         bounds = _offsets(offsets, len(counted))
     for name, array in arrays.items():

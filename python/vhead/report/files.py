@@ -23,7 +23,6 @@ _IDS = (TOKEN_IDS, COMPLETION_IDS)
 _SHARED = (ENTROPY, MASK, *_IDS, *OTHERS)
 # What came with the rollouts, and so is the same whichever scores are compared.
 _OF_ROLLOUTS = (MASK, *_IDS)
-_NOT_FLOATS = (MASK, *_IDS)
 _EXPECTED = {
     "values": "a number for each token, or a list of K",
     "reward": "a number, or a list of K",
@@ -83,7 +82,8 @@ def _read(name: str, columns: tuple[str, ...], problems: Problems) -> list[list[
     count, known, broken = 0, set[str](), None
     reader = open_reader(name)
     if reader.schema is not None:
-        wanted = [column for column in wanted if column in set(reader.schema.names)]
+        there = set(reader.schema.names)
+        wanted = [column for column in wanted if column in there]
     try:
         for row in reader:
             count += 1
@@ -176,7 +176,7 @@ def _records(
 
 def _array(name: str, value: Any, column: str) -> NDArray[Any]:
     """The numbers of a field: floats or ints, or bool for a mask and int64 for token ids."""
-    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f" and name not in _NOT_FLOATS:
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f" and name not in _OF_ROLLOUTS:
         return value
     try:
         array = np.asarray(value)

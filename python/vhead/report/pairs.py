@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from vhead.rollouts.ragged import positions_of
 from vhead.rollouts.wording import Id
 
 Floats = NDArray[np.float64]
@@ -50,4 +51,4 @@ class Pairs:
     @cached_property
     def positions(self) -> NDArray[np.int64]:
         """The place of each token in its completion."""
-        return np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], self.lengths)
+        return positions_of(self.lengths)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vhead.errors import FieldError, RecordError
 from vhead.report.pairs import Pairs
 from vhead.report.sides import COMPLETION_IDS, ENTROPY, LOGPROBS, MASK, OTHERS, TOKEN_IDS, Column, Record, Side
+from vhead.rollouts.ragged import offsets_of, positions_of
 from vhead.rollouts.wording import Id, shown
 
 _PROBLEMS_KEPT = 20
@@ -266,8 +267,7 @@ def _other(
     mask = np.ones(len(rows), np.bool_) if name == "reward" else _mask(ours, theirs, rows, lengths[rows])
     if not mask.any():
         return None
-    owners, starts = np.repeat(rows, lengths[rows]), np.cumsum(lengths[rows]) - lengths[rows]
-    places = np.column_stack([owners, np.arange(len(owners)) - np.repeat(starts, lengths[rows])])
+    places = np.column_stack([np.repeat(rows, lengths[rows]), positions_of(lengths[rows])])
     numbers = (column.take(rows).values.reshape(-1, outputs)[mask] for column in (first, second))
     return next(numbers), next(numbers), places[mask]
 
@@ -316,7 +316,7 @@ def _flat(ours: Side, theirs: Side, others: Mapping[str, Any]) -> Pairs:
     return Pairs(
         ours=first.filled(lengths, default=0.0) if compared.any() else None,
         theirs=second.filled(lengths, default=0.0) if compared.any() else None,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         mask=_mask(ours, theirs, np.arange(len(ours)), lengths) & np.repeat(compared, lengths),
         ids=ours.ids,
         entropy=entropy.values if entropy.there.all() else None,

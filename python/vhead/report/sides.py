@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vhead.rollouts.ragged import offsets_of, positions_of
 from vhead.rollouts.wording import Id, named
 
 LOGPROBS, ENTROPY, MASK, TOKEN_IDS = "logprobs", "entropy", "completion_mask", "token_ids"
@@ -61,12 +62,12 @@ class Column:
     def of(cls, name: str, arrays: Sequence[NDArray[Any] | None]) -> "Column":
         """The field of this name, from each record's array; None: the record lacks it."""
         dimensions = 0 if name == "reward" else 1
-        sizes = [0 if array is None else array.size for array in arrays]
+        sizes = np.array([0 if array is None else array.size for array in arrays], np.int64)
         widths = [0 if array is None else array.shape[dimensions] if array.ndim > dimensions else 1 for array in arrays]
         there = [array.reshape(-1) for array in arrays if array is not None]
         values = np.concatenate(there) if there else np.zeros(0)
-        offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        return cls(values.astype(_DTYPES.get(name, np.float64)), offsets, np.array(widths, np.int64))
+        values = values.astype(_DTYPES.get(name, np.float64), copy=False)
+        return cls(values, offsets_of(sizes), np.array(widths, np.int64))
 
     @cached_property
     def there(self) -> NDArray[np.bool_]:
@@ -98,9 +99,8 @@ class Column:
         if _are_all(rows, len(self.widths)):
             return self
         sizes = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], sizes)
-        return Column(self.values[places], offsets, self.widths[rows])
+        places = np.repeat(self.offsets[rows], sizes) + positions_of(sizes)
+        return Column(self.values[places], offsets_of(sizes), self.widths[rows])
 
     def filled(self, lengths: NDArray[np.int64], *, default: float) -> NDArray[Any]:
         """The numbers of records of these lengths, with a default for all tokens of those that lack the field."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vhead.errors import FieldError
 from vhead.rollouts.encoding import Encoded
+from vhead.rollouts.ragged import offsets_of
 from vhead.rollouts.rollout import Rollout
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.fields import COLUMNS, TOP, WEIGHTS_STEP, Asked, empty
-from vhead.scoring.scores import Scores, offsets_of
+from vhead.scoring.scores import Scores
 
 # A chunk is what is sorted by length: large enough to fill batches evenly, small enough to keep memory flat.
 _ROLLOUTS = 4096

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vhead.errors import MissingFieldError
+from vhead.rollouts.ragged import offsets_of
 from vhead.rollouts.wording import Id
 from vhead.scoring import views
 from vhead.scoring.advantages import advantages, bootstrap_of
@@ -474,13 +475,6 @@ class Scores(_Fields, Sequence[Score]):
         if self.step_offsets is not None:
             arrays["step_offsets"] = self.step_offsets
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 `[N + 1]` offsets of N consecutive pieces with these lengths."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def _outputs(array: NDArray[Any], places: list[int], *, alone: bool) -> NDArray[Any]:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from vhead.ops.dispatch import is_plain
 from vhead.ops.norm import rms_norm
 from vhead.packing.checkpointing import recomputed_within
 from vhead.packing.gates import Fused, is_gated, is_untouched
-from vhead.packing.products import WideProducts
+from vhead.packing.products import WideProducts, takes
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -76,7 +75,7 @@ def _gated(wide: WideProducts | None, layer: Any, states: Tensor) -> Tensor:
 
 
 def _linear(wide: WideProducts, linear: nn.Linear, states: Tensor) -> Tensor:
-    if states.dtype != linear.weight.dtype or states.dim() == 1 or not is_plain(linear.weight):
+    if not takes(linear, states):
         return functional.linear(states, linear.weight, linear.bias)
     result: Tensor = _Linear.apply(states, linear.weight, linear.bias, wide)
     return result

@@ -183,16 +183,16 @@ class SegmentAttention:
         if self._suits_unit(query, key, value, scale, softcap):
             scale = query.shape[3] ** -0.5 if scale is None else scale
             return self._unit()(query[0], key[0], value[0], scale, window)[None]
-        calls = self._planned(query, value, window)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             plain = partial(self, scale=scale, softcap=softcap, window=window)
+            calls = self._planned(query, value, window)
             attended: Tensor = _Differentiable.apply(plain, calls, query, key, value, scale, softcap)
             return attended
         if suits_wide(query) and not torch.is_autocast_enabled("cpu"):
             wide = query.float()
             calls = self._planned(wide, value, window)
             return _attend(calls, _States(wide, key.float(), value.float(), scale, softcap)).to(query.dtype)
-        return _attend(calls, _States(query, key, value, scale, softcap))
+        return _attend(self._planned(query, value, window), _States(query, key, value, scale, softcap))
 
     def _suits_unit(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, softcap: float | None
