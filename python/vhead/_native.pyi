@@ -36,6 +36,7 @@ __all__ = [
     "kernel_absence",
     "linear",
     "panic_on_purpose",
+    "processor",
     "rms_norm",
     "rotate",
     "sync_collect",
@@ -174,6 +175,9 @@ def build_info() -> dict[str, str]:
 
 def available_cores() -> int:
     """The cores that this process may use: what affinity and the quota of its control group leave, at least 1."""
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's maker, empty where it does not say, and its vector instructions for half precisions."""
 
 def worker_threads(tasks: int) -> list[int]:
     """Runs short naps as a kernel's pieces are run; the system's ids of the threads that ran them."""

@@ -124,6 +124,8 @@ NAMES = (
     Name("torch.nn.Module()._buffers", "walking a model without calling properties"),
     Name("torch.nn.Module()._forward_hooks", "seeing that somebody watches a layer, which then runs as it is"),
     Name("torch.nn.Module()._forward_pre_hooks", "seeing that somebody watches a layer, which then runs as it is"),
+    Name("torch.nn.Module()._backward_hooks", "seeing that somebody watches a layer, which then runs as it is"),
+    Name("torch.nn.Module()._backward_pre_hooks", "seeing that somebody watches a layer, which then runs as it is"),
     Name("torch.Tensor()._backward_hooks", "seeing that somebody waits for a gradient that autograd does not make"),
     Name(
         "torch.Tensor()._post_accumulate_grad_hooks",

@@ -18,7 +18,7 @@ HALVES = [torch.bfloat16, torch.float16]
 def faster(monkeypatch):
     """A processor that multiplies float32 faster, whatever this one does."""
     monkeypatch.setattr(products, "suits_matrix_unit", lambda _weight: False)
-    monkeypatch.setattr(products, "wide_factor", lambda _dtype: 2.0)
+    monkeypatch.setattr(products, "is_float32_faster", lambda _dtype: True)
 
 
 def _drawn(*shape, dtype, seed=0):
@@ -57,10 +57,10 @@ def test_layers_of_half_precision_are_found_but_not_the_one_for_logits(faster, d
     assert "linear layers in float32" in Fused.of(model).products
 
 
-@pytest.mark.parametrize(("unit", "factor"), [(True, 2.0), (False, 1.1)])
-def test_where_torch_is_as_fast_nothing_is_changed(monkeypatch, unit, factor):
+@pytest.mark.parametrize(("unit", "faster"), [(True, True), (False, False)])
+def test_where_torch_is_as_fast_nothing_is_changed(monkeypatch, unit, faster):
     monkeypatch.setattr(products, "suits_matrix_unit", lambda _weight: unit)
-    monkeypatch.setattr(products, "wide_factor", lambda _dtype: factor)
+    monkeypatch.setattr(products, "is_float32_faster", lambda _dtype: faster)
     fused = Fused.of(critic("llama").pretrained_model.to(torch.bfloat16))
     assert (fused.linears, fused.products) == ((), "")
 
@@ -81,17 +81,17 @@ def test_a_scorer_is_no_further_from_float32_than_torch_s_own_products(faster, m
     prompt = rng.integers(0, 60, 9)
     rollouts = [Rollout(prompt, rng.integers(0, 60, 12)) for _ in range(6)]
 
-    def errors(factor):
-        monkeypatch.setattr(products, "wide_factor", lambda _dtype: factor)
+    def errors(faster):
+        monkeypatch.setattr(products, "is_float32_faster", lambda _dtype: faster)
         exact = Scorer(critic("llama").eval()).score(rollouts, ["values", "logprobs"])
         scorer = Scorer(critic("llama").to(dtype).eval())
-        assert bool(scorer.plan.products) == (factor > 1)
+        assert bool(scorer.plan.products) == faster
         found = scorer.score(rollouts, ["values", "logprobs"])
         return [
             np.sqrt(np.square(a - b).mean())
             for a, b in ((found.values, exact.values), (found.logprobs, exact.logprobs))
         ]
 
-    own, wide = errors(0.5), errors(2.0)
+    own, wide = errors(False), errors(True)
     assert all(w <= 1.3 * o for o, w in zip(own, wide, strict=True))
     assert wide != own

@@ -60,7 +60,7 @@ def test_gradients_are_as_close_to_float64_as_the_module_s_own(monkeypatch, dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_layers_in_float32_have_gradients_as_close_to_float64(monkeypatch, dtype, bias):
     monkeypatch.setattr(products, "suits_matrix_unit", lambda _weight: False)
-    monkeypatch.setattr(products, "wide_factor", lambda _dtype: 2.0)
+    monkeypatch.setattr(products, "is_float32_faster", lambda _dtype: True)
     generator = torch.Generator().manual_seed(2)
     linear = torch.nn.Linear(12, 20, bias=bias).to(dtype)
     model = torch.nn.Sequential(linear)

@@ -8,9 +8,9 @@ from torch import Tensor
 from vhead import _native
 from vhead.ops.devices import SETTINGS
 
-# What oneDNN's variable, which chooses its instruction sets, may say for this unit to be used.
+# The variable that keeps oneDNN, and thereby torch, from instructions, and what it says where it keeps it from none.
 _ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
-_WITH_UNIT = ("", "ALL", "DEFAULT")
+_WITH_ALL = ("", "ALL", "DEFAULT")
 # Rows of a packed row that `RowAttention` tells apart.
 MOST_ROWS = 2**24
 
@@ -21,8 +21,13 @@ def has_matrix_unit() -> bool:
     It does where the processor has Intel AMX, the system lets processes use it, and oneDNN's variable
     `ONEDNN_MAX_CPU_ISA` does not forbid it.
     """
+    return not SETTINGS.plain_torch and onednn_allows("AMX") and _native.has_matrix_unit()
+
+
+def onednn_allows(*parts: str) -> bool:
+    """Whether `ONEDNN_MAX_CPU_ISA` allows all instructions, or has a name of which one of these is a part."""
     allowed = os.environ.get(_ONEDNN_ISA, "").upper()
-    return not SETTINGS.plain_torch and (allowed in _WITH_UNIT or "AMX" in allowed) and _native.has_matrix_unit()
+    return allowed in _WITH_ALL or any(part in allowed for part in parts)
 
 
 def suits_matrix_unit(*tensors: Tensor) -> bool:

@@ -4,8 +4,6 @@ Many processors have no instructions for bfloat16 or float16, or slower ones tha
 part by part, multiplied in float32, and the products are rounded once, as torch's own half-precision products are.
 """
 
-import functools
-import time
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,12 +14,11 @@ from torch.nn import functional
 
 from vhead.ops.devices import SETTINGS
 from vhead.ops.dispatch import is_plain
+from vhead.ops.half_precision import is_float32_faster
 from vhead.ops.matrix_unit import suits_matrix_unit
 
 # Elements of a float32 part of the first matrix, and of the second one.
 _FIRST, _SECOND = 2**23, 2**21
-# What is multiplied to find out which is faster, and by what factor it has to be: less is noise.
-_TRIAL, _FASTER, _ROUNDS = (512, 1024, 1024), 1.15, 3
 
 
 class WideProducts:
@@ -82,7 +79,7 @@ def _is_of_plain_memory(weight: Tensor) -> bool:
 def suits_wide(tensor: Tensor) -> bool:
     """Whether products with this tensor, which is of a half precision then, are faster in float32."""
     half = tensor.is_cpu and tensor.dtype in (torch.bfloat16, torch.float16)
-    return half and not suits_matrix_unit(tensor) and not SETTINGS.plain_torch and wide_factor(tensor.dtype) > _FASTER
+    return half and not suits_matrix_unit(tensor) and not SETTINGS.plain_torch and is_float32_faster(tensor.dtype)
 
 
 def forward(module: nn.Linear, products: WideProducts, states: Tensor) -> Tensor:
@@ -97,25 +94,6 @@ def takes(module: nn.Linear, states: Tensor) -> bool:
     Few rows go the same way as many, although it does not pay for them: a token's states would depend on its company.
     """
     return states.dtype == module.weight.dtype and states.dim() > 1 and is_plain(module.weight)
-
-
-@functools.cache
-def wide_factor(dtype: torch.dtype) -> float:
-    """How many times as fast float32 products of this half precision are here; found once in a process."""
-    rows, inner, columns = _TRIAL
-    first, second = torch.zeros(rows, inner, dtype=dtype), torch.zeros(columns, inner, dtype=dtype)
-    wide, seconds = WideProducts(), []
-    with torch.no_grad():
-        for multiply in (functional.linear, wide.linear):
-            tries = [_seconds(multiply, first, second) for _ in range(_ROUNDS + 1)]
-            seconds.append(min(tries[1:]))
-    return seconds[0] / seconds[1]
-
-
-def _seconds(multiply: Any, first: Tensor, second: Tensor) -> float:
-    start = time.perf_counter()
-    multiply(first, second)
-    return time.perf_counter() - start
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:

@@ -36,6 +36,7 @@ mod math;
 pub mod matrix_unit;
 mod norm;
 pub mod philox;
+pub mod processor;
 pub mod reduce;
 pub mod reference;
 pub mod returns;

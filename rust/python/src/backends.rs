@@ -79,6 +79,12 @@ pub(crate) fn available_cores() -> usize {
     vhead_core::threads::available_cores()
 }
 
+/// The processor's maker, empty where it does not say, and its vector instructions for half precisions.
+#[pyfunction]
+pub(crate) fn processor() -> (String, Vec<&'static str>) {
+    (vhead_core::processor::maker(), vhead_core::processor::half_instructions())
+}
+
 /// Version, profile and target of this binary.
 #[pyfunction]
 pub(crate) fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {

@@ -27,7 +27,7 @@ mod value_head;
 mod _native {
     #[pymodule_export]
     use super::backends::{
-        available_cores, backends, build_info, configure, dispatch_keys, kernel_absence, panic_on_purpose,
+        available_cores, backends, build_info, configure, dispatch_keys, kernel_absence, panic_on_purpose, processor,
         worker_threads,
     };
     #[pymodule_export]
