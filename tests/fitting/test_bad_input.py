@@ -11,6 +11,7 @@ import vhead
 from tests.fitting.examples import grouped, paired
 from vhead import Rollout
 from vhead.errors import FieldError, FitError, HeadError, RecordError
+from vhead.fitting import fitting
 from vhead.fitting.moments import FoldMoments
 from vhead.fitting.ridge import fit_ridge
 
@@ -128,6 +129,29 @@ def test_fewer_prompts_than_folds(scorer):
     with pytest.raises(FitError, match=r"at least 5 prompts, one for each fold, got 3 different prompts"):
         vhead.fit(scorer, grouped(3, 6), rewards(18))
     assert vhead.fit(scorer, grouped(3, 6), rewards(18), folds=3).rollouts == 18
+
+
+def test_folds_that_rollouts_or_memory_are_too_few_for_are_refused_before_any_are_read(scorer):
+    rollouts = grouped()
+    message = "folds: expected rollouts of at least 1,000,000 prompts, one for each fold, got at most 56 different"
+    with pytest.raises(FitError, match=message):
+        vhead.fit(scorer, rollouts, rewards(56), folds=10**6)
+    unread = iter(rollouts)
+    message = r"folds: expected at most [\d,]+, for whose sums of [\d,]+ bytes each .* have room, got 1,000,000,000,000"
+    for target in ("returns", "pairs"):
+        with pytest.raises(FitError, match=message):
+            vhead.fit(scorer, unread, None if target == "pairs" else rewards(56), target=target, folds=10**12)
+    assert next(unread) is rollouts[0]
+
+
+def test_as_many_folds_as_there_is_memory_for(scorer, monkeypatch):
+    size = scorer.model.v_head.hidden_size
+    monkeypatch.setattr(fitting, "_memory", lambda _device: 8 * size**2 * (3 + 4))
+    assert vhead.fit(scorer, grouped(), rewards(56), folds=3).rollouts == 56
+    with pytest.raises(FitError, match=f"folds: expected at most 3, for whose sums of {8 * size**2:,} bytes each"):
+        vhead.fit(scorer, grouped(), rewards(56), folds=4)
+    # Outcomes are fitted to from states on the disk, without sums.
+    assert vhead.fit(scorer, paired(), target="pairs", folds=4).rollouts == 80
 
 
 def test_a_pair_without_a_partner(scorer):

@@ -307,6 +307,26 @@ def test_a_format_that_cannot_hold_the_head_is_refused_before_anything_is_read(f
     assert "trl holds heads of one output" in done.stderr
 
 
+@pytest.mark.parametrize("target", ["returns", "reward"])
+def test_a_list_for_a_format_of_one_output_is_refused_at_the_first_record(folder, tmp_path, monkeypatch, target):
+    records, _ = drawn()
+    rng = np.random.default_rng(0)
+    for record in records:
+        count = (len(record["completion_ids"]),) if target == "returns" else ()
+        record["several"] = rng.normal(size=(*count, 3)).tolist()
+    source, out = written(tmp_path / "in.jsonl", records), tmp_path / "head.pt"
+    given = (source, "--model", folder, "--output", out, "--target", target, "--target-field", "several")
+    with monkeypatch.context() as patched:
+        patched.setattr(Fitting, "add", lambda *_: pytest.fail("a record was computed"))
+        done = run(*given, "--format", "trl")
+    assert done.exit_code == 1
+    problem = "several: expected targets for 1 output, as trl holds, got those for 3; vhead is a format that holds any"
+    assert f"line 1: {problem}" in done.stderr
+    assert not out.exists()
+    assert run(*given, "--format", "vhead").exit_code == 0
+    assert formats.load(out).num_outputs == 3
+
+
 def test_a_field_with_several_numbers_makes_a_head_with_as_many_outputs(folder, scorer, tmp_path):
     records, rollouts = drawn()
     both = [[record["reward"], record["other"]] for record in records]

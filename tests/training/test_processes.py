@@ -106,7 +106,30 @@ def check_a_model_that_is_wrapped_already_is_refused(rank):
         TrainingPass(torch.nn.parallel.DistributedDataParallel(with_head(language_model())))
 
 
+def numbers():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(20, generator=generator), 3 * torch.randn(20, generator=generator) + torch.arange(20)
+
+
+def check_metrics_are_those_of_the_tokens_of_all_processes(rank):
+    values, returns = numbers()
+    bounds = [(0, 3), (3, 5)] if rank == 0 else [(5, 20)]
+    parts = [losses.value_metrics(values[start:stop], returns[start:stop]) for start, stop in bounds]
+    expected = losses.value_metrics(values, returns)
+    found = losses.combined_metrics(parts, across_processes=True)
+    assert dict(found) == pytest.approx(dict(expected), rel=1e-9)
+    assert dict(losses.combined_metrics(parts)) != pytest.approx(dict(expected), rel=1e-3)
+
+
+def check_metrics_that_one_process_lacks_stop_all(rank):
+    parts = [losses.value_metrics(*numbers())] if rank else []
+    with pytest.raises(VheadError if rank else ValueError, match="1 of 2 refused" if rank else "at least one batch"):
+        losses.combined_metrics(parts, across_processes=True)
+
+
 CHECKS = [
+    check_metrics_are_those_of_the_tokens_of_all_processes,
+    check_metrics_that_one_process_lacks_stop_all,
     check_ddp,
     check_fsdp2,
     check_fsdp2_with_states_for_which_one_process_has_no_room,

@@ -512,3 +512,17 @@ def test_a_copy_of_a_pass_trains_its_own_model(given):
         again(batch).values.sum().backward()
         assert again.model.v_head.summary.weight.grad is not None
         assert training_pass.model.v_head.summary.weight.grad is None
+
+
+def test_flex_has_no_gradients_on_a_cpu():
+    message = (
+        "attention: expected one that the .* can take, got 'flex': no gradients flow through it on cpu; "
+        "leave it at None to have the fastest one that the model can take"
+    )
+    with pytest.raises(VheadError, match=message):
+        TrainingPass(language_model(tied=True), attention="flex")
+    # A release of torch that has them is noticed here.
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    query = torch.randn(1, 2, 128, 16, requires_grad=True)
+    with pytest.raises((NotImplementedError, ValueError), match=r"CPU|CUDA"):
+        flex_attention(query, query, query)

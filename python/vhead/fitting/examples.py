@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from vhead.errors import FieldError, FitError, RecordError
 from vhead.fitting.folds import prompt_digest
+from vhead.formats.layout import Format
+from vhead.formats.trl import VHEAD
 from vhead.rollouts.fields import SIDES
 from vhead.rollouts.files.rows import Row
 from vhead.rollouts.rollout import Rollout
@@ -136,13 +138,14 @@ class Checks:
 
     Args:
         target: What the head is fitted to.
+        format: That of the head; None: one that can hold it.
 
     Attributes:
         outputs: K, as the first example has it; None before that.
     """
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, target: Target, format: Format | None = None) -> None:
+        self._target, self._format = target, format
         self.outputs = 1 if target == "pairs" else None
 
     def __call__(self, example: Example, rollouts: Sequence[Rollout]) -> None:
@@ -181,6 +184,7 @@ class Checks:
         if array.ndim == 0 or (self._target == "returns" and array.ndim == 1):
             array = array[..., None]
         if self.outputs is None:
+            self._check_format(array.shape[-1], field, name)
             self.outputs = array.shape[-1]
         if array.shape[-1] != self.outputs:
             expected = f"{self.outputs} numbers, as the first target has"
@@ -190,6 +194,14 @@ class Checks:
             if len(wrong):
                 raise FieldError(name, field, expected=FINITE, got=str(wrong[0]))
         return array
+
+    def _check_format(self, outputs: int, field: str, name: str) -> None:
+        """Refuses what makes a head that its format cannot hold, which would be found out after the last record."""
+        if self._format is not None and self._format.outputs not in (None, outputs):
+            one = self._format.outputs
+            expected = f"targets for {one} {'output' if one == 1 else 'outputs'}, as {self._format.name} holds"
+            got = f"those for {outputs}; {VHEAD.name} is a format that holds any number"
+            raise FieldError(name, field, expected=expected, got=got)
 
     @property
     def _expected(self) -> str:

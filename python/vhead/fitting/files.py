@@ -10,6 +10,7 @@ from vhead.fitting.fitted import FittedHead
 from vhead.fitting.fitting import ErrorHandler, FitOptions
 from vhead.fitting.output import HeadOutput
 from vhead.fitting.reading import Reading
+from vhead.formats.layout import Format
 from vhead.formats.registry import format_named
 from vhead.formats.writing import head_tensors
 from vhead.head_weights import HeadWeights, LinearWeights
@@ -55,8 +56,9 @@ def fit_file(
         OSError: Reading or writing failed.
     """
     reading = Reading(scorer)
-    if format is not None:
-        _check_format(format, reading.hidden_size, options, fields)
+    head_format = None if format is None else format_named(format)
+    if head_format is not None:
+        _check_format(head_format, reading.hidden_size, options, fields)
     fitting = reading.fitting(options, output.folder)
     names = fields.targets
     if output.earlier is not None:
@@ -76,7 +78,7 @@ def fit_file(
         progress.advance(rollouts, tokens, computed)
 
     last = None
-    for chunk in reading.chunks(examples, options, on_error=on_error, on_batch=on_batch):
+    for chunk in reading.chunks(examples, options, head_format, on_error=on_error, on_batch=on_batch):
         # Noted only when another chunk has come: a broken record or the input's end may have cut this one short.
         if last is not None and output.is_note_due:
             output.note(last.row, fitting.notes() | {"fields": last.fields}, fitting.tensors())
@@ -92,7 +94,7 @@ def _default_format(head: HeadWeights) -> str:
     return "trl" if len(head.layers) == 1 and len(head.layers[0].weight) == 1 else "vhead"
 
 
-def _check_format(name: str, hidden_size: int, options: FitOptions, fields: TargetFields) -> None:
+def _check_format(format: Format, hidden_size: int, options: FitOptions, fields: TargetFields) -> None:
     """Refuses a format that cannot hold such a head, before anything is read."""
     sizes = [hidden_size, *filter(None, [options.intermediate_size]), len(fields.targets or ("one",))]
     has_bias = options.target != "pairs"
@@ -100,4 +102,4 @@ def _check_format(name: str, hidden_size: int, options: FitOptions, fields: Targ
         LinearWeights(torch.zeros(b, a), torch.ones(b) if has_bias or place < len(sizes) - 2 else None)
         for place, (a, b) in enumerate(pairwise(sizes))
     ]
-    head_tensors(HeadWeights(tuple(layers), format="vhead", source="the head to be fitted"), format_named(name))
+    head_tensors(HeadWeights(tuple(layers), format="vhead", source="the head to be fitted"), format)

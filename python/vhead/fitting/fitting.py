@@ -1,5 +1,6 @@
 """What has been read off the rollouts so far, and the head that comes of it."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from vhead.fitting.fitted import FittedHead, Solution
 from vhead.fitting.folds import Folds
 from vhead.fitting.logistic import fit_logistic
 from vhead.fitting.metrics import bounds
-from vhead.fitting.moments import FoldMoments
+from vhead.fitting.moments import FoldMoments, bytes_of_sums
 from vhead.fitting.ridge import fit_ridge
 from vhead.fitting.store import StateStore
 from vhead.fitting.two_layer import Loss, fit_two_layer
@@ -99,6 +100,9 @@ class Fitting:
     Attributes:
         rollouts: How many rollouts have been added.
         tokens: How many of their states.
+
+    Raises:
+        FitError: There is no room for the sums of so many folds.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Fitting:
         self._options = options
         self._hidden_size = hidden_size
         self._device = device
+        _check_room(options.folds, hidden_size if self._needs_moments else 1, device)
         self._folder = folder
         self._dtype = dtype
         self._folds = Folds(options.folds)
@@ -229,11 +234,7 @@ class Fitting:
         if not self.rollouts:
             raise FitError("rollouts: expected at least one to fit to, got none")
         if len(self._folds.first) < self._options.folds:
-            count = len(self._folds.first)
-            raise FitError(
-                f"folds: expected rollouts of at least {self._options.folds} prompts, one for each fold, got "
-                f"{count} different {'prompt' if count == 1 else 'prompts'}; give more prompts, or ask for fewer folds"
-            )
+            raise FitError(few_prompts(self._options.folds, f"{len(self._folds.first):,}"))
         if self._bounds is None or (self._weights == 0).any():
             raise FitError("weights: expected some above 0 in each fold of prompts, got a fold without any")
         lowest, highest = self._bounds
@@ -298,6 +299,36 @@ class Fitting:
         rows, dtype, outputs = notes["stored"]
         self._store = StateStore(self._folder, self._hidden_size, outputs, dtype, self._options.cache_bytes)
         return self._store.cut(rows)
+
+
+def few_prompts(folds: int, got: str) -> str:
+    """What is said where there are fewer prompts than folds."""
+    return (
+        f"folds: expected rollouts of at least {folds:,} prompts, one for each fold, got {got} different "
+        f"{'prompt' if got == '1' else 'prompts'}; give more prompts, or ask for fewer folds"
+    )
+
+
+def _check_room(folds: int, hidden_size: int, device: torch.device) -> None:
+    """Refuses more folds than there is memory for, before anything is read or made."""
+    room = _memory(device)
+    if room is None or bytes_of_sums(folds, hidden_size) <= room:
+        return
+    each, least = bytes_of_sums(1, hidden_size) - bytes_of_sums(0, hidden_size), bytes_of_sums(0, hidden_size)
+    raise FitError(
+        f"folds: expected at most {max(0, room - least) // each:,}, for whose sums of {each:,} bytes each the "
+        f"{room / 2**30:.0f} GiB of memory have room, got {folds:,}"
+    )
+
+
+def _memory(device: torch.device) -> int | None:
+    """All bytes of the memory that sums are in; None where the system does not say."""
+    if device.type == "cuda":
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return total
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
 
 
 def _per_token(

@@ -1,7 +1,7 @@
 """`vhead.fit`: from rollouts in a program to a head."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vhead.fitting.fitting import (
     DEFAULT_ITERATIONS,
     ErrorHandler,
     FitOptions,
+    few_prompts,
 )
 from vhead.fitting.reading import Reading
 from vhead.fitting.two_layer import Loss
@@ -75,7 +76,8 @@ def fit(
     Raises:
         FieldError: A rollout cannot be scored, or its target or weight is missing, not finite, or of another length.
         FitError: There are no rollouts, fewer prompts than folds, or more or fewer targets than rollouts; targets that
-            do not vary; a pair without a partner; or states for which there is no room or no solution.
+            do not vary; a pair without a partner; no room for the sums of so many folds; or states for which there is
+            no room or no solution.
         HeadError: `scorer_or_model` is neither.
         ValueError: An argument is out of range, or does not go with another one.
     """
@@ -85,6 +87,9 @@ def fit(
         raise FitError("targets: expected none for pairs, whose first side is the better one, got some")
     if target != "pairs" and targets is None:
         raise FitError(f"targets: expected one for each rollout with target={target!r}, got none")
+    # Whether items are pairs, or sides that follow each other, is known when they are read.
+    if target != "pairs" and isinstance(rollouts, Sized) and 0 < len(rollouts) < folds:
+        raise FitError(few_prompts(folds, f"at most {len(rollouts):,}"))
     examples = given_examples(rollouts, targets, weights, target)
     with tempfile.TemporaryDirectory(prefix="vhead-fit-") as folder, ScoringProgress(shown=progress) as display:
         reading = Reading(scorer_or_model)

@@ -15,6 +15,13 @@ from torch import Tensor
 # Rows are widened to float64 in blocks of about this many bytes.
 _BLOCK_BYTES = 64 * 2**20
 _FLOAT64_BYTES = 8
+# How many matrices of the size of a fold's sums there are besides, when the head is solved for.
+_BESIDE = 4
+
+
+def bytes_of_sums(folds: int, hidden_size: int) -> int:
+    """What the sums of so many folds take, and what is made of them: 8 bytes for each number of `[H, H]`."""
+    return _FLOAT64_BYTES * (folds + _BESIDE) * hidden_size**2
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vhead.errors import HeadError
 from vhead.fitting.examples import Checks
 from vhead.fitting.fitting import FitOptions, Fitting
+from vhead.formats.layout import Format
 from vhead.heads import hidden_size_of
 from vhead.scoring.conventions import Conventions
 from vhead.scoring.fields import Asked
@@ -73,9 +74,12 @@ class Reading:
         """A new fitting of what is read."""
         return Fitting(options, self.hidden_size, self._scorer.device, folder, self._dtype)
 
-    def chunks(self, examples: Iterable[Any], options: FitOptions, **handlers: Any) -> Iterator[Any]:
+    def chunks(
+        self, examples: Iterable[Any], options: FitOptions, format: Format | None = None, **handlers: Any
+    ) -> Iterator[Any]:
         """The examples that can be read, chunk by chunk, with the states as their values or rewards."""
-        return self._scorer.scored(examples, Asked((options.reads,)), check=Checks(options.target), **handlers)
+        check = Checks(options.target, format)
+        return self._scorer.scored(examples, Asked((options.reads,)), check=check, **handlers)
 
     def _dtype(self) -> str:
         return str(self._head.dtype).removeprefix("torch.")

@@ -158,8 +158,11 @@ def find_ways(
     usual, longest, reasons = _first(candidates, check, bounds, padded, gradients)
     architecture = type(body.model).__name__
     if attention is not None and usual is None:
-        reason = next(iter(reasons.values()), "no gradients flow through it")
-        raise VheadError(f"attention: expected one that the {architecture} can take, got {attention!r}: {reason}")
+        reason = next(iter(reasons.values()), f"no gradients flow through it on {body.device.type}")
+        raise VheadError(
+            f"attention: expected one that the {architecture} can take, got {attention!r}: {reason}; leave it at None "
+            "to have the fastest one that the model can take"
+        )
     chosen = usual or padded
     body.fused = check.selecting(chosen)
     plan = ScorerPlan(

@@ -62,7 +62,7 @@ class Strategy(ABC, Generic[Content]):
     attention: ClassVar[str | None] = None
     heeds_windows: ClassVar[bool] = False
     works_in_blocks: ClassVar[bool] = False
-    is_differentiable: ClassVar[bool] = True
+    is_differentiable: bool = True
     heeds_budget: ClassVar[bool] = True
 
     @abstractmethod

@@ -83,6 +83,11 @@ class FlexTreePacking(TreePacking):
     attention = "flex"
     works_in_blocks = True
 
+    @property
+    def is_differentiable(self) -> bool:  # type: ignore[override]
+        """Not on a CPU, where torch's FlexAttention has no backward."""
+        return self._body.device.type != "cpu"
+
     def _run(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
         """Runs the row with padding up to whole blocks, a sequence of its own, whose states are left out."""
         segments = whole_blocks(pack.segments)

@@ -17,12 +17,23 @@ import torch
 from torch import Tensor
 
 from vhead.support import Support
+from vhead.training.metrics import Metrics, combined_metrics
 from vhead.training.totals import Totals
 
 Agg = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 Kl = Literal["k1", "k2", "k3", "abs"]
 
-__all__ = ["distributional", "entropy", "kl", "policy", "policy_metrics", "value", "value_metrics"]
+__all__ = [
+    "Metrics",
+    "combined_metrics",
+    "distributional",
+    "entropy",
+    "kl",
+    "policy",
+    "policy_metrics",
+    "value",
+    "value_metrics",
+]
 
 _AGGS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _KLS = ("k1", "k2", "k3", "abs")
@@ -91,7 +102,7 @@ def value(
     """Half the squared error of values, with `clip` at least that of values no further than this from the old ones.
 
     Args:
-        values: `[T]` or `[B, T]`.
+        values: `[T]`, or `[B, T]` with a mask. Of a head with several outputs, give one at a time, `values[:, k]`.
         returns: What they are to be, likewise.
         old_values: The values that the returns were made with; needed with `clip`.
         clip: How far a value may move from its old one before it gains nothing more; None: any way.
@@ -108,6 +119,7 @@ def value(
     if clip is not None and (old_values is None or not clip > 0.0):
         raise ValueError(f"clip: expected a number above 0 beside old_values, or None, got {clip}")
     named = {"values": values, "returns": returns} | ({} if old_values is None else {"old_values": old_values})
+    _check_outputs(values, mask)
     tokens = _Tokens.of(mask, offsets, **named)
     found, wanted = tokens.only(values), tokens.only(returns.detach())
     losses = (found - wanted).square()
@@ -222,7 +234,7 @@ def policy_metrics(
     *,
     mask: Tensor | None = None,
     clip: float | tuple[float, float] = 0.2,
-) -> dict[str, float]:
+) -> Metrics:
     """What people log of a policy's update, over the tokens of the model.
 
     Args:
@@ -235,7 +247,8 @@ def policy_metrics(
     Returns:
         `clip_fraction`, the share of tokens whose ratio gains nothing more; `kl_k1` and `kl_k3`, estimates of the
         divergence from the old policy; `ratio_mean`, `ratio_max`, `ratio_p01`, `ratio_median` and `ratio_p99`. NaN
-        where there are no tokens.
+        where there are no tokens. Those of several batches go to `combined_metrics`; a mean of them would be another
+        number.
 
     Raises:
         TypeError: As `policy`.
@@ -244,21 +257,11 @@ def policy_metrics(
     tokens = _Tokens.of(mask, None, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     low, high = _bounds(clip)
     new, old, gain = (tokens.only(each).detach().double() for each in (logprobs, old_logprobs, advantages))
-    names = ("clip_fraction", "kl_k1", "kl_k3", "ratio_mean", "ratio_max", *_QUANTILES)
-    if not new.numel():
-        return dict.fromkeys(names, float("nan"))
     ratio = _ratio(new, old)
     clipped = torch.where(gain >= 0, ratio > 1.0 + high, ratio < 1.0 - low)
-    # Not torch.quantile, which refuses more than 16 million numbers.
-    ordered = np.quantile(ratio.cpu().numpy(), list(_QUANTILES.values()))
-    found = [
-        clipped.double().mean(),
-        (old - new).mean(),
-        _divergence(old - new, "k3").mean(),
-        ratio.mean(),
-        ratio.max(),
-    ]
-    return dict(zip(names, [*(float(number) for number in found), *map(float, ordered)], strict=True))
+    metrics = Metrics.of(clipped=clipped, kl_k1=old - new, kl_k3=_divergence(old - new, "k3"), ratio=ratio)
+    metrics.update(_quantiles(ratio))
+    return metrics
 
 
 @torch.no_grad()
@@ -269,7 +272,7 @@ def value_metrics(
     old_values: Tensor | None = None,
     clip: float | None = None,
     mask: Tensor | None = None,
-) -> dict[str, float]:
+) -> Metrics:
     """What people log of a critic's update, over the tokens of the model.
 
     Args:
@@ -281,26 +284,29 @@ def value_metrics(
 
     Returns:
         `explained_variance`, NaN where the returns do not vary; `value_mean`, `return_mean`; with `clip`,
-        `value_clip_fraction`, the share of values that are further than this from the old ones.
+        `value_clip_fraction`, the share of values that are further than this from the old ones. Those of several
+        batches go to `combined_metrics`.
 
     Raises:
         TypeError: As `policy`.
         ValueError: As `policy`.
     """
     named = {"values": values, "returns": returns} | ({} if old_values is None else {"old_values": old_values})
+    _check_outputs(values, mask)
     tokens = _Tokens.of(mask, None, **named)
     found, wanted = tokens.only(values).detach().double(), tokens.only(returns).detach().double()
-    spread = wanted.var(correction=0) if wanted.numel() else wanted.sum()
-    explained = 1.0 - (wanted - found).var(correction=0) / spread if spread > 0 else torch.tensor(float("nan"))
-    metrics = {
-        "explained_variance": float(explained),
-        "value_mean": float(found.mean()),
-        "return_mean": float(wanted.mean()),
-    }
+    quantities = {"error": wanted - found, "value": found, "return": wanted}
     if clip is not None and old_values is not None:
-        moved = (found - tokens.only(old_values).double()).abs() > clip
-        metrics["value_clip_fraction"] = float(moved.double().mean())
-    return metrics
+        quantities["value_clipped"] = (found - tokens.only(old_values).double()).abs() > clip
+    return Metrics.of(**quantities)
+
+
+def _quantiles(ratio: Tensor) -> dict[str, float]:
+    if not ratio.numel():
+        return dict.fromkeys(_QUANTILES, math.nan)
+    # Not torch.quantile, which refuses more than 16 million numbers.
+    found = np.quantile(ratio.cpu().numpy(), list(_QUANTILES.values()))
+    return dict(zip(_QUANTILES, map(float, found), strict=True))
 
 
 class _Tokens:
@@ -369,6 +375,16 @@ class _Tokens:
             return total / max(own, 1)
         # Of gradients that are averaged over processes, each counts one part in so many.
         return total * (totals.processes / max(everything, 1))
+
+
+def _check_outputs(values: Tensor, mask: Tensor | None) -> None:
+    """Refuses two dimensions that nothing says more about: those of padded rows, or tokens with several outputs."""
+    if mask is None and isinstance(values, Tensor) and values.dim() == 2:
+        raise ValueError(
+            f"mask: expected one beside two dimensions, as values of {list(values.shape)} may be [B, T] as well as "
+            "[T, K] for K outputs, got None; give torch.ones_like(values, dtype=torch.bool) where no row has padding, and "
+            "of several outputs one at a time, values[:, k]"
+        )
 
 
 def _sequences(like: Tensor, offsets: Any) -> tuple[Tensor | None, int]:

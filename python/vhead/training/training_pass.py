@@ -55,8 +55,8 @@ class TrainingPass(nn.Module):
         temperature: Raw logits are divided by it before log-probabilities and entropies are taken.
         returns: What is computed unless a call says otherwise: some of `"values"` and `"logprobs"`, with which
             entropies come; None: all that the model can give.
-        attention: How tokens see each other in packed rollouts: `"segments"`, `"flex"` or `"mask"`; None: the fastest
-            one that the model can be trained with.
+        attention: How tokens see each other in packed rollouts: `"segments"`, `"mask"` or, away from CPUs, `"flex"`;
+            None: the fastest one that the model can be trained with.
         policy_adapter: Which of a model's adapters computes log-probabilities; None: the active one. It is made
             trainable; freeze it afterwards if it is not to be.
         value_adapter: Which one computes values, likewise. If the two differ, the body runs once for each.
