@@ -1,4 +1,4 @@
-"""Connections whose requests do not arrive."""
+"""Connections: those whose requests do not arrive, and those that still have an answer to take."""
 
 import asyncio
 from typing import Any
@@ -26,6 +26,17 @@ def protocol(timeout_s: float) -> type[H11Protocol]:
 class _Impatient(H11Protocol):
     timeout_s: float
     _timer: asyncio.TimerHandle | None = None
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether a request came whole, and its answer has not gone out whole.
+
+        An answer is complete for uvicorn when it is in the transport's buffer, however slowly its reader takes it out.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.more_body:
+            return False
+        return not cycle.response_complete or self.transport.get_write_buffer_size() > 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
