@@ -140,13 +140,14 @@ def test_a_request_without_company_is_computed_after_the_wait(model, make):
 
 
 def test_one_prompt_s_requests_share_a_batch_though_others_came_between(model, make):
+    """All but the last one, which came too long after those that it would overtake."""
     batcher = make(batch_tokens=6)
     model.hold(batcher)
-    prompts = [(7, 7, 7), (8, 8, 8), (7, 7, 7), (9, 9, 9), (7, 7, 7)]
-    futures = [batcher.submit([rollout(n, prompt=prompt)], REWARD) for n, prompt in enumerate(prompts)]
+    prompts = [7, 8, 7, 9, 10, 11, 7]
+    futures = [batcher.submit([rollout(n, prompt=(prompt,) * 3)], REWARD) for n, prompt in enumerate(prompts)]
     model.open.set()
     wait(futures, PATIENCE_S)
-    assert [first_tokens(batch) for batch in model.batches[1:]] == [[0, 2, 4], [1], [3]]
+    assert [first_tokens(batch) for batch in model.batches[1:]] == [[0, 2], [1], [3], [4], [5], [6]]
 
 
 def test_a_batch_holds_as_many_tokens_as_it_may(model, make):

@@ -14,6 +14,9 @@ from vhead.scoring.scores import Scores
 
 # Of clients that are away, so many are remembered with what they have had.
 _REMEMBERED_CLIENTS = 1024
+# Of the requests that came since the oldest one that waits, the first of so many parts may come along out of turn. What
+# overtakes a request is then at most a third of what came after it, and so at most half as many as may wait.
+_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ class QueuedRequest:
 
 
 class Queue:
-    """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead."""
+    """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead.
+
+    Requests about a prompt that is computed anyway come along out of turn, but no more than half as many as may wait
+    overtake any other one.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[int, QueuedRequest] = {}
@@ -96,11 +103,11 @@ class Queue:
         taken: list[tuple[QueuedRequest, Run]] = []
         prompts: set[bytes] = set()
         cost = 0
+        oldest = next(iter(self.requests))
+        last = oldest + (next(reversed(self.requests)) - oldest) // _PARTS
         while request := self._next(kind):
             self._least = self._had[request.client]
-            # Whoever asks about the same prompt comes along, as the prompt is computed anyway.
-            alike = self._alike[kind, request.runs[0].prompt]
-            company = (other for other in list(alike.values()) if other is not request)
+            company = self._company(request, last)
             before = len(taken)
             for one in (request, *company):
                 run = one.runs[0]
@@ -113,6 +120,11 @@ class Queue:
             if len(taken) == before:
                 break
         return taken, cost
+
+    def _company(self, request: QueuedRequest, last: int) -> list[QueuedRequest]:
+        """Who asks about the same prompt, which is computed anyway; nobody who came after the one of this number."""
+        alike = self._alike[request.kind, request.runs[0].prompt]
+        return [other for other in alike.values() if other is not request and other.number <= last]
 
     def _firsts(self) -> Iterator[QueuedRequest]:
         return (next(iter(requests.values())) for requests in self._waiting.values())
