@@ -246,9 +246,26 @@ def test_a_queue_with_too_many_tokens_refuses_the_next_request(model, make):
     batcher = make(tokens=10)
     model.hold(batcher)
     batcher.submit([rollout(1, 1, 1)], REWARD)
-    with pytest.raises(ServerBusyError, match="5 tokens wait, and with this request's 6 there would be more than 10"):
+    full = "5 tokens wait, with candidates, and with this request's 6 there would be more than 10"
+    with pytest.raises(ServerBusyError, match=full):
         batcher.submit([rollout(3, 3, 3, 3)], REWARD)
     assert batcher.submit([rollout(3, 3, 3)], REWARD)
+
+
+def test_candidates_that_wait_take_room_in_the_queue(model, make):
+    batcher = make(tokens=20)
+    model.hold(batcher)
+    first = batcher.submit([rollout(1, 2, candidates=[[5, 6, 7]] * 2)], REWARD)
+    full = "10 tokens wait, with candidates, and with this request's 12 there would be more than 20"
+    with pytest.raises(ServerBusyError, match=full):
+        batcher.submit([rollout(1, 2, candidates=[[5, 6, 7, 8]] * 2)], REWARD)
+    second = batcher.submit([rollout(3, candidates=[[5, 6, 7, 8, 9]]), rollout(3)][:1], REWARD)
+    assert batcher.queued_tokens == 7
+    assert second.cancel()
+    third = batcher.submit([rollout(3, candidates=[[5, 6, 7, 8, 9, 10, 11]])], REWARD)
+    model.open.set()
+    wait([first, third], PATIENCE_S)
+    assert (batcher._queue.tokens, batcher._queue.candidates) == (0, 0)
 
 
 def test_the_more_waits_the_later_a_refused_client_is_to_come_back(model, make):

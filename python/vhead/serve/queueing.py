@@ -28,12 +28,14 @@ class Run:
         prompt: Stands for the prompt.
         prompt_tokens: How many tokens it has.
         completion_tokens: How many tokens the completions have together.
+        candidates: How many token ids of candidates they have together.
     """
 
     rollouts: tuple[Rollout, ...]
     prompt: bytes
     prompt_tokens: int
     completion_tokens: int
+    candidates: int
 
     @property
     def tokens(self) -> int:
@@ -64,6 +66,11 @@ class QueuedRequest:
         """Of the rollouts that wait."""
         return sum(run.tokens for run in self.runs)
 
+    @property
+    def candidates(self) -> int:
+        """Of the rollouts that wait."""
+        return sum(run.candidates for run in self.runs)
+
 
 class Queue:
     """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead.
@@ -74,7 +81,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.requests: dict[int, QueuedRequest] = {}
-        self.tokens = 0
+        self.tokens = self.candidates = 0
         self._waiting: dict[tuple[str, Kind], dict[int, QueuedRequest]] = {}
         self._alike: dict[tuple[Kind, bytes], dict[int, QueuedRequest]] = {}
         self._had: dict[str, int] = {}
@@ -83,6 +90,7 @@ class Queue:
     def add(self, request: QueuedRequest) -> None:
         self.requests[request.number] = request
         self.tokens += request.tokens
+        self.candidates += request.candidates
         self._waiting.setdefault((request.client, request.kind), {})[request.number] = request
         self._had[request.client] = max(self._had.pop(request.client, 0), self._least)
         self._note_prompt(request)
@@ -92,6 +100,7 @@ class Queue:
         if self.requests.pop(request.number, None) is None:
             return
         self.tokens -= request.tokens
+        self.candidates -= request.candidates
         self._drop(self._waiting, (request.client, request.kind), request)
         if request.runs:
             self._drop(self._alike, (request.kind, request.runs[0].prompt), request)
@@ -136,6 +145,7 @@ class Queue:
     def _take_run(self, request: QueuedRequest, cost: int) -> Run:
         run = request.runs.popleft()
         self.tokens -= run.tokens
+        self.candidates -= run.candidates
         self._had[request.client] += cost
         self._drop(self._alike, (request.kind, run.prompt), request)
         if request.runs:
@@ -168,12 +178,13 @@ def runs_of(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[Run]:
     """The rollouts as runs of one prompt, none of which has more tokens than a batch if it has two rollouts or more."""
     for prompt, group in groupby(rollouts, key=lambda rollout: np.asarray(rollout.prompt).tobytes()):
         run: list[Rollout] = []
-        length = completions = 0
+        length = completions = candidates = 0
         for rollout in group:
             length, own = len(rollout.prompt), len(rollout.completion)
             if run and length + completions + own > batch_tokens:
-                yield Run(tuple(run), prompt, length, completions)
-                run, completions = [], 0
+                yield Run(tuple(run), prompt, length, completions, candidates)
+                run, completions, candidates = [], 0, 0
             run.append(rollout)
             completions += own
-        yield Run(tuple(run), prompt, length, completions)
+            candidates += 0 if rollout.candidates is None else rollout.candidates.size
+        yield Run(tuple(run), prompt, length, completions, candidates)
