@@ -20,6 +20,7 @@ import pytest
 
 from tests.serve.conftest import PATIENCE_S, RunningServer
 from vhead.demo import demo_model_path
+from vhead.serve import running
 from vhead.serve.app import make_app
 from vhead.serve.batching import QueueLimits
 from vhead.serve.running import Address, Server
@@ -200,6 +201,27 @@ def test_a_server_takes_connections_before_it_says_that_it_serves(scorer):
     with socket.create_connection(place, PATIENCE_S):
         server.stop()
         assert server.run()
+
+
+def test_connections_beyond_the_limit_are_refused_in_the_form_of_all_errors(scorer, monkeypatch):
+    monkeypatch.setattr(running, "_CONNECTIONS", 2)
+    address = Address(port=0)
+    bound = address.bound()
+    place = bound.getsockname()
+    server = Server(Service(scorer, ["demo"]), address, bound)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        with httpx2.Client(base_url=f"http://{place[0]}:{place[1]}") as client:
+            assert client.get("/health").status_code == 200
+            with socket.create_connection(place, PATIENCE_S), socket.create_connection(place, PATIENCE_S):
+                answers = (client.get("/health") for _ in range(1000))
+                refused = next(answer for answer in answers if answer.status_code != 200)
+    finally:
+        server.stop()
+        thread.join(PATIENCE_S)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert "more than 2 connections" in refused.json()["error"]["message"]
 
 
 def command(*options: str) -> subprocess.CompletedProcess:

@@ -136,7 +136,7 @@ class Server:
         self._service, self._bound, self._drain_s = service, bound, drain_s
         config = uvicorn.Config(
             make_app(service, address.api_key),
-            http=protocol(service.limits.body_s),
+            http=protocol(service.limits.body_s, _CONNECTIONS),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -144,7 +144,6 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
             ssl_certfile=address.certificate,
