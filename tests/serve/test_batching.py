@@ -140,13 +140,14 @@ def test_a_request_without_company_is_computed_after_the_wait(model, make):
 
 
 def test_one_prompt_s_requests_share_a_batch_though_others_came_between(model, make):
+    """All but the last one, which came too long after those that it would overtake."""
     batcher = make(batch_tokens=6)
     model.hold(batcher)
-    prompts = [(7, 7, 7), (8, 8, 8), (7, 7, 7), (9, 9, 9), (7, 7, 7)]
-    futures = [batcher.submit([rollout(n, prompt=prompt)], REWARD) for n, prompt in enumerate(prompts)]
+    prompts = [7, 8, 7, 9, 10, 11, 7]
+    futures = [batcher.submit([rollout(n, prompt=(prompt,) * 3)], REWARD) for n, prompt in enumerate(prompts)]
     model.open.set()
     wait(futures, PATIENCE_S)
-    assert [first_tokens(batch) for batch in model.batches[1:]] == [[0, 2, 4], [1], [3]]
+    assert [first_tokens(batch) for batch in model.batches[1:]] == [[0, 2], [1], [3], [4], [5], [6]]
 
 
 def test_a_batch_holds_as_many_tokens_as_it_may(model, make):
@@ -245,9 +246,26 @@ def test_a_queue_with_too_many_tokens_refuses_the_next_request(model, make):
     batcher = make(tokens=10)
     model.hold(batcher)
     batcher.submit([rollout(1, 1, 1)], REWARD)
-    with pytest.raises(ServerBusyError, match="5 tokens wait, and with this request's 6 there would be more than 10"):
+    full = "5 tokens wait, with candidates, and with this request's 6 there would be more than 10"
+    with pytest.raises(ServerBusyError, match=full):
         batcher.submit([rollout(3, 3, 3, 3)], REWARD)
     assert batcher.submit([rollout(3, 3, 3)], REWARD)
+
+
+def test_candidates_that_wait_take_room_in_the_queue(model, make):
+    batcher = make(tokens=20)
+    model.hold(batcher)
+    first = batcher.submit([rollout(1, 2, candidates=[[5, 6, 7]] * 2)], REWARD)
+    full = "10 tokens wait, with candidates, and with this request's 12 there would be more than 20"
+    with pytest.raises(ServerBusyError, match=full):
+        batcher.submit([rollout(1, 2, candidates=[[5, 6, 7, 8]] * 2)], REWARD)
+    second = batcher.submit([rollout(3, candidates=[[5, 6, 7, 8, 9]]), rollout(3)][:1], REWARD)
+    assert batcher.queued_tokens == 7
+    assert second.cancel()
+    third = batcher.submit([rollout(3, candidates=[[5, 6, 7, 8, 9, 10, 11]])], REWARD)
+    model.open.set()
+    wait([first, third], PATIENCE_S)
+    assert (batcher._queue.tokens, batcher._queue.candidates) == (0, 0)
 
 
 def test_the_more_waits_the_later_a_refused_client_is_to_come_back(model, make):

@@ -11,7 +11,7 @@ import pytest
 from vhead import AsyncClient, Client, Rollout
 from vhead.errors import MissingExtraError, RecordError, ServerError
 from vhead.serve import client as module
-from vhead.serve.protocols import arrow
+from vhead.serve.protocols import arrow, npy
 
 
 @pytest.fixture(params=["Arrow", "JSON"])
@@ -121,6 +121,33 @@ class TestRefusals:
         error = pickle.loads(pickle.dumps(caught.value))
         assert (error.status, str(error), error.request_id) == (404, str(caught.value), caught.value.request_id)
         assert error.request_id
+
+    @pytest.mark.parametrize(
+        ("kind", "content", "message"),
+        [
+            (arrow.MEDIA_TYPE, "without its end", "cut off, as it has no marker at its end"),
+            (arrow.MEDIA_TYPE, "half", "cut off or another one"),
+            (npy.MEDIA_TYPE, "half", "cut off or another one"),
+            ("text/html", "<p>welcome</p>", "cut off or another one"),
+            ("application/json", "{}", "cut off or another one"),
+        ],
+    )
+    def test_an_answer_that_was_cut_off_or_is_another_one(self, server, scorer, rollouts, kind, content, message):
+        def cut(request):
+            request.headers["accept"] = kind
+            whole = transport.handle_request(request).read()
+            bodies = {"without its end": whole[:-8], "half": whole[: len(whole) // 2]}
+            return httpx2.Response(
+                200,
+                headers={"content-type": kind, "x-request-id": "cut"},
+                content=bodies.get(content, content.encode()),
+            )
+
+        transport = httpx2.HTTPTransport()
+        client = Client(f"http://127.0.0.1:{server.port}", transport=httpx2.MockTransport(cut))
+        with transport, client, pytest.raises(ServerError, match=message) as caught:
+            client.score(rollouts)
+        assert (caught.value.status, caught.value.request_id) == (200, "cut")
 
     def test_nobody_listens(self, rollouts):
         with Client("http://127.0.0.1:9", timeout=0.3) as client:

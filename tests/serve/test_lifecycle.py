@@ -1,20 +1,26 @@
 """A server's beginning and end: who is let in, what happens when there is too much, and what SIGTERM leaves behind."""
 
 import asyncio
+import ctypes
 import json
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from tests.serve.conftest import PATIENCE_S, RunningServer
 from vhead.demo import demo_model_path
+from vhead.serve import running
 from vhead.serve.app import make_app
 from vhead.serve.batching import QueueLimits
 from vhead.serve.running import Address, Server
@@ -83,18 +89,105 @@ def test_a_server_that_is_full_refuses_a_request_before_it_reads_it(scorer):
         service.close()
 
 
-def test_a_second_signal_ends_a_server_that_is_busy(tmp_path):
-    server = RunningServer(tmp_path / "log", "--max-num-batched-tokens", "1024")
-    body = json.dumps({"rollouts": LARGE["rollouts"] * 20}).encode()
+@contextmanager
+def unread(server: RunningServer) -> Iterator[socket.socket]:
+    """A connection whose answer is far larger than sockets hold, and which does not read it."""
+    body = json.dumps({**LARGE, "returns": ["logprobs"], "top_logprobs": 100}).encode()
     head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(("127.0.0.1", server.port))
         connection.sendall(head.encode() + body)
-        time.sleep(0.5)
+        wait_for(lambda: any(line.get("route") == "/score" for line in server.lines()))
+        yield connection
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def refuses_connections(server: RunningServer) -> bool:
+    """Whether a server has heard the first signal."""
+    try:
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE_S).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_stopping_server_waits_for_who_reads_slowly(tmp_path):
+    server = RunningServer(tmp_path / "log")
+    with unread(server) as connection:
         server.process.terminate()
-        time.sleep(0.2)
+        wait_for(lambda: refuses_connections(server))
+        received = bytearray()
+        while part := connection.recv(1 << 20):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head
+    assert len(json.loads(body)["scores"]) == 24
+    assert server.process.wait(PATIENCE_S) == 0
+    assert "every accepted request was answered" in server.log.read_text()
+
+
+def test_an_answer_that_nobody_has_read_in_time_is_said_to_be_none(tmp_path):
+    server = RunningServer(tmp_path / "log", "--drain-timeout", "1")
+    with unread(server):
+        assert server.stop() == 1
+    log = server.log.read_text()
+    assert "before every accepted request was answered" in log
+    assert "accepted requests that were ended without a whole answer: 1" in log
+
+
+def test_a_second_signal_ends_a_server_that_is_busy(tmp_path):
+    """By the first alone it would end after hours."""
+    server = RunningServer(tmp_path / "log", "--drain-timeout", "10000")
+    with unread(server):
+        server.process.terminate()
+        wait_for(lambda: refuses_connections(server))
+        assert server.process.poll() is None
         server.process.terminate()
         assert server.process.wait(PATIENCE_S) == 1
     assert "before every accepted request was answered" in server.log.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals go to a thread by a call of Linux's C library")
+def test_a_signal_that_another_thread_gets_stops_the_server_all_the_same(tmp_path):
+    server = RunningServer(tmp_path / "log")
+    pid = server.process.pid
+    others = {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()} - {pid}
+    assert ctypes.CDLL(None).tgkill(pid, min(others), signal.SIGTERM) == 0
+    try:
+        assert server.process.wait(PATIENCE_S) == 0
+    finally:
+        server.process.kill()
+
+
+@pytest.mark.parametrize("is_told_twice", [False, True])
+def test_a_request_that_is_not_scored_in_time_is_said_to_be_unanswered(scorer, is_told_twice):
+    """The thread that scores is held for as long as the request waits, and has nothing left to do at the end."""
+    address = Address(port=0)
+    service = Service(scorer, ["demo"])
+    waits = threading.Event()
+    service.batcher.call(lambda: waits.wait(PATIENCE_S) and wait_for(lambda: not service.batcher.queued_requests))
+    body = json.dumps({"rollouts": LARGE["rollouts"][:1]}).encode()
+    bound = address.bound()
+    server, outcome = Server(service, address, bound, 10_000 if is_told_twice else 1), []
+    with socket.create_connection(bound.getsockname(), PATIENCE_S) as connection:
+        running = threading.Thread(target=lambda: outcome.append(server.run()))
+        running.start()
+        connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: service.batcher.queued_requests)
+        waits.set()
+        server.stop()
+        if is_told_twice:
+            server.stop()
+        running.join(PATIENCE_S)
+    assert outcome == [False]
 
 
 def test_a_server_takes_connections_before_it_says_that_it_serves(scorer):
@@ -108,6 +201,27 @@ def test_a_server_takes_connections_before_it_says_that_it_serves(scorer):
     with socket.create_connection(place, PATIENCE_S):
         server.stop()
         assert server.run()
+
+
+def test_connections_beyond_the_limit_are_refused_in_the_form_of_all_errors(scorer, monkeypatch):
+    monkeypatch.setattr(running, "_CONNECTIONS", 2)
+    address = Address(port=0)
+    bound = address.bound()
+    place = bound.getsockname()
+    server = Server(Service(scorer, ["demo"]), address, bound)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        with httpx2.Client(base_url=f"http://{place[0]}:{place[1]}") as client:
+            assert client.get("/health").status_code == 200
+            with socket.create_connection(place, PATIENCE_S), socket.create_connection(place, PATIENCE_S):
+                answers = (client.get("/health") for _ in range(1000))
+                refused = next(answer for answer in answers if answer.status_code != 200)
+    finally:
+        server.stop()
+        thread.join(PATIENCE_S)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert "more than 2 connections" in refused.json()["error"]["message"]
 
 
 def command(*options: str) -> subprocess.CompletedProcess:

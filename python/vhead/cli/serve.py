@@ -65,7 +65,10 @@ QueuedRequests = Annotated[
     int, typer.Option("--max-num-queued-reqs", min=1, metavar="N", help="Requests that may wait; more get 503.")
 ]
 QueuedTokens = Annotated[
-    int, typer.Option("--max-num-queued-tokens", min=1, metavar="N", help="Tokens that may wait; more get 503.")
+    int,
+    typer.Option(
+        "--max-num-queued-tokens", min=1, metavar="N", help="Tokens that may wait, with candidates; more get 503."
+    ),
 ]
 BatchedTokens = Annotated[
     int | None,

@@ -50,6 +50,11 @@ class LengthLimit:
             raise VheadError(f"max_length: expected at most the model's {context_length} tokens, got {max_length}")
         return cls(max_length, truncation, is_context=False)
 
+    @property
+    def said(self) -> str:
+        """The limit in errors."""
+        return f"the model's {self.tokens}" if self.is_context else f"{self.tokens}"
+
     def kept(self, prompt: int, completion: int, name: str, *, is_chat: bool = False) -> tuple[int, int]:
         """Which tokens stay, as the first one and the one past the last; at least one of each part is among them.
 
@@ -69,12 +74,11 @@ class LengthLimit:
 
     def _error(self, prompt: int, completion: int, name: str, *, is_chat: bool) -> FieldError:
         if self.truncation is None:
-            limit = f"the model's {self.tokens}" if self.is_context else f"{self.tokens}"
             got = f"{prompt} + {completion} = {prompt + completion}"
             if is_chat:
                 got = f"{got}, before and from the assistant's first scored turn on"
-                return FieldError(name, "messages", expected=f"at most {limit} tokens", got=got)
-            expected = f"at most {limit} tokens together with the prompt"
+                return FieldError(name, "messages", expected=f"at most {self.said} tokens", got=got)
+            expected = f"at most {self.said} tokens together with the prompt"
             return FieldError(name, "completion", expected=expected, got=got)
         kept, cut, length = "completion", "prompt", completion
         if self.truncation == "completion":
@@ -190,27 +194,50 @@ class Encoder:
             candidates=None if rollout.candidates is None else rollout.candidates[: stop - count],
         )
 
-    def whole(self, given: str | Sequence[Message], name: str, *, generation_prompt: bool = False) -> NDArray[np.int64]:
+    def whole(
+        self, given: str | Sequence[Message], field: str, *, generation_prompt: bool = False
+    ) -> NDArray[np.int64]:
         """The token ids of a text or a chat that is not parted into prompt and completion, of any length.
 
         Args:
             given: Plain text, with what the tokenizer puts in front of a text; or messages, by the chat template.
-            name: What errors call it.
+            field: What errors call it.
             generation_prompt: Whether a chat ends with what makes the model answer.
 
         Raises:
             FieldError: There is no tokenizer or no template, or the template refuses the chat.
         """
         if self._tokenizer is None:
-            raise FieldError(name, "input", expected="token ids, because the model has no tokenizer", got=shown(given))
+            raise FieldError(None, field, expected="token ids, because the model has no tokenizer", got=shown(given))
         if isinstance(given, str):
-            check_unicode(given, name, "input")
+            check_unicode(given, None, field)
             return self._text.plain(Passage(given, 0, 0, len(given))).ids
-        template = Template(self._tokenizer, name)
+        template = Template(self._tokenizer, None)
         template.check()
-        messages = checked_messages(given, "messages", name)
+        messages = checked_messages(given, field, None)
         text = template.rendered(messages, add_generation_prompt=generation_prompt)
         return self._text.rendered(Passage(text, 0, 0, len(text))).ids
+
+    def check_whole(self, ids: NDArray[np.int64], name: str, *, cut: Truncation) -> None:
+        """Checks token ids of which nobody has said what prompt and completion are.
+
+        Args:
+            ids: At least one.
+            name: What errors call them.
+            cut: The side from which tokens may be cut off, where the limit says so.
+
+        Raises:
+            FieldError: One is not in the vocabulary, or they are more than are taken.
+        """
+        if ids.max() >= self._vocabulary_size:
+            at = int(ids.argmax())
+            raise FieldError(name, "tokens", expected=self._in_vocabulary(), got=f"{ids[at]} at position {at}")
+        limit = self.limit
+        if limit.tokens is not None and len(ids) > limit.tokens and limit.truncation != cut:
+            raise FieldError(name, "tokens", expected=f"at most {limit.said} tokens", got=str(len(ids)))
+
+    def _in_vocabulary(self) -> str:
+        return f"token ids below the vocabulary's {self._vocabulary_size}"
 
     def _tokens(self, rollout: Rollout, name: str, *, with_spans: bool) -> Tokens:
         """The tokens, with spans of the completion's characters where they are asked for."""
@@ -234,7 +261,7 @@ class Encoder:
     def _check_candidates(self, candidates: NDArray[np.int64] | None, name: str) -> None:
         if candidates is not None and candidates.max() >= self._vocabulary_size:
             at, place = np.unravel_index(candidates.argmax(), candidates.shape)
-            expected = f"token ids below the vocabulary's {self._vocabulary_size}"
+            expected = self._in_vocabulary()
             got = f"{candidates[at, place]} at position {at}"
             raise FieldError(name, "candidates", expected=expected, got=got)
 
@@ -248,8 +275,7 @@ class Encoder:
             if ids.max() >= self._vocabulary_size:
                 break
         at = int(ids.argmax())
-        expected = f"token ids below the vocabulary's {self._vocabulary_size}"
-        return FieldError(name, field, expected=expected, got=f"{ids[at]} at position {at}")
+        return FieldError(name, field, expected=self._in_vocabulary(), got=f"{ids[at]} at position {at}")
 
 
 class IdRegistry:

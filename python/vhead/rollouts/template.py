@@ -23,12 +23,12 @@ class Template:
 
     Attributes:
         tokenizer: Any tokenizer of transformers.
-        name: What errors call the record.
+        name: What errors call the record; None: it is named by its field alone.
         tools: The functions that the model may call.
     """
 
     tokenizer: Any
-    name: str
+    name: str | None
     tools: Sequence[Tool] | None = None
 
     def check(self) -> None:

@@ -38,7 +38,8 @@ class QueueLimits:
 
     Attributes:
         requests: Requests that are not yet, or not yet wholly, being computed.
-        tokens: Tokens of their rollouts, prompts included.
+        tokens: Tokens of their rollouts, prompts and candidates included: all that is held while they wait. Of the
+            likeliest tokens that were asked for, nothing is there before the batch.
         batch_tokens: Tokens that a batch takes through the model, where shared prompts count once.
         max_wait_s: Seconds for which a request may wait for others to share its batch while nothing is computed.
     """
@@ -177,7 +178,7 @@ class Batcher:
         kind = (model, asked, 0 if first is None else first.shape[1])
         runs = deque(runs_of(rollouts, self.limits.batch_tokens))
         request = QueuedRequest(next(self._numbers), client, kind, runs, time.monotonic(), len(rollouts), name)
-        tokens = request.tokens
+        tokens = request.tokens + request.candidates
         with self._changed:
             self.check_open()
             self.check_room(tokens)
@@ -209,18 +210,19 @@ class Batcher:
             raise ServerStoppingError("the server is stopping and takes no more requests")
 
     def check_room(self, tokens: int = 0) -> None:
-        """Checks that a request of so many tokens would be taken now.
+        """Checks that a request of so many tokens, with candidates, would be taken now.
 
         Raises:
             ServerBusyError: There is no room in the queue.
         """
         queue, limits = self._queue, self.limits
+        waiting = queue.tokens + queue.candidates
         if len(queue.requests) >= limits.requests:
             message = f"the queue is full: {limits.requests} requests wait; try again later"
-        elif queue.requests and queue.tokens + tokens > limits.tokens:
+        elif queue.requests and waiting + tokens > limits.tokens:
             message = (
-                f"the queue is full: {queue.tokens} tokens wait, and with this request's {tokens} there would be more "
-                f"than {limits.tokens}; try again later"
+                f"the queue is full: {waiting} tokens wait, with candidates, and with this request's {tokens} there "
+                f"would be more than {limits.tokens}; try again later"
             )
         else:
             return

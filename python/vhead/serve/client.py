@@ -118,8 +118,7 @@ class _Asking:
             if isinstance(told, Exception):
                 pause, error = 0.0, _no_answer(self.where, told)
             elif told.status_code == 200:
-                kind = told.headers.get("content-type", "")
-                return [scores_in(told.content, kind, piece.rollouts, piece.first)]
+                return [self._scores(told, piece)]
             elif told.status_code == 413 and len(piece.rollouts) > 1:
                 return [part for half in piece.halves() for part in await self.scored(half, send, sleep)]
             elif told.status_code == 415 and request.media_type != JSON:
@@ -135,6 +134,14 @@ class _Asking:
                 raise error
             await sleep(pause)
             attempt += 1
+
+    def _scores(self, answer: Any, piece: _Piece) -> Scores:
+        try:
+            return scores_in(answer.content, answer.headers.get("content-type", ""), piece.rollouts, piece.first)
+        except (ValueError, KeyError, OSError) as error:
+            # Whatever stands between cut it off, or has answered in the server's place.
+            message = f"{self.where}: expected scores in the answer, which is cut off or another one: {error}"
+            raise ServerError(message, status=200, request_id=answer.headers.get("x-request-id")) from error
 
     def _refusal(self, answer: Any, piece: _Piece) -> ServerError | RecordError:
         said, request_id = _error_of(answer)

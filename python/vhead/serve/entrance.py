@@ -26,6 +26,8 @@ _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _CLIENT = re.compile(r"[ -~]{1,64}")
 # Nobody is there to read it; proxies write this number into their logs.
 CLIENT_GONE = 499
+# As much as h11 waits for; what comes at once it takes whole.
+_HEADER_BYTES = 2**16
 _KINDS = {400: "BadRequest", 401: "Unauthorized", 404: "NotFound", 408: "Timeout", 413: "TooLarge", 504: "Timeout"}
 
 
@@ -73,7 +75,10 @@ class Entrance:
                 MutableHeaders(scope=message)["x-request-id"] = state["request_id"]
             await send(message)
 
-        if not self._may_enter(scope["path"], headers):
+        if _header_bytes(scope) > _HEADER_BYTES:
+            message = f"the header: expected at most {_HEADER_BYTES} bytes, got more"
+            await error_response(400, message, state["request_id"])(scope, receive, answer)
+        elif not self._may_enter(scope["path"], headers):
             await _unauthorized(state["request_id"])(scope, receive, answer)
         else:
             status = await self._passed(scope, receive, answer) or status
@@ -100,6 +105,11 @@ class Entrance:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         # In constant time, so that nobody finds the key letter by letter.
         return hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key) and scheme.lower() == "bearer"
+
+
+def _header_bytes(scope: Scope) -> int:
+    address = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return address + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 def _new_id() -> str:

@@ -129,10 +129,10 @@ class ServedModel:
         if sum(map(len, texts_in(value))) > most:
             raise RequestError(f"expected at most {most:,} characters of text in a request, got more", 413)
 
-    def check_count(self, count: int) -> None:
-        """Raises `RequestError` for more rollouts than a request may have."""
+    def check_count(self, count: int, what: str = "rollouts") -> None:
+        """Raises `RequestError` for more rollouts than a request may have, or whatever these are called in it."""
         if count > self._limits.rollouts:
-            raise RequestError(f"expected at most {self._limits.rollouts} rollouts in a request, got {count}", 413)
+            raise RequestError(f"expected at most {self._limits.rollouts} {what} in a request, got {count}", 413)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

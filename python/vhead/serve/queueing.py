@@ -14,6 +14,9 @@ from vhead.scoring.scores import Scores
 
 # Of clients that are away, so many are remembered with what they have had.
 _REMEMBERED_CLIENTS = 1024
+# Of the requests that came since the oldest one that waits, the first of so many parts may come along out of turn. What
+# overtakes a request is then at most a third of what came after it, and so at most half as many as may wait.
+_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,14 @@ class Run:
         prompt: Stands for the prompt.
         prompt_tokens: How many tokens it has.
         completion_tokens: How many tokens the completions have together.
+        candidates: How many token ids of candidates they have together.
     """
 
     rollouts: tuple[Rollout, ...]
     prompt: bytes
     prompt_tokens: int
     completion_tokens: int
+    candidates: int
 
     @property
     def tokens(self) -> int:
@@ -61,13 +66,22 @@ class QueuedRequest:
         """Of the rollouts that wait."""
         return sum(run.tokens for run in self.runs)
 
+    @property
+    def candidates(self) -> int:
+        """Of the rollouts that wait."""
+        return sum(run.candidates for run in self.runs)
+
 
 class Queue:
-    """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead."""
+    """The requests that wait. The client that has had the fewest tokens is next; those who come back are not ahead.
+
+    Requests about a prompt that is computed anyway come along out of turn, but no more than half as many as may wait
+    overtake any other one.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[int, QueuedRequest] = {}
-        self.tokens = 0
+        self.tokens = self.candidates = 0
         self._waiting: dict[tuple[str, Kind], dict[int, QueuedRequest]] = {}
         self._alike: dict[tuple[Kind, bytes], dict[int, QueuedRequest]] = {}
         self._had: dict[str, int] = {}
@@ -76,6 +90,7 @@ class Queue:
     def add(self, request: QueuedRequest) -> None:
         self.requests[request.number] = request
         self.tokens += request.tokens
+        self.candidates += request.candidates
         self._waiting.setdefault((request.client, request.kind), {})[request.number] = request
         self._had[request.client] = max(self._had.pop(request.client, 0), self._least)
         self._note_prompt(request)
@@ -85,6 +100,7 @@ class Queue:
         if self.requests.pop(request.number, None) is None:
             return
         self.tokens -= request.tokens
+        self.candidates -= request.candidates
         self._drop(self._waiting, (request.client, request.kind), request)
         if request.runs:
             self._drop(self._alike, (request.kind, request.runs[0].prompt), request)
@@ -96,11 +112,11 @@ class Queue:
         taken: list[tuple[QueuedRequest, Run]] = []
         prompts: set[bytes] = set()
         cost = 0
+        oldest = next(iter(self.requests))
+        last = oldest + (next(reversed(self.requests)) - oldest) // _PARTS
         while request := self._next(kind):
             self._least = self._had[request.client]
-            # Whoever asks about the same prompt comes along, as the prompt is computed anyway.
-            alike = self._alike[kind, request.runs[0].prompt]
-            company = (other for other in list(alike.values()) if other is not request)
+            company = self._company(request, last)
             before = len(taken)
             for one in (request, *company):
                 run = one.runs[0]
@@ -114,6 +130,11 @@ class Queue:
                 break
         return taken, cost
 
+    def _company(self, request: QueuedRequest, last: int) -> list[QueuedRequest]:
+        """Who asks about the same prompt, which is computed anyway; nobody who came after the one of this number."""
+        alike = self._alike[request.kind, request.runs[0].prompt]
+        return [other for other in alike.values() if other is not request and other.number <= last]
+
     def _firsts(self) -> Iterator[QueuedRequest]:
         return (next(iter(requests.values())) for requests in self._waiting.values())
 
@@ -124,6 +145,7 @@ class Queue:
     def _take_run(self, request: QueuedRequest, cost: int) -> Run:
         run = request.runs.popleft()
         self.tokens -= run.tokens
+        self.candidates -= run.candidates
         self._had[request.client] += cost
         self._drop(self._alike, (request.kind, run.prompt), request)
         if request.runs:
@@ -156,12 +178,13 @@ def runs_of(rollouts: Sequence[Rollout], batch_tokens: int) -> Iterator[Run]:
     """The rollouts as runs of one prompt, none of which has more tokens than a batch if it has two rollouts or more."""
     for prompt, group in groupby(rollouts, key=lambda rollout: np.asarray(rollout.prompt).tobytes()):
         run: list[Rollout] = []
-        length = completions = 0
+        length = completions = candidates = 0
         for rollout in group:
             length, own = len(rollout.prompt), len(rollout.completion)
             if run and length + completions + own > batch_tokens:
-                yield Run(tuple(run), prompt, length, completions)
-                run, completions = [], 0
+                yield Run(tuple(run), prompt, length, completions, candidates)
+                run, completions, candidates = [], 0, 0
             run.append(rollout)
             completions += own
-        yield Run(tuple(run), prompt, length, completions)
+            candidates += 0 if rollout.candidates is None else rollout.candidates.size
+        yield Run(tuple(run), prompt, length, completions, candidates)

@@ -1,13 +1,16 @@
 """A server as a process: its address, its log, and its end."""
 
+import asyncio
 import ipaddress
 import json
 import logging
 import socket
 import threading
 import time
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -15,10 +18,16 @@ from vhead.serve.app import make_app
 from vhead.serve.connections import protocol
 from vhead.serve.service import Service
 
+logger = logging.getLogger("vhead.serve")
+
 # Connections that are open at one moment; beyond it, the next one is answered with 503.
 _CONNECTIONS = 4096
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 30
+_LOOK_S = 0.05
+_SIGNALS_S = 0.2
+# For requests to notice that their connections have been ended.
+_FAREWELL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,44 @@ class Address:
         return f"{scheme}://{host}:{bound.getsockname()[1]}"
 
 
+class _Draining(uvicorn.Server):
+    """Uvicorn with an end of its own, which knows the requests that it leaves without a whole answer.
+
+    Uvicorn's own cancels what is unanswered after the time, and then looks like one that has answered everything.
+
+    Args:
+        config: As uvicorn takes it.
+        drain_s: Seconds for answers to go out.
+
+    Attributes:
+        unanswered: How many requests came whole and had not got a whole answer when their connections were ended.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self.unanswered = 0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections, and ends those that are there: with their answers, or when the time is over."""
+        for listening in (*self.servers, *(sockets or ())):
+            listening.close()
+        connections: Any = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        await self._wait(connections, self._drain_s, lambda: self.force_exit)
+        self.unanswered = sum(connection.owes_an_answer for connection in connections)
+        for connection in list(connections):
+            connection.transport.abort()
+        await self._wait(self.server_state.tasks, _FAREWELL_S)
+
+    @staticmethod
+    async def _wait(what: Sized, most_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        until = time.monotonic() + most_s
+        while what and not is_over() and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_S)
+
+
 class Server:
     """A server that runs in a thread until it is told to stop.
 
@@ -89,7 +136,7 @@ class Server:
         self._service, self._bound, self._drain_s = service, bound, drain_s
         config = uvicorn.Config(
             make_app(service, address.api_key),
-            http=protocol(service.limits.body_s),
+            http=protocol(service.limits.body_s, _CONNECTIONS),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -97,15 +144,13 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=drain_s,
             ssl_certfile=address.certificate,
             ssl_keyfile=address.private_key,
         )
         config.load()
-        self._server = uvicorn.Server(config)
+        self._server = _Draining(config, drain_s)
         # Signals come to the main thread, which has nothing else to do.
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="vhead-http", daemon=True)
         bound.listen(_BACKLOG)
@@ -119,12 +164,17 @@ class Server:
         """Serves until `stop` is called.
 
         Returns:
-            Whether all that was accepted has been answered.
+            Whether all that was accepted has been answered, to the last byte.
         """
         self._thread.start()
-        self._thread.join()
+        while self._thread.is_alive():
+            # The system may hand a signal to any thread; Python answers it in the main one, when that does something.
+            self._thread.join(_SIGNALS_S)
         self._bound.close()
-        return self._service.close(0.0 if self._server.force_exit else float(self._drain_s))
+        if unanswered := self._server.unanswered:
+            logger.warning("accepted requests that were ended without a whole answer: %d", unanswered)
+        is_late = unanswered or self._server.force_exit
+        return self._service.close(0.0 if is_late else float(self._drain_s)) and not unanswered
 
 
 class JsonLines(logging.Formatter):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,14 @@ def stream(scores: Scores, head: Mapping[str, Any]) -> bytes:
 
 
 def arrays(content: bytes) -> tuple[dict[str, NDArray[Any]], int | None]:
-    """What `stream` wrote: the arrays of `Scores` by their names, the offsets among them, and the weights' step."""
+    """What `stream` wrote: the arrays of `Scores` by their names, the offsets among them, and the weights' step.
+
+    Raises:
+        ValueError: It is no such stream, or was cut off.
+        OSError: It was cut off.
+    """
     pa = _arrow()
+    _messages(pa, content)
     table = pa.ipc.open_stream(content).read_all().combine_chunks()
     found = {"prompt_lengths": table.column("prompt_length").to_numpy()}
     found["mask"], found["offsets"] = _flat(pa, table.column("mask"))
@@ -168,7 +175,7 @@ def _values(pa: Any, column: Any) -> list[Any]:
 def _batches(pa: Any, body: bytes) -> Iterator[Any]:
     """The record batches of a stream, each checked before it is read."""
     schema = None
-    messages = list(pa.ipc.MessageReader.open_stream(body))
+    messages = _messages(pa, body)
     if any(message.type == "dictionary" for message in messages):
         raise RequestError("the body: expected columns without dictionaries")
     for message in messages:
@@ -180,6 +187,24 @@ def _batches(pa: Any, body: bytes) -> Iterator[Any]:
             yield pa.ipc.read_record_batch(message, schema)
     if schema is None:
         raise RequestError("the body: expected a stream of Arrow's IPC format: it has no schema")
+
+
+def _messages(pa: Any, content: bytes) -> list[Any]:
+    """The messages of a stream. Pyarrow takes any end between two messages for the stream's; here, it has to be marked.
+
+    Raises:
+        ValueError: The stream was cut off.
+    """
+    source = pa.BufferReader(content)
+    reader = pa.ipc.MessageReader.open_stream(source)
+    messages, end = [], 0
+    with suppress(StopIteration):
+        while True:
+            messages.append(reader.read_next_message())
+            end = source.tell()
+    if source.tell() == end:
+        raise ValueError("it was cut off, as it has no marker at its end")
+    return messages
 
 
 def _check_uncompressed(message: Any) -> None:

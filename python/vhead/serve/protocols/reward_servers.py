@@ -15,7 +15,7 @@ from vhead.scoring.scores import Scores
 from vhead.serve.answering import Answering
 from vhead.serve.bodies import JSON, check_json, decoded, schema
 from vhead.serve.models import Prepared, ServedModel
-from vhead.serve.protocols.sequences import Input, all_token_ids, parts_of, prepared
+from vhead.serve.protocols.sequences import Input, all_token_ids, check_count, parts_of, prepared
 from vhead.serve.service import Service
 
 
@@ -86,7 +86,7 @@ def _prepared(model: ServedModel, given: Input, field: str, most: int | None = N
     if count != 1:
         raise RequestError(f"this protocol has one reward a text, and the head gives {count} numbers; use /score")
     parts = parts_of(given, field)
-    model.check_count(len(parts))
+    check_count(model, parts, field)
     names = [f"{field}[{place}]" for place in range(len(parts))]
     sequences = [ids[:most] for ids in all_token_ids(model, parts, names)]
     return prepared(model, sequences, names)

@@ -69,13 +69,21 @@ def prepared(model: ServedModel, sequences: Sequence[Ids], names: Sequence[str],
     """Sequences as rollouts: of one token and its prompt, or of one prompt token and what follows it.
 
     Raises:
-        RequestError: There are more sequences or tokens than a request may have.
+        RequestError: There are more tokens than a request may have.
         FieldError: One of them has fewer than two tokens, or cannot be scored.
     """
-    model.check_count(len(sequences))
     border = -1 if asked is AT_THE_END else 1
     rollouts = [_rollout(ids, border, name) for ids, name in zip(sequences, names, strict=True)]
+    # Errors are to speak of what was sent, which has neither prompt nor completion.
+    for rollout, name in zip(rollouts, names, strict=True):
+        whole = np.concatenate([rollout.prompt, rollout.completion])
+        model.scorer.encoder.check_whole(whole, name, cut="prompt" if asked is AT_THE_END else "completion")
     return model.prepare(rollouts, asked, names)
+
+
+def check_count(model: ServedModel, parts: Sequence[object], field: str) -> None:
+    """Raises `RequestError` for more parts in a field than a request may have."""
+    model.check_count(len(parts), f"entries of {field}")
 
 
 def _rollout(ids: Ids, border: int, name: str) -> Rollout:

@@ -25,6 +25,7 @@ from vhead.serve.protocols.sequences import (
     AT_THE_END,
     Input,
     all_token_ids,
+    check_count,
     parts_of,
     prepared,
     token_ids,
@@ -182,7 +183,7 @@ def _sequences(model: ServedModel, asked: PoolingBody) -> tuple[list[Any], list[
         sequences, names = [token_ids(model, asked.messages, "messages", **options)], ["messages"]
     else:
         parts = parts_of(asked.input or [], "input")
-        model.check_count(len(parts))
+        check_count(model, parts, "input")
         names = [f"input[{place}]" for place in range(len(parts))]
         sequences = all_token_ids(model, parts, names)
     if (kept := asked.truncate_prompt_tokens) is not None:
