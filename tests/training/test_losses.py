@@ -234,16 +234,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"mask: expected \[14, 2\], as values, got \[14\]; .* values\[:, k\]"):
             losses.value(two, torch.zeros_like(two), mask=arrays["mask"])
 
-    @pytest.mark.parametrize("loss", [losses.value, losses.value_metrics])
-    def test_several_outputs_without_a_mask_are_not_taken_for_padded_rows(self, arrays, loss):
-        two = torch.stack([arrays["values"], arrays["returns"]], dim=1)
-        message = r"mask: expected one .* \[14, 2\] may be \[B, T\] as well as \[T, K\] .* got None; .*values\[:, k\]"
-        with pytest.raises(ValueError, match=message):
-            loss(two, torch.zeros_like(two))
-        everywhere = torch.ones_like(two, dtype=torch.bool)
-        found, flat = loss(two, -two, mask=everywhere), loss(two.flatten(), -two.flatten())
-        assert found == flat
-
     def test_a_clip_without_old_values(self, arrays):
         with pytest.raises(ValueError, match="clip: expected a number above 0 beside old_values"):
             losses.value(arrays["values"], arrays["returns"], clip=0.2)

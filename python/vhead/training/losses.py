@@ -102,7 +102,8 @@ def value(
     """Half the squared error of values, with `clip` at least that of values no further than this from the old ones.
 
     Args:
-        values: `[T]`, or `[B, T]` with a mask. Of a head with several outputs, give one at a time, `values[:, k]`.
+        values: `[T]` or `[B, T]`. Two dimensions are rows of tokens, with a mask or without; of a head with several
+            outputs, give one at a time, `values[:, k]`.
         returns: What they are to be, likewise.
         old_values: The values that the returns were made with; needed with `clip`.
         clip: How far a value may move from its old one before it gains nothing more; None: any way.
@@ -119,7 +120,6 @@ def value(
     if clip is not None and (old_values is None or not clip > 0.0):
         raise ValueError(f"clip: expected a number above 0 beside old_values, or None, got {clip}")
     named = {"values": values, "returns": returns} | ({} if old_values is None else {"old_values": old_values})
-    _check_outputs(values, mask)
     tokens = _Tokens.of(mask, offsets, **named)
     found, wanted = tokens.only(values), tokens.only(returns.detach())
     losses = (found - wanted).square()
@@ -292,7 +292,6 @@ def value_metrics(
         ValueError: As `policy`.
     """
     named = {"values": values, "returns": returns} | ({} if old_values is None else {"old_values": old_values})
-    _check_outputs(values, mask)
     tokens = _Tokens.of(mask, None, **named)
     found, wanted = tokens.only(values).detach().double(), tokens.only(returns).detach().double()
     quantities = {"error": wanted - found, "value": found, "return": wanted}
@@ -375,16 +374,6 @@ class _Tokens:
             return total / max(own, 1)
         # Of gradients that are averaged over processes, each counts one part in so many.
         return total * (totals.processes / max(everything, 1))
-
-
-def _check_outputs(values: Tensor, mask: Tensor | None) -> None:
-    """Refuses two dimensions that nothing says more about: those of padded rows, or tokens with several outputs."""
-    if mask is None and isinstance(values, Tensor) and values.dim() == 2:
-        raise ValueError(
-            f"mask: expected one beside two dimensions, as values of {list(values.shape)} may be [B, T] as well as "
-            "[T, K] for K outputs, got None; give torch.ones_like(values, dtype=torch.bool) where no row has padding, and "
-            "of several outputs one at a time, values[:, k]"
-        )
 
 
 def _sequences(like: Tensor, offsets: Any) -> tuple[Tensor | None, int]:
