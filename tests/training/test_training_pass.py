@@ -524,5 +524,5 @@ def test_flex_has_no_gradients_on_a_cpu():
     # A release of torch that has them is noticed here.
     flex_attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
     query = torch.randn(1, 2, 128, 16, requires_grad=True)
-    with pytest.raises((NotImplementedError, ValueError), match="CPU|CUDA"):
+    with pytest.raises((NotImplementedError, ValueError), match=r"CPU|CUDA"):
         flex_attention(query, query, query)
