@@ -382,8 +382,8 @@ def _check_outputs(values: Tensor, mask: Tensor | None) -> None:
     if mask is None and isinstance(values, Tensor) and values.dim() == 2:
         raise ValueError(
             f"mask: expected one beside two dimensions, as values of {list(values.shape)} may be [B, T] as well as "
-            "[T, K] for K outputs, got None; give torch.ones_like(values, dtype=torch.bool) where no row has padding, and "
-            "of several outputs one at a time, values[:, k]"
+            "[T, K] for K outputs, got None; give torch.ones_like(values, dtype=torch.bool) where no row has padding, "
+            "and of several outputs one at a time, values[:, k]"
         )
 
 
