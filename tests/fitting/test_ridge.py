@@ -265,3 +265,15 @@ def test_prompts_that_are_torn_apart_look_better_than_they_are(scorer, monkeypat
     torn = vhead.fit(scorer, rollouts, targets).metrics["explained_variance"]
     assert whole < 0.2
     assert torn > 0.9
+
+
+def test_solving_leaves_the_sums_as_they_were():
+    rows = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    xx, xy = rows.T @ rows, rows.T @ rows[:, :1]
+    before = xx.clone()
+    # The second is no positive matrix, and has no solution.
+    for strength in (0.3, -1e3):
+        found = solved(xx, xy, strength)
+        assert torch.equal(xx, before)
+        assert (found is None) == (strength < 0)
+    torch.testing.assert_close(solved(xx, xy, 0.3), torch.linalg.solve(xx + 0.3 * torch.eye(7, dtype=xx.dtype), xy))
