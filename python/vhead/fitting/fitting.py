@@ -322,10 +322,9 @@ def _check_room(folds: int, hidden_size: int, device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int | None:
-    """All bytes of the memory that sums are in; None where the system does not say."""
-    if device.type == "cuda":
-        total: int = torch.cuda.mem_get_info(device)[1]
-        return total
+    """All bytes of the main memory; None for sums that are elsewhere, and where the system does not say."""
+    if device.type != "cpu":
+        return None
     names = getattr(os, "sysconf_names", {})
     known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
