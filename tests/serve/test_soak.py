@@ -7,6 +7,8 @@ what docs/serve.md says.
 import statistics
 import sys
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -122,6 +124,10 @@ def say(figures: str) -> None:
     sys.stdout.write(f"{figures}\n")
 
 
+def percentile_99(rising: Sequence[float]) -> float:
+    return rising[int(0.99 * len(rising))]
+
+
 def memory(server: RunningServer) -> int:
     """The server's resident bytes; 0 where the system does not say."""
     status = Path(f"/proc/{server.process.pid}/status")
@@ -131,10 +137,14 @@ def memory(server: RunningServer) -> int:
 
 def check_figures(before: float, crowd: Crowd, throughput: float, after: float, sizes: list[int]) -> None:
     """Memory is flat, nobody waits longer than the queue is, and the speed comes back."""
-    times = sorted(one.seconds for one in crowd.seen if one.status == 200)
-    p99 = times[int(0.99 * len(times))]
+    answered = [one for one in crowd.seen if one.status == 200]
+    times = sorted(one.seconds for one in answered)
+    # Time is counted in answers, so that the bound holds by the speed that the server has while a request waits.
+    clock = sorted(one.done for one in answered)
+    waited = sorted(bisect_right(clock, one.done) - bisect_right(clock, one.done - one.seconds) for one in answered)
+    longest = percentile_99(waited)
     # Those before it in the queue, those that are being computed when it comes, and its own batch.
-    bound = (QUEUE + 2 * BATCH) / throughput
+    bound = QUEUE + 2 * BATCH
     quarter = len(sizes) // 4
     early, late = (statistics.median(each) for each in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
     refused = sum(one.status == 503 for one in crowd.seen)
@@ -142,9 +152,10 @@ def check_figures(before: float, crowd: Crowd, throughput: float, after: float, 
         f"{OVERLOAD_S:g} s: {len(times)} accepted and answered, {refused} refused; {crowd.rate:.0f} requests a second "
         f"were to come, {len(crowd.seen) / OVERLOAD_S:.0f} did\n"
         f"answers a second: {before:.1f} before, {throughput:.1f} meanwhile, {after:.1f} from {RECOVERY_S:g} s after\n"
-        f"seconds: median {statistics.median(times):.2f}, p99 {p99:.2f}, at most {bound:.2f} allowed\n"
+        f"seconds: median {statistics.median(times):.2f}, p99 {percentile_99(times):.2f}\n"
+        f"answers from a request to its own: p99 {longest}, at most {bound} allowed\n"
         f"resident memory: {early / 2**20:.0f} MiB in the second quarter, {late / 2**20:.0f} MiB in the last"
     )
     assert late <= 1.05 * early
-    assert p99 <= bound
+    assert longest <= bound
     assert after >= 0.9 * before

@@ -146,7 +146,7 @@ def test_steps_go_back_only_where_that_is_asked_for(tmp_path):
     publisher.publish(model, step=3)
     follower.apply(other)
     (tmp_path / "LATEST").write_bytes(latest)
-    with pytest.raises(SyncStepError):
+    with pytest.raises(SyncStepError, match="LATEST: expected step 3, which the model has, or a later one, got 2"):
         follower.apply(other)
     assert bits(other) == bits(model)
 

@@ -230,7 +230,7 @@ pub(crate) fn to_python(error: Error) -> PyErr {
         },
         Error::Vanished { .. } => PublicationMissingError::new_err(text),
         Error::Conflict { .. } => PublisherConflictError::new_err(text),
-        Error::Backwards { .. } => SyncStepError::new_err(text),
+        Error::Backwards { .. } | Error::Older { .. } => SyncStepError::new_err(text),
         Error::Argument(_) => pyo3::exceptions::PyValueError::new_err(text),
         Error::Base { .. } => WrongBaseError::new_err(text),
         _ => PublicationError::new_err(text),

@@ -22,7 +22,7 @@ pub enum Error {
         /// What is missing.
         place: PathBuf,
     },
-    /// A step is not above the last one.
+    /// What is to be published is not above the last step.
     #[error("step: expected one above {last}, which {} holds, got {asked}", place.display())]
     Backwards {
         /// The step that came.
@@ -31,6 +31,16 @@ pub enum Error {
         last: u64,
         /// The directory.
         place: PathBuf,
+    },
+    /// The newest publication is of an earlier step than the weights that a model has.
+    #[error("{}: expected step {last}, which the model has, or a later one, got {named}", place.display())]
+    Older {
+        /// `LATEST`.
+        place: PathBuf,
+        /// The step that it names.
+        named: u64,
+        /// The step of the model's weights.
+        last: u64,
     },
     /// Another publisher writes to the directory.
     #[error("{}: another publisher {did}; only one may publish here, so this one has stopped", place.display())]

@@ -137,15 +137,19 @@ impl Folder {
     ///
     /// A file system without locks gives everybody the right: there, publishers notice each other by `LATEST` alone.
     pub(crate) fn lock(&self, name: &str) -> Result<Option<File>> {
-        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW;
-        let file = open_at(self.file.as_raw_fd(), Path::new(name), flags).map_err(Error::at(&self.place(name)))?;
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let place = self.place(name);
+        let file = open_at(self.file.as_raw_fd(), Path::new(name), flags).map_err(Error::at(&place))?;
+        if !file.metadata().map_err(Error::at(&place))?.is_file() {
+            return Err(Error::damaged(&place, "a file", "something else"));
+        }
         // SAFETY: an open descriptor.
         match checked(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }) {
             Ok(_) => Ok(Some(file)),
             Err(error) => match error.raw_os_error() {
                 Some(libc::EWOULDBLOCK) => Ok(None),
                 Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => Ok(Some(file)),
-                _ => Err(Error::at(&self.place(name))(error)),
+                _ => Err(Error::at(&place)(error)),
             },
         }
     }

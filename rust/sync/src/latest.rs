@@ -1,6 +1,7 @@
 //! `LATEST`: the name of the newest publication, and the digest of its manifest.
 use crate::folder::{Folder, Replacement};
 use crate::{Digest, Error, Result};
+use std::path::PathBuf;
 
 const NAME: &str = "LATEST";
 const MOST_BYTES: u64 = 256;
@@ -28,6 +29,11 @@ pub(crate) fn step_of(name: &str) -> Option<u64> {
 }
 
 impl Latest {
+    /// Where it lies, for messages.
+    pub(crate) fn place(root: &Folder) -> PathBuf {
+        root.place(NAME)
+    }
+
     /// What `LATEST` says; `None` where nothing has been published.
     pub(crate) fn read(root: &Folder) -> Result<Option<Self>> {
         let bytes = match root.read(NAME, MOST_BYTES) {
@@ -40,7 +46,7 @@ impl Latest {
             .and_then(|line| line.split_once(' '))
             .and_then(|(name, digest)| Some(Self { step: step_of(name)?, digest: Digest::parse(digest)? }));
         let expected = "the name of a publication and a digest";
-        parsed.map(Some).ok_or_else(|| Error::damaged(&root.place(NAME), expected, format!("{text:?}")))
+        parsed.map(Some).ok_or_else(|| Error::damaged(&Self::place(root), expected, format!("{text:?}")))
     }
 
     /// A `LATEST` that names this publication, to be put in place.

@@ -84,7 +84,7 @@ impl Stage {
         let latest = if step.is_none() { Latest::read(&root)? } else { None };
         let Some(wanted) = step.or(latest.map(|latest| latest.step)) else { return Ok(Staged::NothingNew) };
         if let Some(have) = have.filter(|have| step.is_none() && have.step > wanted) {
-            return Err(Error::Backwards { asked: wanted, last: have.step, place: place.to_owned() });
+            return Err(Error::Older { place: Latest::place(&root), named: wanted, last: have.step });
         }
         let newest = Source::open(&root, wanted)?;
         if let Some(latest) = latest.filter(|latest| latest.digest != newest.digest) {

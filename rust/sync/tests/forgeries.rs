@@ -170,15 +170,30 @@ fn links_are_refused_wherever_they_lead() {
 #[test]
 fn what_is_no_file_is_refused_and_not_waited_for() {
     let published = Published::new(false);
-    let place = published.newest().join(FILE);
+    for place in [published.newest().join(FILE), published.newest().join("manifest.json"), published.0.join("LATEST")] {
+        fs::remove_file(&place).unwrap();
+        make_pipe(&place);
+        published.is_refused("expected a file, got something else");
+        fs::remove_file(&place).unwrap();
+        fs::create_dir(&place).unwrap();
+        published.is_refused("expected a file, got something else");
+    }
+}
+
+#[test]
+fn a_lock_that_is_no_file_is_refused_and_not_waited_for() {
+    let published = Published::new(false);
+    let place = published.0.join(".publisher");
     fs::remove_file(&place).unwrap();
+    make_pipe(&place);
+    let refused = vhead_sync::collect(&published.0, 1).unwrap_err().to_string();
+    assert!(refused.contains("expected a file, got something else"), "{refused}");
+}
+
+fn make_pipe(place: &Path) {
     let name = std::ffi::CString::new(place.to_str().unwrap()).unwrap();
     // SAFETY: a string that ends in a zero.
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    published.is_refused("expected a file, got something else");
-    fs::remove_file(&place).unwrap();
-    fs::create_dir(&place).unwrap();
-    published.is_refused("expected a file, got something else");
 }
 
 #[test]
